@@ -1,0 +1,32 @@
+"""Named database connections whose sessions commit together.
+
+Settings describe the connections, a container provides engines and sessions for them, and a unit of work commits what was
+written in all of them, or nothing.
+"""
+
+from app_db import errors
+from app_db.container import Connection, ConnectionContainer, Container, DatabaseContainer, container_of
+from app_db.errors import AppDbError
+from app_db.manager import ContextTransactionManager, retryable
+from app_db.settings import ConnectionSettings, DatabaseSettings, PoolSettings, SessionSettings
+from app_db.transactions import Propagation, Transaction, UnitOfWork, transactional
+
+__all__ = [
+    "AppDbError",
+    "Connection",
+    "ConnectionContainer",
+    "ConnectionSettings",
+    "Container",
+    "ContextTransactionManager",
+    "DatabaseContainer",
+    "DatabaseSettings",
+    "PoolSettings",
+    "Propagation",
+    "SessionSettings",
+    "Transaction",
+    "UnitOfWork",
+    "container_of",
+    "errors",
+    "retryable",
+    "transactional",
+]

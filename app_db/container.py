@@ -1,0 +1,205 @@
+"""Declarative wiring, and nothing else: the one module that knows all the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from dependency_injector import containers, providers
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from app_db.coordinator import build_coordinator
+from app_db.dialects import database_of
+from app_db.engines import build_engine, retire
+from app_db.errors import InvalidUse, UnknownConnection
+from app_db.manager import ContextTransactionManager
+from app_db.sessions import SessionHome, build_scoped_session, build_session_class, build_sessionmaker
+from app_db.settings import DatabaseSettings
+from app_db.transactions import Transaction, UnitOfWork, build_transaction, build_unit
+
+if TYPE_CHECKING:
+    DeclarativeMeta = type
+else:
+    from dependency_injector.containers import DeclarativeContainerMetaClass as DeclarativeMeta
+
+KINDS = ("engine", "sessionmaker", "scoped_session", "session")
+"""What every connection provides: `NAME.KIND`, and `NAME_KIND` beside it."""
+
+
+_PLUMBING = frozenset({"__self__", "coordinator", "disposal", "home", "name", "session_class"})
+
+
+# ---- providers ------------------------------------------------------------------------------------------------------
+
+
+class Lasting(providers.ThreadSafeSingleton[Any]):
+    """A singleton that `reset_singletons()` leaves alone, because units of work that are under way stand on it."""
+
+    def reset(self) -> Any:
+        """Do nothing."""
+
+
+class EngineProvider(providers.ThreadSafeSingleton[Engine]):
+    """The engine of a connection; `reset()` retires it, and the next session gets one made from the settings of that time."""
+
+    _built: Engine | None = None
+
+    def _provide(self, args: Any, kwargs: Any) -> Engine:
+        engine: Engine = super()._provide(args, kwargs)  # type: ignore[misc]  # not in the stubs
+        self._built = engine
+        return engine
+
+    def reset(self) -> Any:
+        """Retire the engine: its idle connections close now, those in use when their units end."""
+        built, self._built = self._built, None
+        context = super().reset()
+        if built is not None:
+            retire(built)
+        return context
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there is an engine to dispose."""
+        return self._built is not None
+
+
+class Disposal(providers.Resource[None]):
+    """Makes `shutdown_resources()`, of this container or of one around it, dispose an engine."""
+
+    @property
+    def initialized(self) -> bool:
+        return self._engine.is_built
+
+    def init(self) -> None:
+        """Do nothing: engines are made at first use."""
+
+    def shutdown(self) -> None:
+        self._engine.reset()
+
+    @property
+    def _engine(self) -> EngineProvider:
+        engine: EngineProvider = self.args[0].provides
+        return engine
+
+
+# ---- what one name provides -----------------------------------------------------------------------------------------
+
+
+class _NamedContainer(containers.DynamicContainer):
+    """An instance of a container of this module: it knows its providers' names when asked for one that it has not."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Connection) and name != "parent":
+            value.container.home.set_provides(self)
+        elif name == "home" and value.provides is None:
+            value.set_provides(self)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _unknown(name, self.__dict__.get("providers", ()))
+
+
+def _unknown(name: str, known: Iterable[str]) -> AttributeError:
+    if name.startswith("_"):
+        return AttributeError(name)
+    return UnknownConnection(name, sorted(set(known) - _PLUMBING))
+
+
+def _home_of(container: DatabaseContainer | None, name: str) -> DatabaseContainer:
+    if container is None:
+        raise InvalidUse(f"A provider of {name!r} was called on a container class", "Make an instance, `container = Container()`, and ask that")
+    return container
+
+
+def _build_engine(container: DatabaseContainer | None, name: str) -> Engine:
+    return build_engine(name, _home_of(container, name).settings())
+
+
+def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: Callable[[], Engine]) -> sessionmaker[Any]:
+    container = _home_of(container, name)
+    settings = container.settings().connection(name)
+    database = database_of(settings.sqlalchemy_url().get_backend_name())
+    home = SessionHome(name, settings, database, container.coordinator(), engine)
+    return build_sessionmaker(container.session_class(), home)
+
+
+def _build_scoped_session(maker: sessionmaker[Any]) -> scoped_session[Any]:
+    return build_scoped_session(maker, maker.kw["home"])
+
+
+def _current_session(scoped: scoped_session[Any]) -> Session:
+    session: Session = scoped()
+    return session
+
+
+class ConnectionContainer(containers.DeclarativeContainer):
+    """What one connection provides."""
+
+    instance_type = _NamedContainer
+
+    name: providers.Object[str] = providers.Object("")
+    home: providers.Object[Any] = providers.Object(None)
+
+    engine = EngineProvider(_build_engine, home, name)
+    sessionmaker = providers.ThreadSafeSingleton(_build_sessionmaker, home, name, engine.provider)
+    scoped_session = providers.ThreadSafeSingleton(_build_scoped_session, sessionmaker)
+    session = providers.Callable(_current_session, scoped_session)
+    disposal = Disposal(None, engine.provider)
+
+
+class Connection(providers.Container[ConnectionContainer]):
+    """A named database of a container: `writer = Connection()` provides `writer.session`, and `writer_session` beside it.
+
+    The attribute's name is the connection's name in the settings.
+    """
+
+    if TYPE_CHECKING:
+        engine: providers.Provider[Engine]
+        sessionmaker: providers.Provider[sessionmaker[Session]]
+        scoped_session: providers.Provider[scoped_session[Session]]
+        session: providers.Provider[Session]
+
+        def __init__(self) -> None: ...
+
+    def __set_name__(self, owner: type[DatabaseContainer], name: str) -> None:
+        super().__init__(ConnectionContainer)
+        self.container.name.set_provides(name)
+        for kind in KINDS:
+            setattr(owner, f"{name}_{kind}", getattr(self.container, kind))
+
+
+# ---- what an application subclasses -----------------------------------------------------------------------------------
+
+
+class DatabaseContainerMeta(DeclarativeMeta):
+    """Gives a container class the flat names, `Container.writer_session`, and a clear error for those it has not."""
+
+    def __getattr__(cls, name: str) -> providers.Provider[Any]:
+        raise _unknown(name, getattr(cls, "providers", ()))
+
+
+class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseContainerMeta):
+    """Subclass it, and declare a `Connection()` for every database."""
+
+    instance_type = _NamedContainer
+
+    settings = providers.ThreadSafeSingleton(DatabaseSettings)
+    transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
+    home: providers.Object[Any] = providers.Object(None)
+    coordinator = Lasting(build_coordinator, home)
+    session_class = Lasting(build_session_class, coordinator)
+    transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, coordinator)
+    unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, coordinator)
+
+
+class Container(DatabaseContainer):
+    """A container with a writer and a reader, ready to use."""
+
+    writer = Connection()
+    reader = Connection()
+
+
+def container_of(*names: str) -> type[DatabaseContainer]:
+    """Return a container class for connections whose names are known only at run time."""
+    return DatabaseContainerMeta("Container", (DatabaseContainer,), {name: Connection() for name in names})

@@ -1,0 +1,438 @@
+"""One data manager for all the databases of a unit of work.
+
+To zope.sqlalchemy a `Coordinator` is the transaction manager that sessions join; to zope, the `Work` of a unit is one
+data manager that votes last. In between, zope.sqlalchemy's data managers are the branches, which `Work` orders, checks
+and commits. It hangs on the zope transaction (`transaction.data`), so there is nothing to clean up.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sqlalchemy.exc import DBAPIError
+from transaction.interfaces import IRetryDataManager, ISavepointDataManager
+from zope.interface import implementer
+
+from app_db.errors import (
+    NotAtomic,
+    OutcomeUnknown,
+    PartialCommit,
+    ReadOnlyViolation,
+    TransactionLost,
+    UnitOfWorkDoomed,
+    UnitOfWorkEnded,
+    UnitOfWorkTimeout,
+)
+from app_db.manager import retryable, whereabouts
+from app_db.statements import Effect, effect_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.orm import Session, SessionTransaction
+    from transaction import Transaction
+
+    from app_db.dialects import Database
+    from app_db.hooks import Hooks
+
+log = logging.getLogger("app_db")
+
+BRANCH = "app_db_branch"
+"""Key in a DBAPI connection's info: the branch that is using it."""
+
+
+class Home(Protocol):
+    """What a branch has to know of the connection whose share it is."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def read_only(self) -> bool: ...
+    @property
+    def autonomous(self) -> bool: ...
+    @property
+    def database(self) -> Database: ...
+
+
+class Branch:
+    """One connection's share of one unit of work: zope.sqlalchemy's data manager, and what was noticed beside it."""
+
+    __slots__ = ("_connections", "_data_manager", "_failures", "_infos", "_work", "effect", "home", "session")
+
+    def __init__(self, work: Work, data_manager: Any, home: Home) -> None:
+        self._work = work
+        self._data_manager = data_manager
+        self.session: Session = data_manager.session
+        self.home = home
+        self.effect = Effect.READS
+        self._failures: list[BaseException] = []
+        self._connections: list[Connection] = []
+        self._infos: list[dict[Any, Any]] = []
+
+    @property
+    def name(self) -> str:
+        return self.home.name
+
+    @property
+    def read_only(self) -> bool:
+        return self.home.read_only or self._work.read_only
+
+    @property
+    def wrote(self) -> bool:
+        """Whether it takes part in the atomic commit."""
+        return self.effect >= Effect.MAY_WRITE and not self.read_only and not self.home.autonomous
+
+    @property
+    def finished(self) -> bool:
+        return self._data_manager.tx is None
+
+    def uses(self, connection: Connection) -> None:
+        """Note that the session has begun on `connection`."""
+        if connection in self._connections:
+            return
+        connection.info[BRANCH] = self
+        self._connections.append(connection)
+        self._infos.append(connection.info)  # kept, because an invalidated connection does not give it out any more
+        remaining = self._work.remaining()
+        if remaining is not None:
+            self.home.database.limit(connection, max(remaining, 0.001))
+
+    def before_statement(self, statement: str) -> None:
+        """Note what a statement does, and refuse what can't be allowed before it is sent."""
+        effect = effect_of(statement)
+        if effect > self.effect:
+            if effect is Effect.WRITES and self.read_only:
+                raise ReadOnlyViolation(self.name, "The statement", not self.home.read_only)
+            self.effect = effect
+        if self._work.timeout is not None:
+            self._work.refuse_overtime()
+
+    def statement_failed(self, error: BaseException) -> BaseException | None:
+        """Note that the database refused a statement; return the error that says better what happened, if there is one."""
+        self._failures.append(error)
+        if self.read_only and self.home.database.refuses_write(error):
+            return ReadOnlyViolation(self.name, "The statement", not self.home.read_only)
+        return self._work.overtime()
+
+    def has_lost_transaction(self) -> bool:
+        """Return whether the database would answer COMMIT with a rollback."""
+        transaction: SessionTransaction | None = self._data_manager.tx
+        if transaction is None:
+            return False
+        if self.session.get_transaction() is not transaction or not transaction.is_active:
+            return True
+        if not self._failures or self.effect < Effect.MAY_WRITE:
+            return False
+        return any(self.home.database.has_lost_transaction(connection, self._failures) for connection in self._connections)
+
+    def commit(self) -> None:
+        """Commit, return the connection to its pool and detach the objects."""
+        self._data_manager.tpc_vote(self._work.transaction)
+        self._forget_connections()
+
+    def roll_back(self) -> None:
+        """Roll back and return the connection to its pool, or close it when it can't be rolled back. Never raises."""
+        if self.finished:
+            return
+        try:
+            # The rollback comes first: closing alone leaves a transaction open whose COMMIT was refused.
+            self._data_manager.tx.rollback()
+        except Exception:
+            log.debug("Rolling back %r failed; its connection is closed instead", self.name, exc_info=True)
+            self.session.invalidate()
+        finally:
+            self._data_manager.abort(self._work.transaction)
+            self._forget_connections()
+
+    def savepoint(self) -> SessionTransaction:
+        """Flush, and take a savepoint."""
+        return self.session.begin_nested()
+
+    def _forget_connections(self) -> None:
+        for info in self._infos:
+            info.pop(BRANCH, None)
+
+
+def _position(branch: Branch) -> tuple[int, str]:
+    # Autonomous ones first, since their fate is their own. Readers before writers, because only a reader's COMMIT tells
+    # whether what it read was consistent. Lockers last: their locks guard what the writers write.
+    if branch.home.autonomous:
+        group = 0
+    elif branch.wrote:
+        group = 2
+    else:
+        group = 3 if branch.effect is Effect.LOCKS else 1
+    return group, branch.name
+
+
+@implementer(ISavepointDataManager, IRetryDataManager)
+class Work:
+    """What one unit of work did in the databases: its sessions and branches, and how they end together."""
+
+    def __init__(self, transaction: Transaction, coordinator: Coordinator) -> None:
+        self.transaction = transaction
+        self.owner = whereabouts()
+        self.sessions: dict[str, Session] = {}
+        self.branches: list[Branch] = []
+        self.read_only = False
+        self.isolation: str | None = None
+        self.timeout: float | None = None
+        self.deadline: float | None = None
+        self.hooks: Hooks | None = None
+        self._doomed_by: BaseException | str | None = None
+        self.finishing = False
+        self._coordinator = coordinator
+        self._joined = False
+        self._savepoints: list[WorkSavepoint] = []
+        self._ended = False
+
+    # -- what zope.sqlalchemy asks of a transaction
+
+    @property
+    def status(self) -> str:
+        """What zope.sqlalchemy goes by to tell our commits from anybody else's; autonomous branches commit in an abort as well."""
+        return "Committing" if self.finishing else str(self.transaction.status)
+
+    def join(self, data_manager: Any) -> None:
+        """Take part with a session's data manager."""
+        if not self._joined:
+            self.transaction.join(self)
+            self._joined = True
+        self.branches.append(Branch(self, data_manager, data_manager.session.home))
+
+    # -- what sessions ask
+
+    def require_open(self, subject: str) -> None:
+        """Raise unless a session may begin or go on here."""
+        status = self.transaction.status
+        if status in ("Active", "Doomed") or (status == "Committing" and self._joined and not self._ended):
+            return
+        raise UnitOfWorkEnded(subject)
+
+    def is_current(self) -> bool:
+        """Return whether this unit of work is under way anywhere."""
+        try:
+            return self.transaction.data(self._coordinator) is self and not self._ended
+        except KeyError:
+            return False
+
+    def branch_of(self, session: Session) -> Branch | None:
+        """Return the branch that `session` is, if it has joined."""
+        return next((branch for branch in self.branches if branch.session is session), None)
+
+    def limit(self, timeout: float) -> None:
+        """Give the unit at most `timeout` seconds from now on, or what is left of the time that it has."""
+        deadline = time.monotonic() + timeout
+        if self.deadline is None or deadline < self.deadline:
+            self.timeout, self.deadline = timeout, deadline
+
+    def doom(self, reason: BaseException | str) -> None:
+        """Make sure that the unit is not committed, and remember why. The first reason counts."""
+        if self._doomed_by is None:
+            self._doomed_by = reason
+        if self.transaction.status == "Active":
+            self.transaction.doom()
+
+    def refuse_doomed(self) -> None:
+        """Raise when the unit must not be committed."""
+        reason = self._doomed_by
+        if isinstance(reason, BaseException):
+            summary = str(reason).partition("\n")[0]
+            raise UnitOfWorkDoomed(f"an inner unit failed with {type(reason).__name__}: {summary}") from reason
+        if reason is not None or self.transaction.isDoomed():
+            raise UnitOfWorkDoomed(reason or "its zope transaction was doomed")
+
+    def remaining(self) -> float | None:
+        """Return the seconds left, or None without a timeout."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def overtime(self) -> UnitOfWorkTimeout | None:
+        """Return the error to raise when the unit has gone on for too long."""
+        remaining = self.remaining()
+        if remaining is None or remaining > 0 or self.timeout is None:
+            return None
+        return UnitOfWorkTimeout(self.timeout)
+
+    def refuse_overtime(self) -> None:
+        """Raise when the unit has gone on for too long."""
+        error = self.overtime()
+        if error is not None:
+            raise error
+
+    # -- what zope asks of a data manager
+
+    def sortKey(self) -> str:  # noqa: N802  # zope's name
+        return "~~app_db"  # after everybody else: a one-phase commit can't be taken back
+
+    def should_retry(self, error: BaseException) -> bool:
+        return retryable(error)
+
+    def tpc_begin(self, transaction: Transaction) -> None:
+        self.finishing = True
+        self.refuse_doomed()  # zope forgets about it when a before-commit hook dooms
+        self._flush()
+
+    def commit(self, transaction: Transaction) -> None:
+        self._flush()  # what one session's flush added to another that had been flushed
+        self._refuse_what_cannot_commit()
+
+    def tpc_vote(self, transaction: Transaction) -> None:
+        self._commit_branches()
+        self._ended = True
+        self.forget()
+
+    def tpc_finish(self, transaction: Transaction) -> None:
+        """All is done by the vote."""
+
+    def tpc_abort(self, transaction: Transaction) -> None:
+        self.abort(transaction)
+
+    def abort(self, transaction: Transaction) -> None:
+        """Roll back every branch but the autonomous ones, which are committed.
+
+        zope calls this for the whole transaction, more than once when a commit fails, and also for a savepoint older than
+        the first session: after that the unit goes on, and sessions join anew.
+        """
+        self.finishing = True
+        for branch in sorted(self.branches, key=_position):
+            if branch.home.autonomous:
+                _commit_or_log(branch)
+            branch.roll_back()
+        self.branches.clear()
+        self._savepoints.clear()
+        self._joined = False
+        self.finishing = False
+
+    def forget(self) -> None:
+        """Let go of sessions and branches once the unit has ended."""
+        self.branches.clear()
+        self.sessions.clear()
+
+    def savepoint(self) -> WorkSavepoint:
+        """Take a savepoint on every branch that can write."""
+        savepoint = WorkSavepoint(self, [branch for branch in self.branches if not (branch.home.read_only or branch.home.autonomous)])
+        self._savepoints.append(savepoint)
+        return savepoint
+
+    def last_savepoint(self) -> WorkSavepoint | None:
+        """Return the savepoint that was taken last and neither released nor rolled back past."""
+        return self._savepoints[-1] if self._savepoints else None
+
+    # -- how it ends
+
+    def _flush(self) -> None:
+        for branch in self.branches:  # a flush may make another session join, which this loop then reaches
+            branch.session.flush()
+
+    def _refuse_what_cannot_commit(self) -> None:
+        self.refuse_overtime()
+        for branch in self.branches:
+            if branch.has_lost_transaction():
+                raise TransactionLost(branch.name)
+        if len(self.branches) > 1:
+            written = sorted(branch.name for branch in self.branches if branch.wrote)
+            if len(written) > 1 and self._coordinator.atomicity() == "strict":
+                raise NotAtomic(written)
+
+    def _commit_branches(self) -> None:
+        waiting = sorted(self.branches, key=_position)
+        committed: list[str] = []
+        while waiting:
+            branch = waiting.pop(0)
+            if branch.effect is Effect.LOCKS and committed:
+                _commit_or_log(branch)
+                continue
+            wrote = branch.wrote
+            try:
+                branch.commit()
+            except Exception as error:
+                if wrote and isinstance(error, DBAPIError) and error.connection_invalidated:
+                    raise OutcomeUnknown(branch.name, committed) from error
+                if committed:
+                    raise PartialCommit(committed, branch.name, [other.name for other in waiting if other.wrote]) from error
+                raise
+            if wrote:
+                committed.append(branch.name)
+
+
+def _commit_or_log(branch: Branch) -> None:
+    """Commit a branch whose failure must not hide or change how the unit ends."""
+    if branch.finished:
+        return
+    try:
+        if branch.has_lost_transaction():
+            raise TransactionLost(branch.name)
+        branch.commit()
+    except Exception:
+        log.exception("The connection %r could not be committed", branch.name)
+        branch.roll_back()
+
+
+class WorkSavepoint:
+    """A savepoint across the branches of a unit of work. It can be rolled back to any number of times, or released once."""
+
+    def __init__(self, work: Work, branches: list[Branch]) -> None:
+        self._work = work
+        self._nested = [(branch, branch.savepoint()) for branch in branches]
+
+    def rollback(self) -> None:
+        """Undo what was done since; sessions that joined since begin anew."""
+        held = [branch for branch, _ in self._nested]
+        self._work.finishing = True
+        for branch in self._work.branches:
+            if branch not in held and not branch.home.read_only and not branch.home.autonomous:
+                branch.roll_back()
+        self._work.finishing = False
+        self._work.branches[:] = [branch for branch in self._work.branches if not branch.finished]
+        for _, nested in reversed(self._nested):
+            nested.rollback()
+        self._nested = [(branch, branch.savepoint()) for branch in held]
+        self._forget_later()
+
+    def release(self) -> None:
+        """Keep what was done since, and give the savepoint up."""
+        for _, nested in reversed(self._nested):
+            if nested.is_active:
+                nested.commit()
+        self._nested = []
+        self._forget_later()
+        if self in self._work._savepoints:
+            self._work._savepoints.remove(self)
+
+    def _forget_later(self) -> None:
+        savepoints = self._work._savepoints
+        if self in savepoints:
+            del savepoints[savepoints.index(self) + 1 :]
+
+
+class Coordinator:
+    """Finds, under any zope transaction manager, the `Work` of the unit that is under way."""
+
+    def __init__(self, manager: Any, atomicity: Callable[[], str]) -> None:
+        self.manager = manager
+        self.atomicity = atomicity
+
+    def get(self) -> Work:
+        """Return the work of the current unit. Raises what the manager raises when there is none."""
+        return self.work_of(self.manager.get())
+
+    def work_of(self, transaction: Transaction) -> Work:
+        """Return the work of a transaction."""
+        try:
+            work: Work = transaction.data(self)
+        except KeyError:
+            work = Work(transaction, self)
+            transaction.set_data(self, work)
+        return work
+
+
+class _Home(Protocol):
+    def transaction_manager(self) -> Any: ...
+    def settings(self) -> Any: ...
+
+
+def build_coordinator(container: _Home) -> Coordinator:
+    """Return the coordinator of a container. The container's settings are asked when they matter, so they may change."""
+    return Coordinator(container.transaction_manager(), lambda: str(container.settings().atomicity))

@@ -1,0 +1,303 @@
+"""What app_db knows about each kind of database: one class each, and one that suits all the others.
+
+A kind says how an engine is created and its connections set up, how a unit's options reach them, and what its errors
+mean. Everything that is the same for all kinds stands elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+    from sqlalchemy.engine import Connection, Engine
+
+    from app_db.settings import ConnectionSettings
+
+READ_ONLY = "app_db_read_only"
+"""Execution option of a connection on which a read-only unit of work runs."""
+
+DEADLINE = "app_db_deadline"
+"""Key in a DBAPI connection's info: the monotonic time after which its statements are interrupted."""
+
+
+class Database:
+    """Any database that SQLAlchemy can talk to. Read-only is then only what app_db itself can see and refuse."""
+
+    def url(self, settings: ConnectionSettings) -> URL:
+        """Return the URL to connect to."""
+        return settings.sqlalchemy_url()
+
+    def connect_args(self, application: str, settings: ConnectionSettings) -> dict[str, Any]:
+        """Return the driver's arguments for a new connection."""
+        return dict(settings.connect_args)
+
+    def isolation_level(self, settings: ConnectionSettings) -> str | None:
+        """Return the isolation level an engine is created with."""
+        return settings.isolation_level
+
+    def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+        """Set up what every connection of `engine` needs."""
+
+    def unit_options(self, settings: ConnectionSettings, *, read_only: bool, isolation: str | None, timed: bool) -> Mapping[str, Any]:
+        """Return the execution options with which a unit of work uses a connection."""
+        options: dict[str, Any] = {}
+        if isolation is not None:
+            options["isolation_level"] = isolation
+        if read_only and not settings.read_only:
+            options[READ_ONLY] = True
+        return options
+
+    def limit(self, connection: Connection, seconds: float) -> None:
+        """Have the server stop the statements of this unit that take longer than `seconds`."""
+
+    def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
+        """Return whether, after statements failed with `failures`, the transaction of `connection` can't commit any more."""
+        return False
+
+    def refuses_write(self, error: BaseException) -> bool:
+        """Return whether `error` is the server's way of saying that the transaction is read-only."""
+        return False
+
+
+class PostgreSQL(Database):
+    """PostgreSQL, by psycopg or any other driver."""
+
+    def connect_args(self, application: str, settings: ConnectionSettings) -> dict[str, Any]:
+        url = self.url(settings)
+        named = {} if "application_name" in url.query or not url.drivername.endswith(("psycopg", "psycopg2")) else {"application_name": application}
+        return {**named, **settings.connect_args}
+
+    def isolation_level(self, settings: ConnectionSettings) -> str | None:
+        # In autocommit a read is one round trip; with BEGIN and COMMIT around it, it is three.
+        return settings.isolation_level or ("AUTOCOMMIT" if settings.read_only else None)
+
+    def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+        parameters: dict[str, str] = {}
+        if settings.read_only:
+            parameters["default_transaction_read_only"] = "on"
+        if settings.statement_timeout is not None:
+            parameters["statement_timeout"] = f"{settings.statement_timeout * 1000:.0f}"
+        if not parameters:
+            return
+        statement = "SELECT " + ", ".join(f"set_config('{name}', '{value}', false)" for name, value in parameters.items())
+
+        @event.listens_for(engine, "connect")
+        def set_parameters(dbapi_connection: Any, record: Any) -> None:
+            autocommit = dbapi_connection.autocommit
+            dbapi_connection.autocommit = True  # a rollback would otherwise take the parameters back
+            cursor = dbapi_connection.cursor()
+            cursor.execute(statement)
+            cursor.close()
+            dbapi_connection.autocommit = autocommit
+
+    def unit_options(self, settings: ConnectionSettings, *, read_only: bool, isolation: str | None, timed: bool) -> Mapping[str, Any]:
+        options: dict[str, Any] = {}
+        if isolation is None and timed and self.isolation_level(settings) == "AUTOCOMMIT":
+            isolation = "READ COMMITTED"  # SET LOCAL needs a transaction
+        if isolation is not None:
+            options["isolation_level"] = isolation
+        if read_only and not settings.read_only:
+            options["postgresql_readonly"] = True
+        return options
+
+    def limit(self, connection: Connection, seconds: float) -> None:
+        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, round(seconds * 1000))}")
+
+    def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
+        # The server answers COMMIT of a failed transaction with ROLLBACK, and no driver reports that as an error.
+        try:
+            connection.exec_driver_sql("SELECT 1")
+        except DBAPIError:
+            return True
+        return False
+
+    def refuses_write(self, error: BaseException) -> bool:
+        return getattr(error, "sqlstate", None) == "25006"
+
+
+class MySQL(Database):
+    """MySQL and MariaDB."""
+
+    _deadlock = 1213
+    _lock_wait_timeout = 1205
+
+    def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+        @event.listens_for(engine, "connect")
+        def set_up(dbapi_connection: Any, record: Any) -> None:
+            cursor = dbapi_connection.cursor()
+            if settings.read_only:
+                cursor.execute("SET SESSION TRANSACTION READ ONLY")
+            if settings.statement_timeout is not None:
+                cursor.execute("SELECT VERSION()")
+                is_mariadb = "mariadb" in cursor.fetchone()[0].lower()
+                cursor.execute(self._timeout(settings.statement_timeout, is_mariadb))
+            cursor.close()
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            if connection.get_execution_options().get(READ_ONLY):
+                connection.exec_driver_sql("SET TRANSACTION READ ONLY")  # the next one, which the first statement begins
+
+        @event.listens_for(engine, "checkin")
+        def take_limit_back(dbapi_connection: Any, record: Any) -> None:
+            reset = record.info.pop(DEADLINE, None)
+            if reset is not None and dbapi_connection is not None:
+                cursor = dbapi_connection.cursor()
+                cursor.execute(reset)
+                cursor.close()
+
+    def limit(self, connection: Connection, seconds: float) -> None:
+        is_mariadb = bool(getattr(connection.dialect, "is_mariadb", False))
+        variable = "max_statement_time" if is_mariadb else "max_execution_time"
+        before = connection.exec_driver_sql(f"SELECT @@SESSION.{variable}").scalar()
+        connection.info[DEADLINE] = f"SET SESSION {variable} = {before}"
+        connection.exec_driver_sql(self._timeout(seconds, is_mariadb))
+
+    def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
+        codes = {failure.args[0] for failure in failures if failure.args}
+        if self._deadlock in codes:
+            return True
+        return self._lock_wait_timeout in codes and bool(connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar())
+
+    def refuses_write(self, error: BaseException) -> bool:
+        return bool(error.args) and error.args[0] == 1792
+
+    def _timeout(self, seconds: float, is_mariadb: bool) -> str:
+        if is_mariadb:
+            return f"SET SESSION max_statement_time = {seconds:.6f}"
+        return f"SET SESSION max_execution_time = {max(1, round(seconds * 1000))}"
+
+
+class SQLite(Database):
+    """SQLite: WAL, foreign keys, and transactions that begin when app_db says so instead of the driver."""
+
+    _steps_between_looks = 10_000
+
+    def url(self, settings: ConnectionSettings) -> URL:
+        url = settings.sqlalchemy_url()
+        return url.set(database=str(_memory_file(settings.database_key())), query={}) if _is_memory(url) else url
+
+    def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+        begin_statement = "BEGIN" if settings.read_only else "BEGIN IMMEDIATE"
+        durable = not _is_memory(settings.sqlalchemy_url())
+
+        @event.listens_for(engine, "connect")
+        def set_up(dbapi_connection: Any, record: Any) -> None:
+            cursor = dbapi_connection.cursor()
+            cursor.execute("PRAGMA foreign_keys = ON")
+            if not settings.read_only:
+                _use_wal(cursor)
+            if not durable:
+                cursor.execute("PRAGMA synchronous = OFF")
+            if settings.read_only:
+                cursor.execute("PRAGMA query_only = ON")
+            cursor.close()
+            if settings.statement_timeout is not None:
+                self._interrupt_at_deadline(dbapi_connection, record.info)
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            if connection.get_execution_options().get(READ_ONLY):
+                connection.info[READ_ONLY] = True
+                connection.exec_driver_sql("PRAGMA query_only = ON")
+                connection.exec_driver_sql("BEGIN")
+            else:
+                connection.exec_driver_sql(begin_statement)
+
+        @event.listens_for(engine, "checkin")
+        def clean(dbapi_connection: Any, record: Any) -> None:
+            record.info.pop(DEADLINE, None)
+            if dbapi_connection is None:
+                return
+            if getattr(dbapi_connection, "in_transaction", False):
+                dbapi_connection.rollback()  # a COMMIT refused with SQLITE_BUSY leaves its transaction open
+            if record.info.pop(READ_ONLY, False):
+                cursor = dbapi_connection.cursor()
+                cursor.execute("PRAGMA query_only = OFF")
+                cursor.close()
+
+        if settings.statement_timeout is not None:
+            timeout = settings.statement_timeout
+
+            @event.listens_for(engine, "before_cursor_execute")
+            def set_deadline(connection: Connection, *_: Any) -> None:
+                connection.info[DEADLINE] = time.monotonic() + timeout
+
+    def limit(self, connection: Connection, seconds: float) -> None:
+        connection.info[DEADLINE] = time.monotonic() + seconds
+        self._interrupt_at_deadline(connection.connection.driver_connection, connection.info)
+
+    def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
+        # A full disk, say, makes SQLite roll back by itself; what follows would be committed a statement at a time.
+        return not getattr(connection.connection.driver_connection, "in_transaction", True)
+
+    def refuses_write(self, error: BaseException) -> bool:
+        code: int = getattr(error, "sqlite_errorcode", 0)
+        return code & 0xFF == 8
+
+    def _interrupt_at_deadline(self, driver_connection: Any, info: dict[Any, Any]) -> None:
+        def past_deadline() -> bool:
+            return time.monotonic() > info.get(DEADLINE, float("inf"))
+
+        driver_connection.set_progress_handler(past_deadline, self._steps_between_looks)
+
+
+def _is_memory(url: URL) -> bool:
+    return url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
+
+
+def _use_wal(cursor: Any) -> None:
+    """Switch the database to WAL, which it then stays in. Changing the mode doesn't wait for locks, so this waits."""
+    give_up = time.monotonic() + 5
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except Exception as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != 5 or time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
+_memory_files: WeakKeyDictionary[object, Path] = WeakKeyDictionary()
+
+
+def _memory_file(key: object) -> Path:
+    """Return the file that stands in for a `:memory:` database, made at first use and removed with its settings.
+
+    A file in WAL mode lets a unit read through one connection what another connection of it has not written yet; SQLite's
+    own in-memory databases either are private to one connection or block their readers while somebody writes.
+    """
+    path = _memory_files.get(key)
+    if path is None:
+        directory = tempfile.mkdtemp(prefix="app_db-memory-")
+        path = _memory_files.setdefault(key, Path(directory) / "memory.db")
+        weakref.finalize(key, _remove_in_process, os.getpid(), directory)
+    return path
+
+
+def _remove_in_process(process: int, directory: str) -> None:
+    if os.getpid() == process:  # a forked child must leave its parent's database alone
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+_KINDS: dict[str, Database] = {"postgresql": PostgreSQL(), "mysql": MySQL(), "mariadb": MySQL(), "sqlite": SQLite()}
+_ANY = Database()
+
+
+def database_of(dialect: str) -> Database:
+    """Return what app_db knows about the databases of a SQLAlchemy dialect."""
+    return _KINDS.get(dialect, _ANY)

@@ -1,0 +1,124 @@
+"""Settings in, SQLAlchemy engines out: tuned, checked after idling, safe across forks, and replaceable while running."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import create_engine, event
+from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.pool import NullPool, QueuePool, StaticPool
+
+from app_db.dialects import database_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.pool import Pool, PoolProxiedConnection
+
+    from app_db.settings import ConnectionSettings, DatabaseSettings
+
+_IDLE_SINCE = "app_db_idle_since"
+_POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static": StaticPool}
+
+_engines: WeakSet[Engine] = WeakSet()
+_retired: WeakSet[Engine] = WeakSet()
+_checked_out: WeakKeyDictionary[PoolProxiedConnection, Any] = WeakKeyDictionary()
+_of_parent_process: list[Any] = []
+
+
+def build_engine(name: str, settings: DatabaseSettings) -> Engine:
+    """Return a new engine for the connection `name`. Nothing connects before the engine is first used."""
+    connection = settings.connection(name)
+    database = database_of(connection.sqlalchemy_url().get_backend_name())
+    isolation_level = database.isolation_level(connection)
+    engine = create_engine(
+        database.url(connection),
+        connect_args=database.connect_args(settings.application, connection),
+        echo=connection.echo,
+        logging_name=name if connection.echo else None,
+        **_pool_arguments(connection),
+        **({} if isolation_level is None else {"isolation_level": isolation_level}),
+    )
+    _watch_pool(engine, connection)
+    database.tune(engine, connection)
+    _provide_passwords(engine, connection)
+    _engines.add(engine)
+    return engine
+
+
+def retire(engine: Engine) -> None:
+    """Close an engine's idle connections now, and those in use as they are returned. Sessions under way may finish."""
+    _retired.add(engine)
+    engine.dispose()
+
+
+def _pool_arguments(connection: ConnectionSettings) -> dict[str, Any]:
+    pool = connection.pool
+    pool_class = _pool_class(pool.class_)
+    arguments: dict[str, Any] = {"poolclass": pool_class, "pool_recycle": -1 if pool.recycle is None else pool.recycle}
+    if issubclass(pool_class, QueuePool):
+        arguments |= {
+            "pool_size": pool.size,
+            "max_overflow": pool.max_overflow,
+            "pool_timeout": pool.timeout,
+            "pool_use_lifo": pool.use_lifo,
+        }
+    return arguments
+
+
+def _pool_class(name: str | None) -> type[Pool]:
+    if name is None:
+        return QueuePool
+    if name in _POOLS:
+        return _POOLS[name]
+    module, _, attribute = name.replace(":", ".").rpartition(".")
+    pool_class: type[Pool] = getattr(import_module(module), attribute)
+    return pool_class
+
+
+def _watch_pool(engine: Engine, connection: ConnectionSettings) -> None:
+    alive_window = connection.pool.alive_window
+    dialect = engine.dialect
+    pings = dialect.name != "sqlite"
+
+    @event.listens_for(engine, "checkout")
+    def check(dbapi_connection: Any, record: Any, proxy: Any) -> None:
+        idle_since = record.info.get(_IDLE_SINCE)
+        if pings and idle_since is not None and time.monotonic() - idle_since > alive_window:
+            try:
+                dialect.do_ping(dbapi_connection)
+            except dialect.loaded_dbapi.Error as error:
+                raise InvalidatePoolError from error  # what killed this one has likely killed the others
+        _checked_out[proxy] = record
+
+    @event.listens_for(engine, "checkin")
+    def note_idle(dbapi_connection: Any, record: Any) -> None:
+        record.info[_IDLE_SINCE] = time.monotonic()
+        if engine in _retired and dbapi_connection is not None:
+            record.invalidate()
+
+
+def _provide_passwords(engine: Engine, connection: ConnectionSettings) -> None:
+    if connection.password_provider is None:
+        return
+    password = connection.load_password_provider()
+
+    @event.listens_for(engine, "do_connect")
+    def set_password(dialect: Any, record: Any, arguments: Any, parameters: dict[str, Any]) -> None:
+        parameters["password"] = password()
+
+
+def _leave_parents_connections() -> None:
+    """Give a forked child pools of its own, and never let it speak on a socket that it shares with its parent."""
+    for record in list(_checked_out.values()):
+        _of_parent_process.append(record.dbapi_connection)  # kept, lest its destructor ends the parent's session
+        record.fairy_ref = None  # the collector would otherwise send a ROLLBACK; detach() takes a lock that may be held for ever
+    _checked_out.clear()
+    for engine in list(_engines):
+        engine.dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_leave_parents_connections)

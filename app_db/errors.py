@@ -1,0 +1,357 @@
+"""Every error app_db raises, on one page.
+
+An error carries what it is about as attributes and makes its sentences when it is printed: what is wrong first,
+what to do next second. `args` are the constructor's arguments, so errors survive pickling between processes.
+Each class has a page of its own in the documentation; `page` says which.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import ClassVar
+
+from transaction.interfaces import AlreadyInTransaction, DoomedTransaction, NoTransaction
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` when a known name is close to `name`, else an empty string."""
+    close = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class AppDbError(Exception):
+    """Base of every error of app_db: `except AppDbError` catches them all."""
+
+    page: ClassVar[str] = "errors/app-db-error"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.page = "errors/" + re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+
+# ---- settings ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with the settings: where it was set, what is wrong, what to do. Never a value that was given."""
+
+    variable: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.variable}: {self.message}"
+
+
+class SettingsError(AppDbError):
+    """The settings can't be used. `problems` lists everything that is wrong with them, not only the first.
+
+    Not a ValueError on purpose: pydantic would wrap one and print the input, passwords included, around it.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__(problems)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        head = "The database settings have a problem:" if count == 1 else f"The database settings have {count} problems:"
+        return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
+
+
+class NothingConfigured(SettingsError):
+    """No connection is configured at all."""
+
+
+class UnknownVariable(SettingsError):
+    """An `APP_DB_*` variable is set that nobody reads: most often a typing error."""
+
+
+class ContradictorySettings(SettingsError):
+    """Two settings exclude each other."""
+
+
+# ---- connections and wiring -------------------------------------------------------------------------------------
+
+
+class UnknownConnection(AppDbError, AttributeError):
+    """A container was asked for a connection, or a provider of one, that it does not declare."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        super().__init__(name, known)
+        self.name: str = name
+        self.known = tuple(known)
+
+    def __str__(self) -> str:
+        connections = [name for name in self.known if f"{name}_session" in self.known]
+        return (
+            f"The container has no {self.name!r}.{did_you_mean(self.name, self.known)} Declare `NAME = Connection()` in the container and "
+            f"ask for `NAME_session`. There are: {_listed(connections or self.known)}."
+        )
+
+
+class ConnectionNotConfigured(AppDbError, LookupError):
+    """A container declares a connection for which the settings have no database."""
+
+    def __init__(self, name: str, configured: Sequence[str]) -> None:
+        super().__init__(name, configured)
+        self.name = name
+        self.configured = tuple(configured)
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that configures the connection."""
+        return f"APP_DB_CONNECTIONS__{self.name.upper()}__URL"
+
+    def __str__(self) -> str:
+        return (
+            f"The connection {self.name!r} has no database.{did_you_mean(self.name, self.configured)} Set {self.variable}, for example "
+            f"to sqlite:///{self.name}.db. Configured are: {_listed(self.configured)}."
+        )
+
+
+class NotWired(AppDbError):
+    """A function was called whose `Provide[...]` defaults nobody has replaced."""
+
+    def __init__(self, function: str, module: str, parameter: str | None = None, marker: str | None = None) -> None:
+        super().__init__(function, module, parameter, marker)
+        self.function = function
+        self.module = module
+        self.parameter = parameter
+        self.marker = marker
+
+    def __str__(self) -> str:
+        if self.parameter is None:
+            return (
+                f"{self.function} was called before a container was wired to its module. Call "
+                f"`container.wire(modules=[{self.module!r}])` once at start-up, after the module was imported."
+            )
+        return (
+            f"The parameter {self.parameter!r} of {self.function} was not injected: {self.marker} names nothing in the container that "
+            f"is wired to {self.module!r}. Check the name; if a subclass of the container redefines it, use the string form, "
+            "`Provide['NAME_session']`."
+        )
+
+
+# ---- units of work ----------------------------------------------------------------------------------------------
+
+
+class UnitOfWorkError(AppDbError):
+    """A unit of work, or a session of one, was used in a way it can't be."""
+
+
+class NoUnitOfWork(UnitOfWorkError, NoTransaction):  # type: ignore[misc]  # transaction has no type hints
+    """A session or the manager was used where no unit of work has begun."""
+
+    def __init__(self, subject: str = "The transaction manager") -> None:
+        super().__init__(subject)
+        self.subject = subject
+
+    def __str__(self) -> str:
+        return (
+            f"{self.subject} was used outside a unit of work. Put the code in `with container.transaction():` or in a function "
+            "decorated with @transactional."
+        )
+
+
+class UnitOfWorkEnded(UnitOfWorkError):
+    """A session, or a unit of work itself, was used after the unit had committed or aborted."""
+
+    def __init__(self, subject: str) -> None:
+        super().__init__(subject)
+        self.subject = subject
+
+    def __str__(self) -> str:
+        return (
+            f"{self.subject} was used after its unit of work had ended. Don't keep a session between units: ask for it again "
+            "(injected, or from the container) inside the next unit."
+        )
+
+
+class ForeignUnitOfWork(UnitOfWorkError):
+    """A session, or a unit of work itself, was used from a thread, task or process that does not own it."""
+
+    def __init__(self, subject: str, owner: str, user: str) -> None:
+        super().__init__(subject, owner, user)
+        self.subject = subject
+        self.owner = owner
+        self.user = user
+
+    def __str__(self) -> str:
+        return (
+            f"{self.subject} belongs to the unit of work of {self.owner} and was used from {self.user}. Begin a unit of work there "
+            "(`with container.transaction():`) and ask for a session inside it."
+        )
+
+
+class AlreadyInUnitOfWork(UnitOfWorkError, AlreadyInTransaction):  # type: ignore[misc]  # transaction has no type hints
+    """A unit of work was to begin, outermost, where one is under way."""
+
+    def __init__(self, wanted: str = "begin()") -> None:
+        super().__init__(wanted)
+        self.wanted = wanted
+
+    def __str__(self) -> str:
+        return (
+            f"{self.wanted} was called while a unit of work is under way. Use `with container.transaction():`, which joins it, or "
+            "`transaction(propagation='requires_new')` for a unit of its own."
+        )
+
+
+class SessionIsManaged(UnitOfWorkError):
+    """A session was told to end or begin its transaction, which the unit of work does."""
+
+    def __init__(self, connection: str, method: str) -> None:
+        super().__init__(connection, method)
+        self.connection = connection
+        self.method = method
+
+    def __str__(self) -> str:
+        advice = {
+            "commit": "The unit commits it, when its block ends; session.flush() sends what is pending now.",
+            "begin": "Its transaction begins by itself; session.begin_nested() takes a savepoint.",
+        }.get(self.method, "To undo a part, use `with session.begin_nested():`; to undo all, raise, or call unit.doom().")
+        return f"session.{self.method}() was called on the {self.connection!r} session, which belongs to a unit of work. {advice}"
+
+
+class UnitOfWorkDoomed(UnitOfWorkError, DoomedTransaction):  # type: ignore[misc]  # transaction has no type hints
+    """A unit of work was to commit after something in it had doomed it. Nothing was committed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"Nothing was committed, because the unit of work was doomed: {self.reason}. Let the error reach the outermost unit, or "
+            "give the inner block propagation='nested' or 'requires_new' if the outer one may go on without it."
+        )
+
+
+class UnitOfWorkTimeout(UnitOfWorkError, TimeoutError):
+    """A unit of work went on for longer than its `timeout`."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(timeout)
+        self.timeout = timeout
+
+    def __str__(self) -> str:
+        return f"The unit of work took longer than its timeout of {self.timeout:g} s and was stopped. Do less in it, or raise `timeout`."
+
+
+class InvalidUse(AppDbError):
+    """Something of app_db was used in a way that has no meaning; most often options that contradict each other."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(problem, advice)
+        self.problem = problem
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.advice}."
+
+
+class ReadOnlyViolation(UnitOfWorkError):
+    """Something was to be written through a read-only session. `connection` says whose."""
+
+    def __init__(self, connection: str, what: str, whole_unit: bool = False) -> None:
+        super().__init__(connection, what, whole_unit)
+        self.connection = connection
+        self.what = what
+        self.whole_unit = whole_unit
+
+    def __str__(self) -> str:
+        if self.whole_unit:
+            return (
+                f"{self.what} was refused: the unit of work is read-only, and so is its {self.connection!r} session. Begin it without "
+                "read_only=True."
+            )
+        return f"{self.what} was refused: the connection {self.connection!r} is read-only. Use a session of a writable connection."
+
+
+# ---- committing -------------------------------------------------------------------------------------------------
+
+
+class CommitError(AppDbError):
+    """A unit of work could not be committed as it was meant to be."""
+
+
+class NotAtomic(CommitError):
+    """Several connections were written which can't be committed together. Nothing was committed."""
+
+    def __init__(self, connections: Sequence[str]) -> None:
+        super().__init__(connections)
+        self.connections = tuple(connections)
+
+    def __str__(self) -> str:
+        return (
+            f"Nothing was committed: the unit of work wrote to {_listed(self.connections)}, which can't commit together. Write to one of "
+            "them only, or accept that one may commit and another not with APP_DB_ATOMICITY=best_effort."
+        )
+
+
+class PartialCommit(CommitError):
+    """Under best-effort atomicity, one connection committed and a later one failed."""
+
+    def __init__(self, committed: Sequence[str], failed: str, rolled_back: Sequence[str]) -> None:
+        super().__init__(committed, failed, rolled_back)
+        self.committed = tuple(committed)
+        self.failed = failed
+        self.rolled_back = tuple(rolled_back)
+
+    def __str__(self) -> str:
+        return (
+            f"Only a part was committed. Committed: {_listed(self.committed)}. Failed: {self.failed!r}. Rolled back: "
+            f"{_listed(self.rolled_back)}. Mend the data by hand, and see the cause above for why {self.failed!r} failed."
+        )
+
+
+class TransactionLost(CommitError):
+    """A statement failed, the error was swallowed, and the database has given the transaction up. Nothing was committed."""
+
+    def __init__(self, connection: str) -> None:
+        super().__init__(connection)
+        self.connection = connection
+
+    def __str__(self) -> str:
+        return (
+            f"Nothing was committed: a statement failed on the connection {self.connection!r}, its error was swallowed, and the database "
+            "has given the transaction up. Put a statement that may fail in `with session.begin_nested():`."
+        )
+
+
+class OutcomeUnknown(CommitError):
+    """The database went away while it was committing: the unit is there or it is not, and nobody can say which."""
+
+    def __init__(self, connection: str, committed: Sequence[str] = ()) -> None:
+        super().__init__(connection, committed)
+        self.connection = connection
+        self.committed = tuple(committed)
+
+    def __str__(self) -> str:
+        others = f" Committed before: {_listed(self.committed)}." if self.committed else ""
+        return (
+            f"The connection {self.connection!r} was lost during COMMIT, so its part is either committed or not.{others} Look in the "
+            "database before trying again."
+        )
+
+
+class HookFailed(CommitError):
+    """Hooks failed after the unit of work had ended. `committed` says how it ended, `errors` what the hooks raised."""
+
+    def __init__(self, committed: bool, errors: Sequence[BaseException]) -> None:
+        super().__init__(committed, errors)
+        self.committed = committed
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        outcome = "was committed" if self.committed else "was rolled back"
+        causes = "; ".join(f"{type(error).__name__}: {error}" for error in self.errors)
+        return f"The unit of work {outcome}, and then {len(self.errors)} of its hooks failed ({causes}). Don't repeat the unit; mend what the hooks do."

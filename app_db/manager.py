@@ -1,0 +1,236 @@
+"""A zope transaction manager whose transaction follows the context.
+
+Threads, tasks and greenlets have each their own current transaction, because it lives in a ContextVar; worker threads
+that run with a copy of their caller's context (a sync endpoint, `asyncio.to_thread`) see their caller's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from asyncio import Task, current_task
+from asyncio.events import _get_running_loop  # the public spelling raises where no loop runs, at five times the price
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm.exc import StaleDataError
+from transaction import Transaction, TransactionManager
+from transaction.interfaces import TransientError
+from transaction.weakset import WeakSet
+
+from app_db.errors import AlreadyInUnitOfWork, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded
+
+_process = object()
+
+
+def _note_new_process() -> None:
+    global _process
+    _process = object()
+
+
+os.register_at_fork(after_in_child=_note_new_process)
+
+
+def running_task() -> Task[Any] | None:
+    """Return the asyncio task that runs here, or None in code that no event loop runs."""
+    loop = _get_running_loop()
+    return None if loop is None else current_task(loop)
+
+
+def whereabouts() -> str:
+    """Return where the calling code runs, in words fit for an error message."""
+    task = running_task()
+    return f"thread {threading.current_thread().name!r}" if task is None else f"task {task.get_name()!r}"
+
+
+class Held:
+    """A transaction as a context holds it: with its owner, and whether it has ended. Copied contexts share it."""
+
+    __slots__ = ("ended", "owner", "process", "task", "transaction")
+
+    def __init__(self, transaction: Transaction) -> None:
+        self.transaction = transaction
+        self.process = _process
+        self.task = running_task()
+        self.owner = whereabouts()
+        self.ended = False
+
+    def refusal(self) -> ForeignUnitOfWork | None:
+        """Return why the calling code may not use this transaction, or None when it may.
+
+        A task that merely inherited its parent's context may not, and neither may a forked child. Threads without a
+        running loop may: they work for the unit's owner, who waits for them.
+        """
+        if self.process is not _process:
+            return ForeignUnitOfWork("The unit of work", f"{self.owner} in the parent process", f"process {os.getpid()}")
+        task = running_task()
+        if task is None or task is self.task:
+            return None
+        if self.task is None:
+            self.task = task  # begun where no task ran, and this is the first one to use it
+            return None
+        return ForeignUnitOfWork("The unit of work", self.owner, whereabouts())
+
+
+class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # transaction has no type hints
+    """A complete, explicit `ITransactionManager` that keeps its current transaction in a ContextVar.
+
+    It is explicit: `get()` never begins a transaction, and `begin()` refuses where one is under way. After a commit
+    that failed the next `begin()` works all the same.
+    """
+
+    def __init__(self) -> None:
+        self.explicit = True
+        self._synchs = WeakSet()
+        self._current: ContextVar[Held | None] = ContextVar("app_db.current_transaction", default=None)
+
+    @property
+    def _txn(self) -> Transaction | None:
+        """The current transaction, under the name by which the inherited methods know it."""
+        return self.current()
+
+    def current(self) -> Transaction | None:
+        """Return the transaction that is under way here, or None: what has ended or is another's doesn't count."""
+        held = self._current.get()
+        if held is None or held.ended or held.refusal():
+            return None
+        return held.transaction
+
+    def get(self) -> Transaction:
+        """Return the transaction that is under way here, or raise the error that says why there is none."""
+        held = self._current.get()
+        if held is None:
+            raise NoUnitOfWork
+        if held.ended:
+            raise UnitOfWorkEnded("The transaction manager")
+        refusal = held.refusal()
+        if refusal is not None:
+            raise refusal
+        return held.transaction
+
+    def begin(self) -> Transaction:
+        """Begin a transaction and make it the current one of this context."""
+        under_way = self.current()
+        if under_way is not None:
+            if under_way.status != "Commit failed":
+                raise AlreadyInUnitOfWork
+            under_way.abort()
+        transaction = Transaction(self._synchs, self)
+        held = Held(transaction)
+        transaction.set_data(self, held)
+        self._current.set(held)
+        if self._synchs:
+            self._synchs.map(lambda synchronizer: synchronizer.newTransaction(transaction))
+        return transaction
+
+    def free(self, transaction: Transaction) -> None:
+        """Forget a transaction that has ended. Called by the transaction itself, in whichever context that happens."""
+        held = transaction.data(self)
+        held.ended = True
+        if self._current.get() is held:
+            self._current.set(None)
+
+    def resume(self, transaction: Transaction) -> None:
+        """Make a transaction that began elsewhere the current one here: a generator may end in another context than it began in."""
+        try:
+            held = transaction.data(self)
+        except KeyError:
+            raise UnitOfWorkEnded("The unit of work") from None
+        self._current.set(held)
+        self.get()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.abort()
+            return
+        try:
+            self.commit()
+        except BaseException:
+            self.abort()  # a failed commit would otherwise stay the current transaction
+            raise
+
+    def _retryable(self, kind: type[BaseException], error: BaseException) -> bool:
+        return retryable(error) or bool(super()._retryable(kind, error))
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Run a block as if no transaction were under way, then take up the one that was."""
+        held = self._current.get()
+        self._current.set(None)
+        try:
+            yield
+        finally:
+            self._current.set(held)
+
+
+def current(manager: Any) -> Transaction | None:
+    """Return the transaction that is under way under any zope manager, or None, without beginning one.
+
+    zope's own managers begin one when asked with `get()`; their interface has no other question.
+    """
+    if isinstance(manager, ContextTransactionManager):
+        return manager.current()
+    return getattr(manager, "manager", manager)._txn
+
+
+def regain(manager: Any, transaction: Transaction) -> None:
+    """Make sure that `transaction` is the current one, or raise the error that says why it can't be."""
+    if current(manager) is transaction:
+        return
+    if not isinstance(manager, ContextTransactionManager):
+        raise UnitOfWorkEnded("The unit of work")
+    manager.resume(transaction)
+
+
+@contextmanager
+def suspended(manager: Any) -> Iterator[None]:
+    """Run a block as if no transaction were under way under any zope manager, then take up the one that was."""
+    if isinstance(manager, ContextTransactionManager):
+        with manager.suspended():
+            yield
+        return
+    inner = getattr(manager, "manager", manager)  # the thread-local manager keeps a plain one for each thread
+    transaction, inner._txn = inner._txn, None
+    try:
+        yield
+    finally:
+        inner._txn = transaction
+
+
+# ---- what is worth another attempt --------------------------------------------------------------------------------
+
+_MYSQL_DRIVERS = frozenset({"pymysql", "MySQLdb", "mysql", "asyncmy", "aiomysql", "mariadb"})
+_MYSQL_CODES = frozenset({1020, 1205, 1213})  # record changed since read, lock wait timeout, deadlock
+_ORACLE_CODES = frozenset({60, 8177})  # deadlock, can't serialize access
+_SQLITE_CODES = frozenset({5, 6})  # SQLITE_BUSY and SQLITE_LOCKED; extended codes add higher bits
+
+
+def retryable(error: BaseException) -> bool:
+    """Return whether the unit of work that raised `error` may succeed when it is run again from its start.
+
+    So it is for serialization failures, deadlocks, locks waited for too long, a row changed by somebody else, and a
+    connection lost before COMMIT was sent.
+    """
+    if isinstance(error, (TransientError, StaleDataError)):
+        return True
+    if not isinstance(error, DBAPIError) or error.orig is None:
+        return False
+    return error.connection_invalidated or _is_transient(error.orig)
+
+
+def _is_transient(error: BaseException) -> bool:
+    sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    if isinstance(sqlstate, str):
+        return sqlstate.startswith("40")
+    sqlite_code = getattr(error, "sqlite_errorcode", None)
+    if sqlite_code is not None:
+        return sqlite_code & 0xFF in _SQLITE_CODES
+    driver = type(error).__module__.partition(".")[0]
+    first = error.args[0] if error.args else None
+    if driver in _MYSQL_DRIVERS:
+        return first in _MYSQL_CODES
+    return getattr(first, "code", None) in _ORACLE_CODES

@@ -1,0 +1,255 @@
+"""Sessionmakers and scoped sessions that live in the unit of work.
+
+A session is made when a unit first asks for it and hangs on that unit's zope transaction, through `Work.sessions`. It
+joins through zope.sqlalchemy as changed, so nothing it writes depends on being noticed. What a unit does itself
+(begin, commit, roll back, close) a session of it refuses, with an error that says what to do instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+from transaction.interfaces import NoTransaction
+from zope.sqlalchemy import register
+from zope.sqlalchemy.datamanager import STATUS_CHANGED
+
+from app_db.coordinator import BRANCH, Coordinator, Work
+from app_db.errors import ForeignUnitOfWork, NoUnitOfWork, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkError
+from app_db.manager import whereabouts
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection, Engine, ExceptionContext
+    from sqlalchemy.orm import SessionTransaction
+
+    from app_db.dialects import Database
+    from app_db.settings import ConnectionSettings
+
+
+@dataclass(frozen=True)
+class SessionHome:
+    """What the sessions of one connection have in common."""
+
+    name: str
+    settings: ConnectionSettings
+    database: Database
+    coordinator: Coordinator
+    engine: Callable[[], Engine]
+
+    @property
+    def read_only(self) -> bool:
+        return self.settings.read_only
+
+    @property
+    def autonomous(self) -> bool:
+        return not self.settings.transactional
+
+    def engine_for(self, work: Work) -> Engine:
+        """Return the engine as it stands now, with the options of a unit of work.
+
+        It is asked for at each session's beginning, so that a replaced or overridden engine is used at once.
+        """
+        engine = self.engine()
+        _watch_engine(engine)
+        if not (work.read_only or work.isolation or work.timeout):
+            return engine
+        timed = work.timeout is not None
+        options = self.database.unit_options(self.settings, read_only=work.read_only, isolation=work.isolation, timed=timed)
+        return engine.execution_options(**options) if options else engine
+
+
+class UnitSession(Session):
+    """A session that belongs to the unit of work in which it is first used, and can't be used outside it."""
+
+    def __init__(self, *args: Any, home: SessionHome, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self.home = home
+        self._work: Work | None = None
+
+    def get_bind(self, *args: Any, **arguments: Any) -> Any:
+        """Return the engine to use. SQLAlchemy asks before everything that needs the database, which makes it the place to check."""
+        self.require_unit()
+        return super().get_bind(*args, **arguments)
+
+    def require_unit(self) -> None:
+        """Raise unless the unit of work that this session belongs to is the one under way here."""
+        try:
+            work = self.home.coordinator.get()
+        except (UnitOfWorkError, NoTransaction) as error:
+            raise self._refusal(error) from None
+        if work is not self._work:
+            if self._work is not None:
+                raise self._refusal(None)
+            self.enter(work)
+        elif work.transaction.status != "Active":
+            work.require_open(self._subject)
+
+    def enter(self, work: Work) -> None:
+        """Belong to `work` from now on."""
+        work.require_open(self._subject)
+        self._work = work
+        self.bind = self.home.engine_for(work)
+
+    @property
+    def _subject(self) -> str:
+        return f"The {self.home.name!r} session"
+
+    def _refusal(self, error: Exception | None) -> UnitOfWorkError:
+        if self._work is None:
+            if isinstance(error, ForeignUnitOfWork):
+                return ForeignUnitOfWork(self._subject, error.owner, error.user)
+            return NoUnitOfWork(self._subject)
+        if not self._work.is_current():
+            return UnitOfWorkEnded(self._subject)
+        return ForeignUnitOfWork(self._subject, self._work.owner, whereabouts())
+
+    def _refuse(self, method: str) -> None:
+        if self._work is not None and not self._work.finishing and self._work.is_current():
+            raise SessionIsManaged(self.home.name, method)
+
+    def commit(self) -> None:
+        self.require_unit()
+        self._refuse("commit")
+
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        if not nested:
+            self.require_unit()
+            self._refuse("begin")
+        return super().begin(nested)
+
+    def prepare(self) -> None:
+        self.require_unit()
+        self._refuse("prepare")
+
+    def rollback(self) -> None:
+        self._refuse("rollback")
+        super().rollback()
+
+    def close(self) -> None:
+        self._refuse("close")
+        super().close()
+
+    def reset(self) -> None:
+        self._refuse("reset")
+        super().reset()
+
+    def invalidate(self) -> None:
+        self._refuse("invalidate")
+        super().invalidate()
+
+
+def build_session_class(coordinator: Coordinator) -> type[UnitSession]:
+    """Return a session class whose sessions join the units of `coordinator`. One does for all connections."""
+    session_class = type("UnitSession", (UnitSession,), {})
+    event.listen(session_class, "before_commit", _refuse_foreign_commit)
+    event.listen(session_class, "before_attach", _require_unit_to_attach)
+    event.listen(session_class, "before_flush", _refuse_read_only_flush)
+    register(session_class, initial_state=STATUS_CHANGED, transaction_manager=coordinator)
+    event.listen(session_class, "after_begin", _watch_connection)  # after zope.sqlalchemy's, by which the session joins
+    return session_class
+
+
+def build_sessionmaker(session_class: type[UnitSession], home: SessionHome) -> sessionmaker[UnitSession]:
+    """Return the maker of one connection's sessions."""
+    settings = home.settings.session
+    return sessionmaker(class_=session_class, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit)
+
+
+class UnitRegistry(ScopedRegistry[UnitSession]):
+    """Where a scoped session finds the session of the current unit: on the unit itself, so that nothing accumulates."""
+
+    def __init__(self, maker: sessionmaker[UnitSession], home: SessionHome) -> None:
+        super().__init__(maker, lambda: None)
+        self._home = home
+
+    def __call__(self) -> UnitSession:
+        work = self._work()
+        session = work.sessions.get(self._home.name)
+        if session is None:
+            made: UnitSession = self.createfunc()
+            made.enter(work)
+            session = work.sessions.setdefault(self._home.name, made)  # threads of one unit get one session
+        return session  # type: ignore[return-value]  # Work knows sessions in general
+
+    def has(self) -> bool:
+        return self._home.name in self._work().sessions
+
+    def set(self, obj: UnitSession) -> None:
+        work = self._work()
+        obj.enter(work)
+        work.sessions[self._home.name] = obj
+
+    def clear(self) -> None:
+        self._work().sessions.pop(self._home.name, None)
+
+    def _work(self) -> Work:
+        try:
+            return self._home.coordinator.get()
+        except (NoTransaction, UnitOfWorkEnded):
+            raise NoUnitOfWork(f"The {self._home.name!r} session") from None
+
+
+def build_scoped_session(maker: sessionmaker[UnitSession], home: SessionHome) -> scoped_session[UnitSession]:
+    """Return the proxy that is always the current unit's session."""
+    scoped: scoped_session[UnitSession] = scoped_session(maker)
+    scoped.registry = UnitRegistry(maker, home)
+    return scoped
+
+
+# ---- listeners -----------------------------------------------------------------------------------------------------
+
+
+def _refuse_foreign_commit(session: UnitSession) -> None:
+    if not session.in_nested_transaction():
+        session._refuse("commit")
+
+
+def _require_unit_to_attach(session: UnitSession, instance: object) -> None:
+    session.require_unit()
+
+
+def _refuse_read_only_flush(session: UnitSession, context: Any, instances: Any) -> None:
+    work = session._work
+    read_only = session.home.read_only or (work is not None and work.read_only)
+    if read_only and (session.new or session.deleted or any(session.is_modified(instance) for instance in session.dirty)):
+        raise ReadOnlyViolation(session.home.name, "Flushing changed objects", not session.home.read_only)
+
+
+def _watch_connection(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
+    work = session._work
+    branch = None if work is None else work.branch_of(session)
+    if branch is not None:
+        branch.uses(connection)
+
+
+_watched: WeakSet[Engine] = WeakSet()
+
+
+def _watch_engine(engine: Engine) -> None:
+    """Listen to what an engine executes. Done at first use, so that an engine that overrides ours is listened to as well."""
+    if engine not in _watched:
+        _watched.add(engine)
+        event.listen(engine, "before_cursor_execute", _before_cursor_execute)
+        event.listen(engine, "handle_error", _handle_error)
+
+
+def _before_cursor_execute(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
+    branch = connection.info.get(BRANCH)
+    if branch is not None:
+        branch.before_statement(statement)
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or context.is_disconnect or connection.invalidated or connection.closed:
+        return
+    branch = connection.info.get(BRANCH)
+    if branch is not None:
+        better = branch.statement_failed(context.original_exception)
+        if better is not None:
+            raise better from context.original_exception
