@@ -9,7 +9,8 @@ from app_db.container import Connection, ConnectionContainer, Container, Databas
 from app_db.errors import AppDbError
 from app_db.manager import ContextTransactionManager, retryable
 from app_db.settings import ConnectionSettings, DatabaseSettings, PoolSettings, SessionSettings
-from app_db.transactions import Propagation, Transaction, UnitOfWork, transactional
+from app_db.transactions import Transaction, transactional
+from app_db.units import Propagation, UnitOfWork
 
 __all__ = [
     "AppDbError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from dependency_injector import containers, providers
@@ -10,13 +11,13 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from app_db.coordinator import build_coordinator
-from app_db.dialects import database_of
 from app_db.engines import build_engine, retire
 from app_db.errors import InvalidUse, UnknownConnection
 from app_db.manager import ContextTransactionManager
 from app_db.sessions import SessionHome, build_scoped_session, build_session_class, build_sessionmaker
 from app_db.settings import DatabaseSettings
-from app_db.transactions import Transaction, UnitOfWork, build_transaction, build_unit
+from app_db.transactions import Transaction, build_transaction, build_unit
+from app_db.units import UnitOfWork
 
 if TYPE_CHECKING:
     DeclarativeMeta = type
@@ -43,17 +44,21 @@ class Lasting(providers.ThreadSafeSingleton[Any]):
 class EngineProvider(providers.ThreadSafeSingleton[Engine]):
     """The engine of a connection; `reset()` retires it, and the next session gets one made from the settings of that time."""
 
+    storage_lock: AbstractContextManager[Any]  # the base class's, not in its stubs
     _built: Engine | None = None
 
     def _provide(self, args: Any, kwargs: Any) -> Engine:
-        engine: Engine = super()._provide(args, kwargs)  # type: ignore[misc]  # not in the stubs
-        self._built = engine
+        engine = self._built
+        if engine is None:
+            with self.storage_lock:  # or a reset between making it and noting it would never retire it
+                engine = self._built = super()._provide(args, kwargs)  # type: ignore[misc]  # not in the stubs
         return engine
 
     def reset(self) -> Any:
         """Retire the engine: its idle connections close now, those in use when their units end."""
-        built, self._built = self._built, None
-        context = super().reset()
+        with self.storage_lock:
+            built, self._built = self._built, None
+            context = super().reset()
         if built is not None:
             retire(built)
         return context
@@ -89,15 +94,19 @@ class Disposal(providers.Resource[None]):
 class _NamedContainer(containers.DynamicContainer):
     """An instance of a container of this module: it knows its providers' names when asked for one that it has not."""
 
+    def __getattr__(self, name: str) -> Any:
+        raise _unknown(name, self.__dict__.get("providers", ()))
+
+
+class _HomeContainer(_NamedContainer):
+    """An instance of a database container: its providers, and those of its connections, find it by their `home`."""
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, Connection) and name != "parent":
             value.container.home.set_provides(self)
-        elif name == "home" and value.provides is None:
-            value.set_provides(self)
-
-    def __getattr__(self, name: str) -> Any:
-        raise _unknown(name, self.__dict__.get("providers", ()))
+        elif name == "home":
+            value.set_provides(self)  # a copy's, which came with the original's, too
 
 
 def _unknown(name: str, known: Iterable[str]) -> AttributeError:
@@ -108,7 +117,9 @@ def _unknown(name: str, known: Iterable[str]) -> AttributeError:
 
 def _home_of(container: DatabaseContainer | None, name: str) -> DatabaseContainer:
     if container is None:
-        raise InvalidUse(f"A provider of {name!r} was called on a container class", "Make an instance, `container = Container()`, and ask that")
+        raise InvalidUse(
+            f"A provider of {name!r} was called on a container class", "Make an instance, `container = Container()`, and ask that"
+        )
     return container
 
 
@@ -119,8 +130,7 @@ def _build_engine(container: DatabaseContainer | None, name: str) -> Engine:
 def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: Callable[[], Engine]) -> sessionmaker[Any]:
     container = _home_of(container, name)
     settings = container.settings().connection(name)
-    database = database_of(settings.sqlalchemy_url().get_backend_name())
-    home = SessionHome(name, settings, database, container.coordinator(), engine)
+    home = SessionHome(name, settings, container.coordinator(), engine)
     return build_sessionmaker(container.session_class(), home)
 
 
@@ -169,11 +179,34 @@ class Connection(providers.Container[ConnectionContainer]):
             setattr(owner, f"{name}_{kind}", getattr(self.container, kind))
 
 
+def _refuse_taken_names(name: str, bases: Iterable[type], attributes: Iterable[str]) -> None:
+    inherited = [getattr(base, name) for base in bases if hasattr(base, name)]
+    if hasattr(_HomeContainer(), name) or not all(isinstance(value, Connection) for value in inherited):
+        raise InvalidUse(
+            f"A connection can't be called {name!r}, because the container provides that itself",
+            "Give the connection another name",
+        )
+    for taken in {f"{name}_{kind}" for kind in KINDS}.intersection(attributes):
+        raise InvalidUse(
+            f"The connection {name!r} provides {taken!r}, which the container class defines a second time", "Rename one of them"
+        )
+
+
 # ---- what an application subclasses -----------------------------------------------------------------------------------
 
 
 class DatabaseContainerMeta(DeclarativeMeta):
     """Gives a container class the flat names, `Container.writer_session`, and a clear error for those it has not."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any], **arguments: Any) -> Any:
+        for attribute, value in attributes.items():
+            if isinstance(value, Connection):
+                _refuse_taken_names(attribute, bases, attributes)
+        for base in bases:
+            getattr(base, "providers", {}).pop(
+                "__self__", None
+            )  # wiring leaves it there, and a subclass would take its base for itself
+        return super().__new__(cls, name, bases, attributes, **arguments)
 
     def __getattr__(cls, name: str) -> providers.Provider[Any]:
         raise _unknown(name, getattr(cls, "providers", ()))
@@ -182,7 +215,7 @@ class DatabaseContainerMeta(DeclarativeMeta):
 class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseContainerMeta):
     """Subclass it, and declare a `Connection()` for every database."""
 
-    instance_type = _NamedContainer
+    instance_type = _HomeContainer
 
     settings = providers.ThreadSafeSingleton(DatabaseSettings)
     transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
@@ -202,4 +235,6 @@ class Container(DatabaseContainer):
 
 def container_of(*names: str) -> type[DatabaseContainer]:
     """Return a container class for connections whose names are known only at run time."""
-    return DatabaseContainerMeta("Container", (DatabaseContainer,), {name: Connection() for name in names})
+    make: Any = type(DatabaseContainer)
+    container: type[DatabaseContainer] = make("Container", (DatabaseContainer,), {name: Connection() for name in names})
+    return container

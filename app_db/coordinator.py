@@ -26,7 +26,7 @@ from app_db.errors import (
     UnitOfWorkEnded,
     UnitOfWorkTimeout,
 )
-from app_db.manager import retryable, whereabouts
+from app_db.manager import Owner, retryable
 from app_db.statements import Effect, effect_of
 
 if TYPE_CHECKING:
@@ -46,14 +46,10 @@ BRANCH = "app_db_branch"
 class Home(Protocol):
     """What a branch has to know of the connection whose share it is."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def read_only(self) -> bool: ...
-    @property
-    def autonomous(self) -> bool: ...
-    @property
-    def database(self) -> Database: ...
+    name: str
+    read_only: bool
+    autonomous: bool
+    database: Database
 
 
 class Branch:
@@ -173,7 +169,7 @@ class Work:
 
     def __init__(self, transaction: Transaction, coordinator: Coordinator) -> None:
         self.transaction = transaction
-        self.owner = whereabouts()
+        self.owner = Owner()
         self.sessions: dict[str, Session] = {}
         self.branches: list[Branch] = []
         self.read_only = False
@@ -190,17 +186,14 @@ class Work:
 
     # -- what zope.sqlalchemy asks of a transaction
 
-    @property
-    def status(self) -> str:
-        """What zope.sqlalchemy goes by to tell our commits from anybody else's; autonomous branches commit in an abort as well."""
-        return "Committing" if self.finishing else str(self.transaction.status)
-
     def join(self, data_manager: Any) -> None:
         """Take part with a session's data manager."""
         if not self._joined:
             self.transaction.join(self)
             self._joined = True
-        self.branches.append(Branch(self, data_manager, data_manager.session.home))
+        session = data_manager.session
+        session.branch = Branch(self, data_manager, session.home)
+        self.branches.append(session.branch)
 
     # -- what sessions ask
 
@@ -217,10 +210,6 @@ class Work:
             return self.transaction.data(self._coordinator) is self and not self._ended
         except KeyError:
             return False
-
-    def branch_of(self, session: Session) -> Branch | None:
-        """Return the branch that `session` is, if it has joined."""
-        return next((branch for branch in self.branches if branch.session is session), None)
 
     def limit(self, timeout: float) -> None:
         """Give the unit at most `timeout` seconds from now on, or what is left of the time that it has."""
@@ -243,6 +232,11 @@ class Work:
             raise UnitOfWorkDoomed(f"an inner unit failed with {type(reason).__name__}: {summary}") from reason
         if reason is not None or self.transaction.isDoomed():
             raise UnitOfWorkDoomed(reason or "its zope transaction was doomed")
+
+    @property
+    def timed(self) -> bool:
+        """Whether the unit has a timeout."""
+        return self.deadline is not None
 
     def remaining(self) -> float | None:
         """Return the seconds left, or None without a timeout."""
@@ -275,7 +269,8 @@ class Work:
         self._flush()
 
     def commit(self, transaction: Transaction) -> None:
-        self._flush()  # what one session's flush added to another that had been flushed
+        if len(self.branches) > 1:
+            self._flush()  # what one session's flush added to another that had been flushed
         self._refuse_what_cannot_commit()
 
     def tpc_vote(self, transaction: Transaction) -> None:
@@ -312,7 +307,9 @@ class Work:
 
     def savepoint(self) -> WorkSavepoint:
         """Take a savepoint on every branch that can write."""
-        savepoint = WorkSavepoint(self, [branch for branch in self.branches if not (branch.home.read_only or branch.home.autonomous)])
+        savepoint = WorkSavepoint(
+            self, [branch for branch in self.branches if not (branch.home.read_only or branch.home.autonomous)]
+        )
         self._savepoints.append(savepoint)
         return savepoint
 
@@ -337,7 +334,7 @@ class Work:
                 raise NotAtomic(written)
 
     def _commit_branches(self) -> None:
-        waiting = sorted(self.branches, key=_position)
+        waiting = sorted(self.branches, key=_position) if len(self.branches) > 1 else list(self.branches)
         committed: list[str] = []
         while waiting:
             branch = waiting.pop(0)

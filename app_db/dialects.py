@@ -11,9 +11,9 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import event
@@ -21,15 +21,26 @@ from sqlalchemy.exc import DBAPIError
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
-    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine import Connection, Engine, ExecutionContext
+    from sqlalchemy.pool import PoolProxiedConnection
 
     from app_db.settings import ConnectionSettings
 
 READ_ONLY = "app_db_read_only"
-"""Execution option of a connection on which a read-only unit of work runs."""
+"""Key in a DBAPI connection's info: a read-only unit of work runs on it."""
 
 DEADLINE = "app_db_deadline"
 """Key in a DBAPI connection's info: the monotonic time after which its statements are interrupted."""
+
+
+class Terms(Protocol):
+    """How a unit of work is to run."""
+
+    read_only: bool
+    isolation: str | None
+
+    @property
+    def timed(self) -> bool: ...
 
 
 class Database:
@@ -43,6 +54,10 @@ class Database:
         """Return the driver's arguments for a new connection."""
         return dict(settings.connect_args)
 
+    def password(self, driver: str, password: str) -> str | bytes:
+        """Return a password in the form in which the driver sends it right."""
+        return password
+
     def isolation_level(self, settings: ConnectionSettings) -> str | None:
         """Return the isolation level an engine is created with."""
         return settings.isolation_level
@@ -50,14 +65,9 @@ class Database:
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         """Set up what every connection of `engine` needs."""
 
-    def unit_options(self, settings: ConnectionSettings, *, read_only: bool, isolation: str | None, timed: bool) -> Mapping[str, Any]:
-        """Return the execution options with which a unit of work uses a connection."""
-        options: dict[str, Any] = {}
-        if isolation is not None:
-            options["isolation_level"] = isolation
-        if read_only and not settings.read_only:
-            options[READ_ONLY] = True
-        return options
+    def engine_for_unit(self, engine: Engine, settings: ConnectionSettings, terms: Terms) -> Engine:
+        """Return `engine` as a unit of work on other terms than the usual uses it. Pool and dialect stay the same."""
+        return engine if terms.isolation is None else engine.execution_options(isolation_level=terms.isolation)
 
     def limit(self, connection: Connection, seconds: float) -> None:
         """Have the server stop the statements of this unit that take longer than `seconds`."""
@@ -65,6 +75,10 @@ class Database:
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
         """Return whether, after statements failed with `failures`, the transaction of `connection` can't commit any more."""
         return False
+
+    def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
+        """Return whether a connection that is returned to its pool has to be rolled back. False only when that is certain."""
+        return True
 
     def refuses_write(self, error: BaseException) -> bool:
         """Return whether `error` is the server's way of saying that the transaction is read-only."""
@@ -74,9 +88,15 @@ class Database:
 class PostgreSQL(Database):
     """PostgreSQL, by psycopg or any other driver."""
 
+    _idle = 0  # libpq's PQTRANS_IDLE
+
     def connect_args(self, application: str, settings: ConnectionSettings) -> dict[str, Any]:
         url = self.url(settings)
-        named = {} if "application_name" in url.query or not url.drivername.endswith(("psycopg", "psycopg2")) else {"application_name": application}
+        named = (
+            {}
+            if "application_name" in url.query or not url.drivername.endswith(("psycopg", "psycopg2"))
+            else {"application_name": application}
+        )
         return {**named, **settings.connect_args}
 
     def isolation_level(self, settings: ConnectionSettings) -> str | None:
@@ -97,20 +117,18 @@ class PostgreSQL(Database):
         def set_parameters(dbapi_connection: Any, record: Any) -> None:
             autocommit = dbapi_connection.autocommit
             dbapi_connection.autocommit = True  # a rollback would otherwise take the parameters back
-            cursor = dbapi_connection.cursor()
-            cursor.execute(statement)
-            cursor.close()
+            _execute(dbapi_connection, statement)
             dbapi_connection.autocommit = autocommit
 
-    def unit_options(self, settings: ConnectionSettings, *, read_only: bool, isolation: str | None, timed: bool) -> Mapping[str, Any]:
+    def engine_for_unit(self, engine: Engine, settings: ConnectionSettings, terms: Terms) -> Engine:
         options: dict[str, Any] = {}
-        if isolation is None and timed and self.isolation_level(settings) == "AUTOCOMMIT":
-            isolation = "READ COMMITTED"  # SET LOCAL needs a transaction
-        if isolation is not None:
-            options["isolation_level"] = isolation
-        if read_only and not settings.read_only:
+        if terms.isolation is not None:
+            options["isolation_level"] = terms.isolation
+        elif terms.timed and self.isolation_level(settings) == "AUTOCOMMIT":
+            options["isolation_level"] = "READ COMMITTED"  # SET LOCAL needs a transaction
+        if terms.read_only and not settings.read_only:
             options["postgresql_readonly"] = True
-        return options
+        return engine.execution_options(**options) if options else engine
 
     def limit(self, connection: Connection, seconds: float) -> None:
         connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, round(seconds * 1000))}")
@@ -123,6 +141,10 @@ class PostgreSQL(Database):
             return True
         return False
 
+    def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
+        libpq = getattr(dbapi_connection, "pgconn", None)
+        return libpq is None or bool(libpq.transaction_status != self._idle)
+
     def refuses_write(self, error: BaseException) -> bool:
         return getattr(error, "sqlstate", None) == "25006"
 
@@ -130,6 +152,16 @@ class PostgreSQL(Database):
 class MySQL(Database):
     """MySQL and MariaDB."""
 
+    def password(self, driver: str, password: str) -> str | bytes:
+        # PyMySQL would encode it in latin-1, which fails for most of the world's letters.
+        return password.encode() if driver == "pymysql" else password
+
+    def connect_args(self, application: str, settings: ConnectionSettings) -> dict[str, Any]:
+        url = self.url(settings)
+        own = {} if url.password is None else {"password": self.password(url.get_driver_name(), str(url.password))}
+        return {**own, **settings.connect_args}
+
+    _in_transaction = 1  # the protocol's SERVER_STATUS_IN_TRANS
     _deadlock = 1213
     _lock_wait_timeout = 1205
 
@@ -145,18 +177,18 @@ class MySQL(Database):
                 cursor.execute(self._timeout(settings.statement_timeout, is_mariadb))
             cursor.close()
 
-        @event.listens_for(engine, "begin")
-        def begin(connection: Connection) -> None:
-            if connection.get_execution_options().get(READ_ONLY):
-                connection.exec_driver_sql("SET TRANSACTION READ ONLY")  # the next one, which the first statement begins
-
         @event.listens_for(engine, "checkin")
         def take_limit_back(dbapi_connection: Any, record: Any) -> None:
             reset = record.info.pop(DEADLINE, None)
             if reset is not None and dbapi_connection is not None:
-                cursor = dbapi_connection.cursor()
-                cursor.execute(reset)
-                cursor.close()
+                _execute(dbapi_connection, reset)
+
+    def engine_for_unit(self, engine: Engine, settings: ConnectionSettings, terms: Terms) -> Engine:
+        engine = super().engine_for_unit(engine, settings, terms)
+        return _when_connected(engine, self._set_read_only) if terms.read_only and not settings.read_only else engine
+
+    def _set_read_only(self, connection: Connection) -> None:
+        _execute(connection.connection, "SET TRANSACTION READ ONLY")  # the next one, which the first statement begins
 
     def limit(self, connection: Connection, seconds: float) -> None:
         is_mariadb = bool(getattr(connection.dialect, "is_mariadb", False))
@@ -169,7 +201,13 @@ class MySQL(Database):
         codes = {failure.args[0] for failure in failures if failure.args}
         if self._deadlock in codes:
             return True
-        return self._lock_wait_timeout in codes and bool(connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar())
+        return self._lock_wait_timeout in codes and bool(
+            connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar()
+        )
+
+    def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
+        status: int | None = getattr(dbapi_connection, "server_status", None)
+        return status is None or bool(status & self._in_transaction)
 
     def refuses_write(self, error: BaseException) -> bool:
         return bool(error.args) and error.args[0] == 1792
@@ -190,50 +228,58 @@ class SQLite(Database):
         return url.set(database=str(_memory_file(settings.database_key())), query={}) if _is_memory(url) else url
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
-        begin_statement = "BEGIN" if settings.read_only else "BEGIN IMMEDIATE"
-        durable = not _is_memory(settings.sqlalchemy_url())
-
-        @event.listens_for(engine, "connect")
-        def set_up(dbapi_connection: Any, record: Any) -> None:
-            cursor = dbapi_connection.cursor()
-            cursor.execute("PRAGMA foreign_keys = ON")
-            if not settings.read_only:
-                _use_wal(cursor)
-            if not durable:
-                cursor.execute("PRAGMA synchronous = OFF")
-            if settings.read_only:
-                cursor.execute("PRAGMA query_only = ON")
-            cursor.close()
-            if settings.statement_timeout is not None:
-                self._interrupt_at_deadline(dbapi_connection, record.info)
-
-        @event.listens_for(engine, "begin")
-        def begin(connection: Connection) -> None:
-            if connection.get_execution_options().get(READ_ONLY):
-                connection.info[READ_ONLY] = True
-                connection.exec_driver_sql("PRAGMA query_only = ON")
-                connection.exec_driver_sql("BEGIN")
-            else:
-                connection.exec_driver_sql(begin_statement)
+        self._set_up_connections(engine, settings)
+        self._begin_ourselves(engine, "BEGIN" if settings.read_only else "BEGIN IMMEDIATE")
+        if settings.statement_timeout is not None:
+            self._interrupt_late_statements(engine, settings.statement_timeout)
 
         @event.listens_for(engine, "checkin")
         def clean(dbapi_connection: Any, record: Any) -> None:
             record.info.pop(DEADLINE, None)
-            if dbapi_connection is None:
-                return
-            if getattr(dbapi_connection, "in_transaction", False):
-                dbapi_connection.rollback()  # a COMMIT refused with SQLITE_BUSY leaves its transaction open
-            if record.info.pop(READ_ONLY, False):
-                cursor = dbapi_connection.cursor()
-                cursor.execute("PRAGMA query_only = OFF")
-                cursor.close()
+            if record.info.pop(READ_ONLY, False) and dbapi_connection is not None:
+                _execute(dbapi_connection, "PRAGMA query_only = OFF")
 
-        if settings.statement_timeout is not None:
-            timeout = settings.statement_timeout
+    def _set_up_connections(self, engine: Engine, settings: ConnectionSettings) -> None:
+        pragmas = ["PRAGMA foreign_keys = ON"]
+        if _is_memory(settings.sqlalchemy_url()):
+            pragmas.append("PRAGMA synchronous = OFF")
+        if settings.read_only:
+            pragmas.append("PRAGMA query_only = ON")
 
-            @event.listens_for(engine, "before_cursor_execute")
-            def set_deadline(connection: Connection, *_: Any) -> None:
-                connection.info[DEADLINE] = time.monotonic() + timeout
+        @event.listens_for(engine, "connect")
+        def set_up(dbapi_connection: Any, record: Any) -> None:
+            if not settings.read_only:
+                _use_wal(dbapi_connection)
+            _execute(dbapi_connection, *pragmas)
+
+    def _begin_ourselves(self, engine: Engine, statement: str) -> None:
+        # A listener to the "begin" event would make every use of the engine dearer; the dialect's own method doesn't.
+        def begin(dbapi_connection: PoolProxiedConnection) -> None:
+            if READ_ONLY in dbapi_connection.info:
+                _execute(dbapi_connection, "PRAGMA query_only = ON", "BEGIN")
+            else:
+                _execute(dbapi_connection, statement)
+
+        engine.dialect.do_begin = begin  # type: ignore[method-assign]
+
+    def _interrupt_late_statements(self, engine: Engine, timeout: float) -> None:
+        def set_deadline(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
+            context.root_connection.info[DEADLINE] = time.monotonic() + timeout
+
+        @event.listens_for(engine, "connect", once=True)
+        def watch(dbapi_connection: Any, record: Any) -> None:
+            on_execute(engine, set_deadline)
+
+        @event.listens_for(engine, "connect")
+        def interrupt(dbapi_connection: Any, record: Any) -> None:
+            self._interrupt_at_deadline(dbapi_connection, record.info)
+
+    def engine_for_unit(self, engine: Engine, settings: ConnectionSettings, terms: Terms) -> Engine:
+        engine = super().engine_for_unit(engine, settings, terms)
+        return _when_connected(engine, self._set_read_only) if terms.read_only and not settings.read_only else engine
+
+    def _set_read_only(self, connection: Connection) -> None:
+        connection.info[READ_ONLY] = True
 
     def limit(self, connection: Connection, seconds: float) -> None:
         connection.info[DEADLINE] = time.monotonic() + seconds
@@ -243,33 +289,59 @@ class SQLite(Database):
         # A full disk, say, makes SQLite roll back by itself; what follows would be committed a statement at a time.
         return not getattr(connection.connection.driver_connection, "in_transaction", True)
 
+    def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
+        return bool(getattr(dbapi_connection, "in_transaction", True))  # so it is also after a COMMIT refused with SQLITE_BUSY
+
     def refuses_write(self, error: BaseException) -> bool:
         code: int = getattr(error, "sqlite_errorcode", 0)
         return code & 0xFF == 8
 
     def _interrupt_at_deadline(self, driver_connection: Any, info: dict[Any, Any]) -> None:
         def past_deadline() -> bool:
-            return time.monotonic() > info.get(DEADLINE, float("inf"))
+            return bool(time.monotonic() > info.get(DEADLINE, float("inf")))
 
         driver_connection.set_progress_handler(past_deadline, self._steps_between_looks)
+
+
+def _when_connected(engine: Engine, listener: Callable[[Connection], None]) -> Engine:
+    """Return `engine` with a listener to its connecting that the engine itself does not get."""
+    own = engine.execution_options()
+    event.listen(own, "engine_connect", listener)
+    return own
+
+
+def on_execute(engine: Engine, listener: Callable[[Any, str, Any, ExecutionContext], None]) -> None:
+    """Call `listener` with everything that `engine` and the engines derived from it are about to execute.
+
+    These are the dialect's events. Those of the engine make every use of a connection dearer, statement or not. To be called
+    once the engine has connected: the connection on which the dialect looks around has no info yet.
+    """
+    event.listen(engine, "do_execute", listener)
+    event.listen(engine, "do_executemany", listener)
+    event.listen(engine, "do_execute_no_params", lambda cursor, statement, context: listener(cursor, statement, (), context))
 
 
 def _is_memory(url: URL) -> bool:
     return url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
 
 
-def _use_wal(cursor: Any) -> None:
+def _execute(dbapi_connection: Any, *statements: str) -> None:
+    cursor = dbapi_connection.cursor()
+    for statement in statements:
+        cursor.execute(statement)
+    cursor.close()
+
+
+def _use_wal(dbapi_connection: Any) -> None:
     """Switch the database to WAL, which it then stays in. Changing the mode doesn't wait for locks, so this waits."""
     give_up = time.monotonic() + 5
     while True:
         try:
-            cursor.execute("PRAGMA journal_mode = WAL")
+            return _execute(dbapi_connection, "PRAGMA journal_mode = WAL")
         except Exception as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF != 5 or time.monotonic() > give_up:
                 raise
-            time.sleep(0.01)
-        else:
-            return
+        time.sleep(0.01)
 
 
 _memory_files: WeakKeyDictionary[object, Path] = WeakKeyDictionary()

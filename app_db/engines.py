@@ -6,17 +6,17 @@ import os
 import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
-from app_db.dialects import database_of
+from app_db.dialects import Database, database_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
-    from sqlalchemy.pool import Pool, PoolProxiedConnection
+    from sqlalchemy.pool import Pool
 
     from app_db.settings import ConnectionSettings, DatabaseSettings
 
@@ -25,7 +25,7 @@ _POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static":
 
 _engines: WeakSet[Engine] = WeakSet()
 _retired: WeakSet[Engine] = WeakSet()
-_checked_out: WeakKeyDictionary[PoolProxiedConnection, Any] = WeakKeyDictionary()
+_checked_out: dict[int, Any] = {}  # pool records by their id, for the child of a fork
 _of_parent_process: list[Any] = []
 
 
@@ -42,9 +42,9 @@ def build_engine(name: str, settings: DatabaseSettings) -> Engine:
         **_pool_arguments(connection),
         **({} if isolation_level is None else {"isolation_level": isolation_level}),
     )
-    _watch_pool(engine, connection)
     database.tune(engine, connection)
-    _provide_passwords(engine, connection)
+    _watch_pool(engine, connection)  # after what cleans connections up, which a retired engine closes
+    _provide_passwords(engine, connection, database)
     _engines.add(engine)
     return engine
 
@@ -58,7 +58,11 @@ def retire(engine: Engine) -> None:
 def _pool_arguments(connection: ConnectionSettings) -> dict[str, Any]:
     pool = connection.pool
     pool_class = _pool_class(pool.class_)
-    arguments: dict[str, Any] = {"poolclass": pool_class, "pool_recycle": -1 if pool.recycle is None else pool.recycle}
+    arguments: dict[str, Any] = {
+        "poolclass": pool_class,
+        "pool_recycle": -1 if pool.recycle is None else pool.recycle,
+        "pool_reset_on_return": None,  # `_reset_when_needed` does
+    }
     if issubclass(pool_class, QueuePool):
         arguments |= {
             "pool_size": pool.size,
@@ -92,23 +96,33 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings) -> None:
                 dialect.do_ping(dbapi_connection)
             except dialect.loaded_dbapi.Error as error:
                 raise InvalidatePoolError from error  # what killed this one has likely killed the others
-        _checked_out[proxy] = record
+        _checked_out[id(record)] = record
 
     @event.listens_for(engine, "checkin")
     def note_idle(dbapi_connection: Any, record: Any) -> None:
+        _checked_out.pop(id(record), None)
         record.info[_IDLE_SINCE] = time.monotonic()
         if engine in _retired and dbapi_connection is not None:
             record.invalidate()
 
 
-def _provide_passwords(engine: Engine, connection: ConnectionSettings) -> None:
+def _reset_when_needed(engine: Engine, database: Database) -> None:
+    """Roll back a returned connection, but not one that says itself that it has no transaction: that can cost a round trip."""
+
+    @event.listens_for(engine, "reset")
+    def reset(dbapi_connection: Any, record: Any, state: Any) -> None:
+        if not state.terminate_only and database.may_be_in_transaction(dbapi_connection):
+            dbapi_connection.rollback()
+
+
+def _provide_passwords(engine: Engine, connection: ConnectionSettings, database: Database) -> None:
     if connection.password_provider is None:
         return
     password = connection.load_password_provider()
 
     @event.listens_for(engine, "do_connect")
     def set_password(dialect: Any, record: Any, arguments: Any, parameters: dict[str, Any]) -> None:
-        parameters["password"] = password()
+        parameters["password"] = database.password(dialect.driver, password())
 
 
 def _leave_parents_connections() -> None:

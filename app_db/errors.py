@@ -92,7 +92,8 @@ class UnknownConnection(AppDbError, AttributeError):
     def __str__(self) -> str:
         connections = [name for name in self.known if f"{name}_session" in self.known]
         return (
-            f"The container has no {self.name!r}.{did_you_mean(self.name, self.known)} Declare `NAME = Connection()` in the container and "
+            f"The container has no {self.name!r}.{did_you_mean(self.name, self.known)} Declare `NAME = Connection()` in the "
+            "container and "
             f"ask for `NAME_session`. There are: {_listed(connections or self.known)}."
         )
 
@@ -112,7 +113,8 @@ class ConnectionNotConfigured(AppDbError, LookupError):
 
     def __str__(self) -> str:
         return (
-            f"The connection {self.name!r} has no database.{did_you_mean(self.name, self.configured)} Set {self.variable}, for example "
+            f"The connection {self.name!r} has no database.{did_you_mean(self.name, self.configured)} Set {self.variable}, "
+            "for example "
             f"to sqlite:///{self.name}.db. Configured are: {_listed(self.configured)}."
         )
 
@@ -134,7 +136,8 @@ class NotWired(AppDbError):
                 f"`container.wire(modules=[{self.module!r}])` once at start-up, after the module was imported."
             )
         return (
-            f"The parameter {self.parameter!r} of {self.function} was not injected: {self.marker} names nothing in the container that "
+            f"The parameter {self.parameter!r} of {self.function} was not injected: {self.marker} names nothing in the "
+            "container that "
             f"is wired to {self.module!r}. Check the name; if a subclass of the container redefines it, use the string form, "
             "`Provide['NAME_session']`."
         )
@@ -186,7 +189,8 @@ class ForeignUnitOfWork(UnitOfWorkError):
 
     def __str__(self) -> str:
         return (
-            f"{self.subject} belongs to the unit of work of {self.owner} and was used from {self.user}. Begin a unit of work there "
+            f"{self.subject} belongs to the unit of work of {self.owner} and was used from {self.user}. Begin a unit of "
+            "work there "
             "(`with container.transaction():`) and ask for a session inside it."
         )
 
@@ -200,7 +204,8 @@ class AlreadyInUnitOfWork(UnitOfWorkError, AlreadyInTransaction):  # type: ignor
 
     def __str__(self) -> str:
         return (
-            f"{self.wanted} was called while a unit of work is under way. Use `with container.transaction():`, which joins it, or "
+            f"{self.wanted} was called while a unit of work is under way. Use `with container.transaction():`, which joins "
+            "it, or "
             "`transaction(propagation='requires_new')` for a unit of its own."
         )
 
@@ -230,7 +235,8 @@ class UnitOfWorkDoomed(UnitOfWorkError, DoomedTransaction):  # type: ignore[misc
 
     def __str__(self) -> str:
         return (
-            f"Nothing was committed, because the unit of work was doomed: {self.reason}. Let the error reach the outermost unit, or "
+            f"Nothing was committed, because the unit of work was doomed: {self.reason}. Let the error reach the outermost "
+            "unit, or "
             "give the inner block propagation='nested' or 'requires_new' if the outer one may go on without it."
         )
 
@@ -243,7 +249,10 @@ class UnitOfWorkTimeout(UnitOfWorkError, TimeoutError):
         self.timeout = timeout
 
     def __str__(self) -> str:
-        return f"The unit of work took longer than its timeout of {self.timeout:g} s and was stopped. Do less in it, or raise `timeout`."
+        return (
+            f"The unit of work took longer than its timeout of {self.timeout:g} s and was stopped. Do less in it, or raise "
+            "`timeout`."
+        )
 
 
 class InvalidUse(AppDbError):
@@ -270,10 +279,13 @@ class ReadOnlyViolation(UnitOfWorkError):
     def __str__(self) -> str:
         if self.whole_unit:
             return (
-                f"{self.what} was refused: the unit of work is read-only, and so is its {self.connection!r} session. Begin it without "
+                f"{self.what} was refused: the unit of work is read-only, and so is its {self.connection!r} session. Begin "
+                "it without "
                 "read_only=True."
             )
-        return f"{self.what} was refused: the connection {self.connection!r} is read-only. Use a session of a writable connection."
+        return (
+            f"{self.what} was refused: the connection {self.connection!r} is read-only. Use a session of a writable connection."
+        )
 
 
 # ---- committing -------------------------------------------------------------------------------------------------
@@ -292,7 +304,8 @@ class NotAtomic(CommitError):
 
     def __str__(self) -> str:
         return (
-            f"Nothing was committed: the unit of work wrote to {_listed(self.connections)}, which can't commit together. Write to one of "
+            f"Nothing was committed: the unit of work wrote to {_listed(self.connections)}, which can't commit together. "
+            "Write to one of "
             "them only, or accept that one may commit and another not with APP_DB_ATOMICITY=best_effort."
         )
 
@@ -322,7 +335,8 @@ class TransactionLost(CommitError):
 
     def __str__(self) -> str:
         return (
-            f"Nothing was committed: a statement failed on the connection {self.connection!r}, its error was swallowed, and the database "
+            f"Nothing was committed: a statement failed on the connection {self.connection!r}, its error was swallowed, and "
+            "the database "
             "has given the transaction up. Put a statement that may fail in `with session.begin_nested():`."
         )
 
@@ -338,7 +352,8 @@ class OutcomeUnknown(CommitError):
     def __str__(self) -> str:
         others = f" Committed before: {_listed(self.committed)}." if self.committed else ""
         return (
-            f"The connection {self.connection!r} was lost during COMMIT, so its part is either committed or not.{others} Look in the "
+            f"The connection {self.connection!r} was lost during COMMIT, so its part is either committed or not.{others} "
+            "Look in the "
             "database before trying again."
         )
 
@@ -354,4 +369,7 @@ class HookFailed(CommitError):
     def __str__(self) -> str:
         outcome = "was committed" if self.committed else "was rolled back"
         causes = "; ".join(f"{type(error).__name__}: {error}" for error in self.errors)
-        return f"The unit of work {outcome}, and then {len(self.errors)} of its hooks failed ({causes}). Don't repeat the unit; mend what the hooks do."
+        return (
+            f"The unit of work {outcome}, and then {len(self.errors)} of its hooks failed ({causes}). Don't repeat the unit; "
+            "mend what the hooks do."
+        )

@@ -22,17 +22,20 @@ from transaction import Transaction, TransactionManager
 from transaction.interfaces import TransientError
 from transaction.weakset import WeakSet
 
-from app_db.errors import AlreadyInUnitOfWork, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded
-
-_process = object()
+from app_db.errors import AlreadyInUnitOfWork, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded, UnitOfWorkError
 
 
-def _note_new_process() -> None:
-    global _process
-    _process = object()
+class _Process:
+    """Counts the forks behind this process, so that a child tells its parent's transactions from its own."""
+
+    generation = 0
+
+    @classmethod
+    def note_fork(cls) -> None:
+        cls.generation += 1
 
 
-os.register_at_fork(after_in_child=_note_new_process)
+os.register_at_fork(after_in_child=_Process.note_fork)
 
 
 def running_task() -> Task[Any] | None:
@@ -41,39 +44,53 @@ def running_task() -> Task[Any] | None:
     return None if loop is None else current_task(loop)
 
 
-def whereabouts() -> str:
-    """Return where the calling code runs, in words fit for an error message."""
-    task = running_task()
-    return f"thread {threading.current_thread().name!r}" if task is None else f"task {task.get_name()!r}"
+class Owner:
+    """The thread, and the asyncio task if there is one, in which something began."""
+
+    __slots__ = ("task", "thread")
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
+        self.task = running_task()
+
+    def __str__(self) -> str:
+        return f"thread {self.thread.name!r}" if self.task is None else f"task {self.task.get_name()!r}"
 
 
 class Held:
     """A transaction as a context holds it: with its owner, and whether it has ended. Copied contexts share it."""
 
-    __slots__ = ("ended", "owner", "process", "task", "transaction")
+    __slots__ = ("ended", "owner", "process", "transaction")
 
     def __init__(self, transaction: Transaction) -> None:
         self.transaction = transaction
-        self.process = _process
-        self.task = running_task()
-        self.owner = whereabouts()
+        self.process = _Process.generation
+        self.owner = Owner()
         self.ended = False
 
-    def refusal(self) -> ForeignUnitOfWork | None:
-        """Return why the calling code may not use this transaction, or None when it may.
+    def is_usable(self) -> bool:
+        """Return whether the transaction is under way, and the calling code may use it.
 
         A task that merely inherited its parent's context may not, and neither may a forked child. Threads without a
         running loop may: they work for the unit's owner, who waits for them.
         """
-        if self.process is not _process:
+        if self.ended or self.process != _Process.generation:
+            return False
+        loop = _get_running_loop()
+        if loop is None:
+            return True
+        task = current_task(loop)
+        if self.owner.task is None:
+            self.owner.task = task  # begun where no task ran, and this is the first one to use it
+        return task is self.owner.task
+
+    def refusal(self) -> UnitOfWorkError:
+        """Return the error that says why the transaction can't be used here."""
+        if self.ended:
+            return UnitOfWorkEnded("The unit of work")
+        if self.process != _Process.generation:
             return ForeignUnitOfWork("The unit of work", f"{self.owner} in the parent process", f"process {os.getpid()}")
-        task = running_task()
-        if task is None or task is self.task:
-            return None
-        if self.task is None:
-            self.task = task  # begun where no task ran, and this is the first one to use it
-            return None
-        return ForeignUnitOfWork("The unit of work", self.owner, whereabouts())
+        return ForeignUnitOfWork("The unit of work", str(self.owner), str(Owner()))
 
 
 class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # transaction has no type hints
@@ -96,20 +113,15 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
     def current(self) -> Transaction | None:
         """Return the transaction that is under way here, or None: what has ended or is another's doesn't count."""
         held = self._current.get()
-        if held is None or held.ended or held.refusal():
-            return None
-        return held.transaction
+        return held.transaction if held is not None and held.is_usable() else None
 
     def get(self) -> Transaction:
         """Return the transaction that is under way here, or raise the error that says why there is none."""
         held = self._current.get()
         if held is None:
             raise NoUnitOfWork
-        if held.ended:
-            raise UnitOfWorkEnded("The transaction manager")
-        refusal = held.refusal()
-        if refusal is not None:
-            raise refusal
+        if not held.is_usable():
+            raise held.refusal()
         return held.transaction
 
     def begin(self) -> Transaction:
@@ -135,7 +147,7 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
             self._current.set(None)
 
     def resume(self, transaction: Transaction) -> None:
-        """Make a transaction that began elsewhere the current one here: a generator may end in another context than it began in."""
+        """Make a transaction the current one here that began in another context, as a generator's may have."""
         try:
             held = transaction.data(self)
         except KeyError:

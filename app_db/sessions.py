@@ -8,7 +8,6 @@ joins through zope.sqlalchemy as changed, so nothing it writes depends on being 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -16,38 +15,33 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 from transaction.interfaces import NoTransaction
-from zope.sqlalchemy import register
+from zope.sqlalchemy import ZopeTransactionEvents
 from zope.sqlalchemy.datamanager import STATUS_CHANGED
 
 from app_db.coordinator import BRANCH, Coordinator, Work
+from app_db.dialects import database_of, on_execute
 from app_db.errors import ForeignUnitOfWork, NoUnitOfWork, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkError
-from app_db.manager import whereabouts
+from app_db.manager import Owner
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Engine, ExceptionContext
+    from sqlalchemy.engine import Connection, Dialect, Engine, ExceptionContext, ExecutionContext
     from sqlalchemy.orm import SessionTransaction
 
-    from app_db.dialects import Database
+    from app_db.coordinator import Branch
     from app_db.settings import ConnectionSettings
 
 
-@dataclass(frozen=True)
 class SessionHome:
     """What the sessions of one connection have in common."""
 
-    name: str
-    settings: ConnectionSettings
-    database: Database
-    coordinator: Coordinator
-    engine: Callable[[], Engine]
-
-    @property
-    def read_only(self) -> bool:
-        return self.settings.read_only
-
-    @property
-    def autonomous(self) -> bool:
-        return not self.settings.transactional
+    def __init__(self, name: str, settings: ConnectionSettings, coordinator: Coordinator, engine: Callable[[], Engine]) -> None:
+        self.name = name
+        self.settings = settings
+        self.coordinator = coordinator
+        self.engine = engine
+        self.database = database_of(settings.sqlalchemy_url().get_backend_name())
+        self.read_only = settings.read_only
+        self.autonomous = not settings.transactional
 
     def engine_for(self, work: Work) -> Engine:
         """Return the engine as it stands now, with the options of a unit of work.
@@ -55,12 +49,9 @@ class SessionHome:
         It is asked for at each session's beginning, so that a replaced or overridden engine is used at once.
         """
         engine = self.engine()
-        _watch_engine(engine)
-        if not (work.read_only or work.isolation or work.timeout):
+        if not (work.read_only or work.isolation or work.timed):
             return engine
-        timed = work.timeout is not None
-        options = self.database.unit_options(self.settings, read_only=work.read_only, isolation=work.isolation, timed=timed)
-        return engine.execution_options(**options) if options else engine
+        return self.database.engine_for_unit(engine, self.settings, work)
 
 
 class UnitSession(Session):
@@ -69,10 +60,11 @@ class UnitSession(Session):
     def __init__(self, *args: Any, home: SessionHome, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
         self.home = home
+        self.branch: Branch | None = None
         self._work: Work | None = None
 
     def get_bind(self, *args: Any, **arguments: Any) -> Any:
-        """Return the engine to use. SQLAlchemy asks before everything that needs the database, which makes it the place to check."""
+        """Return the engine to use. SQLAlchemy asks before all that needs the database, which makes this the place to check."""
         self.require_unit()
         return super().get_bind(*args, **arguments)
 
@@ -100,13 +92,13 @@ class UnitSession(Session):
         return f"The {self.home.name!r} session"
 
     def _refusal(self, error: Exception | None) -> UnitOfWorkError:
-        if self._work is None:
-            if isinstance(error, ForeignUnitOfWork):
-                return ForeignUnitOfWork(self._subject, error.owner, error.user)
-            return NoUnitOfWork(self._subject)
-        if not self._work.is_current():
+        if self._work is not None and not self._work.is_current():
             return UnitOfWorkEnded(self._subject)
-        return ForeignUnitOfWork(self._subject, self._work.owner, whereabouts())
+        if isinstance(error, ForeignUnitOfWork):
+            return ForeignUnitOfWork(self._subject, error.owner, error.user)  # it knows of processes, too
+        if self._work is None:
+            return NoUnitOfWork(self._subject)
+        return ForeignUnitOfWork(self._subject, str(self._work.owner), str(Owner()))
 
     def _refuse(self, method: str) -> None:
         if self._work is not None and not self._work.finishing and self._work.is_current():
@@ -117,8 +109,8 @@ class UnitSession(Session):
         self._refuse("commit")
 
     def begin(self, nested: bool = False) -> SessionTransaction:
+        self.require_unit()
         if not nested:
-            self.require_unit()
             self._refuse("begin")
         return super().begin(nested)
 
@@ -142,15 +134,33 @@ class UnitSession(Session):
         self._refuse("invalidate")
         super().invalidate()
 
+    # The bulk methods, too, roll the owner's transaction back when they are refused later than this.
+
+    def bulk_save_objects(self, *args: Any, **arguments: Any) -> None:
+        self.require_unit()
+        super().bulk_save_objects(*args, **arguments)
+
+    def bulk_insert_mappings(self, *args: Any, **arguments: Any) -> None:
+        self.require_unit()
+        super().bulk_insert_mappings(*args, **arguments)
+
+    def bulk_update_mappings(self, *args: Any, **arguments: Any) -> None:
+        self.require_unit()
+        super().bulk_update_mappings(*args, **arguments)
+
 
 def build_session_class(coordinator: Coordinator) -> type[UnitSession]:
     """Return a session class whose sessions join the units of `coordinator`. One does for all connections."""
     session_class = type("UnitSession", (UnitSession,), {})
-    event.listen(session_class, "before_commit", _refuse_foreign_commit)
+    joining = ZopeTransactionEvents(initial_state=STATUS_CHANGED, transaction_manager=coordinator)
+    # zope.sqlalchemy's other listeners notice writes. These sessions join as changed and need none of them, and listening
+    # to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
+    event.listen(session_class, "after_attach", joining.after_attach)
+    event.listen(session_class, "after_begin", joining.after_begin)
+    event.listen(session_class, "after_begin", _watch_connection)  # after the one by which the session joins
     event.listen(session_class, "before_attach", _require_unit_to_attach)
-    event.listen(session_class, "before_flush", _refuse_read_only_flush)
-    register(session_class, initial_state=STATUS_CHANGED, transaction_manager=coordinator)
-    event.listen(session_class, "after_begin", _watch_connection)  # after zope.sqlalchemy's, by which the session joins
+    event.listen(session_class, "before_flush", _check_flush)
+    event.listen(session_class, "before_commit", _refuse_foreign_commit)
     return session_class
 
 
@@ -213,7 +223,8 @@ def _require_unit_to_attach(session: UnitSession, instance: object) -> None:
     session.require_unit()
 
 
-def _refuse_read_only_flush(session: UnitSession, context: Any, instances: Any) -> None:
+def _check_flush(session: UnitSession, context: Any, instances: Any) -> None:
+    session.require_unit()  # once it has begun, a flush that fails rolls the owner's transaction back
     work = session._work
     read_only = session.home.read_only or (work is not None and work.read_only)
     if read_only and (session.new or session.deleted or any(session.is_modified(instance) for instance in session.dirty)):
@@ -221,25 +232,25 @@ def _refuse_read_only_flush(session: UnitSession, context: Any, instances: Any) 
 
 
 def _watch_connection(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
-    work = session._work
-    branch = None if work is None else work.branch_of(session)
+    branch = session.branch
     if branch is not None:
+        _watch_engine(connection.engine)
         branch.uses(connection)
 
 
-_watched: WeakSet[Engine] = WeakSet()
+_watched: WeakSet[Dialect] = WeakSet()
 
 
 def _watch_engine(engine: Engine) -> None:
     """Listen to what an engine executes. Done at first use, so that an engine that overrides ours is listened to as well."""
-    if engine not in _watched:
-        _watched.add(engine)
-        event.listen(engine, "before_cursor_execute", _before_cursor_execute)
+    if engine.dialect not in _watched:
+        _watched.add(engine.dialect)
+        on_execute(engine, _before_execute)
         event.listen(engine, "handle_error", _handle_error)
 
 
-def _before_cursor_execute(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
-    branch = connection.info.get(BRANCH)
+def _before_execute(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
+    branch = context.root_connection.info.get(BRANCH)
     if branch is not None:
         branch.before_statement(statement)
 

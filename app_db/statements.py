@@ -21,44 +21,63 @@ class Effect(IntEnum):
     WRITES = 3
 
 
-_COMMENT_OR_LITERAL = re.compile(r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'", re.DOTALL)
-_WORD = re.compile(r"[A-Za-z_][A-Za-z_0-9$]*")
-_CALL = re.compile(r"([A-Za-z_][A-Za-z_0-9$.\"]*)\s*\(")
+# Comments, literals and quoted names, as far as all databases agree on where they end.
+_QUOTED = re.compile(
+    r"""(?:^[ \t]*--|--(?=[\s-]|\Z))[^\n]*|/\*(?!M?!)(?:(?!/\*).)*?\*/|'(?:[^'\\]|''|\\[^'])*'"""
+    r"""|(?P<name>"(?:[^"\\]|""|\\[^"])*"|`[^`]*`)""",
+    re.DOTALL | re.MULTILINE,
+)
+# What is left of the others, any of which may hide something; and a second statement.
+_DOUBTFUL = re.compile(r"""['"`\\]|--|/\*|\#(?!>)|\$\w*\$|;\s*[^\s;]""")
+_FIRST_WORD = re.compile(r"[\s(]*([A-Za-z]+)\b")
+_CALL = re.compile(r"([\w$.\]]+)\s*\(")
 
-_CONTROL = frozenset({"BEGIN", "START", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "SET", "SHOW", "DESCRIBE", "DESC", "USE", "PRAGMA"})
-_QUERY = frozenset({"SELECT", "WITH", "VALUES", "TABLE", "EXPLAIN"})
-_WRITE = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE", "UPSERT", "TRUNCATE", "COPY", "LOAD", "CREATE", "ALTER", "DROP",
-                    "RENAME", "GRANT", "REVOKE", "COMMENT", "REINDEX", "VACUUM", "CLUSTER", "REFRESH", "IMPORT"})  # fmt: skip
-_WRITE_INSIDE_A_QUERY = re.compile(r"\b(?:INSERT\s+INTO|UPDATE\s+\S+\s+SET|DELETE\s+FROM|MERGE\s+INTO|INTO)\b", re.IGNORECASE)
+_CONTROL = frozenset(
+    {"BEGIN", "START", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "SHOW", "DESCRIBE", "DESC", "USE", "PRAGMA"}
+)
+_QUERY = frozenset({"SELECT", "WITH", "VALUES", "TABLE", "EXPLAIN", "SET"})
+_WRITE = frozenset(
+    """
+    INSERT UPDATE DELETE MERGE REPLACE UPSERT TRUNCATE COPY LOAD CREATE ALTER DROP RENAME GRANT REVOKE COMMENT
+    REINDEX VACUUM CLUSTER REFRESH IMPORT
+    """.split()
+)
+_WRITE_INSIDE_A_QUERY = re.compile(r"\b(?:UPDATE|DELETE\s+FROM|INTO)\b", re.IGNORECASE)
 _LOCK_CLAUSE = re.compile(r"\bFOR\s+(?:NO\s+KEY\s+)?(?:UPDATE|SHARE|KEY\s+SHARE)\b|\bLOCK\s+IN\s+SHARE\s+MODE\b", re.IGNORECASE)
 
 # A name before a parenthesis that is no function, or a function known to leave the data alone.
 _HARMLESS = frozenset(
-    "ALL AND ANY AS BETWEEN BY CASE DISTINCT ELSE EXCEPT EXISTS FILTER FROM GROUP HAVING IN INTERSECT IS JOIN LATERAL LIKE "
-    "LIMIT MATERIALIZED NOT OFFSET ON OR ORDER OVER PARTITION RECURSIVE SELECT SOME THEN UNION USING VALUES WHEN WHERE WINDOW WITH WITHIN "
-    "ABS ARRAY ARRAY_AGG AVG CAST CEIL CEILING CHAR CHAR_LENGTH COALESCE CONCAT CONCAT_WS COUNT CUME_DIST CURRENT_DATE CURRENT_TIME "
-    "CURRENT_TIMESTAMP DATE DATE_PART DATE_TRUNC DATETIME DECIMAL DENSE_RANK EXP EXTRACT FIRST_VALUE FLOOR GENERATE_SERIES GREATEST "
-    "GROUPING GROUP_CONCAT IFNULL IIF INITCAP JSON_AGG JSON_ARRAY JSON_EXTRACT JSON_OBJECT JSONB_AGG JULIANDAY LAG LAST_VALUE LEAD LEAST "
-    "LEFT LENGTH LN LOG LOWER LPAD LTRIM MAX MD5 MIN MOD NOW NTH_VALUE NTILE NULLIF NUMERIC OCTET_LENGTH PERCENT_RANK POSITION POW "
-    "POWER RANDOM RANK REGEXP_REPLACE REPLACE RIGHT ROUND ROW ROW_NUMBER ROWS RPAD RTRIM SIGN SQRT STDDEV STRFTIME STRING_AGG SUBSTR "
-    "SUBSTRING SUM TIME TIMESTAMP TO_CHAR TO_DATE TO_TIMESTAMP TRIM TRUNC TYPEOF UNNEST UPPER VARCHAR VARIANCE VERSION YEAR MONTH DAY "
-    "PG_BACKEND_PID CONNECTION_ID PG_SLEEP SLEEP".split()
+    """
+    ALL AND ANY AS BETWEEN BY CASE DISTINCT ELSE EXCEPT EXISTS FILTER FROM GROUP HAVING IN INTERSECT IS JOIN
+    LATERAL LIKE LIMIT MATERIALIZED NOT OFFSET ON OR ORDER OVER PARTITION RECURSIVE SELECT SOME THEN UNION
+    USING VALUES WHEN WHERE WINDOW WITH WITHIN
+    ABS ARRAY ARRAY_AGG AVG CAST CEIL CEILING CHAR CHAR_LENGTH COALESCE CONCAT CONCAT_WS CONNECTION_ID COUNT
+    CUME_DIST CURRENT_DATE CURRENT_TIME CURRENT_TIMESTAMP DATE DATETIME DATE_PART DATE_TRUNC DAY DECIMAL
+    DENSE_RANK EXP EXTRACT FIRST_VALUE FLOOR GENERATE_SERIES GREATEST GROUPING GROUP_CONCAT IFNULL IIF INITCAP
+    JSONB_AGG JSON_AGG JSON_ARRAY JSON_EXTRACT JSON_OBJECT JULIANDAY LAG LAST_VALUE LEAD LEAST LEFT LENGTH LN
+    LOG LOWER LPAD LTRIM MAX MD5 MIN MOD MONTH NOW NTH_VALUE NTILE NULLIF NUMERIC OCTET_LENGTH PERCENT_RANK
+    PG_BACKEND_PID PG_SLEEP POSITION POW POWER RANDOM RANK REGEXP_REPLACE REPLACE RIGHT ROUND ROW ROWS
+    ROW_NUMBER RPAD RTRIM SIGN SLEEP SQRT STDDEV STRFTIME STRING_AGG SUBSTR SUBSTRING SUM TIME TIMESTAMP
+    TO_CHAR TO_DATE TO_TIMESTAMP TRIM TRUNC TYPEOF UNNEST UPPER VARCHAR VARIANCE VERSION YEAR
+    """.split()
 )
 
 
 @lru_cache(maxsize=2048)
 def effect_of(statement: str) -> Effect:
     """Return what `statement` does. A query that calls a function nobody vouches for may write."""
-    text = _COMMENT_OR_LITERAL.sub(" ", statement)
-    first = _WORD.search(text)
-    keyword = first.group().upper() if first else ""
+    text = _QUOTED.sub(_without_content, statement)
+    first = _FIRST_WORD.match(text)
+    keyword = first.group(1).upper() if first else ""
     if keyword in _WRITE:
         return Effect.WRITES
-    if keyword in _CONTROL:
-        return Effect.READS
-    if keyword not in _QUERY:
+    if keyword not in _CONTROL | _QUERY or _DOUBTFUL.search(text):
         return Effect.MAY_WRITE
-    return _effect_of_query(text)
+    return Effect.READS if keyword in _CONTROL else _effect_of_query(text)
+
+
+def _without_content(quoted: re.Match[str]) -> str:
+    return " quoted_name" if quoted["name"] else " "
 
 
 def _effect_of_query(text: str) -> Effect:
