@@ -1,0 +1,90 @@
+# `make demo` and `make test` need Python 3.11 or newer, git and make; everything else they install into .venv.
+#
+#   make demo       show what app_db does
+#   make test       run the tests: on SQLite, on a real PostgreSQL, and on MariaDB where it is installed
+#   make check      lint, types, layers, docs, test
+#   make help       all of the targets
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+EXTRAS := postgresql,mysql,asyncio,asyncpg
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint format types layers docs coverage bench clean
+
+help:  ## say what the targets do
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+# ---- set-up -----------------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null 2>&1 && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "app_db needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo 'not there')." \
+			"Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# Dependency groups need pip 25.1.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	@echo "Installing app_db"
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@$(PIP) install --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo "Installing what tests, checks and documentation need (a minute or two)"
+	@$(PIP) install --group dev
+	@touch $@
+
+# ---- what people do ---------------------------------------------------------------------------------------------------
+
+demo: $(INSTALLED)  ## show what app_db does, in a fresh directory
+	@rm -rf build/demo && mkdir -p build/demo
+	@cp settings.example.env build/demo/.env
+	@cd build/demo && $(BIN)/python $(CURDIR)/examples/demo.py
+
+test: $(INSTALLED_DEV)  ## run the tests; PYTEST_ARGS goes to pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint types layers docs test  ## everything that must pass
+
+lint: $(INSTALLED_DEV)  ## look for mistakes and untidiness
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED_DEV)  ## make the code tidy
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED_DEV)  ## check the types with mypy and pyright, both strict
+	$(BIN)/mypy
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+layers: $(INSTALLED_DEV)  ## check that dependencies point downward
+	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_public_names.py
+
+docs: $(INSTALLED_DEV)  ## build the documentation into build/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo "See build/docs/index.html"
+
+# pytest loads app_db's plugin, and app_db with it, before any plugin of pytest's could start measuring.
+coverage: $(INSTALLED_DEV)  ## run the tests and print which lines and branches they miss
+	@rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+bench: $(INSTALLED_DEV)  ## measure the cost over bare SQLAlchemy
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## delete what the other targets made, .venv included
+	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .tox .coverage*
+	find . -name __pycache__ -prune -exec rm -rf {} +

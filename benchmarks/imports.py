@@ -1,0 +1,32 @@
+"""What `import app_db` costs beside importing the libraries it stands on, each in a process of its own."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+
+from measuring import heading, report
+
+ROUNDS = 15
+TIMED = "import time; began = time.perf_counter(); {}; print(time.perf_counter() - began)"
+OURS = "import app_db"
+DEPENDENCIES = (
+    "import sqlalchemy, sqlalchemy.orm, zope.sqlalchemy, transaction, pydantic_settings, "
+    "dependency_injector.containers, dependency_injector.providers, dependency_injector.wiring"
+)
+
+
+def run() -> None:
+    """Print the table."""
+    heading("Import", "ms")
+    _seconds(OURS), _seconds(DEPENDENCIES)
+    pairs = [(_seconds(OURS), _seconds(DEPENDENCIES)) for _ in range(ROUNDS)]
+    ratio = statistics.median(one / other for one, other in pairs)
+    ours, bare = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
+    report("import app_db, beside its 5 dependencies", f"{ours:,.0f}", f"{bare:,.0f}", ratio, "≤ 1.10", ratio <= 1.10)
+
+
+def _seconds(statement: str) -> float:
+    command = [sys.executable, "-c", TIMED.format(statement)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -1,0 +1,54 @@
+"""Two ways of doing the same thing, measured in turns."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds a call of each, and the median of the ratios of neighbouring rounds."""
+
+    ours: float
+    bare: float
+    ratio: float
+
+
+def compare(ours: Callable[[], object], bare: Callable[[], object], *, calls: int, rounds: int = 15) -> Comparison:
+    """Call both in turns: `rounds` times `calls` of the one, then of the other, the first to go alternating."""
+    for warm_up in (ours, bare):
+        _seconds(warm_up, calls)
+    pairs: list[tuple[float, float]] = []
+    for number in range(rounds):
+        if number % 2:
+            bare_seconds = _seconds(bare, calls)
+            pairs.append((_seconds(ours, calls), bare_seconds))
+        else:
+            pairs.append((_seconds(ours, calls), _seconds(bare, calls)))
+    return Comparison(
+        statistics.median(one for one, _ in pairs),
+        statistics.median(other for _, other in pairs),
+        statistics.median(one / other for one, other in pairs),
+    )
+
+
+def _seconds(function: Callable[[], object], calls: int) -> float:
+    gc.collect()
+    began = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - began) / calls
+
+
+def report(what: str, ours: str, bare: str, ratio: float, floor: str, met: bool) -> None:
+    """Print one line."""
+    print(f"{what:<44} {ours:>12} {bare:>12} {ratio:>7.2f}  {floor:<12}{'' if met else '!'}")
+
+
+def heading(title: str, unit: str) -> None:
+    """Print the title of a table."""
+    print(f"\n{title:<44} {'app_db':>12} {'bare':>12} {'ratio':>7}  floor\n{'':<44} {unit:>12} {unit:>12}")

@@ -1,0 +1,63 @@
+"""The table and the container that the benchmarks use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from app_db import Connection, DatabaseContainer, DatabaseSettings
+
+
+class Base(DeclarativeBase):
+    """The benchmarks' models."""
+
+
+class Row(Base):
+    """Something to read and write."""
+
+    __tablename__ = "row"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+class Shop(DatabaseContainer):
+    """A writer and a reader."""
+
+    writer = Connection()
+    reader = Connection()
+
+
+@contextmanager
+def prepared(url: str) -> Iterator[Shop]:
+    """A container on a database with one row in it."""
+    container = Shop(settings=DatabaseSettings(_env_file=None, connections={"writer": {"url": url}}))
+    Base.metadata.create_all(container.writer_engine())
+    with container.transaction():
+        container.writer_session().add(Row(text="first"))
+    yield container
+    container.shutdown_resources()
+
+
+def bare_engine(url: str) -> Engine:
+    """A plain engine, with what anybody would set for SQLite: WAL, and transactions that really begin."""
+    engine = create_engine(url)
+    if engine.dialect.name == "sqlite":
+
+        @event.listens_for(engine, "connect")
+        def set_up(connection: Any, record: Any) -> None:
+            connection.isolation_level = None
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA foreign_keys = ON")
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Any) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+__all__ = ["Base", "Row", "Session", "Shop", "bare_engine", "prepared"]

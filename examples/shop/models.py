@@ -1,0 +1,46 @@
+"""What the shop stores. Each database has a declarative base, and so a MetaData, of its own."""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class ShopBase(DeclarativeBase):
+    """What is in the database of the connections `writer` and `reader`."""
+
+
+class WarehouseBase(DeclarativeBase):
+    """What is in the database of the connection `warehouse`."""
+
+
+class LogBase(DeclarativeBase):
+    """What is in the database of the connection `log`."""
+
+
+class Order(ShopBase):
+    """An order of a customer."""
+
+    __tablename__ = "orders"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sku: Mapped[str]
+    quantity: Mapped[int]
+
+
+class Movement(WarehouseBase):
+    """Goods that come into the warehouse, or leave it."""
+
+    __tablename__ = "movements"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sku: Mapped[str]
+    quantity: Mapped[int]
+
+
+class Entry(LogBase):
+    """A line of the log."""
+
+    __tablename__ = "entries"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]

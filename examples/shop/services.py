@@ -1,0 +1,61 @@
+"""What the shop does. A function asks for the sessions it needs, and leaves the committing to its unit of work."""
+
+from __future__ import annotations
+
+from dependency_injector.wiring import Provide
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app_db import transactional
+from shop.container import Container
+from shop.models import Entry, Movement, Order
+
+
+class OutOfStockError(Exception):
+    """The warehouse has less than was ordered."""
+
+
+@transactional
+def note(text: str, log: Session = Provide[Container.log_session]) -> None:
+    """Write a line to the log. Called by another service, it is a part of that one's unit of work."""
+    log.add(Entry(text=text))
+
+
+@transactional
+def receive(
+    sku: str,
+    quantity: int,
+    warehouse: Session = Provide[Container.warehouse_session],
+) -> None:
+    """Put goods into the warehouse."""
+    note(f"receive {quantity} {sku}")
+    warehouse.add(Movement(sku=sku, quantity=quantity))
+
+
+@transactional
+def place_order(
+    sku: str,
+    quantity: int,
+    session: Session = Provide[Container.writer_session],
+    warehouse: Session = Provide[Container.warehouse_session],
+) -> None:
+    """Take an order, and the goods out of the warehouse."""
+    note(f"order {quantity} {sku}")
+    session.add(Order(sku=sku, quantity=quantity))
+    warehouse.add(Movement(sku=sku, quantity=-quantity))
+    if stock(sku) < 0:
+        raise OutOfStockError(sku)
+
+
+@transactional
+def stock(sku: str, warehouse: Session = Provide[Container.warehouse_session]) -> int:
+    """Return how many there are, counting what the unit of work under way has done."""
+    total = select(func.coalesce(func.sum(Movement.quantity), 0)).where(Movement.sku == sku)
+    return warehouse.scalars(total).one()
+
+
+@transactional
+def ordered(sku: str, session: Session = Provide[Container.reader_session]) -> int:
+    """Return how many have been ordered, as the reader sees it."""
+    total = select(func.coalesce(func.sum(Order.quantity), 0)).where(Order.sku == sku)
+    return session.scalars(total).one()

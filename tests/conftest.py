@@ -1,0 +1,180 @@
+"""What all tests share: a clean environment, real servers, and fresh databases on them.
+
+| fixture | gives |
+|---|---|
+| `postgres`, `mariadb` | the session's server, shared by all tests: don't stop it |
+| `new_postgres`, `new_mariadb` | starts servers of the test's own, to be stopped and killed at will |
+| `postgres_url`, `mariadb_url`, `sqlite_url` | the URL of an empty database, dropped after the test |
+| `new_postgres_url`, `new_mariadb_url`, `new_sqlite_url` | as many of those as the test asks for |
+| `database_url`, `new_database_url` | runs the test three times: on SQLite, PostgreSQL and MariaDB |
+
+A server that this machine doesn't have skips its tests, and the report says so at its end. With APP_DB_TEST_REQUIRE_SERVERS=1
+those tests fail instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from servers import MariaDBServer, PostgresServer, Server, ServerMissing, Setting, available, fresh_database
+
+S = TypeVar("S", bound=Server)
+
+REQUIRE_SERVERS = "APP_DB_TEST_REQUIRE_SERVERS"
+DATABASES = ("sqlite", "postgresql", "mariadb")
+
+_servers_required = os.environ.get(REQUIRE_SERVERS, "") not in ("", "0")
+_numbers = count(1)
+
+
+# ---- what the report says ---------------------------------------------------------------------------------------------
+
+
+def pytest_report_header() -> list[str]:
+    found = {"sqlite": sqlite3.sqlite_version, **available()}
+    return ["databases:", *(f"  {name:<11}{'MISSING, ' if _is_missing(what) else ''}{what}" for name, what in found.items())]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    missing = {name: what for name, what in available().items() if _is_missing(what)}
+    if not missing:
+        return
+    terminalreporter.section("servers that did not run", sep="!", red=True, bold=True)
+    for name, what in missing.items():
+        verb = "failed" if _servers_required else "were skipped"
+        terminalreporter.write_line(f"{name}: {what}. The tests that need it {verb}.", red=True)
+
+
+def _is_missing(what: str) -> bool:
+    return what.startswith("not found")
+
+
+# ---- the environment ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the developer's reaches a test: neither a variable nor a `.env` file."""
+    for variable in list(os.environ):
+        if variable.upper().startswith("APP_DB_") or variable.upper() == "DATABASE_URL":
+            monkeypatch.delenv(variable)
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- servers --------------------------------------------------------------------------------------------------------
+
+
+def _start(make: Callable[[], S]) -> S:
+    try:
+        server = make()
+    except ServerMissing as missing:
+        if _servers_required:
+            pytest.fail(f"{missing}; {REQUIRE_SERVERS} is set", pytrace=False)
+        pytest.skip(str(missing))
+    try:
+        return server.start()
+    except BaseException:
+        server.close()
+        raise
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    server = _start(PostgresServer)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDBServer]:
+    server = _start(MariaDBServer)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def new_postgres() -> Iterator[Callable[..., PostgresServer]]:
+    """`new_postgres(version=18, settings={...})` starts a server of the test's own; all end with the test."""
+    with ExitStack() as stack:
+
+        def new(version: int = 18, *, settings: Mapping[str, Setting] | None = None) -> PostgresServer:
+            server = _start(lambda: PostgresServer(version, settings=settings))
+            stack.callback(server.close)
+            return server
+
+        yield new
+
+
+@pytest.fixture
+def new_mariadb() -> Iterator[Callable[..., MariaDBServer]]:
+    """`new_mariadb(settings={...})` starts a server of the test's own; all end with the test."""
+    with ExitStack() as stack:
+
+        def new(*, settings: Mapping[str, Setting] | None = None) -> MariaDBServer:
+            server = _start(lambda: MariaDBServer(settings=settings))
+            stack.callback(server.close)
+            return server
+
+        yield new
+
+
+# ---- databases ------------------------------------------------------------------------------------------------------
+
+
+def _fresh_urls(server: Server) -> Iterator[Callable[[], str]]:
+    with ExitStack() as stack:
+
+        def new() -> str:
+            return server.url(stack.enter_context(fresh_database(server, f"test_{next(_numbers)}")))
+
+        yield new
+
+
+@pytest.fixture
+def new_sqlite_url(tmp_path: Path) -> Callable[[], str]:
+    return lambda: f"sqlite:///{tmp_path / f'test_{next(_numbers)}.db'}"
+
+
+@pytest.fixture
+def new_postgres_url(postgres: PostgresServer) -> Iterator[Callable[[], str]]:
+    yield from _fresh_urls(postgres)
+
+
+@pytest.fixture
+def new_mariadb_url(mariadb: MariaDBServer) -> Iterator[Callable[[], str]]:
+    yield from _fresh_urls(mariadb)
+
+
+@pytest.fixture(params=DATABASES)
+def new_database_url(request: pytest.FixtureRequest) -> Callable[[], str]:
+    name = {"postgresql": "new_postgres_url"}.get(request.param, f"new_{request.param}_url")
+    factory: Callable[[], str] = request.getfixturevalue(name)
+    return factory
+
+
+@pytest.fixture
+def sqlite_url(new_sqlite_url: Callable[[], str]) -> str:
+    return new_sqlite_url()
+
+
+@pytest.fixture
+def postgres_url(new_postgres_url: Callable[[], str]) -> str:
+    return new_postgres_url()
+
+
+@pytest.fixture
+def mariadb_url(new_mariadb_url: Callable[[], str]) -> str:
+    return new_mariadb_url()
+
+
+@pytest.fixture
+def database_url(new_database_url: Callable[[], str]) -> str:
+    return new_database_url()

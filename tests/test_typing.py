@@ -1,0 +1,111 @@
+"""mypy --strict and pyright's strict mode accept app_db and the code of its users, and find what is wrong in the latter."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).parent.parent
+USER_CODE = Path(__file__).parent / "typing"
+ACCEPTED = sorted(USER_CODE.glob("*.py"))
+REFUSED = USER_CODE / "refused.txt"
+
+pytestmark = pytest.mark.timeout(300)
+
+Finding = tuple[str, int, str]
+"""File, line, and what the checker says."""
+
+
+def _run(checker: str, *arguments: object) -> str:
+    if find_spec(checker) is None:
+        pytest.skip(f"{checker} is not installed")
+    command = [sys.executable, "-m", checker, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280, check=False)
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # 2 and more: the checker itself failed
+    return done.stdout
+
+
+def mypy(*paths: Path) -> list[Finding]:
+    """The project's configuration, which says strict, is read from pyproject.toml."""
+    output = _run("mypy", "--no-error-summary", "--hide-error-context", "--show-absolute-path", "--no-pretty", *paths)
+    lines = (re.fullmatch(r"(.+?):(\d+)(?::\d+)?: (error|warning): (.*)", line) for line in output.splitlines())
+    return [(Path(found[1]).name, int(found[2]), found[4]) for found in lines if found is not None]
+
+
+def pyright(*paths: Path) -> list[Finding]:
+    """The project's configuration, which says strict, is read from pyproject.toml."""
+    report = json.loads(_run("pyright", "--outputjson", "--pythonpath", sys.executable, "--project", ROOT / "pyproject.toml", *paths))
+    assert report["summary"]["filesAnalyzed"] >= len(paths)
+    return [
+        (Path(found["file"]).name, found["range"]["start"]["line"] + 1, found["message"])
+        for found in report["generalDiagnostics"]
+        if found["severity"] == "error"
+    ]
+
+
+CHECKERS = {"mypy": mypy, "pyright": pyright}
+
+
+def marked_lines(lines: Iterable[str]) -> set[int]:
+    return {number for number, line in enumerate(lines, 1) if line.endswith("# ERROR")}
+
+
+def test_the_projects_configuration_is_strict() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert tools["mypy"]["strict"] is True
+    assert tools["pyright"]["typeCheckingMode"] == "strict"
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_the_code_of_users_is_accepted(checker: str) -> None:
+    assert CHECKERS[checker](*ACCEPTED) == []
+
+
+INSIDE_PYRIGHT = pytest.mark.xfail(strict=True, reason="pyright in strict mode still has remarks about the inside of app_db")
+
+
+@pytest.mark.parametrize("checker", ["mypy", pytest.param("pyright", marks=INSIDE_PYRIGHT)])
+def test_the_package_is_accepted(checker: str) -> None:
+    assert CHECKERS[checker](ROOT / "app_db") == []
+
+
+def test_the_code_of_users_needs_no_ignores() -> None:
+    assert ACCEPTED
+    for path in ACCEPTED:
+        source = path.read_text()
+        assert "ignore" not in source.partition('"""\n')[2], path
+        assert source.count("assert_type(") > 20, path
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_wrong_code_is_refused_line_by_line(checker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = tmp_path / "refused.py"
+    wrong.write_text(REFUSED.read_text())
+    monkeypatch.setenv("MYPYPATH", str(ROOT))
+    found = CHECKERS[checker](wrong)
+    assert {line for _, line, _ in found} == marked_lines(REFUSED.read_text().splitlines())
+    assert {file for file, _, _ in found} == {"refused.py"}
+
+
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_what_the_code_of_users_asserts_about_types_is_checked(checker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checker that knew nothing of app_db would accept everything."""
+    changed = tmp_path / "changed.py"
+    source = ACCEPTED[0].read_text()
+    wrong = source.replace("container.writer.session(), Session)", "container.writer.session(), Engine)")
+    wrong = wrong.replace('assert_type(place_order("A-1"), Order)', 'assert_type(place_order("A-1"), str)')
+    assert wrong != source
+    changed.write_text(wrong)
+    monkeypatch.setenv("MYPYPATH", str(ROOT))
+    before, after = source.splitlines(), wrong.splitlines()
+    assert {line for _, line, _ in CHECKERS[checker](changed)} == {
+        number for number, (old, new) in enumerate(zip(before, after, strict=True), 1) if old != new
+    }

@@ -1,0 +1,279 @@
+"""Code as applications write it. The type checkers must accept every line, without ignores, and know these types."""
+
+from __future__ import annotations
+
+from typing import assert_type
+
+from dependency_injector import containers, providers
+from dependency_injector.wiring import Provide, inject
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import String, insert, select
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
+
+from app_db import (
+    AppDbError,
+    Connection,
+    ConnectionSettings,
+    Container,
+    ContextTransactionManager,
+    DatabaseContainer,
+    DatabaseSettings,
+    PoolSettings,
+    Propagation,
+    SessionSettings,
+    Transaction,
+    UnitOfWork,
+    container_of,
+    errors,
+    retryable,
+    transactional,
+)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Order(Base):
+    __tablename__ = "orders"
+
+    sku: Mapped[str] = mapped_column(String(20), primary_key=True)
+    amount: Mapped[int] = mapped_column(default=1)
+
+
+# ---- containers ----------------------------------------------------------------------------------------------------------
+
+
+class Shop(DatabaseContainer):
+    writer = Connection()
+    reader = Connection()
+    audit_log = Connection()
+
+
+class OtherSettings(Shop):
+    settings = providers.ThreadSafeSingleton(DatabaseSettings, application="other")
+
+
+class FixedSettings(Shop):
+    settings = providers.Object(DatabaseSettings(connections={"writer": ConnectionSettings(url="sqlite://")}))
+
+
+class OtherManager(Shop):
+    transaction_manager = providers.ThreadSafeSingleton(ContextTransactionManager)
+
+
+class SelfWired(Shop):
+    wiring_config = containers.WiringConfiguration(modules=[__name__])
+
+
+class Application(containers.DeclarativeContainer):
+    config = providers.Configuration()
+    db = providers.Container(Shop)
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------------
+
+
+class ApplicationSettings(BaseSettings):
+    model_config = SettingsConfigDict(hide_input_in_errors=True)
+
+    db: DatabaseSettings = Field(default_factory=DatabaseSettings)
+
+
+def settings() -> DatabaseSettings:
+    return DatabaseSettings(
+        application="shop",
+        atomicity="best_effort",
+        connections={
+            "writer": ConnectionSettings(
+                url="postgresql+psycopg://shop@db/shop",
+                pool=PoolSettings(size=10, alive_window=5, class_="queue"),
+                session=SessionSettings(expire_on_commit=False),
+                isolation_level="SERIALIZABLE",
+                statement_timeout=2.5,
+            ),
+            "reader": ConnectionSettings(mirror="writer", read_only=True),
+            "audit_log": ConnectionSettings(driver="sqlite", database="audit.db", transactional=False, password="none"),
+        },
+    )
+
+
+def read_settings(settings: DatabaseSettings) -> None:
+    assert_type(settings.application, str)
+    assert_type(settings.connections, dict[str, ConnectionSettings])
+    assert_type(settings.connection("writer"), ConnectionSettings)
+    assert_type(settings.connection("writer").pool.size, int)
+    assert_type(settings.connection("writer").masked_url, str)
+    assert_type(settings.connection("writer").read_only, bool)
+    for origin in settings.origins():
+        assert_type(origin.variable, str)
+
+
+# ---- what a container gives ----------------------------------------------------------------------------------------------
+
+
+def use_paths(container: Shop) -> None:
+    assert_type(container.writer.engine(), Engine)
+    assert_type(container.writer.session(), Session)
+    assert_type(container.writer.sessionmaker(), sessionmaker[Session])
+    assert_type(container.writer.scoped_session(), scoped_session[Session])
+    assert_type(container.audit_log.session().get(Order, "A-1"), Order | None)
+
+
+def use_flat_names(container: Shop) -> None:
+    session: Session = container.writer_session()
+    engine: Engine = container.writer_engine()
+    maker: sessionmaker[Session] = container.audit_log_sessionmaker()
+    scoped: scoped_session[Session] = container.reader_scoped_session()
+    session.add(Order(sku=str((engine, maker, scoped))))
+
+
+def use_providers(container: Shop) -> None:
+    assert_type(container.settings(), DatabaseSettings)
+    assert_type(container.transaction(), Transaction)
+    assert_type(container.unit(), UnitOfWork)
+    container.transaction_manager().begin()
+
+
+def use_idioms(engine: Engine) -> None:
+    container = Shop(settings=settings())
+    container.wire(modules=[__name__])
+    with container.writer.session.override(providers.Object(Session())):
+        pass
+    with container.writer_session.override(providers.Object(Session())):
+        pass
+    with container.override_providers(writer_engine=providers.Object(engine)):
+        pass
+    container.writer.engine.reset_override()
+    container.writer.engine.reset()
+    container.reset_singletons()
+    container.init_resources()
+    container.shutdown_resources()
+    container.unwire()
+    container_of("north", "south")(settings=settings()).transaction()
+    Container().writer.session()
+    Application().wire(packages=["shop"])
+
+
+# ---- units of work -------------------------------------------------------------------------------------------------------
+
+
+def block(container: Shop) -> list[str]:
+    with container.transaction() as unit:
+        assert_type(unit, UnitOfWork)
+        unit.on_commit(print, "committed", sep="")
+        unit.on_abort(lambda: None)
+        unit.before_commit(block, container)
+        savepoint = unit.savepoint()
+        savepoint.rollback()
+        if unit.is_doomed:
+            unit.doom("a reason")
+        session = container.writer.session()
+        session.execute(insert(Order).values(sku="A-1"))
+        with container.transaction(propagation="nested"):
+            session.add(Order(sku="A-2"))
+        with container.transaction(Propagation.REQUIRES_NEW, read_only=True, isolation="SERIALIZABLE", timeout=3):
+            pass
+        return list(session.scalars(select(Order.sku)))
+
+
+def run(container: Shop) -> None:
+    assert_type(container.transaction(attempts=3, backoff=0.1).run(block, container), list[str])
+    assert_type(container.transaction().run(lambda: 1), int)
+
+
+def returns_before_the_end_of_a_block(container: Shop) -> int:
+    with container.transaction():
+        return 1
+
+
+def goes_on_after_a_block(container: Shop) -> int:
+    with container.transaction():
+        number = 1
+    return number
+
+
+# ---- the decorator -------------------------------------------------------------------------------------------------------
+
+
+@transactional
+def place_order(sku: str, amount: int = 1, session: Session = Provide[Shop.writer_session]) -> Order:
+    order = Order(sku=sku, amount=amount)
+    session.add(order)
+    return order
+
+
+@transactional()
+def with_parentheses(session: Session = Provide[Shop.writer.session]) -> int:
+    return session.query(Order).count()
+
+
+@transactional(
+    propagation=Propagation.NESTED,
+    isolation="serializable",
+    timeout=5,
+    attempts=3,
+    backoff=0.01,
+    commit_on=(LookupError, ValueError),
+)
+def with_all_options(*skus: str, session: Session = Provide["writer_session"]) -> None:
+    session.add_all(Order(sku=sku) for sku in skus)
+
+
+@transactional(propagation="requires_new", read_only=True, commit_on=LookupError, container="db")
+def in_an_application(session: Session = Provide["db.reader.session"], unit: UnitOfWork = Provide["db.unit"]) -> list[Order]:
+    unit.on_commit(print)
+    return list(session.scalars(select(Order)))
+
+
+@inject
+def injected(session: Session = Provide[Application.db.writer_session]) -> bool:
+    return session.is_active
+
+
+class Service:
+    @transactional
+    def method(self, sku: str, session: Session = Provide[Shop.writer_session]) -> Order | None:
+        return session.get(Order, sku)
+
+    @staticmethod
+    @transactional
+    def static(sku: str, session: Session = Provide[Shop.writer_session]) -> bool:
+        return session.get(Order, sku) is not None
+
+    @classmethod
+    @transactional(attempts=2)
+    def of_class(cls, session: Session = Provide[Shop.writer_session]) -> str:
+        return f"{cls.__name__} {session.is_active}"
+
+
+def call_decorated(session: Session) -> None:
+    assert_type(place_order("A-1"), Order)
+    assert_type(place_order("A-1", amount=2, session=session), Order)
+    assert_type(with_parentheses(), int)
+    with_all_options("A-1", "A-2")
+    assert_type(in_an_application(), list[Order])
+    assert_type(injected(), bool)
+    assert_type(Service().method("A-1"), Order | None)
+    assert_type(Service.static("A-1"), bool)
+    assert_type(Service.of_class(), str)
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------------
+
+
+def handle(container: Shop) -> bool:
+    try:
+        with container.transaction():
+            pass
+    except errors.NotAtomic as error:
+        assert_type(error.connections, tuple[str, ...])
+    except errors.SettingsError as error:
+        assert_type(error.problems, tuple[errors.Problem, ...])
+    except (errors.NoUnitOfWork, errors.SessionIsManaged, AppDbError):
+        return True
+    except Exception as error:
+        return retryable(error)
+    return False
