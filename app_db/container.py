@@ -139,7 +139,7 @@ def _build_scoped_session(maker: sessionmaker[Any]) -> scoped_session[Any]:
 
 
 def _current_session(scoped: scoped_session[Any]) -> Session:
-    session: Session = scoped()
+    session: Session = scoped.registry()
     return session
 
 
@@ -165,7 +165,7 @@ class Connection(providers.Container[ConnectionContainer]):
     """
 
     if TYPE_CHECKING:
-        engine: providers.Provider[Engine]
+        engine: EngineProvider
         sessionmaker: providers.Provider[sessionmaker[Session]]
         scoped_session: providers.Provider[scoped_session[Session]]
         session: providers.Provider[Session]
@@ -217,7 +217,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
 
     instance_type = _HomeContainer
 
-    settings = providers.ThreadSafeSingleton(DatabaseSettings)
+    settings: providers.Provider[DatabaseSettings] = providers.ThreadSafeSingleton(DatabaseSettings)
     transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
     home: providers.Object[Any] = providers.Object(None)
     coordinator = Lasting(build_coordinator, home)

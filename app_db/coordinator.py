@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from transaction.interfaces import IRetryDataManager, ISavepointDataManager
 from zope.interface import implementer
 
@@ -26,7 +26,7 @@ from app_db.errors import (
     UnitOfWorkEnded,
     UnitOfWorkTimeout,
 )
-from app_db.manager import Owner, retryable
+from app_db.manager import retryable
 from app_db.statements import Effect, effect_of
 
 if TYPE_CHECKING:
@@ -55,17 +55,16 @@ class Home(Protocol):
 class Branch:
     """One connection's share of one unit of work: zope.sqlalchemy's data manager, and what was noticed beside it."""
 
-    __slots__ = ("_connections", "_data_manager", "_failures", "_infos", "_work", "effect", "home", "session")
+    effect = Effect.READS
+    tried = False
+    _failures: Sequence[BaseException] = ()
 
-    def __init__(self, work: Work, data_manager: Any, home: Home) -> None:
+    def __init__(self, work: Work, data_manager: Any, session: Session, home: Home) -> None:
         self._work = work
         self._data_manager = data_manager
-        self.session: Session = data_manager.session
+        self.session = session
         self.home = home
-        self.effect = Effect.READS
-        self._failures: list[BaseException] = []
-        self._connections: list[Connection] = []
-        self._infos: list[dict[Any, Any]] = []
+        self._connections: dict[Connection, dict[Any, Any]] = {}  # with their info, which an invalidated one doesn't give out
 
     @property
     def name(self) -> str:
@@ -88,12 +87,10 @@ class Branch:
         """Note that the session has begun on `connection`."""
         if connection in self._connections:
             return
-        connection.info[BRANCH] = self
-        self._connections.append(connection)
-        self._infos.append(connection.info)  # kept, because an invalidated connection does not give it out any more
-        remaining = self._work.remaining()
-        if remaining is not None:
-            self.home.database.limit(connection, max(remaining, 0.001))
+        info = self._connections[connection] = connection.info
+        info[BRANCH] = self
+        if self._work.timed:
+            self.home.database.limit(connection, max(self._work.remaining(), 0.001))
 
     def before_statement(self, statement: str) -> None:
         """Note what a statement does, and refuse what can't be allowed before it is sent."""
@@ -102,12 +99,12 @@ class Branch:
             if effect is Effect.WRITES and self.read_only:
                 raise ReadOnlyViolation(self.name, "The statement", not self.home.read_only)
             self.effect = effect
-        if self._work.timeout is not None:
+        if self._work.timed:
             self._work.refuse_overtime()
 
     def statement_failed(self, error: BaseException) -> BaseException | None:
         """Note that the database refused a statement; return the error that says better what happened, if there is one."""
-        self._failures.append(error)
+        self._failures = [*self._failures, error]
         if self.read_only and self.home.database.refuses_write(error):
             return ReadOnlyViolation(self.name, "The statement", not self.home.read_only)
         return self._work.overtime()
@@ -119,12 +116,13 @@ class Branch:
             return False
         if self.session.get_transaction() is not transaction or not transaction.is_active:
             return True
-        if not self._failures or self.effect < Effect.MAY_WRITE:
+        if not self._failures or self.effect is Effect.READS:
             return False
         return any(self.home.database.has_lost_transaction(connection, self._failures) for connection in self._connections)
 
     def commit(self) -> None:
         """Commit, return the connection to its pool and detach the objects."""
+        self.tried = True
         self._data_manager.tpc_vote(self._work.transaction)
         self._forget_connections()
 
@@ -147,7 +145,7 @@ class Branch:
         return self.session.begin_nested()
 
     def _forget_connections(self) -> None:
-        for info in self._infos:
+        for info in self._connections.values():
             info.pop(BRANCH, None)
 
 
@@ -167,22 +165,28 @@ def _position(branch: Branch) -> tuple[int, str]:
 class Work:
     """What one unit of work did in the databases: its sessions and branches, and how they end together."""
 
+    read_only = False
+    isolation: str | None = None
+    timed = False
+    timeout = 0.0
+    deadline = 0.0
+    hooks: Hooks | None = None
+    finishing = False
+    _doomed_by: BaseException | str | None = None
+    _joined = False
+    _ended = False
+
     def __init__(self, transaction: Transaction, coordinator: Coordinator) -> None:
         self.transaction = transaction
-        self.owner = Owner()
         self.sessions: dict[str, Session] = {}
         self.branches: list[Branch] = []
-        self.read_only = False
-        self.isolation: str | None = None
-        self.timeout: float | None = None
-        self.deadline: float | None = None
-        self.hooks: Hooks | None = None
-        self._doomed_by: BaseException | str | None = None
-        self.finishing = False
-        self._coordinator = coordinator
-        self._joined = False
         self._savepoints: list[WorkSavepoint] = []
-        self._ended = False
+        self._coordinator = coordinator
+
+    @property
+    def manager(self) -> Any:
+        """The transaction manager whose transaction this is."""
+        return self._coordinator.manager
 
     # -- what zope.sqlalchemy asks of a transaction
 
@@ -192,8 +196,8 @@ class Work:
             self.transaction.join(self)
             self._joined = True
         session = data_manager.session
-        session.branch = Branch(self, data_manager, session.home)
-        self.branches.append(session.branch)
+        branch = session.branch = Branch(self, data_manager, session, session.home)
+        self.branches.append(branch)
 
     # -- what sessions ask
 
@@ -203,6 +207,10 @@ class Work:
         if status in ("Active", "Doomed") or (status == "Committing" and self._joined and not self._ended):
             return
         raise UnitOfWorkEnded(subject)
+
+    def owner(self) -> str:
+        """Return who owns the unit, where its transaction knows."""
+        return str(getattr(self.transaction, "owner", "another thread"))
 
     def is_current(self) -> bool:
         """Return whether this unit of work is under way anywhere."""
@@ -214,8 +222,8 @@ class Work:
     def limit(self, timeout: float) -> None:
         """Give the unit at most `timeout` seconds from now on, or what is left of the time that it has."""
         deadline = time.monotonic() + timeout
-        if self.deadline is None or deadline < self.deadline:
-            self.timeout, self.deadline = timeout, deadline
+        if not self.timed or deadline < self.deadline:
+            self.timed, self.timeout, self.deadline = True, timeout, deadline
 
     def doom(self, reason: BaseException | str) -> None:
         """Make sure that the unit is not committed, and remember why. The first reason counts."""
@@ -232,22 +240,16 @@ class Work:
             raise UnitOfWorkDoomed(f"an inner unit failed with {type(reason).__name__}: {summary}") from reason
         if reason is not None or self.transaction.isDoomed():
             raise UnitOfWorkDoomed(reason or "its zope transaction was doomed")
+        if self.transaction.status == "Commit failed":
+            raise UnitOfWorkDoomed("a savepoint of it could not be taken or rolled back")
 
-    @property
-    def timed(self) -> bool:
-        """Whether the unit has a timeout."""
-        return self.deadline is not None
-
-    def remaining(self) -> float | None:
-        """Return the seconds left, or None without a timeout."""
-        return None if self.deadline is None else self.deadline - time.monotonic()
+    def remaining(self) -> float:
+        """Return the seconds that a timed unit has left."""
+        return self.deadline - time.monotonic()
 
     def overtime(self) -> UnitOfWorkTimeout | None:
         """Return the error to raise when the unit has gone on for too long."""
-        remaining = self.remaining()
-        if remaining is None or remaining > 0 or self.timeout is None:
-            return None
-        return UnitOfWorkTimeout(self.timeout)
+        return UnitOfWorkTimeout(self.timeout) if self.timed and self.remaining() <= 0 else None
 
     def refuse_overtime(self) -> None:
         """Raise when the unit has gone on for too long."""
@@ -292,7 +294,7 @@ class Work:
         """
         self.finishing = True
         for branch in sorted(self.branches, key=_position):
-            if branch.home.autonomous:
+            if branch.home.autonomous and not branch.tried:
                 _commit_or_log(branch)
             branch.roll_back()
         self.branches.clear()
@@ -321,10 +323,14 @@ class Work:
 
     def _flush(self) -> None:
         for branch in self.branches:  # a flush may make another session join, which this loop then reaches
-            branch.session.flush()
+            try:
+                branch.session.flush()
+            except PendingRollbackError as error:  # an earlier flush failed, and its error was swallowed
+                raise TransactionLost(branch.name) from error
 
     def _refuse_what_cannot_commit(self) -> None:
-        self.refuse_overtime()
+        if self.timed:
+            self.refuse_overtime()
         for branch in self.branches:
             if branch.has_lost_transaction():
                 raise TransactionLost(branch.name)
@@ -334,30 +340,27 @@ class Work:
                 raise NotAtomic(written)
 
     def _commit_branches(self) -> None:
-        waiting = sorted(self.branches, key=_position) if len(self.branches) > 1 else list(self.branches)
+        waiting = sorted(self.branches, key=_position) if len(self.branches) > 1 else [*self.branches]
         committed: list[str] = []
         while waiting:
             branch = waiting.pop(0)
-            if branch.effect is Effect.LOCKS and committed:
+            if committed and branch.effect is Effect.LOCKS:
                 _commit_or_log(branch)
                 continue
-            wrote = branch.wrote
             try:
                 branch.commit()
             except Exception as error:
-                if wrote and isinstance(error, DBAPIError) and error.connection_invalidated:
+                if branch.wrote and isinstance(error, DBAPIError) and error.connection_invalidated:
                     raise OutcomeUnknown(branch.name, committed) from error
                 if committed:
                     raise PartialCommit(committed, branch.name, [other.name for other in waiting if other.wrote]) from error
                 raise
-            if wrote:
+            if waiting and branch.wrote:
                 committed.append(branch.name)
 
 
 def _commit_or_log(branch: Branch) -> None:
     """Commit a branch whose failure must not hide or change how the unit ends."""
-    if branch.finished:
-        return
     try:
         if branch.has_lost_transaction():
             raise TransactionLost(branch.name)

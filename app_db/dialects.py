@@ -184,8 +184,11 @@ class MySQL(Database):
                 _execute(dbapi_connection, reset)
 
     def engine_for_unit(self, engine: Engine, settings: ConnectionSettings, terms: Terms) -> Engine:
-        engine = super().engine_for_unit(engine, settings, terms)
-        return _when_connected(engine, self._set_read_only) if terms.read_only and not settings.read_only else engine
+        # The engine made last has its say first, and setting an isolation level ends with a COMMIT, which the next transaction
+        # that is to be read-only must not be spent on.
+        if terms.read_only and not settings.read_only:
+            engine = _when_connected(engine, self._set_read_only)
+        return super().engine_for_unit(engine, settings, terms)
 
     def _set_read_only(self, connection: Connection) -> None:
         _execute(connection.connection, "SET TRANSACTION READ ONLY")  # the next one, which the first statement begins

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from importlib import import_module
+from threading import Lock
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import InvalidatePoolError
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 _IDLE_SINCE = "app_db_idle_since"
 _POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static": StaticPool}
 
-_engines: WeakSet[Engine] = WeakSet()
+_engines: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
 _retired: WeakSet[Engine] = WeakSet()
 _checked_out: dict[int, Any] = {}  # pool records by their id, for the child of a fork
 _of_parent_process: list[Any] = []
@@ -42,10 +44,8 @@ def build_engine(name: str, settings: DatabaseSettings) -> Engine:
         **_pool_arguments(connection),
         **({} if isolation_level is None else {"isolation_level": isolation_level}),
     )
-    database.tune(engine, connection)
-    _watch_pool(engine, connection)  # after what cleans connections up, which a retired engine closes
-    _provide_passwords(engine, connection, database)
-    _engines.add(engine)
+    setup = _engines[engine] = _Setup(engine, connection, database)
+    event.listen(engine, "do_connect", setup.before_connecting)
     return engine
 
 
@@ -53,6 +53,41 @@ def retire(engine: Engine) -> None:
     """Close an engine's idle connections now, and those in use as they are returned. Sessions under way may finish."""
     _retired.add(engine)
     engine.dispose()
+
+
+class _Setup:
+    """What an engine needs besides its arguments, done when it is about to connect: most of the engines of a large
+    application never do, in most of its processes.
+    """
+
+    def __init__(self, engine: Engine, connection: ConnectionSettings, database: Database) -> None:
+        self._engine = weakref.ref(engine)
+        self._connection = connection
+        self._database = database
+        self._password = connection.load_password_provider() if connection.password_provider else None
+        self._done = False
+        self._lock = Lock()
+
+    def before_connecting(self, dialect: Any, record: Any, arguments: Any, parameters: dict[str, Any]) -> None:
+        """Set the engine up, the first time; and each time give the connection its password."""
+        if not self._done:
+            with self._lock:  # a second thread's first connection has to wait for the listeners that set it up
+                self._set_up()
+        if self._password is not None:
+            parameters["password"] = self._database.password(dialect.driver, self._password())
+
+    def forget_other_threads(self) -> None:
+        """Be usable in the child of a fork, where the thread that may have held the lock is gone."""
+        self._lock = Lock()
+
+    def _set_up(self) -> None:
+        engine = self._engine()
+        if engine is None or self._done:
+            return
+        self._database.tune(engine, self._connection)
+        _watch_pool(engine, self._connection)  # after what cleans connections up, which a retired engine closes
+        _reset_when_needed(engine, self._database)
+        self._done = True
 
 
 def _pool_arguments(connection: ConnectionSettings) -> dict[str, Any]:
@@ -115,23 +150,14 @@ def _reset_when_needed(engine: Engine, database: Database) -> None:
             dbapi_connection.rollback()
 
 
-def _provide_passwords(engine: Engine, connection: ConnectionSettings, database: Database) -> None:
-    if connection.password_provider is None:
-        return
-    password = connection.load_password_provider()
-
-    @event.listens_for(engine, "do_connect")
-    def set_password(dialect: Any, record: Any, arguments: Any, parameters: dict[str, Any]) -> None:
-        parameters["password"] = database.password(dialect.driver, password())
-
-
 def _leave_parents_connections() -> None:
     """Give a forked child pools of its own, and never let it speak on a socket that it shares with its parent."""
     for record in list(_checked_out.values()):
         _of_parent_process.append(record.dbapi_connection)  # kept, lest its destructor ends the parent's session
         record.fairy_ref = None  # the collector would otherwise send a ROLLBACK; detach() takes a lock that may be held for ever
     _checked_out.clear()
-    for engine in list(_engines):
+    for engine, setup in list(_engines.items()):
+        setup.forget_other_threads()
         engine.dispose(close=False)
 
 

@@ -189,7 +189,7 @@ class ForeignUnitOfWork(UnitOfWorkError):
 
     def __str__(self) -> str:
         return (
-            f"{self.subject} belongs to the unit of work of {self.owner} and was used from {self.user}. Begin a unit of "
+            f"{self.subject} belongs to {self.owner} and was used from {self.user}. Begin a unit of "
             "work there "
             "(`with container.transaction():`) and ask for a session inside it."
         )

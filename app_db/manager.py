@@ -57,16 +57,14 @@ class Owner:
         return f"thread {self.thread.name!r}" if self.task is None else f"task {self.task.get_name()!r}"
 
 
-class Held:
-    """A transaction as a context holds it: with its owner, and whether it has ended. Copied contexts share it."""
+class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no type hints
+    """A transaction that knows who began it, so that nobody else uses it. Copied contexts share it."""
 
-    __slots__ = ("ended", "owner", "process", "transaction")
-
-    def __init__(self, transaction: Transaction) -> None:
-        self.transaction = transaction
-        self.process = _Process.generation
+    def __init__(self, synchronizers: Any, manager: ContextTransactionManager) -> None:
+        super().__init__(synchronizers, manager)
         self.owner = Owner()
         self.ended = False
+        self._process = _Process.generation
 
     def is_usable(self) -> bool:
         """Return whether the transaction is under way, and the calling code may use it.
@@ -74,7 +72,7 @@ class Held:
         A task that merely inherited its parent's context may not, and neither may a forked child. Threads without a
         running loop may: they work for the unit's owner, who waits for them.
         """
-        if self.ended or self.process != _Process.generation:
+        if self.ended or self._process != _Process.generation:
             return False
         loop = _get_running_loop()
         if loop is None:
@@ -88,7 +86,7 @@ class Held:
         """Return the error that says why the transaction can't be used here."""
         if self.ended:
             return UnitOfWorkEnded("The unit of work")
-        if self.process != _Process.generation:
+        if self._process != _Process.generation:
             return ForeignUnitOfWork("The unit of work", f"{self.owner} in the parent process", f"process {os.getpid()}")
         return ForeignUnitOfWork("The unit of work", str(self.owner), str(Owner()))
 
@@ -103,57 +101,49 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
     def __init__(self) -> None:
         self.explicit = True
         self._synchs = WeakSet()
-        self._current: ContextVar[Held | None] = ContextVar("app_db.current_transaction", default=None)
+        self._current: ContextVar[OwnedTransaction | None] = ContextVar("app_db.current_transaction", default=None)
 
     @property
-    def _txn(self) -> Transaction | None:
+    def _txn(self) -> OwnedTransaction | None:
         """The current transaction, under the name by which the inherited methods know it."""
         return self.current()
 
-    def current(self) -> Transaction | None:
+    def current(self) -> OwnedTransaction | None:
         """Return the transaction that is under way here, or None: what has ended or is another's doesn't count."""
-        held = self._current.get()
-        return held.transaction if held is not None and held.is_usable() else None
+        transaction = self._current.get()
+        return transaction if transaction is not None and transaction.is_usable() else None
 
-    def get(self) -> Transaction:
+    def get(self) -> OwnedTransaction:
         """Return the transaction that is under way here, or raise the error that says why there is none."""
-        held = self._current.get()
-        if held is None:
-            raise NoUnitOfWork
-        if not held.is_usable():
-            raise held.refusal()
-        return held.transaction
+        transaction = self._current.get()
+        if transaction is not None and transaction.is_usable():
+            return transaction
+        raise NoUnitOfWork if transaction is None else transaction.refusal()
 
-    def begin(self) -> Transaction:
+    def begin(self) -> OwnedTransaction:
         """Begin a transaction and make it the current one of this context."""
         under_way = self.current()
         if under_way is not None:
             if under_way.status != "Commit failed":
                 raise AlreadyInUnitOfWork
             under_way.abort()
-        transaction = Transaction(self._synchs, self)
-        held = Held(transaction)
-        transaction.set_data(self, held)
-        self._current.set(held)
+        transaction = OwnedTransaction(self._synchs, self)
+        self._current.set(transaction)
         if self._synchs:
             self._synchs.map(lambda synchronizer: synchronizer.newTransaction(transaction))
         return transaction
 
-    def free(self, transaction: Transaction) -> None:
+    def free(self, transaction: OwnedTransaction) -> None:
         """Forget a transaction that has ended. Called by the transaction itself, in whichever context that happens."""
-        held = transaction.data(self)
-        held.ended = True
-        if self._current.get() is held:
+        transaction.ended = True
+        if self._current.get() is transaction:
             self._current.set(None)
 
-    def resume(self, transaction: Transaction) -> None:
+    def resume(self, transaction: OwnedTransaction) -> None:
         """Make a transaction the current one here that began in another context, as a generator's may have."""
-        try:
-            held = transaction.data(self)
-        except KeyError:
-            raise UnitOfWorkEnded("The unit of work") from None
-        self._current.set(held)
-        self.get()
+        if not transaction.is_usable():
+            raise transaction.refusal()
+        self._current.set(transaction)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
@@ -171,12 +161,12 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Run a block as if no transaction were under way, then take up the one that was."""
-        held = self._current.get()
+        transaction = self._current.get()
         self._current.set(None)
         try:
             yield
         finally:
-            self._current.set(held)
+            self._current.set(transaction)
 
 
 def current(manager: Any) -> Transaction | None:

@@ -42,6 +42,7 @@ class SessionHome:
         self.database = database_of(settings.sqlalchemy_url().get_backend_name())
         self.read_only = settings.read_only
         self.autonomous = not settings.transactional
+        self.watched: Dialect | None = None
 
     def engine_for(self, work: Work) -> Engine:
         """Return the engine as it stands now, with the options of a unit of work.
@@ -49,7 +50,7 @@ class SessionHome:
         It is asked for at each session's beginning, so that a replaced or overridden engine is used at once.
         """
         engine = self.engine()
-        if not (work.read_only or work.isolation or work.timed):
+        if not (work.read_only or work.timed or work.isolation):
             return engine
         return self.database.engine_for_unit(engine, self.settings, work)
 
@@ -83,7 +84,8 @@ class UnitSession(Session):
 
     def enter(self, work: Work) -> None:
         """Belong to `work` from now on."""
-        work.require_open(self._subject)
+        if work.transaction.status != "Active":
+            work.require_open(self._subject)
         self._work = work
         self.bind = self.home.engine_for(work)
 
@@ -98,7 +100,7 @@ class UnitSession(Session):
             return ForeignUnitOfWork(self._subject, error.owner, error.user)  # it knows of processes, too
         if self._work is None:
             return NoUnitOfWork(self._subject)
-        return ForeignUnitOfWork(self._subject, str(self._work.owner), str(Owner()))
+        return ForeignUnitOfWork(self._subject, self._work.owner(), str(Owner()))
 
     def _refuse(self, method: str) -> None:
         if self._work is not None and not self._work.finishing and self._work.is_current():
@@ -234,14 +236,16 @@ def _check_flush(session: UnitSession, context: Any, instances: Any) -> None:
 def _watch_connection(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
     branch = session.branch
     if branch is not None:
-        _watch_engine(connection.engine)
+        if connection.dialect is not session.home.watched:
+            _watch(connection.engine)
+            session.home.watched = connection.dialect
         branch.uses(connection)
 
 
 _watched: WeakSet[Dialect] = WeakSet()
 
 
-def _watch_engine(engine: Engine) -> None:
+def _watch(engine: Engine) -> None:
     """Listen to what an engine executes. Done at first use, so that an engine that overrides ours is listened to as well."""
     if engine.dialect not in _watched:
         _watched.add(engine.dialect)

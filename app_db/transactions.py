@@ -13,9 +13,10 @@ from weakref import WeakKeyDictionary
 
 from dependency_injector import providers
 from dependency_injector.wiring import Provide, inject
+from transaction.interfaces import NoTransaction
 
 from app_db.coordinator import Coordinator, build_coordinator
-from app_db.errors import InvalidUse, NotWired
+from app_db.errors import InvalidUse, NotWired, NoUnitOfWork
 from app_db.units import Options, Part, Propagation, UnitOfWork, options_from, part_for
 
 P = ParamSpec("P")
@@ -84,7 +85,10 @@ def build_transaction(
 
 def build_unit(coordinator: Coordinator) -> UnitOfWork:
     """Return the unit of work that is under way, or raise NoUnitOfWork."""
-    return UnitOfWork(coordinator, coordinator.manager.get())
+    try:
+        return UnitOfWork(coordinator.get())
+    except NoTransaction:
+        raise NoUnitOfWork("container.unit()") from None
 
 
 # ---- the decorator ---------------------------------------------------------------------------------------------------

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from app_db.coordinator import Coordinator, Work
-from app_db.errors import AlreadyInUnitOfWork, HookFailed, InvalidUse, NoUnitOfWork
+from app_db.errors import AlreadyInUnitOfWork, HookFailed, InvalidUse, NoUnitOfWork, UnitOfWorkEnded, did_you_mean
 from app_db.hooks import Hook, Hooks
 from app_db.manager import current, regain, retryable, suspended
 
 if TYPE_CHECKING:
+    from transaction import Savepoint
     from transaction import Transaction as ZopeTransaction
-    from transaction.interfaces import ISavepoint
 
 log = logging.getLogger("app_db")
 
@@ -59,6 +59,8 @@ class Options:
             raise InvalidUse(f"attempts={self.attempts} leaves no attempt", "Give 1 or more")
         if self.timeout is not None and self.timeout <= 0:
             raise InvalidUse(f"timeout={self.timeout} leaves no time", "Give seconds above 0, or None for no limit")
+        if self.isolation is not None and self.isolation not in _ISOLATION_LEVELS:
+            raise InvalidUse(f"There is no isolation level {self.isolation!r}", f"Use one of {', '.join(_ISOLATION_LEVELS)}")
         if self.backoff < 0:
             raise InvalidUse(f"backoff={self.backoff} is negative", "Give the seconds to wait before the second attempt, at most")
         if self.attempts > 1 and self.propagation not in _OWNS_ITS_UNIT:
@@ -69,44 +71,49 @@ class Options:
             )
 
 
+_ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 _OWNS_ITS_UNIT = frozenset({Propagation.REQUIRED, Propagation.REQUIRES_NEW, Propagation.NESTED})
 
 
 def options_from(
     propagation: Propagation | str = Propagation.REQUIRED,
     *,
-    read_only: bool = False,
     isolation: str | None = None,
-    timeout: float | None = None,
-    attempts: int = 1,
-    backoff: float = 0.05,
     commit_on: type[BaseException] | Iterable[type[BaseException]] = (),
+    **others: Any,
 ) -> Options:
+    """Return the options that an application gave, in the forms in which it may give them."""
+    known = [field.name for field in fields(Options)]
+    for name in others:
+        if name not in known:
+            raise InvalidUse(
+                f"There is no option {name!r}", f"{did_you_mean(name, known).lstrip()} The options are {', '.join(known)}"
+            )
     try:
         how = Propagation(propagation)
     except ValueError:
-        names = ", ".join(known.value for known in Propagation)
+        names = ", ".join(mode.value for mode in Propagation)
         raise InvalidUse(f"There is no propagation {propagation!r}", f"Use one of {names}") from None
-    kinds = (commit_on,) if isinstance(commit_on, type) else tuple(commit_on)
-    level = None if isolation is None else isolation.upper().replace("_", " ")
-    return Options(how, read_only, level, timeout, attempts, backoff, kinds)
+    return Options(
+        how,
+        isolation=None if isolation is None else isolation.upper().replace("_", " "),
+        commit_on=(commit_on,) if isinstance(commit_on, type) else tuple(commit_on),
+        **others,
+    )
 
 
 class UnitOfWork:
     """The unit of work under way, as application code sees it: hooks, savepoints and dooming."""
 
-    __slots__ = ("_coordinator", "_transaction")
+    __slots__ = ("_work",)
 
-    def __init__(self, coordinator: Coordinator, transaction: ZopeTransaction | None) -> None:
-        self._coordinator = coordinator
-        self._transaction = transaction
+    def __init__(self, work: Work | None) -> None:
+        self._work = work
 
     @property
     def transaction(self) -> ZopeTransaction:
         """The zope transaction, which any other zope data manager may join."""
-        if self._transaction is None:
-            raise NoUnitOfWork("A block that runs without a unit of work")
-        return self._transaction
+        return self._current().transaction
 
     def before_commit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call `function` inside the unit, before anything is committed. If it raises, the unit aborts."""
@@ -122,21 +129,28 @@ class UnitOfWork:
 
     def doom(self, reason: str = "unit.doom() was called") -> None:
         """Make sure that this unit is not committed. Ending it without an exception raises UnitOfWorkDoomed."""
-        self._coordinator.work_of(self.transaction).doom(reason)
+        self._current().doom(reason)
 
     @property
     def is_doomed(self) -> bool:
         """Whether the unit can't be committed any more."""
         return bool(self.transaction.isDoomed())
 
-    def savepoint(self) -> ISavepoint:
+    def savepoint(self) -> Savepoint:
         """Return a savepoint across all the unit's connections; its `rollback()` undoes what was done since, again and again."""
         return self.transaction.savepoint(optimistic=True)
 
+    def _current(self) -> Work:
+        if self._work is None:
+            raise NoUnitOfWork("The handle of a block that has no unit of work")
+        if not self._work.is_current():
+            raise UnitOfWorkEnded("The handle of a unit of work")
+        return self._work
+
     def _hooks(self) -> Hooks:
-        work = self._coordinator.work_of(self.transaction)
+        work = self._current()
         if work.hooks is None:
-            work.hooks = Hooks(self.transaction, self._coordinator.manager)
+            work.hooks = Hooks(work.transaction, work.manager)
         return work.hooks
 
 
@@ -150,6 +164,7 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 class Part:
     """Run without a unit of work, while one that is under way waits."""
 
+    _waiting: AbstractContextManager[None] | None = None
     may_pass = False
     """Whether the block failed for a reason that may pass, and can be run again: asked before the unit is aborted."""
 
@@ -157,7 +172,8 @@ class Part:
         self.coordinator = coordinator
         self.options = options
         self.outer = outer
-        self._waiting: AbstractContextManager[None] | None = None if outer is None else suspended(coordinator.manager)
+        if outer is not None:
+            self._waiting = suspended(coordinator.manager)
 
     def __enter__(self) -> UnitOfWork:
         if self._waiting is not None:
@@ -172,7 +188,7 @@ class Part:
                 self._waiting.__exit__(None, None, None)
 
     def begin(self) -> UnitOfWork:
-        return UnitOfWork(self.coordinator, None)
+        return UnitOfWork(None)
 
     def end(self, error: BaseException | None) -> None:
         """Nothing was begun."""
@@ -191,12 +207,14 @@ class Own(Part):
     def begin(self) -> UnitOfWork:
         options = self.options
         self.transaction = self.coordinator.manager.begin()
-        self.work = self.coordinator.work_of(self.transaction)
-        self.work.read_only = options.read_only
-        self.work.isolation = options.isolation
+        work = self.work = self.coordinator.work_of(self.transaction)
+        if options.read_only:
+            work.read_only = True
+        if options.isolation is not None:
+            work.isolation = options.isolation
         if options.timeout is not None:
-            self.work.limit(options.timeout)
-        return UnitOfWork(self.coordinator, self.transaction)
+            work.limit(options.timeout)
+        return UnitOfWork(work)
 
     def end(self, error: BaseException | None) -> None:
         try:
@@ -247,7 +265,7 @@ class Joined(Part):
                 f"{work.isolation or 'the default isolation'}",
                 "Give the outermost unit this isolation, or this one propagation='requires_new'",
             )
-        self._limits_before = (work.timeout, work.deadline)
+        self._limits_before = (work.timed, work.timeout, work.deadline)
         if self.options.timeout is not None:
             work.limit(self.options.timeout)
         return self.begin()
@@ -257,7 +275,7 @@ class Joined(Part):
             self.end(error)
         finally:
             work = self.coordinator.work_of(self.outer)
-            work.timeout, work.deadline = self._limits_before
+            work.timed, work.timeout, work.deadline = self._limits_before
         if error is not None and self.options.attempts > 1 and retryable(error):
             error.add_note(
                 "app_db: not tried again here, because this block is a part of an outer unit of work, which has to be "
@@ -266,7 +284,7 @@ class Joined(Part):
             )
 
     def begin(self) -> UnitOfWork:
-        return UnitOfWork(self.coordinator, self.outer)
+        return UnitOfWork(self.coordinator.work_of(self.outer))
 
     def end(self, error: BaseException | None) -> None:
         if error is not None and self.fails_by(error):
@@ -284,7 +302,7 @@ class Nested(Joined):
         )  # optimistic: a data manager without savepoints fails when it matters
         after = work.last_savepoint()
         self._across_databases = None if after is before else after
-        return UnitOfWork(self.coordinator, self.outer)
+        return UnitOfWork(self.coordinator.work_of(self.outer))
 
     def end(self, error: BaseException | None) -> None:
         if error is not None and self.fails_by(error):
