@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from transaction.interfaces import IRetryDataManager, ISavepointDataManager
 from zope.interface import implementer
 
+from app_db.dialects import NEVER
 from app_db.errors import (
     NotAtomic,
     OutcomeUnknown,
@@ -58,6 +60,7 @@ class Branch:
     effect = Effect.READS
     tried = False
     _failures: Sequence[BaseException] = ()
+    _usual_limits: Mapping[Connection, float] = MappingProxyType({})
 
     def __init__(self, work: Work, data_manager: Any, session: Session, home: Home) -> None:
         self._work = work
@@ -90,7 +93,15 @@ class Branch:
         info = self._connections[connection] = connection.info
         info[BRANCH] = self
         if self._work.timed:
-            self.home.database.limit(connection, max(self._work.remaining(), 0.001))
+            self.apply_time_limit()
+
+    def apply_time_limit(self) -> None:
+        """Have the server stop statements that take longer than the unit has left; what it does by itself stays the least."""
+        database, remaining = self.home.database, self._work.remaining()
+        for connection in self._connections:
+            if connection not in self._usual_limits:
+                self._usual_limits = {**self._usual_limits, connection: database.statement_limit(connection)}
+            database.limit_statements(connection, min(remaining, self._usual_limits[connection]))
 
     def before_statement(self, statement: str) -> None:
         """Note what a statement does, and refuse what can't be allowed before it is sent."""
@@ -167,9 +178,8 @@ class Work:
 
     read_only = False
     isolation: str | None = None
-    timed = False
-    timeout = 0.0
-    deadline = 0.0
+    timeout = NEVER
+    deadline = NEVER
     hooks: Hooks | None = None
     finishing = False
     _doomed_by: BaseException | str | None = None
@@ -222,8 +232,14 @@ class Work:
     def limit(self, timeout: float) -> None:
         """Give the unit at most `timeout` seconds from now on, or what is left of the time that it has."""
         deadline = time.monotonic() + timeout
-        if not self.timed or deadline < self.deadline:
-            self.timed, self.timeout, self.deadline = True, timeout, deadline
+        if deadline < self.deadline:
+            self.set_deadline(timeout, deadline)
+
+    def set_deadline(self, timeout: float, deadline: float) -> None:
+        """Give the unit until `deadline`."""
+        self.timeout, self.deadline = timeout, deadline
+        for branch in self.branches:
+            branch.apply_time_limit()
 
     def doom(self, reason: BaseException | str) -> None:
         """Make sure that the unit is not committed, and remember why. The first reason counts."""
@@ -243,9 +259,14 @@ class Work:
         if self.transaction.status == "Commit failed":
             raise UnitOfWorkDoomed("a savepoint of it could not be taken or rolled back")
 
+    @property
+    def timed(self) -> bool:
+        """Whether the unit has a timeout."""
+        return self.deadline is not NEVER
+
     def remaining(self) -> float:
-        """Return the seconds that a timed unit has left."""
-        return self.deadline - time.monotonic()
+        """Return the seconds that the unit has left."""
+        return max(self.deadline - time.monotonic(), 0.0)
 
     def overtime(self) -> UnitOfWorkTimeout | None:
         """Return the error to raise when the unit has gone on for too long."""
@@ -349,11 +370,14 @@ class Work:
                 continue
             try:
                 branch.commit()
-            except Exception as error:
+            except BaseException as error:
                 if branch.wrote and isinstance(error, DBAPIError) and error.connection_invalidated:
                     raise OutcomeUnknown(branch.name, committed) from error
                 if committed:
-                    raise PartialCommit(committed, branch.name, [other.name for other in waiting if other.wrote]) from error
+                    partial = PartialCommit(committed, branch.name, [other.name for other in waiting if other.wrote])
+                    if isinstance(error, Exception):
+                        raise partial from error
+                    error.add_note(str(partial))  # an interruption goes on as what it is
                 raise
             if waiting and branch.wrote:
                 committed.append(branch.name)

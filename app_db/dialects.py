@@ -6,7 +6,9 @@ mean. Everything that is the same for all kinds stands elsewhere.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -31,6 +33,21 @@ READ_ONLY = "app_db_read_only"
 
 DEADLINE = "app_db_deadline"
 """Key in a DBAPI connection's info: the monotonic time after which its statements are interrupted."""
+
+_STATEMENT_DEADLINE = "app_db_statement_deadline"
+"""The same for one statement, when statements have a timeout of their own."""
+
+
+NEVER = math.inf
+"""Seconds that nothing takes."""
+
+_AMOUNT = re.compile(r"(\d+)(ms|s|min|h|d)?$")
+_SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400, None: 0.001}
+
+
+def _milliseconds(seconds: float) -> int:
+    """Return a limit as servers take it: whole milliseconds, at least one, and 0 for none."""
+    return 0 if seconds == NEVER else max(1, round(seconds * 1000))
 
 
 class Terms(Protocol):
@@ -69,8 +86,12 @@ class Database:
         """Return `engine` as a unit of work on other terms than the usual uses it. Pool and dialect stay the same."""
         return engine if terms.isolation is None else engine.execution_options(isolation_level=terms.isolation)
 
-    def limit(self, connection: Connection, seconds: float) -> None:
-        """Have the server stop the statements of this unit that take longer than `seconds`."""
+    def statement_limit(self, connection: Connection) -> float:
+        """Return the seconds after which the server stops a statement; infinity for never."""
+        return NEVER
+
+    def limit_statements(self, connection: Connection, seconds: float) -> None:
+        """Have the server stop statements that take longer than `seconds`, until told otherwise or until the unit ends."""
 
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
         """Return whether, after statements failed with `failures`, the transaction of `connection` can't commit any more."""
@@ -130,8 +151,12 @@ class PostgreSQL(Database):
             options["postgresql_readonly"] = True
         return engine.execution_options(**options) if options else engine
 
-    def limit(self, connection: Connection, seconds: float) -> None:
-        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, round(seconds * 1000))}")
+    def statement_limit(self, connection: Connection) -> float:
+        shown = _AMOUNT.match(str(connection.exec_driver_sql("SHOW statement_timeout").scalar()))
+        return (int(shown[1]) * _SECONDS[shown[2]] if shown else 0) or NEVER
+
+    def limit_statements(self, connection: Connection, seconds: float) -> None:
+        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {_milliseconds(seconds)}")
 
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
         # The server answers COMMIT of a failed transaction with ROLLBACK, and no driver reports that as an error.
@@ -152,6 +177,10 @@ class PostgreSQL(Database):
 class MySQL(Database):
     """MySQL and MariaDB."""
 
+    _in_transaction = 1  # the protocol's SERVER_STATUS_IN_TRANS
+    _deadlock = 1213
+    _lock_wait_timeout = 1205
+
     def password(self, driver: str, password: str) -> str | bytes:
         # PyMySQL would encode it in latin-1, which fails for most of the world's letters.
         return password.encode() if driver == "pymysql" else password
@@ -160,10 +189,6 @@ class MySQL(Database):
         url = self.url(settings)
         own = {} if url.password is None else {"password": self.password(url.get_driver_name(), str(url.password))}
         return {**own, **settings.connect_args}
-
-    _in_transaction = 1  # the protocol's SERVER_STATUS_IN_TRANS
-    _deadlock = 1213
-    _lock_wait_timeout = 1205
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         @event.listens_for(engine, "connect")
@@ -193,12 +218,16 @@ class MySQL(Database):
     def _set_read_only(self, connection: Connection) -> None:
         _execute(connection.connection, "SET TRANSACTION READ ONLY")  # the next one, which the first statement begins
 
-    def limit(self, connection: Connection, seconds: float) -> None:
-        is_mariadb = bool(getattr(connection.dialect, "is_mariadb", False))
+    def statement_limit(self, connection: Connection) -> float:
+        is_mariadb = self._is_mariadb(connection)
         variable = "max_statement_time" if is_mariadb else "max_execution_time"
-        before = connection.exec_driver_sql(f"SELECT @@SESSION.{variable}").scalar()
-        connection.info[DEADLINE] = f"SET SESSION {variable} = {before}"
-        connection.exec_driver_sql(self._timeout(seconds, is_mariadb))
+        value = float(connection.exec_driver_sql(f"SELECT @@SESSION.{variable}").scalar() or 0)
+        return value / (1 if is_mariadb else 1000) or NEVER
+
+    def limit_statements(self, connection: Connection, seconds: float) -> None:
+        if DEADLINE not in connection.info:
+            connection.info[DEADLINE] = self._timeout(self.statement_limit(connection), self._is_mariadb(connection))
+        connection.exec_driver_sql(self._timeout(seconds, self._is_mariadb(connection)))
 
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
         codes = {failure.args[0] for failure in failures if failure.args}
@@ -215,10 +244,13 @@ class MySQL(Database):
     def refuses_write(self, error: BaseException) -> bool:
         return bool(error.args) and error.args[0] == 1792
 
+    def _is_mariadb(self, connection: Connection) -> bool:
+        return bool(getattr(connection.dialect, "is_mariadb", False))
+
     def _timeout(self, seconds: float, is_mariadb: bool) -> str:
         if is_mariadb:
-            return f"SET SESSION max_statement_time = {seconds:.6f}"
-        return f"SET SESSION max_execution_time = {max(1, round(seconds * 1000))}"
+            return f"SET SESSION max_statement_time = {0 if seconds == NEVER else seconds:.6f}"
+        return f"SET SESSION max_execution_time = {_milliseconds(seconds)}"
 
 
 class SQLite(Database):
@@ -267,7 +299,7 @@ class SQLite(Database):
 
     def _interrupt_late_statements(self, engine: Engine, timeout: float) -> None:
         def set_deadline(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
-            context.root_connection.info[DEADLINE] = time.monotonic() + timeout
+            context.root_connection.info[_STATEMENT_DEADLINE] = time.monotonic() + timeout
 
         @event.listens_for(engine, "connect", once=True)
         def watch(dbapi_connection: Any, record: Any) -> None:
@@ -284,7 +316,7 @@ class SQLite(Database):
     def _set_read_only(self, connection: Connection) -> None:
         connection.info[READ_ONLY] = True
 
-    def limit(self, connection: Connection, seconds: float) -> None:
+    def limit_statements(self, connection: Connection, seconds: float) -> None:
         connection.info[DEADLINE] = time.monotonic() + seconds
         self._interrupt_at_deadline(connection.connection.driver_connection, connection.info)
 
@@ -301,7 +333,7 @@ class SQLite(Database):
 
     def _interrupt_at_deadline(self, driver_connection: Any, info: dict[Any, Any]) -> None:
         def past_deadline() -> bool:
-            return bool(time.monotonic() > info.get(DEADLINE, float("inf")))
+            return bool(time.monotonic() > min(info.get(DEADLINE, NEVER), info.get(_STATEMENT_DEADLINE, NEVER)))
 
         driver_connection.set_progress_handler(past_deadline, self._steps_between_looks)
 

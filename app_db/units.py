@@ -11,6 +11,8 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.exc import DBAPIError
+
 from app_db.coordinator import Coordinator, Work
 from app_db.errors import AlreadyInUnitOfWork, HookFailed, InvalidUse, NoUnitOfWork, UnitOfWorkEnded, did_you_mean
 from app_db.hooks import Hook, Hooks
@@ -265,17 +267,15 @@ class Joined(Part):
                 f"{work.isolation or 'the default isolation'}",
                 "Give the outermost unit this isolation, or this one propagation='requires_new'",
             )
-        self._limits_before = (work.timed, work.timeout, work.deadline)
+        self._time_before = (work.timeout, work.deadline)
         if self.options.timeout is not None:
             work.limit(self.options.timeout)
         return self.begin()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self.end(error)
-        finally:
-            work = self.coordinator.work_of(self.outer)
-            work.timed, work.timeout, work.deadline = self._limits_before
+        self.end(error)
+        if self.options.timeout is not None:
+            self._give_time_back()
         if error is not None and self.options.attempts > 1 and retryable(error):
             error.add_note(
                 "app_db: not tried again here, because this block is a part of an outer unit of work, which has to be "
@@ -289,6 +289,13 @@ class Joined(Part):
     def end(self, error: BaseException | None) -> None:
         if error is not None and self.fails_by(error):
             self.coordinator.work_of(self.outer).doom(error)
+
+    def _give_time_back(self) -> None:
+        work = self.coordinator.work_of(self.outer)
+        try:
+            work.set_deadline(*self._time_before)
+        except DBAPIError:
+            log.debug("A statement failed in the inner unit, so that its time limit could not be lifted", exc_info=True)
 
 
 class Nested(Joined):

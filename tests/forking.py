@@ -1,4 +1,4 @@
-"""What tests/test_fork.py runs in processes of their own: `python forking.py SCENARIO DATABASE_URL` prints what was seen, as JSON.
+"""What tests/test_fork.py runs in processes of their own: `python forking.py SCENARIO URL ENDS` prints what was seen, as JSON.
 
 Not a test of pytest's: nobody should fork pytest.
 """
@@ -113,7 +113,7 @@ class Leave(Exception):
 
 
 def in_a_unit(databases: Databases, ends: str, *, raises: bool = True) -> Seen:
-    """Fork in the middle of a unit: the child is refused in it, leaves it, and works in one of its own before the parent goes on."""
+    """Fork in mid-unit: the child is refused in it, leaves it, and works in one of its own before the parent goes on."""
     wire = Wire()
     try:
         with databases.container.transaction():

@@ -1,9 +1,9 @@
 """What the tests of units of work share: databases with a table of items, a container over them, and a look from outside.
 
-    with opened({"writer": url}) as databases:
-        with databases.container.transaction():
-            databases.add("A-1")
-        assert databases.items() == ["A-1"]
+with opened({"writer": url}) as databases:
+    with databases.container.transaction():
+        databases.add("A-1")
+    assert databases.items() == ["A-1"]
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Databases:
     def amount(self, name: str, connection: str = "writer") -> int:
         """The committed amount of an item."""
         with self.outside(connection).connect() as outside:
-            return int(outside.scalar(select(Item.amount).where(Item.name == name)))
+            return outside.scalars(select(Item.amount).where(Item.name == name)).one()
 
     def put(self, *names: str, connection: str = "writer") -> None:
         """Commit items."""

@@ -232,6 +232,7 @@ def test_all_forms_give_the_same_session_inside_a_unit(container: Any) -> None:
 def test_every_kind_of_provider_can_be_injected(container: Any) -> None:
     @transactional
     def kinds(
+        *,
         engine: Engine = Provide[Shop.writer_engine],
         maker: Any = Provide[Shop.writer.sessionmaker],
         scoped: Any = Provide["writer_scoped_session"],
@@ -380,14 +381,16 @@ def test_settings_are_read_from_the_environment_when_none_are_given(
 
 
 @pytest.mark.parametrize("how", ["object", "singleton", "callable"])
-def test_a_subclass_may_redefine_settings(settings_of: Callable[..., DatabaseSettings], wire: Callable[[Any], Any], how: str) -> None:
+def test_a_subclass_may_redefine_settings(
+    settings_of: Callable[..., DatabaseSettings], wire: Callable[[Any], Any], how: str
+) -> None:
     wanted = settings_of("redefined")
     made = {
         "object": providers.Object(wanted),
         "singleton": providers.ThreadSafeSingleton(lambda: wanted),
         "callable": providers.Callable(lambda: wanted),
     }[how]
-    container = wire(type(Shop)("Redefined", (Shop,), {"settings": made})())
+    container = wire(cast("Any", type(Shop))("Redefined", (Shop,), {"settings": made})())
     assert results(STRING_FORMS) == {"redefined"}
     assert results(CLASS_FORMS) == {"redefined"}, "the providers are inherited, so the base's names work too"
     assert container.coordinator().atomicity() == "strict"
@@ -429,7 +432,7 @@ def test_a_copied_container_class_is_found_by_strings_and_says_so_for_the_origin
         pass
 
     @transactional
-    def by_copy(session: Session = Provide[Copy.writer_session]) -> str:  # type: ignore[attr-defined]  # the decorator gives it
+    def by_copy(session: Session = Provide[Copy.writer_session]) -> str:
         return where(session)
 
     wire(Copy(settings=settings))
@@ -483,7 +486,9 @@ def test_an_engine_overridden_after_its_sessions_were_made_is_used_by_the_next_u
     engine.dispose()
 
 
-def test_a_reset_engine_is_made_from_the_settings_of_that_time(container: Any, settings_of: Callable[..., DatabaseSettings]) -> None:
+def test_a_reset_engine_is_made_from_the_settings_of_that_time(
+    container: Any, settings_of: Callable[..., DatabaseSettings]
+) -> None:
     assert results() == {"first"}
     first = container.writer_engine()
     container.settings.override(settings_of("rotated"))
@@ -570,7 +575,9 @@ def test_the_flat_name_and_the_path_are_one_provider(make: Callable[[], Any], ki
     assert getattr(container, f"writer_{kind}") is not getattr(container, f"log_{kind}")
 
 
-def test_a_subclass_defined_after_its_base_was_wired_is_itself(container: Any, settings_of: Callable[..., DatabaseSettings]) -> None:
+def test_a_subclass_defined_after_its_base_was_wired_is_itself(
+    container: Any, settings_of: Callable[..., DatabaseSettings]
+) -> None:
     """The fact guarded: `wire()` leaves a provider of the base class itself in it, which a later subclass would inherit."""
     assert results() == {"first"}
 
@@ -628,7 +635,9 @@ def _pairs(settings: DatabaseSettings) -> dict[str, Callable[[], tuple[Any, Any]
     }
 
 
-@pytest.mark.parametrize("which", ["two instances", "instances of two classes", "copy.deepcopy", "providers.deepcopy", "two applications"])
+@pytest.mark.parametrize(
+    "which", ["two instances", "instances of two classes", "copy.deepcopy", "providers.deepcopy", "two applications"]
+)
 def test_two_containers_side_by_side_share_nothing(settings: DatabaseSettings, which: str) -> None:
     first, second = _pairs(settings)[which]()
     for kind in KINDS[:3]:
@@ -709,7 +718,9 @@ def test_two_nested_containers_must_be_told_apart(
     application.db().settings.override(settings)
     application.archive().settings.override(settings_of("archive"))
     wire(application)
-    with pytest.raises(InvalidUse, match=r"2 database containers in it\. Name the one to use: @transactional\(container='NAME'\)"):
+    with pytest.raises(
+        InvalidUse, match=r"2 database containers in it\. Name the one to use: @transactional\(container='NAME'\)"
+    ):
         by_one_of_two()
     assert by_the_named_one() == "first"
     assert by_the_other_one() == "archive"
@@ -828,7 +839,7 @@ def test_shutting_down_closes_the_connections_and_a_later_use_opens_new_ones(
     settings = DatabaseSettings(
         application="shutdown", connections={name: ConnectionSettings(url=postgres_url) for name in ("writer", "log")}
     )
-    around: Any = wire(type(Application)("Nesting", (Application,), {})() if nested else Shop(settings=settings))
+    around: Any = wire(cast("Any", type(Application))("Nesting", (Application,), {})() if nested else Shop(settings=settings))
     container = around.db if nested else around
     container.settings.override(settings)
 
@@ -874,7 +885,18 @@ def test_a_unit_under_way_survives_a_shutdown(container: Any) -> None:
 # ---- names that can't be ------------------------------------------------------------------------------------------------------
 
 
-TAKEN = ("settings", "transaction", "transaction_manager", "unit", "coordinator", "home", "providers", "wire", "parent", "shutdown_resources")
+TAKEN = (
+    "settings",
+    "transaction",
+    "transaction_manager",
+    "unit",
+    "coordinator",
+    "home",
+    "providers",
+    "wire",
+    "parent",
+    "shutdown_resources",
+)
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -905,7 +927,9 @@ def test_a_subclass_may_declare_a_connection_of_its_base_again(settings: Databas
 
 @pytest.mark.parametrize("ask", [lambda: Shop.writer_session(), lambda: Shop.writer.session(), lambda: Shop.writer_engine()])
 def test_a_provider_called_on_the_class_says_to_make_an_instance(ask: Callable[[], object]) -> None:
-    with pytest.raises(InvalidUse, match=r"'writer' was called on a container class\. Make an instance, `container = Container\(\)`"):
+    with pytest.raises(
+        InvalidUse, match=r"'writer' was called on a container class\. Make an instance, `container = Container\(\)`"
+    ):
         ask()
 
 

@@ -58,7 +58,9 @@ def execute(engine: Engine, *statements: str) -> None:
 # ---- SQLite --------------------------------------------------------------------------------------------------------------
 
 
-def test_sqlite_files_are_in_wal_mode_with_foreign_keys_and_a_busy_timeout(new_engine: Callable[..., Engine], sqlite_url: str) -> None:
+def test_sqlite_files_are_in_wal_mode_with_foreign_keys_and_a_busy_timeout(
+    new_engine: Callable[..., Engine], sqlite_url: str
+) -> None:
     engine = new_engine(sqlite_url)
     assert scalar(engine, "PRAGMA journal_mode") == "wal"
     assert scalar(engine, "PRAGMA foreign_keys") == 1
@@ -168,10 +170,14 @@ def test_a_long_sqlite_statement_is_interrupted(new_engine: Callable[..., Engine
 # ---- :memory: ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite:///:memory:", "sqlite:///file:shop?mode=memory&uri=true"])
+@pytest.fixture(
+    params=["sqlite://", "sqlite:///:memory:", "sqlite+pysqlite:///:memory:", "sqlite:///file:shop?mode=memory&uri=true"]
+)
 def memory(request: pytest.FixtureRequest) -> Iterator[Any]:
     container: Any = container_of("writer", "reader", "log")(
-        settings=DatabaseSettings(connections={"writer": ConnectionSettings(url=request.param), "log": ConnectionSettings(url=request.param)})
+        settings=DatabaseSettings(
+            connections={"writer": ConnectionSettings(url=request.param), "log": ConnectionSettings(url=request.param)}
+        )
     )
     with container.transaction():
         container.writer_session().execute(text("CREATE TABLE a (id INTEGER)"))
@@ -199,7 +205,9 @@ def test_a_memory_database_is_shared_by_threads_and_mirrors(memory: Any) -> None
             memory.writer_session().execute(text("INSERT INTO a VALUES (1)"))
 
     in_thread(insert)
-    assert ids(memory) == ids(memory, "reader") == in_thread(lambda: ids(memory)) == in_thread(lambda: ids(memory, "reader")) == "1"
+    assert (
+        ids(memory) == ids(memory, "reader") == in_thread(lambda: ids(memory)) == in_thread(lambda: ids(memory, "reader")) == "1"
+    )
 
 
 def test_units_on_a_memory_database_are_isolated(memory: Any) -> None:
@@ -274,7 +282,12 @@ print(path.exists(), path.parent)
 def test_a_childs_exit_leaves_its_parents_memory_database_and_the_parents_own_removes_it() -> None:
     root = str(Path(__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-c", FORKING], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}, timeout=60, check=False
+        [sys.executable, "-c", FORKING],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     existed, path = done.stdout.split()
@@ -292,13 +305,16 @@ def test_postgresql_sees_the_applications_name(new_engine: Callable[..., Engine]
     assert scalar(by_arguments, "SHOW application_name") == "given"
 
 
-def test_a_read_only_postgresql_connection_is_held_to_it_by_the_server(new_engine: Callable[..., Engine], postgres_url: str) -> None:
+def test_a_read_only_postgresql_connection_is_held_to_it_by_the_server(
+    new_engine: Callable[..., Engine], postgres_url: str
+) -> None:
     execute(new_engine(postgres_url), "CREATE TABLE a (id INTEGER)")
     engine = new_engine(postgres_url, read_only=True)
     with engine.connect() as connection:
         connection.rollback()  # a parameter set inside a transaction would go with it
         assert connection.scalar(text("SHOW default_transaction_read_only")) == "on"
-        assert connection.connection.driver_connection.autocommit is True, "a read is one round trip"  # type: ignore[union-attr]
+        driver_connection: Any = connection.connection.driver_connection
+        assert driver_connection.autocommit is True, "a read is one round trip"
     for _ in range(2):  # the second time with a connection from the pool
         with pytest.raises(DBAPIError, match="read-only transaction"):
             execute(engine, "INSERT INTO a VALUES (1)")
@@ -368,7 +384,7 @@ def pids(engine: Engine, number: int = 1) -> set[int]:
     """The server's processes of so many connections that are in use at the same time."""
     connections = [engine.connect() for _ in range(number)]
     try:
-        return {int(connection.scalar(text("SELECT pg_backend_pid()"))) for connection in connections}  # type: ignore[arg-type]
+        return {int(connection.scalar(text("SELECT pg_backend_pid()"))) for connection in connections}
     finally:
         for connection in connections:
             connection.close()
@@ -511,17 +527,18 @@ def test_a_password_provider_is_asked_for_each_new_connection(
         scalar(engine, "SELECT 1")
 
 
-AWKWARD = ["p@ss:w/rd %25#?", "quote'\"`", "back\\slash\\n", " spaces around ", "100%", "a+b&c=d;e", "${HOME}$1{x}", "%(percent)s %s", "[x]@[::1]"]
+AWKWARD = ["p@ss:w/rd %25#?", "quote'\"`", "back\\slash\\n", " spaces around ", "100%", "a+b&c=d;e", "${HOME}$1{x}"]
+AWKWARD += ["%(percent)s %s", "[x]@[::1]"]
 
 
 @pytest.mark.parametrize("password", [*AWKWARD, "ünï©ødé ✓"])
 @pytest.mark.parametrize("by", ["url", "parts", "provider"])
 def test_awkward_passwords_log_in_on_postgresql(
-    new_engine: Callable[..., Engine], postgres: PostgresServer, postgres_url: str, role: str, password: str, by: str
+    new_engine: Callable[..., Engine], postgres: PostgresServer, postgres_url: str, role: str, *, password: str, by: str
 ) -> None:
     postgres.execute(f"ALTER ROLE {role} PASSWORD {quoted(password)}")
     place = {"host": postgres.host, "port": postgres.port, "database": postgres_url.rpartition("/")[2]}
-    check_login(new_engine, by, "postgresql+psycopg", role, password, place)
+    check_login(new_engine, by, driver="postgresql+psycopg", user=role, password=password, place=place)
 
 
 @pytest.mark.parametrize("password", AWKWARD)
@@ -534,13 +551,14 @@ def test_awkward_passwords_log_in_on_mariadb(
     mariadb.execute(f"CREATE USER {user}@'127.0.0.1' IDENTIFIED BY {quoted(password, chr(92) * 2)}")
     mariadb.execute(f"GRANT ALL ON `{database}`.* TO {user}@'127.0.0.1'")
     try:
-        check_login(new_engine, by, "mysql+pymysql", user, password, {"host": mariadb.host, "port": mariadb.port, "database": database})
+        place = {"host": mariadb.host, "port": mariadb.port, "database": database}
+        check_login(new_engine, by, driver="mysql+pymysql", user=user, password=password, place=place)
     finally:
         mariadb.execute(f"DROP USER {user}@'127.0.0.1'")
 
 
 def check_login(
-    new_engine: Callable[..., Engine], by: str, driver: str, user: str, password: str, place: dict[str, Any]
+    new_engine: Callable[..., Engine], by: str, *, driver: str, user: str, password: str, place: dict[str, Any]
 ) -> None:
     if by == "url":
         engine = new_engine(f"{driver}://{user}:{quote(password, safe='')}@{place['host']}:{place['port']}/{place['database']}")
@@ -560,7 +578,13 @@ def test_the_settings_of_a_pool_reach_it(new_engine: Callable[..., Engine], sqli
     assert isinstance(pool, QueuePool)
     assert (pool.size(), pool._max_overflow, pool.timeout(), pool._recycle, pool._pool.use_lifo) == (2, 1, 0.1, 77, False)
     defaults: Any = new_engine(sqlite_url).pool
-    assert (defaults.size(), defaults._max_overflow, defaults.timeout(), defaults._recycle, defaults._pool.use_lifo) == (5, 10, 30, -1, True)
+    assert (defaults.size(), defaults._max_overflow, defaults.timeout(), defaults._recycle, defaults._pool.use_lifo) == (
+        5,
+        10,
+        30,
+        -1,
+        True,
+    )
 
 
 def test_a_full_pool_refuses_after_its_timeout(new_engine: Callable[..., Engine], postgres_url: str) -> None:
@@ -574,7 +598,9 @@ def test_a_full_pool_refuses_after_its_timeout(new_engine: Callable[..., Engine]
 
 
 @pytest.mark.parametrize("use_lifo", [True, False])
-def test_the_pool_gives_out_what_came_back_last_or_first(new_engine: Callable[..., Engine], postgres_url: str, use_lifo: bool) -> None:
+def test_the_pool_gives_out_what_came_back_last_or_first(
+    new_engine: Callable[..., Engine], postgres_url: str, use_lifo: bool
+) -> None:
     engine = new_engine(postgres_url, pool=PoolSettings(use_lifo=use_lifo))
     first, second = engine.connect(), engine.connect()
     of_first, of_second = (connection.scalar(text("SELECT pg_backend_pid()")) for connection in (first, second))
@@ -603,7 +629,9 @@ def test_a_connection_is_recycled_when_it_is_old(new_engine: Callable[..., Engin
         (f"{__name__}:PoolOfOurOwn", "PoolOfOurOwn"),
     ],
 )
-def test_the_class_of_a_pool_can_be_chosen(new_engine: Callable[..., Engine], sqlite_url: str, name: str | None, pool_class: Any) -> None:
+def test_the_class_of_a_pool_can_be_chosen(
+    new_engine: Callable[..., Engine], sqlite_url: str, name: str | None, pool_class: Any
+) -> None:
     engine = new_engine(sqlite_url, pool=PoolSettings(class_=name))
     assert type(engine.pool).__name__ == (pool_class if isinstance(pool_class, str) else pool_class.__name__)
     execute(engine, "CREATE TABLE a (id INTEGER)", "INSERT INTO a VALUES (1)")
@@ -641,7 +669,11 @@ def test_a_retired_engine_closes_idle_connections_now_and_those_in_use_when_they
         return int(postgres.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'retiring'")[0][0])
 
     def becomes(wanted: int) -> bool:
-        return any(alive() == wanted or time.sleep(0.02) for _ in range(200))
+        for _ in range(200):
+            if alive() == wanted:
+                return True
+            time.sleep(0.02)
+        return False
 
     with engine.connect() as in_use:
         pids(engine, 2)
@@ -654,7 +686,9 @@ def test_a_retired_engine_closes_idle_connections_now_and_those_in_use_when_they
     assert becomes(0)
 
 
-def test_a_retired_sqlite_engine_closes_what_is_in_use_when_it_comes_back(new_engine: Callable[..., Engine], sqlite_url: str) -> None:
+def test_a_retired_sqlite_engine_closes_what_is_in_use_when_it_comes_back(
+    new_engine: Callable[..., Engine], sqlite_url: str
+) -> None:
     """Cleaning a connection up and closing it both happen when it comes back, in this order."""
     engine = new_engine(sqlite_url)
     with engine.begin() as connection:
@@ -664,3 +698,17 @@ def test_a_retired_sqlite_engine_closes_what_is_in_use_when_it_comes_back(new_en
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         driver_connection.execute("SELECT 1")  # type: ignore[union-attr]
     assert scalar(engine, "SELECT count(*) FROM a") == 0
+
+
+@pytest.mark.parametrize("options", [{"read_only": True}, {"timeout": 30}, {}], ids=str)
+def test_an_engine_reset_in_mid_unit_lets_the_unit_end_as_it_would(database_url: str, options: dict[str, Any]) -> None:
+    """What a unit changed on its connection is taken back when that comes back, which must not hit one that is closed already."""
+    container = Container(settings=DatabaseSettings(connections={"writer": ConnectionSettings(url=database_url)}))
+    with container.transaction(**options):
+        session = container.writer_session()
+        assert session.scalar(text("SELECT 1")) == 1
+        container.writer.engine.reset()
+        assert session.scalar(text("SELECT 2")) == 2
+    with container.transaction():
+        container.writer_session().execute(text("CREATE TABLE a (id INTEGER)"))
+    container.shutdown_resources()

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -393,6 +393,28 @@ def test_postgresql_a_swallowed_error_of_one_database_commits_none_of_the_others
         on_postgres.check_recovery(app)
 
 
+def test_postgresql_a_swallowed_error_of_a_database_that_was_only_read_does_not_matter(
+    on_postgres: Place, new_postgres_url: NewUrl
+) -> None:
+    with running(archive=new_postgres_url(), writer=on_postgres.url) as app:
+        with app.unit():
+            app.add("a")
+            swallow(app.session("archive").execute, text("SELECT nothing FROM nowhere"))
+        on_postgres.check_recovery(app, "a")
+
+
+def test_postgresql_a_swallowed_error_that_lost_the_locks_of_the_unit_is_told_at_the_commit(
+    on_postgres: Place, new_postgres_url: NewUrl
+) -> None:
+    with running(archive=new_postgres_url(), writer=on_postgres.url) as app:
+        with pytest.raises(TransactionLost) as caught, app.unit():
+            app.session("archive").execute(text("SELECT name FROM items FOR UPDATE"))
+            swallow(app.session("archive").execute, text("SELECT nothing FROM nowhere"))
+            app.add("guarded by locks that are gone")
+        assert caught.value.connection == "archive"
+        on_postgres.check_recovery(app)
+
+
 def test_postgresql_a_unit_whose_transaction_was_lost_is_not_run_again(on_postgres: Place) -> None:
     calls: list[int] = []
 
@@ -686,10 +708,10 @@ class Cutter:
                 self.cuts += 1
                 committing.set()
                 if self._cut == "before the answer":
-                    server.sendall(data)
+                    sent(server, data)
                     answered.wait(10)
                 break
-            server.sendall(data)
+            sent(server, data)
         hang_up(client, server)
 
     def _pass_answers(
@@ -699,7 +721,7 @@ class Cutter:
             if committing.is_set():
                 answered.set()  # and nobody will know
                 break
-            client.sendall(data)
+            sent(client, data)
         hang_up(client, server)
 
     def close(self) -> None:
@@ -712,6 +734,11 @@ class Cutter:
             end.close()
 
 
+def sent(end: socket.socket, data: bytes) -> None:
+    with suppress(OSError):  # it has hung up, which its receiver notices
+        end.sendall(data)
+
+
 def received(end: socket.socket) -> bytes:
     try:
         return end.recv(65536)
@@ -721,10 +748,8 @@ def received(end: socket.socket) -> bytes:
 
 def hang_up(*ends: socket.socket) -> None:
     for end in ends:
-        try:
+        with suppress(OSError):  # it has hung up already
             end.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            continue  # it has hung up already
 
 
 @pytest.mark.parametrize("name", ["postgresql", "mariadb"])

@@ -212,14 +212,14 @@ def test_a_unit_of_a_hook_has_hooks_of_its_own(databases: Databases, ran: list[A
 def test_a_hook_that_fails_after_the_commit_is_reported_and_the_others_run(
     databases: Databases, ran: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.ERROR, "app_db"), pytest.raises(HookFailed) as failed:
-        with databases.container.transaction() as unit:
-            databases.add("a")
-            unit.on_commit(ran.append, 1)
-            unit.on_commit(boom)
-            unit.on_commit(ran.append, 2)
-            unit.on_commit(int, "no number")
-            unit.on_commit(ran.append, 3)
+    caplog.set_level(logging.ERROR, "app_db")
+    with pytest.raises(HookFailed) as failed, databases.container.transaction() as unit:
+        databases.add("a")
+        unit.on_commit(ran.append, 1)
+        unit.on_commit(boom)
+        unit.on_commit(ran.append, 2)
+        unit.on_commit(int, "no number")
+        unit.on_commit(ran.append, 3)
     assert ran == [1, 2, 3]
     assert failed.value.committed
     assert [type(error) for error in failed.value.errors] == [Boom, ValueError]
@@ -457,5 +457,3 @@ def test_abort_hooks_run_after_a_commit_of_zopes_manager_that_failed(
     zope.abort()
     assert ran == ["aborted"]
     assert under_zope.items() == []
-
-

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import tomllib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-import tomllib
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
@@ -24,11 +24,13 @@ from servers import MariaDBServer, PostgresServer
 PACKAGE = Path(app_db.__file__).parent
 ROOT = PACKAGE.parent
 
-DEPENDENCIES = "dependency_injector.containers, dependency_injector.providers, dependency_injector.wiring, sqlalchemy, sqlalchemy.orm, \
+DEPENDENCIES = (
+    "dependency_injector.containers, dependency_injector.providers, dependency_injector.wiring, sqlalchemy, sqlalchemy.orm, \
 zope.sqlalchemy, transaction, pydantic_settings"
+)
 
-FRAMEWORKS = {"fastapi", "starlette", "flask", "werkzeug", "pyramid", "django", "aiohttp", "sanic", "litestar", "quart", "tornado", "click", "typer"}
-DRIVERS = {"psycopg", "psycopg2", "asyncpg", "pymysql", "MySQLdb", "aiomysql", "asyncmy", "mariadb", "aiosqlite", "oracledb", "cx_Oracle", "pyodbc"}
+FRAMEWORKS = set("fastapi starlette flask werkzeug pyramid django aiohttp sanic litestar quart tornado click typer".split())
+DRIVERS = set("psycopg psycopg2 asyncpg pymysql MySQLdb aiomysql asyncmy mariadb aiosqlite oracledb cx_Oracle pyodbc".split())
 
 
 # ---- imports -------------------------------------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ def test_importing_app_db_adds_nothing_but_itself_and_the_standard_library_to_it
 
 
 def test_app_db_alone_imports_no_framework_and_no_driver() -> None:
-    """dependency-injector imports fastapi, starlette and werkzeug where they are, and zope.sqlalchemy psycopg: so both are held off."""
+    """Those below import fastapi, starlette, werkzeug and psycopg where they are, so these are held off."""
     held_off = "\n".join(f"sys.modules[{name!r}] = None" for name in sorted(FRAMEWORKS | DRIVERS))
     imported_by(f"{held_off}\nimport app_db")
 
@@ -66,7 +68,9 @@ def test_the_sources_name_no_framework() -> None:
 def test_importing_connects_nowhere_and_reads_no_settings(tmp_path: Path) -> None:
     program = "import app_db; app_db.Container(); print('made')"
     environment = {"PYTHONPATH": str(ROOT), "APP_DB_CONNECTIONS__WRITER__URL": "nonsense", "APP_DB_TYPO": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "made"), done.stderr
 
 
@@ -118,7 +122,9 @@ def test_a_failing_hook_is_logged_by_app_db(sqlite_url: str, caplog: pytest.LogC
 
     with pytest.raises(app_db.errors.HookFailed), container.transaction() as unit:
         unit.on_commit(fail)
-    assert [(record.name, record.levelname) for record in caplog.records if record.name.startswith("app_db")] == [("app_db", "ERROR")]
+    assert [(record.name, record.levelname) for record in caplog.records if record.name.startswith("app_db")] == [
+        ("app_db", "ERROR")
+    ]
     container.shutdown_resources()
 
 
@@ -148,16 +154,23 @@ class Everything:
 
 
 @pytest.fixture
-def everything(caplog: pytest.LogCaptureFixture) -> Iterator[Everything]:
+def everything(caplog: pytest.LogCaptureFixture) -> Everything:
     caplog.set_level(logging.DEBUG)
     for name in ("sqlalchemy.engine", "sqlalchemy.pool", "sqlalchemy.orm", "psycopg", "pymysql", "txn", "app_db"):
         caplog.set_level(logging.DEBUG, logger=name)
-    yield Everything(caplog)
+    return Everything(caplog)
 
 
-def given(how: str, driver: str, host: str, port: int, database: str, monkeypatch: pytest.MonkeyPatch) -> DatabaseSettings:
+def given(how: str, monkeypatch: pytest.MonkeyPatch, *, driver: str, host: str, port: int, database: str) -> DatabaseSettings:
     """Settings with the secret in them, given in one of the ways there are."""
-    parts: dict[str, Any] = {"driver": driver, "host": host, "port": port, "user": "app_db", "password": SECRET, "database": database}
+    parts: dict[str, Any] = {
+        "driver": driver,
+        "host": host,
+        "port": port,
+        "user": "app_db",
+        "password": SECRET,
+        "database": database,
+    }
     url = f"{driver}://app_db:{quote(SECRET, safe='')}@{host}:{port}/{database}"
     if how == "url":
         return DatabaseSettings(connections={"writer": ConnectionSettings(url=url, echo=True)})
@@ -188,7 +201,7 @@ def test_a_refused_login_shows_no_password(
 ) -> None:
     running: PostgresServer | MariaDBServer = request.getfixturevalue(server)
     database = request.getfixturevalue(f"{server}_url").rpartition("/")[2]
-    settings = given(how, running.driver, running.host, running.port, database, monkeypatch)
+    settings = given(how, monkeypatch, driver=running.driver, host=running.host, port=running.port, database=database)
     container = Container(settings=settings)
     with pytest.raises(OperationalError, match=r"(?i)password|denied") as caught, container.transaction():
         container.writer_session().execute(text("SELECT 1"))
@@ -202,7 +215,9 @@ def test_a_refused_login_shows_no_password(
 
 @pytest.mark.parametrize("how", ["url", "parts", "provider"])
 def test_a_server_that_is_not_there_shows_no_password(everything: Everything, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    container = Container(settings=given(how, "postgresql+psycopg", "127.0.0.1", 1, "shop", monkeypatch))
+    container = Container(
+        settings=given(how, monkeypatch, driver="postgresql+psycopg", host="127.0.0.1", port=1, database="shop")
+    )
     with pytest.raises(OperationalError) as caught, container.transaction():
         container.writer_session().execute(text("SELECT 1"))
     everything.note(caught.value)

@@ -73,6 +73,7 @@ def check_refusal(app: Application, write: Callable[[Session], object]) -> None:
         assert app.session("reader").scalars(select(Item.name)).all() == ["seed"]
         write(app.session("reader"))
     assert caught.value.connection == "reader"
+    assert caught.value.what == ("Flushing changed objects" if write is add_and_flush else "The statement")
     assert "'reader'" in str(caught.value)
     assert app.names() == ["seed"]
 

@@ -316,7 +316,7 @@ def test_a_data_manager_without_savepoints_is_in_the_way_only_of_a_rollback(data
     class WithoutSavepoints:
         ended = ""
 
-        def sortKey(self) -> str:  # noqa: N802
+        def sortKey(self) -> str:
             return "acme"
 
         def abort(self, transaction: Any) -> None:
@@ -351,7 +351,7 @@ def test_a_data_manager_without_savepoints_is_in_the_way_only_of_a_rollback(data
 
 def test_a_savepoint_that_cannot_be_rolled_back_ends_the_unit(databases: Databases) -> None:
     class WithoutSavepoints:
-        def sortKey(self) -> str:  # noqa: N802
+        def sortKey(self) -> str:
             return "acme"
 
         def nothing(self, transaction: Any) -> None: ...

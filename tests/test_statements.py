@@ -64,6 +64,8 @@ LOCKS = [
 ]
 
 MAY_WRITE = [
+    "COPY items FROM STDIN",
+    "COPY items TO STDOUT",  # refused on a read-only connection if it were a write
     # A function nobody vouches for, however its name is written.
     "SELECT add_item('a')",
     "SELECT add_item ('a')",
@@ -146,7 +148,6 @@ WRITES = [
     "MERGE INTO items USING x ON TRUE WHEN MATCHED THEN DELETE",
     "REPLACE INTO items (name) VALUES ('a')",
     "TRUNCATE items",
-    "COPY items FROM STDIN",
     "CREATE TABLE t (id INTEGER)",
     "ALTER TABLE items ADD COLUMN x INTEGER",
     "DROP TABLE items",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import sys
 import threading
@@ -15,9 +16,10 @@ from sqlalchemy import Engine, event, exc, select, text
 from sqlalchemy.orm import Session
 
 import app_db.container
+import app_db.engines
 from app_db.errors import ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded
-from servers import PostgresServer
 from items import Databases, Item, checked_out, database_name, opened
+from servers import PostgresServer
 
 T = TypeVar("T")
 
@@ -83,10 +85,8 @@ class Crowd:
         try:
             self._barrier.wait(30)
             for unit in range(self.units):
-                try:
+                with contextlib.suppress(Boom):
                     self._unit(f"{number}-{unit}", fails=unit % 2 == 1)
-                except Boom:
-                    pass
         except BaseException as error:
             self.wrong.append(f"worker {number}: {error!r}")
 
@@ -134,7 +134,7 @@ def test_engines_that_are_replaced_under_way_leave_nothing_behind(
     postgres: PostgresServer, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines: list[Engine] = []
-    build = app_db.container.build_engine
+    build = app_db.engines.build_engine
 
     def build_and_note(name: str, settings: Any) -> Engine:
         engine = build(name, settings)
@@ -173,7 +173,7 @@ def test_every_engine_that_was_ever_made_is_retired_at_some_reset(databases: Dat
     """Even when a thread is put to sleep between making an engine and noting that it was made."""
     made: list[Engine] = []
     retired: set[Engine] = set()
-    build, retire = app_db.container.build_engine, app_db.container.retire
+    build, retire = app_db.engines.build_engine, app_db.engines.retire
 
     def build_and_note(name: str, settings: Any) -> Engine:
         made.append(build(name, settings))
@@ -274,7 +274,11 @@ def test_a_session_handed_to_a_thread_is_refused_there(databases: Databases) -> 
     with databases.container.transaction():
         session = databases.session()
         databases.add("mine")
-        for use in (lambda: session.execute(text("SELECT 1")), lambda: session.add(Item(name="theirs")), lambda: session.get(Item, "x")):
+        for use in (
+            lambda: session.execute(text("SELECT 1")),
+            lambda: session.add(Item(name="theirs")),
+            lambda: session.get(Item, "x"),
+        ):
             with pytest.raises(ForeignUnitOfWork) as refused:
                 in_thread(use, "borrower")
             assert refused.value.owner == f"thread {threading.current_thread().name!r}"

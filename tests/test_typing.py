@@ -6,12 +6,12 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tomllib
 
 ROOT = Path(__file__).parent.parent
 USER_CODE = Path(__file__).parent / "typing"
@@ -42,7 +42,9 @@ def mypy(*paths: Path) -> list[Finding]:
 
 def pyright(*paths: Path) -> list[Finding]:
     """The project's configuration, which says strict, is read from pyproject.toml."""
-    report = json.loads(_run("pyright", "--outputjson", "--pythonpath", sys.executable, "--project", ROOT / "pyproject.toml", *paths))
+    report = json.loads(
+        _run("pyright", "--outputjson", "--pythonpath", sys.executable, "--project", ROOT / "pyproject.toml", *paths)
+    )
     assert report["summary"]["filesAnalyzed"] >= len(paths)
     return [
         (Path(found["file"]).name, found["range"]["start"]["line"] + 1, found["message"])
@@ -96,7 +98,9 @@ def test_wrong_code_is_refused_line_by_line(checker: str, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("checker", CHECKERS)
-def test_what_the_code_of_users_asserts_about_types_is_checked(checker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_code_of_users_asserts_about_types_is_checked(
+    checker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checker that knew nothing of app_db would accept everything."""
     changed = tmp_path / "changed.py"
     source = ACCEPTED[0].read_text()

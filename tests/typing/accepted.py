@@ -192,7 +192,7 @@ def returns_before_the_end_of_a_block(container: Shop) -> int:
 def goes_on_after_a_block(container: Shop) -> int:
     with container.transaction():
         number = 1
-    return number
+    return number + 1
 
 
 # ---- the decorator -------------------------------------------------------------------------------------------------------
