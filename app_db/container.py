@@ -51,7 +51,8 @@ class EngineProvider(providers.ThreadSafeSingleton[Engine]):
         engine = self._built
         if engine is None:
             with self.storage_lock:  # or a reset between making it and noting it would never retire it
-                engine = self._built = super()._provide(args, kwargs)  # type: ignore[misc]  # not in the stubs
+                base: Any = super()  # the stubs do not have _provide
+                engine = self._built = base._provide(args, kwargs)
         return engine
 
     def reset(self) -> Any:
@@ -70,22 +71,22 @@ class EngineProvider(providers.ThreadSafeSingleton[Engine]):
 
 
 class Disposal(providers.Resource[None]):
-    """Makes `shutdown_resources()`, of this container or of one around it, dispose an engine."""
+    """Makes `shutdown_resources()`, of a database container or of one around it, dispose the engines."""
 
     @property
     def initialized(self) -> bool:
-        return self._engine.is_built
+        return any(engine.is_built for engine in self._engines())
 
     def init(self) -> None:
         """Do nothing: engines are made at first use."""
 
     def shutdown(self) -> None:
-        self._engine.reset()
+        for engine in self._engines():
+            engine.reset()
 
-    @property
-    def _engine(self) -> EngineProvider:
-        engine: EngineProvider = self.args[0].provides
-        return engine
+    def _engines(self) -> list[EngineProvider]:
+        home = self.args[0]()
+        return [provider.engine for provider in home.providers.values() if isinstance(provider, Connection)]
 
 
 # ---- what one name provides -----------------------------------------------------------------------------------------
@@ -155,7 +156,6 @@ class ConnectionContainer(containers.DeclarativeContainer):
     sessionmaker = providers.ThreadSafeSingleton(_build_sessionmaker, home, name, engine.provider)
     scoped_session = providers.ThreadSafeSingleton(_build_scoped_session, sessionmaker)
     session = providers.Callable(_current_session, scoped_session)
-    disposal = Disposal(None, engine.provider)
 
 
 class Connection(providers.Container[ConnectionContainer]):
@@ -222,6 +222,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
     home: providers.Object[Any] = providers.Object(None)
     coordinator = Lasting(build_coordinator, home)
     session_class = Lasting(build_session_class, coordinator)
+    disposal = Disposal(None, home)
     transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, coordinator)
     unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, coordinator)
 

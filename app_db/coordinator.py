@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +24,7 @@ from app_db.errors import (
     OutcomeUnknown,
     PartialCommit,
     ReadOnlyViolation,
+    SessionIsManaged,
     TransactionLost,
     UnitOfWorkDoomed,
     UnitOfWorkEnded,
@@ -119,6 +121,11 @@ class Branch:
         if self.read_only and self.home.database.refuses_write(error):
             return ReadOnlyViolation(self.name, "The statement", not self.home.read_only)
         return self._work.overtime()
+
+    def refuse_foreign_commit(self) -> None:
+        """Raise unless it is the unit of work that commits."""
+        if not self._work.finishing:
+            raise SessionIsManaged(self.name, "connection().commit")
 
     def has_lost_transaction(self) -> bool:
         """Return whether the database would answer COMMIT with a rollback."""
@@ -459,4 +466,10 @@ class _Home(Protocol):
 
 def build_coordinator(container: _Home) -> Coordinator:
     """Return the coordinator of a container. The container's settings are asked when they matter, so they may change."""
-    return Coordinator(container.transaction_manager(), lambda: str(container.settings().atomicity))
+    settings_of = weakref.ref(container)  # SQLAlchemy's registry of listeners keeps the coordinator, and would keep the container
+
+    def atomicity() -> str:
+        home = settings_of()
+        return "strict" if home is None else str(home.settings().atomicity)
+
+    return Coordinator(container.transaction_manager(), atomicity)

@@ -63,11 +63,11 @@ class Terms(Protocol):
 class Database:
     """Any database that SQLAlchemy can talk to. Read-only is then only what app_db itself can see and refuse."""
 
-    def url(self, settings: ConnectionSettings) -> URL:
+    def url(self, configured: URL, settings: ConnectionSettings) -> URL:
         """Return the URL to connect to."""
-        return settings.sqlalchemy_url()
+        return configured
 
-    def connect_args(self, application: str, settings: ConnectionSettings) -> dict[str, Any]:
+    def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
         """Return the driver's arguments for a new connection."""
         return dict(settings.connect_args)
 
@@ -111,8 +111,7 @@ class PostgreSQL(Database):
 
     _idle = 0  # libpq's PQTRANS_IDLE
 
-    def connect_args(self, application: str, settings: ConnectionSettings) -> dict[str, Any]:
-        url = self.url(settings)
+    def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
         named = (
             {}
             if "application_name" in url.query or not url.drivername.endswith(("psycopg", "psycopg2"))
@@ -185,8 +184,7 @@ class MySQL(Database):
         # PyMySQL would encode it in latin-1, which fails for most of the world's letters.
         return password.encode() if driver == "pymysql" else password
 
-    def connect_args(self, application: str, settings: ConnectionSettings) -> dict[str, Any]:
-        url = self.url(settings)
+    def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
         own = {} if url.password is None else {"password": self.password(url.get_driver_name(), str(url.password))}
         return {**own, **settings.connect_args}
 
@@ -258,9 +256,10 @@ class SQLite(Database):
 
     _steps_between_looks = 10_000
 
-    def url(self, settings: ConnectionSettings) -> URL:
-        url = settings.sqlalchemy_url()
-        return url.set(database=str(_memory_file(settings.database_key())), query={}) if _is_memory(url) else url
+    def url(self, configured: URL, settings: ConnectionSettings) -> URL:
+        if not _is_memory(configured):
+            return configured
+        return configured.set(database=str(_memory_file(settings.database_key())), query={})
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         self._set_up_connections(engine, settings)
@@ -353,7 +352,11 @@ def on_execute(engine: Engine, listener: Callable[[Any, str, Any, ExecutionConte
     """
     event.listen(engine, "do_execute", listener)
     event.listen(engine, "do_executemany", listener)
-    event.listen(engine, "do_execute_no_params", lambda cursor, statement, context: listener(cursor, statement, (), context))
+
+    def without_parameters(cursor: Any, statement: str, context: ExecutionContext) -> None:
+        listener(cursor, statement, (), context)
+
+    event.listen(engine, "do_execute_no_params", without_parameters)
 
 
 def _is_memory(url: URL) -> bool:

@@ -34,16 +34,16 @@ _of_parent_process: list[Any] = []
 def build_engine(name: str, settings: DatabaseSettings) -> Engine:
     """Return a new engine for the connection `name`. Nothing connects before the engine is first used."""
     connection = settings.connection(name)
-    database = database_of(connection.sqlalchemy_url().get_backend_name())
+    configured = connection.sqlalchemy_url()
+    database = database_of(configured.get_backend_name())
+    url = database.url(configured, connection)
+    arguments = _pool_arguments(connection)
     isolation_level = database.isolation_level(connection)
-    engine = create_engine(
-        database.url(connection),
-        connect_args=database.connect_args(settings.application, connection),
-        echo=connection.echo,
-        logging_name=name if connection.echo else None,
-        **_pool_arguments(connection),
-        **({} if isolation_level is None else {"isolation_level": isolation_level}),
-    )
+    if isolation_level is not None:
+        arguments["isolation_level"] = isolation_level
+    if connection.echo:
+        arguments |= {"echo": True, "logging_name": name}
+    engine = create_engine(url, connect_args=database.connect_args(url, settings.application, connection), **arguments)
     setup = _engines[engine] = _Setup(engine, connection, database)
     event.listen(engine, "do_connect", setup.before_connecting)
     return engine

@@ -86,13 +86,13 @@ class UnknownConnection(AppDbError, AttributeError):
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
         super().__init__(name, known)
-        self.name: str = name
+        self.name = name
         self.known = tuple(known)
 
     def __str__(self) -> str:
         connections = [name for name in self.known if f"{name}_session" in self.known]
         return (
-            f"The container has no {self.name!r}.{did_you_mean(self.name, self.known)} Declare `NAME = Connection()` in the "
+            f"The container has no {self.name!r}.{did_you_mean(str(self.name), self.known)} Declare `NAME = Connection()` in the "
             "container and "
             f"ask for `NAME_session`. There are: {_listed(connections or self.known)}."
         )
@@ -221,6 +221,7 @@ class SessionIsManaged(UnitOfWorkError):
     def __str__(self) -> str:
         advice = {
             "commit": "The unit commits it, when its block ends; session.flush() sends what is pending now.",
+            "connection().commit": "The unit commits it, when its block ends, and can't commit any more after this.",
             "begin": "Its transaction begins by itself; session.begin_nested() takes a savepoint.",
         }.get(self.method, "To undo a part, use `with session.begin_nested():`; to undo all, raise, or call unit.doom().")
         return f"session.{self.method}() was called on the {self.connection!r} session, which belongs to a unit of work. {advice}"
@@ -327,7 +328,7 @@ class PartialCommit(CommitError):
 
 
 class TransactionLost(CommitError):
-    """A statement failed, the error was swallowed, and the database has given the transaction up. Nothing was committed."""
+    """The database has given a transaction up of which the unit of work did not know. Nothing was committed."""
 
     def __init__(self, connection: str) -> None:
         super().__init__(connection)
@@ -335,9 +336,9 @@ class TransactionLost(CommitError):
 
     def __str__(self) -> str:
         return (
-            f"Nothing was committed: a statement failed on the connection {self.connection!r}, its error was swallowed, and "
-            "the database "
-            "has given the transaction up. Put a statement that may fail in `with session.begin_nested():`."
+            f"Nothing was committed: the connection {self.connection!r} has lost its transaction. Either a statement failed, its "
+            "error was swallowed, and the database gave the transaction up: put a statement that may fail in "
+            "`with session.begin_nested():`. Or it was ended behind the unit's back: leave that to the unit."
         )
 
 

@@ -10,11 +10,11 @@ import os
 import threading
 from asyncio import Task, current_task
 from asyncio.events import _get_running_loop  # the public spelling raises where no loop runs, at five times the price
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
@@ -85,7 +85,7 @@ class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no
     def refusal(self) -> UnitOfWorkError:
         """Return the error that says why the transaction can't be used here."""
         if self.ended:
-            return UnitOfWorkEnded("The unit of work")
+            return UnitOfWorkEnded("The block of a unit of work")
         if self._process != _Process.generation:
             return ForeignUnitOfWork("The unit of work", f"{self.owner} in the parent process", f"process {os.getpid()}")
         return ForeignUnitOfWork("The unit of work", str(self.owner), str(Owner()))
@@ -130,13 +130,17 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
         transaction = OwnedTransaction(self._synchs, self)
         self._current.set(transaction)
         if self._synchs:
-            self._synchs.map(lambda synchronizer: synchronizer.newTransaction(transaction))
+
+            def announce(synchronizer: Any) -> None:
+                synchronizer.newTransaction(transaction)
+
+            self._synchs.map(announce)
         return transaction
 
-    def free(self, transaction: OwnedTransaction) -> None:
+    def free(self, txn: OwnedTransaction) -> None:
         """Forget a transaction that has ended. Called by the transaction itself, in whichever context that happens."""
-        transaction.ended = True
-        if self._current.get() is transaction:
+        txn.ended = True
+        if self._current.get() is txn:
             self._current.set(None)
 
     def resume(self, transaction: OwnedTransaction) -> None:
@@ -155,11 +159,11 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
             self.abort()  # a failed commit would otherwise stay the current transaction
             raise
 
-    def _retryable(self, kind: type[BaseException], error: BaseException) -> bool:
-        return retryable(error) or bool(super()._retryable(kind, error))
+    def _retryable(self, error_type: type[BaseException], error: BaseException) -> bool:
+        return retryable(error) or bool(super()._retryable(error_type, error))
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
+    def suspended(self) -> Generator[None]:
         """Run a block as if no transaction were under way, then take up the one that was."""
         transaction = self._current.get()
         self._current.set(None)
@@ -184,12 +188,12 @@ def regain(manager: Any, transaction: Transaction) -> None:
     if current(manager) is transaction:
         return
     if not isinstance(manager, ContextTransactionManager):
-        raise UnitOfWorkEnded("The unit of work")
-    manager.resume(transaction)
+        raise UnitOfWorkEnded("The block of a unit of work")
+    manager.resume(cast("OwnedTransaction", transaction))
 
 
 @contextmanager
-def suspended(manager: Any) -> Iterator[None]:
+def suspended(manager: Any) -> Generator[None]:
     """Run a block as if no transaction were under way under any zope manager, then take up the one that was."""
     if isinstance(manager, ContextTransactionManager):
         with manager.suspended():

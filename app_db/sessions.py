@@ -8,7 +8,7 @@ joins through zope.sqlalchemy as changed, so nothing it writes depends on being 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 from sqlalchemy import event
@@ -26,6 +26,7 @@ from app_db.manager import Owner
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect, Engine, ExceptionContext, ExecutionContext
     from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.pool import PoolProxiedConnection
 
     from app_db.coordinator import Branch
     from app_db.settings import ConnectionSettings
@@ -154,7 +155,8 @@ class UnitSession(Session):
 def build_session_class(coordinator: Coordinator) -> type[UnitSession]:
     """Return a session class whose sessions join the units of `coordinator`. One does for all connections."""
     session_class = type("UnitSession", (UnitSession,), {})
-    joining = ZopeTransactionEvents(initial_state=STATUS_CHANGED, transaction_manager=coordinator)
+    manager: Any = coordinator  # it has what zope.sqlalchemy asks of a manager
+    joining = ZopeTransactionEvents(initial_state=STATUS_CHANGED, transaction_manager=manager)
     # zope.sqlalchemy's other listeners notice writes. These sessions join as changed and need none of them, and listening
     # to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
     event.listen(session_class, "after_attach", joining.after_attach)
@@ -186,7 +188,7 @@ class UnitRegistry(ScopedRegistry[UnitSession]):
             made: UnitSession = self.createfunc()
             made.enter(work)
             session = work.sessions.setdefault(self._home.name, made)  # threads of one unit get one session
-        return session  # type: ignore[return-value]  # Work knows sessions in general
+        return cast("UnitSession", session)  # a unit of work knows sessions in general
 
     def has(self) -> bool:
         return self._home.name in self._work().sessions
@@ -249,8 +251,22 @@ def _watch(engine: Engine) -> None:
     """Listen to what an engine executes. Done at first use, so that an engine that overrides ours is listened to as well."""
     if engine.dialect not in _watched:
         _watched.add(engine.dialect)
+        _guard_commit(engine.dialect)
         on_execute(engine, _before_execute)
         event.listen(engine, "handle_error", _handle_error)
+
+
+def _guard_commit(dialect: Dialect) -> None:
+    """Have a dialect refuse a COMMIT that comes from `session.connection()` and not from the unit of work."""
+    send_commit = dialect.do_commit
+
+    def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
+        branch = dbapi_connection.info.get(BRANCH)
+        if branch is not None:
+            branch.refuse_foreign_commit()
+        send_commit(dbapi_connection)
+
+    dialect.do_commit = do_commit  # type: ignore[method-assign]
 
 
 def _before_execute(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import update_wrapper, wraps
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast, overload
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from dependency_injector import providers
 from dependency_injector.wiring import Provide, inject
@@ -143,9 +144,16 @@ def _run_in_unit(function: Callable[..., Any], options: Options, container_id: s
             f"@transactional can't decorate {name}, which is a generator or a coroutine function",
             "Decorate a plain function; a generator's body would run after its unit of work had ended",
         )
-    injected = _inject_checked(function, name)
+    parameters = inspect.signature(function).parameters
+    markers = {parameter: given.default for parameter, given in parameters.items() if _is_marker(given.default)}
+    injected = _inject_checked(function, name, markers) if markers else function
+    names = [parameter for parameter, given in parameters.items() if given.kind is given.POSITIONAL_OR_KEYWORD]
+    first_injected = min((names.index(marker) for marker in markers if marker in names), default=sys.maxsize)
 
     def run(*args: Any, _app_db_container: Any = Provide[container_id], **kwargs: Any) -> Any:
+        if len(args) > first_injected:  # injection goes by keyword, and would give a second value to what is given by position
+            kwargs.update(zip(names[first_injected:], args[first_injected:], strict=False))
+            args = args[:first_injected]
         return Transaction(_coordinator_in(_app_db_container, function, name), options).run(injected, *args, **kwargs)
 
     # inject() sees `run` alone, so that wiring does not inject the sessions before the unit has begun; dressed up as the
@@ -157,12 +165,8 @@ def _is_marker(value: object) -> bool:
     return getattr(type(value), "__IS_MARKER__", False) is True
 
 
-def _inject_checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _inject_checked(function: Callable[..., Any], name: str, markers: dict[str, Any]) -> Callable[..., Any]:
     """Return `function` with its markers injected, refusing to call it with one that was not replaced."""
-    parameters = list(inspect.signature(function).parameters.values())
-    markers = {parameter.name: parameter.default for parameter in parameters if _is_marker(parameter.default)}
-    if not markers:
-        return function
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -174,16 +178,18 @@ def _inject_checked(function: Callable[..., Any], name: str) -> Callable[..., An
     return inject(checked)
 
 
-_coordinators: WeakKeyDictionary[Any, providers.Provider[Coordinator]] = WeakKeyDictionary()
+_coordinators: WeakKeyDictionary[Any, ReferenceType[providers.Provider[Coordinator]]] = WeakKeyDictionary()
 
 
 def _coordinator_in(container: Any, function: Callable[..., Any], name: str) -> Coordinator:
     """Return the coordinator of the database container that `container` is, or that is in it."""
     if _is_marker(container):
         raise NotWired(name, function.__module__)
-    provider = _coordinators.get(container)
+    reference = _coordinators.get(container)
+    provider = None if reference is None else reference()
     if provider is None:
-        provider = _coordinators[container] = _find_coordinator(container, name)
+        provider = _find_coordinator(container, name)
+        _coordinators[container] = ref(provider)
     return provider()
 
 

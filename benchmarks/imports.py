@@ -24,7 +24,7 @@ def run() -> None:
     pairs = [(_seconds(OURS), _seconds(DEPENDENCIES)) for _ in range(ROUNDS)]
     ratio = statistics.median(one / other for one, other in pairs)
     ours, bare = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
-    report("import app_db, beside its 5 dependencies", f"{ours:,.0f}", f"{bare:,.0f}", ratio, "≤ 1.10", ratio <= 1.10)
+    report("import app_db, beside its 5 dependencies", ours=f"{ours:,.0f}", bare=f"{bare:,.0f}", ratio=ratio, at_most=1.10)
 
 
 def _seconds(statement: str) -> float:

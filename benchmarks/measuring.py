@@ -44,9 +44,11 @@ def _seconds(function: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - began) / calls
 
 
-def report(what: str, ours: str, bare: str, ratio: float, floor: str, met: bool) -> None:
-    """Print one line."""
-    print(f"{what:<44} {ours:>12} {bare:>12} {ratio:>7.2f}  {floor:<12}{'' if met else '!'}")
+def report(what: str, *, ours: str, bare: str, ratio: float, at_most: float | None = None, at_least: float | None = None) -> None:
+    """Print one line, with a mark where the ratio is on the wrong side of its floor."""
+    floor = f"≤ {at_most:.2f}" if at_most is not None else f"≥ {at_least:.2f}" if at_least is not None else ""
+    missed = (at_most is not None and ratio > at_most) or (at_least is not None and ratio < at_least)
+    print(f"{what:<44} {ours:>12} {bare:>12} {ratio:>7.2f}  {floor:<8}{'!' if missed else ''}".rstrip())
 
 
 def heading(title: str, unit: str) -> None:

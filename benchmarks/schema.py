@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from app_db import Connection, DatabaseContainer, DatabaseSettings
 
@@ -58,6 +58,3 @@ def bare_engine(url: str) -> Engine:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
-
-
-__all__ = ["Base", "Row", "Session", "Shop", "bare_engine", "prepared"]

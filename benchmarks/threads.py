@@ -38,7 +38,7 @@ def run() -> None:
         engine.dispose()
     share = statistics.median(one / other for one, other in pairs)
     rates = [statistics.median(rates) for rates in zip(*pairs, strict=True)]
-    report("PostgreSQL: INSERT (ratio: share of bare)", f"{rates[0]:,.0f}", f"{rates[1]:,.0f}", share, "≥ 0.95", share >= 0.95)
+    report("PostgreSQL: INSERT (share of bare)", ours=f"{rates[0]:,.0f}", bare=f"{rates[1]:,.0f}", ratio=share, at_least=0.95)
 
 
 def _rate(pool: ThreadPoolExecutor, unit: Callable[[], object]) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from measuring import compare, heading, report
-from schema import Row, Shop, bare_engine, prepared
-from sqlalchemy.orm import sessionmaker
+from schema import Row, bare_engine, prepared
+from sqlalchemy.orm import Session, sessionmaker
 
 if TYPE_CHECKING:
     from app_db import DatabaseContainer
@@ -20,9 +20,9 @@ def run() -> None:
     """Print the table."""
     heading("Units of work", "units/s")
     with tempfile.TemporaryDirectory() as directory:
-        _measure("SQLite", f"sqlite:///{Path(directory) / 'shop.db'}", writer_floor=None)
+        _measure("SQLite", f"sqlite:///{Path(directory) / 'shop.db'}")
     with postgres_url() as url:
-        _measure("PostgreSQL", url, writer_floor=1.10)
+        _measure("PostgreSQL", url, reader=1.0, writer=1.10)
 
 
 @contextmanager
@@ -39,22 +39,22 @@ def postgres_url() -> Iterator[str]:
         server.close()
 
 
-def _measure(name: str, url: str, *, writer_floor: float | None) -> None:
+def _measure(name: str, url: str, *, reader: float | None = None, writer: float | None = None) -> None:
     with prepared(url) as container:
         engine = bare_engine(url)
         bare = sessionmaker(engine)
-        _compare(f"{name}: SELECT by key, reader", *_select(container, bare), floor=None if writer_floor is None else 1.0)
-        _compare(f"{name}: INSERT, writer", *_insert(container, bare), floor=writer_floor)
-        _compare(f"{name}: SELECT by key, writer", *_select_for_writing(container, bare), floor=writer_floor)
-        if name != "SQLite":
-            _compare(f"{name}: reader plus writer", *_both(container, bare), floor=writer_floor)
+        _compare(f"{name}: SELECT by key, reader", *_select(container, bare), at_most=reader)
+        _compare(f"{name}: SELECT by key, writer", *_select_for_writing(container, bare), at_most=writer)
+        _compare(f"{name}: INSERT, writer", *_insert(container, bare), at_most=writer)
+        if not url.startswith("sqlite"):  # by hand, the writer's transaction would shut the reader's out
+            _compare(f"{name}: reader plus writer", *_both(container, bare), at_most=writer)
         engine.dispose()
 
 
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
-def _select(container: DatabaseContainer, bare: sessionmaker) -> Pair:
+def _select(container: DatabaseContainer, bare: sessionmaker[Session]) -> Pair:
     def ours() -> None:
         with container.transaction():
             container.reader_session().get(Row, 1)
@@ -66,7 +66,7 @@ def _select(container: DatabaseContainer, bare: sessionmaker) -> Pair:
     return ours, plain
 
 
-def _select_for_writing(container: DatabaseContainer, bare: sessionmaker) -> Pair:
+def _select_for_writing(container: DatabaseContainer, bare: sessionmaker[Session]) -> Pair:
     def ours() -> None:
         with container.transaction():
             container.writer_session().get(Row, 1)
@@ -74,7 +74,7 @@ def _select_for_writing(container: DatabaseContainer, bare: sessionmaker) -> Pai
     return ours, _select(container, bare)[1]
 
 
-def _insert(container: DatabaseContainer, bare: sessionmaker) -> Pair:
+def _insert(container: DatabaseContainer, bare: sessionmaker[Session]) -> Pair:
     def ours() -> None:
         with container.transaction():
             container.writer_session().add(Row(text="written"))
@@ -86,7 +86,7 @@ def _insert(container: DatabaseContainer, bare: sessionmaker) -> Pair:
     return ours, plain
 
 
-def _both(container: DatabaseContainer, bare: sessionmaker) -> Pair:
+def _both(container: DatabaseContainer, bare: sessionmaker[Session]) -> Pair:
     def ours() -> None:
         with container.transaction():
             container.reader_session().get(Row, 1)
@@ -100,10 +100,6 @@ def _both(container: DatabaseContainer, bare: sessionmaker) -> Pair:
     return ours, plain
 
 
-def _compare(what: str, ours: Callable[[], object], bare: Callable[[], object], *, floor: float | None) -> None:
+def _compare(what: str, ours: Callable[[], object], bare: Callable[[], object], *, at_most: float | None) -> None:
     result = compare(ours, bare, calls=200)
-    met = floor is None or result.ratio <= floor
-    report(what, f"{1 / result.ours:,.0f}", f"{1 / result.bare:,.0f}", result.ratio, "" if floor is None else f"≤ {floor:.2f}", met)
-
-
-__all__ = ["Shop", "postgres_url", "run"]
+    report(what, ours=f"{1 / result.ours:,.0f}", bare=f"{1 / result.bare:,.0f}", ratio=result.ratio, at_most=at_most)

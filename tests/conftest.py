@@ -15,7 +15,9 @@ those tests fail instead.
 from __future__ import annotations
 
 import os
+import signal
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import count
@@ -36,6 +38,12 @@ _numbers = count(1)
 
 
 # ---- what the report says ---------------------------------------------------------------------------------------------
+
+
+def pytest_configure() -> None:
+    """Let the tests of interruptions be interrupted where the shell has told its background jobs to ignore that."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> list[str]:

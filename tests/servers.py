@@ -409,7 +409,7 @@ class MariaDBServer(Server):
         if installer is None:
             raise ServerMissing("mariadb-install-db was not found, although mariadbd was")
         self._run(
-            *(installer, "--no-defaults", f"--datadir={self.data}", "--skip-test-db"),
+            *(installer, "--no-defaults", f"--datadir={self.data}", f"--tmpdir={self.directory}", "--skip-test-db"),
             *("--auth-root-authentication-method=normal", "--innodb-flush-method=nosync", "--innodb-log-file-size=16M"),
         )
         first = self.directory / "init.sql"
@@ -423,6 +423,7 @@ class MariaDBServer(Server):
     def _command(self) -> list[str]:
         fixed: dict[str, Setting] = {
             "datadir": str(self.data),
+            "tmpdir": str(self.directory),  # two servers clash in a common one
             "port": self.port,
             "bind_address": self.host,
             "socket": str(self.directory / "s.sock"),

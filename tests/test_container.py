@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import sqlite3
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -318,6 +320,11 @@ def test_an_explicit_session_is_respected(container: Any) -> None:
     assert the_session() is not mine
     with container.transaction():
         assert the_session(session=mine) is mine
+
+
+def test_an_explicit_session_given_by_position_is_respected(container: Any) -> None:
+    mine = Session()
+    assert cast("Any", the_session)(mine) is mine
 
 
 def test_a_function_decorated_after_wiring_is_refused_until_wired_again(container: Any) -> None:
@@ -817,7 +824,7 @@ def test_nothing_connects_before_first_use(wire: Callable[[Any], Any]) -> None:
     container.init_resources()
     for kind in KINDS[:3]:
         getattr(container, f"writer_{kind}")()
-    assert not container.log.disposal.initialized
+    assert not container.log.engine.is_built
     with container.transaction():
         container.writer_session()  # made, and not used
     container.shutdown_resources()
@@ -827,9 +834,9 @@ def test_nothing_connects_before_first_use(wire: Callable[[Any], Any]) -> None:
 
 def test_initialising_resources_makes_no_engine(container: Any) -> None:
     container.init_resources()
-    assert not container.writer.disposal.initialized
+    assert not container.writer.engine.is_built
     assert results() == {"first"}
-    assert container.writer.disposal.initialized
+    assert container.writer.engine.is_built
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["alone", "in an application"])
@@ -938,3 +945,19 @@ def test_a_misspelt_name_is_answered_with_the_near_one(make: Callable[[], Any]) 
     with pytest.raises(UnknownConnection, match=r"Did you mean 'writer_session'\?.*There are: 'log', 'writer'"):
         make().writer_sesion  # noqa: B018
     assert not hasattr(make(), "reader_session")
+
+
+def test_a_container_that_was_used_and_shut_down_is_collected() -> None:
+    """SQLAlchemy's registry of listeners keeps what listens; a `:memory:` database lives for as long as its settings."""
+
+    def use() -> list[weakref.ref[Any]]:
+        container = Shop(settings=DatabaseSettings(connections={"writer": ConnectionSettings(url="sqlite:///:memory:")}))
+        with container.transaction() as unit:
+            container.writer_session().execute(text("CREATE TABLE item (id INTEGER)"))
+            unit.on_commit(lambda: None)
+        container.shutdown_resources()
+        return [weakref.ref(container), weakref.ref(container.coordinator()), weakref.ref(container.session_class())]
+
+    kept = use()
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None, None]

@@ -528,10 +528,10 @@ def test_a_password_provider_is_asked_for_each_new_connection(
 
 
 AWKWARD = ["p@ss:w/rd %25#?", "quote'\"`", "back\\slash\\n", " spaces around ", "100%", "a+b&c=d;e", "${HOME}$1{x}"]
-AWKWARD += ["%(percent)s %s", "[x]@[::1]"]
+AWKWARD += ["%(percent)s %s", "[x]@[::1]", "ünï©ødé ✓"]
 
 
-@pytest.mark.parametrize("password", [*AWKWARD, "ünï©ødé ✓"])
+@pytest.mark.parametrize("password", AWKWARD)
 @pytest.mark.parametrize("by", ["url", "parts", "provider"])
 def test_awkward_passwords_log_in_on_postgresql(
     new_engine: Callable[..., Engine], postgres: PostgresServer, postgres_url: str, role: str, *, password: str, by: str

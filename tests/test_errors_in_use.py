@@ -348,6 +348,15 @@ def test_a_transaction_rolled_back_behind_the_units_back_is_found_out(container:
     assert skus(container) == []
 
 
+def test_a_commit_by_way_of_the_connection_is_refused_before_it_is_sent(container: Container) -> None:
+    with pytest.raises(SessionIsManaged, match=r"session\.connection\(\)\.commit\(\)"), container.transaction():
+        session = container.writer_session()
+        session.add(Order(sku="before"))
+        session.flush()
+        session.connection().commit()
+    assert skus(container) == []
+
+
 # ---- the manager -------------------------------------------------------------------------------------------------------------
 
 

@@ -71,10 +71,7 @@ def test_the_code_of_users_is_accepted(checker: str) -> None:
     assert CHECKERS[checker](*ACCEPTED) == []
 
 
-INSIDE_PYRIGHT = pytest.mark.xfail(strict=True, reason="pyright in strict mode still has remarks about the inside of app_db")
-
-
-@pytest.mark.parametrize("checker", ["mypy", pytest.param("pyright", marks=INSIDE_PYRIGHT)])
+@pytest.mark.parametrize("checker", CHECKERS)
 def test_the_package_is_accepted(checker: str) -> None:
     assert CHECKERS[checker](ROOT / "app_db") == []
 
