@@ -14,7 +14,7 @@ from app_db.coordinator import build_coordinator
 from app_db.engines import build_engine, retire
 from app_db.errors import InvalidUse, UnknownConnection
 from app_db.manager import ContextTransactionManager
-from app_db.sessions import SessionHome, build_scoped_session, build_session_class, build_sessionmaker
+from app_db.sessions import SessionHome, build_scoped_session, build_sessionmaker
 from app_db.settings import DatabaseSettings
 from app_db.transactions import Transaction, build_transaction, build_unit
 from app_db.units import UnitOfWork
@@ -28,7 +28,7 @@ KINDS = ("engine", "sessionmaker", "scoped_session", "session")
 """What every connection provides: `NAME.KIND`, and `NAME_KIND` beside it."""
 
 
-_PLUMBING = frozenset({"__self__", "coordinator", "disposal", "home", "name", "session_class"})
+_PLUMBING = frozenset({"__self__", "coordinator", "disposal", "home", "name"})
 
 
 # ---- providers ------------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: 
     container = _home_of(container, name)
     settings = container.settings().connection(name)
     home = SessionHome(name, settings, container.coordinator(), engine)
-    return build_sessionmaker(container.session_class(), home)
+    return build_sessionmaker(home)
 
 
 def _build_scoped_session(maker: sessionmaker[Any]) -> scoped_session[Any]:
@@ -221,7 +221,6 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
     transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
     home: providers.Object[Any] = providers.Object(None)
     coordinator = Lasting(build_coordinator, home)
-    session_class = Lasting(build_session_class, coordinator)
     disposal = Disposal(None, home)
     transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, coordinator)
     unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, coordinator)

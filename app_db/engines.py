@@ -44,13 +44,15 @@ def build_engine(name: str, settings: DatabaseSettings) -> Engine:
     if connection.echo:
         arguments |= {"echo": True, "logging_name": name}
     engine = create_engine(url, connect_args=database.connect_args(url, settings.application, connection), **arguments)
-    setup = _engines[engine] = _Setup(engine, connection, database)
-    event.listen(engine, "do_connect", setup.before_connecting)
+    _engines[engine] = _Setup(engine, connection, database)
     return engine
 
 
 def retire(engine: Engine) -> None:
     """Close an engine's idle connections now, and those in use as they are returned. Sessions under way may finish."""
+    setup = _engines.get(engine)
+    if setup is not None:
+        setup.ensure()  # or a first connection under way would miss the listener that closes it
     _retired.add(engine)
     engine.dispose()
 
@@ -65,16 +67,24 @@ class _Setup:
         self._connection = connection
         self._database = database
         self._password = connection.load_password_provider() if connection.password_provider else None
+        self._driver = engine.dialect.driver
         self._done = False
         self._lock = Lock()
+        self._connect = engine.dialect.connect
+        engine.dialect.connect = self.connect  # type: ignore[method-assign]
 
-    def before_connecting(self, dialect: Any, record: Any, arguments: Any, parameters: dict[str, Any]) -> None:
-        """Set the engine up, the first time; and each time give the connection its password."""
-        if not self._done:
-            with self._lock:  # a second thread's first connection has to wait for the listeners that set it up
-                self._set_up()
+    def connect(self, *arguments: Any, **parameters: Any) -> Any:
+        """Return a new DBAPI connection, with its password, of an engine that by now is set up."""
+        self.ensure()
         if self._password is not None:
-            parameters["password"] = self._database.password(dialect.driver, self._password())
+            parameters["password"] = self._database.password(self._driver, self._password())
+        return self._connect(*arguments, **parameters)
+
+    def ensure(self) -> None:
+        """Set the engine up, unless that is done; a second thread's first connection waits for it."""
+        if not self._done:
+            with self._lock:
+                self._set_up()
 
     def forget_other_threads(self) -> None:
         """Be usable in the child of a fork, where the thread that may have held the lock is gone."""

@@ -15,10 +15,9 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 from transaction.interfaces import NoTransaction
-from zope.sqlalchemy import ZopeTransactionEvents
-from zope.sqlalchemy.datamanager import STATUS_CHANGED
+from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
-from app_db.coordinator import BRANCH, Coordinator, Work
+from app_db.coordinator import BRANCH, Branch, Coordinator, Work
 from app_db.dialects import database_of, on_execute
 from app_db.errors import ForeignUnitOfWork, NoUnitOfWork, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkError
 from app_db.manager import Owner
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
     from sqlalchemy.pool import PoolProxiedConnection
 
-    from app_db.coordinator import Branch
     from app_db.settings import ConnectionSettings
 
 
@@ -72,16 +70,17 @@ class UnitSession(Session):
 
     def require_unit(self) -> None:
         """Raise unless the unit of work that this session belongs to is the one under way here."""
+        coordinator = self.home.coordinator
         try:
-            work = self.home.coordinator.get()
+            transaction = coordinator.manager.get()
         except (UnitOfWorkError, NoTransaction) as error:
             raise self._refusal(error) from None
-        if work is not self._work:
-            if self._work is not None:
-                raise self._refusal(None)
-            self.enter(work)
-        elif work.transaction.status != "Active":
-            work.require_open(self._subject)
+        if self._work is None:
+            self.enter(coordinator.work_of(transaction))
+        elif transaction is not self._work.transaction:
+            raise self._refusal(None)
+        elif transaction.status != "Active":
+            self._work.require_open(self._subject)
 
     def enter(self, work: Work) -> None:
         """Belong to `work` from now on."""
@@ -152,26 +151,10 @@ class UnitSession(Session):
         super().bulk_update_mappings(*args, **arguments)
 
 
-def build_session_class(coordinator: Coordinator) -> type[UnitSession]:
-    """Return a session class whose sessions join the units of `coordinator`. One does for all connections."""
-    session_class = type("UnitSession", (UnitSession,), {})
-    manager: Any = coordinator  # it has what zope.sqlalchemy asks of a manager
-    joining = ZopeTransactionEvents(initial_state=STATUS_CHANGED, transaction_manager=manager)
-    # zope.sqlalchemy's other listeners notice writes. These sessions join as changed and need none of them, and listening
-    # to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
-    event.listen(session_class, "after_attach", joining.after_attach)
-    event.listen(session_class, "after_begin", joining.after_begin)
-    event.listen(session_class, "after_begin", _watch_connection)  # after the one by which the session joins
-    event.listen(session_class, "before_attach", _require_unit_to_attach)
-    event.listen(session_class, "before_flush", _check_flush)
-    event.listen(session_class, "before_commit", _refuse_foreign_commit)
-    return session_class
-
-
-def build_sessionmaker(session_class: type[UnitSession], home: SessionHome) -> sessionmaker[UnitSession]:
+def build_sessionmaker(home: SessionHome) -> sessionmaker[UnitSession]:
     """Return the maker of one connection's sessions."""
     settings = home.settings.session
-    return sessionmaker(class_=session_class, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit)
+    return sessionmaker(class_=UnitSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit)
 
 
 class UnitRegistry(ScopedRegistry[UnitSession]):
@@ -218,15 +201,26 @@ def build_scoped_session(maker: sessionmaker[UnitSession], home: SessionHome) ->
 # ---- listeners -----------------------------------------------------------------------------------------------------
 
 
-def _refuse_foreign_commit(session: UnitSession) -> None:
-    if not session.in_nested_transaction():
-        session._refuse("commit")
-
-
+@event.listens_for(UnitSession, "before_attach")
 def _require_unit_to_attach(session: UnitSession, instance: object) -> None:
     session.require_unit()
 
 
+@event.listens_for(UnitSession, "after_attach")
+def _join_with_object(session: UnitSession, instance: object) -> None:
+    _branch_of(session)
+
+
+@event.listens_for(UnitSession, "after_begin")
+def _join_with_connection(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
+    branch = _branch_of(session)
+    if connection.dialect is not session.home.watched:
+        _watch(connection.engine)
+        session.home.watched = connection.dialect
+    branch.uses(connection)
+
+
+@event.listens_for(UnitSession, "before_flush")
 def _check_flush(session: UnitSession, context: Any, instances: Any) -> None:
     session.require_unit()  # once it has begun, a flush that fails rolls the owner's transaction back
     work = session._work
@@ -235,13 +229,20 @@ def _check_flush(session: UnitSession, context: Any, instances: Any) -> None:
         raise ReadOnlyViolation(session.home.name, "Flushing changed objects", not session.home.read_only)
 
 
-def _watch_connection(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
-    branch = session.branch
-    if branch is not None:
-        if connection.dialect is not session.home.watched:
-            _watch(connection.engine)
-            session.home.watched = connection.dialect
-        branch.uses(connection)
+@event.listens_for(UnitSession, "before_commit")
+def _refuse_foreign_commit(session: UnitSession) -> None:
+    if not session.in_nested_transaction():
+        session._refuse("commit")
+
+
+def _branch_of(session: UnitSession) -> Branch:
+    """Return the branch that the session is, which it becomes by joining."""
+    if session.branch is None or session.branch.finished:
+        # Of zope.sqlalchemy's listeners only the joining is needed: the others notice writes, and these sessions join as
+        # changed. Listening to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
+        manager: Any = session.home.coordinator  # it has what zope.sqlalchemy asks of a manager
+        join_transaction(session, STATUS_CHANGED, manager)
+    return cast(Branch, session.branch)
 
 
 _watched: WeakSet[Dialect] = WeakSet()

@@ -138,6 +138,7 @@ class ConnectionSettings(Group):
     session: SessionSettings = Field(default_factory=SessionSettings)
     connect_args: _ConnectArgs = Field(default_factory=dict)
 
+    _read_url: URL | None = PrivateAttr(default=None)
     _database: DatabaseIdentity = PrivateAttr(default_factory=lambda: DatabaseIdentity("name"))
 
     if TYPE_CHECKING:  # type checkers would ask for SecretStr where a plain string does
@@ -180,6 +181,11 @@ class ConnectionSettings(Group):
         return variable_for(("connections", self._database.name, field))
 
     def _url(self) -> URL | None:
+        if self._read_url is None:
+            self._read_url = self._read()
+        return self._read_url
+
+    def _read(self) -> URL | None:
         if self.url is not None:
             return parse_url(self.url.get_secret_value())
         if self.driver is None:

@@ -18,17 +18,24 @@ class Comparison:
     ratio: float
 
 
-def compare(ours: Callable[[], object], bare: Callable[[], object], *, calls: int, rounds: int = 15) -> Comparison:
+def compare(
+    ours: Callable[[], object],
+    bare: Callable[[], object],
+    *,
+    calls: int,
+    rounds: int = 15,
+    before_round: Callable[[], object] = lambda: None,
+) -> Comparison:
     """Call both in turns: `rounds` times `calls` of the one, then of the other, the first to go alternating."""
-    for warm_up in (ours, bare):
-        _seconds(warm_up, calls)
     pairs: list[tuple[float, float]] = []
-    for number in range(rounds):
+    for number in range(rounds + 1):
+        before_round()
         if number % 2:
             bare_seconds = _seconds(bare, calls)
             pairs.append((_seconds(ours, calls), bare_seconds))
         else:
             pairs.append((_seconds(ours, calls), _seconds(bare, calls)))
+    del pairs[0]  # the warming up
     return Comparison(
         statistics.median(one for one, _ in pairs),
         statistics.median(other for _, other in pairs),

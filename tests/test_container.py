@@ -649,7 +649,7 @@ def test_two_containers_side_by_side_share_nothing(settings: DatabaseSettings, w
     first, second = _pairs(settings)[which]()
     for kind in KINDS[:3]:
         assert getattr(first, f"writer_{kind}")() is not getattr(second, f"writer_{kind}")()
-    for provider in ("transaction_manager", "coordinator", "session_class"):
+    for provider in ("transaction_manager", "coordinator"):
         assert getattr(first, provider)() is not getattr(second, provider)()
     for container in (first, second):
         assert container.coordinator().manager is container.transaction_manager()
@@ -956,8 +956,8 @@ def test_a_container_that_was_used_and_shut_down_is_collected() -> None:
             container.writer_session().execute(text("CREATE TABLE item (id INTEGER)"))
             unit.on_commit(lambda: None)
         container.shutdown_resources()
-        return [weakref.ref(container), weakref.ref(container.coordinator()), weakref.ref(container.session_class())]
+        return [weakref.ref(container), weakref.ref(container.coordinator())]
 
     kept = use()
     gc.collect()
-    assert [reference() for reference in kept] == [None, None, None]
+    assert [reference() for reference in kept] == [None, None]
