@@ -56,6 +56,17 @@ class Home(Protocol):
     database: Database
 
 
+class BranchSession(Protocol):
+    """What a branch has to know of the session that it is."""
+
+    branch: Branch | None
+
+    def get_transaction(self) -> SessionTransaction | None: ...
+    def begin_nested(self) -> SessionTransaction: ...
+    def flush(self) -> None: ...
+    def invalidate(self) -> None: ...
+
+
 class Branch:
     """One connection's share of one unit of work: zope.sqlalchemy's data manager, and what was noticed beside it."""
 
@@ -64,7 +75,7 @@ class Branch:
     _failures: Sequence[BaseException] = ()
     _usual_limits: Mapping[Connection, float] = MappingProxyType({})
 
-    def __init__(self, work: Work, data_manager: Any, session: Session, home: Home) -> None:
+    def __init__(self, work: Work, data_manager: Any, session: BranchSession, home: Home) -> None:
         self._work = work
         self._data_manager = data_manager
         self.session = session
@@ -142,7 +153,7 @@ class Branch:
         """Commit, return the connection to its pool and detach the objects."""
         self.tried = True
         self._data_manager.tpc_vote(self._work.transaction)
-        self._forget_connections()
+        self._let_go()
 
     def roll_back(self) -> None:
         """Roll back and return the connection to its pool, or close it when it can't be rolled back. Never raises."""
@@ -156,15 +167,16 @@ class Branch:
             self.session.invalidate()
         finally:
             self._data_manager.abort(self._work.transaction)
-            self._forget_connections()
+            self._let_go()
 
     def savepoint(self) -> SessionTransaction:
         """Flush, and take a savepoint."""
         return self.session.begin_nested()
 
-    def _forget_connections(self) -> None:
+    def _let_go(self) -> None:
         for info in self._connections.values():
             info.pop(BRANCH, None)
+        self.session.branch = None  # a circle would keep both until the collector comes by
 
 
 def _position(branch: Branch) -> tuple[int, str]:
@@ -295,7 +307,8 @@ class Work:
 
     def tpc_begin(self, transaction: Transaction) -> None:
         self.finishing = True
-        self.refuse_doomed()  # zope forgets about it when a before-commit hook dooms
+        if self._doomed_by is not None:
+            self.refuse_doomed()  # zope forgets about it when a before-commit hook dooms
         self._flush()
 
     def commit(self, transaction: Transaction) -> None:
@@ -454,8 +467,13 @@ class Coordinator:
         try:
             work: Work = transaction.data(self)
         except KeyError:
-            work = Work(transaction, self)
-            transaction.set_data(self, work)
+            work = self.new_work(transaction)
+        return work
+
+    def new_work(self, transaction: Transaction) -> Work:
+        """Return the work of a transaction that has just begun."""
+        work = Work(transaction, self)
+        transaction.set_data(self, work)
         return work
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import threading
-from asyncio import Task, current_task
+from asyncio import current_task
 from asyncio.events import _get_running_loop  # the public spelling raises where no loop runs, at five times the price
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import get_ident
 from types import TracebackType
 from typing import Any, cast
 
@@ -38,23 +39,21 @@ class _Process:
 os.register_at_fork(after_in_child=_Process.note_fork)
 
 
-def running_task() -> Task[Any] | None:
-    """Return the asyncio task that runs here, or None in code that no event loop runs."""
-    loop = _get_running_loop()
-    return None if loop is None else current_task(loop)
-
-
 class Owner:
     """The thread, and the asyncio task if there is one, in which something began."""
 
     __slots__ = ("task", "thread")
 
     def __init__(self) -> None:
-        self.thread = threading.current_thread()
-        self.task = running_task()
+        loop = _get_running_loop()
+        self.task = None if loop is None else current_task(loop)
+        self.thread = get_ident()
 
     def __str__(self) -> str:
-        return f"thread {self.thread.name!r}" if self.task is None else f"task {self.task.get_name()!r}"
+        if self.task is not None:
+            return f"task {self.task.get_name()!r}"
+        names = (repr(thread.name) for thread in threading.enumerate() if thread.ident == self.thread)
+        return f"thread {next(names, self.thread)}"
 
 
 class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no type hints

@@ -231,7 +231,8 @@ def _check_flush(session: UnitSession, context: Any, instances: Any) -> None:
 
 @event.listens_for(UnitSession, "before_commit")
 def _refuse_foreign_commit(session: UnitSession) -> None:
-    if not session.in_nested_transaction():
+    work = session._work
+    if work is not None and not work.finishing and not session.in_nested_transaction():
         session._refuse("commit")
 
 

@@ -209,7 +209,7 @@ class Own(Part):
     def begin(self) -> UnitOfWork:
         options = self.options
         self.transaction = self.coordinator.manager.begin()
-        work = self.work = self.coordinator.work_of(self.transaction)
+        work = self.work = self.coordinator.new_work(self.transaction)
         if options.read_only:
             work.read_only = True
         if options.isolation is not None:
@@ -225,13 +225,10 @@ class Own(Part):
             if error is None:
                 raise
             return
-        try:
-            if error is None or not self.fails_by(error):
-                self._commit()
-            else:
-                self._abort_for(error)
-        finally:
-            self.work.forget()
+        if error is None or not self.fails_by(error):
+            self._commit()
+        else:
+            self._abort_for(error)
         hooks = self.work.hooks
         if hooks is not None and hooks.errors and error is None:
             raise HookFailed(True, hooks.errors) from hooks.errors[0]
@@ -251,6 +248,7 @@ class Own(Part):
             self.transaction.abort()
         except Exception:
             log.exception("Aborting a unit of work raised an error of its own")
+        self.work.forget()
 
 
 class Joined(Part):

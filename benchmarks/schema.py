@@ -32,9 +32,10 @@ class Shop(DatabaseContainer):
 
 
 @contextmanager
-def prepared(url: str) -> Iterator[Shop]:
+def prepared(url: str, *, pool_size: int = 5) -> Iterator[Shop]:
     """A container on a database with one row in it."""
-    container = Shop(settings=DatabaseSettings(_env_file=None, connections={"writer": {"url": url}}))
+    writer = {"url": url, "pool": {"size": pool_size}}
+    container = Shop(settings=DatabaseSettings(_env_file=None, connections={"writer": writer}))
     Base.metadata.create_all(container.writer_engine())
     with container.transaction():
         container.writer_session().add(Row(text="first"))
@@ -42,9 +43,9 @@ def prepared(url: str) -> Iterator[Shop]:
     container.shutdown_resources()
 
 
-def bare_engine(url: str) -> Engine:
+def bare_engine(url: str, *, pool_size: int = 5) -> Engine:
     """A plain engine, with what anybody would set for SQLite: WAL, and transactions that really begin."""
-    engine = create_engine(url)
+    engine = create_engine(url, pool_size=pool_size)
     if engine.dialect.name == "sqlite":
 
         @event.listens_for(engine, "connect")

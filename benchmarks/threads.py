@@ -20,8 +20,8 @@ ROUNDS = 9
 def run() -> None:
     """Print the table."""
     heading("8 threads on one pool", "units/s")
-    with postgres_url() as url, prepared(url) as container:
-        engine = bare_engine(url)
+    with postgres_url() as url, prepared(url, pool_size=THREADS) as container:
+        engine = bare_engine(url, pool_size=THREADS)
         bare = sessionmaker(engine)
 
         def ours() -> None:
