@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -156,15 +155,20 @@ class Branch:
         self._let_go()
 
     def roll_back(self) -> None:
-        """Roll back and return the connection to its pool, or close it when it can't be rolled back. Never raises."""
+        """Roll back and return the connection to its pool, or close it when it can't be rolled back.
+
+        Only an interruption is raised, after the connection was closed.
+        """
         if self.finished:
             return
         try:
             # The rollback comes first: closing alone leaves a transaction open whose COMMIT was refused.
             self._data_manager.tx.rollback()
-        except Exception:
+        except BaseException as error:
             log.debug("Rolling back %r failed; its connection is closed instead", self.name, exc_info=True)
             self.session.invalidate()
+            if not isinstance(error, Exception):
+                raise
         finally:
             self._data_manager.abort(self._work.transaction)
             self._let_go()
@@ -281,7 +285,7 @@ class Work:
     @property
     def timed(self) -> bool:
         """Whether the unit has a timeout."""
-        return self.deadline is not NEVER
+        return self.deadline < NEVER
 
     def remaining(self) -> float:
         """Return the seconds that the unit has left."""
@@ -317,6 +321,9 @@ class Work:
         self._refuse_what_cannot_commit()
 
     def tpc_vote(self, transaction: Transaction) -> None:
+        if len(self.branches) > 1:
+            self._flush()  # what other data managers wrote while they voted
+            self._refuse_what_cannot_commit()
         self._commit_branches()
         self._ended = True
         self.forget()
@@ -334,14 +341,20 @@ class Work:
         the first session: after that the unit goes on, and sessions join anew.
         """
         self.finishing = True
+        interruption: BaseException | None = None
         for branch in sorted(self.branches, key=_position):
-            if branch.home.autonomous and not branch.tried:
-                _commit_or_log(branch)
-            branch.roll_back()
+            try:
+                if branch.home.autonomous and not branch.tried:
+                    _commit_or_log(branch)
+                branch.roll_back()
+            except BaseException as error:  # noqa: BLE001  # raised below, once the other connections are returned as well
+                interruption = error
         self.branches.clear()
         self._savepoints.clear()
         self._joined = False
         self.finishing = False
+        if interruption is not None:
+            raise interruption
 
     def forget(self) -> None:
         """Let go of sessions and branches once the unit has ended."""
@@ -484,10 +497,4 @@ class _Home(Protocol):
 
 def build_coordinator(container: _Home) -> Coordinator:
     """Return the coordinator of a container. The container's settings are asked when they matter, so they may change."""
-    settings_of = weakref.ref(container)  # SQLAlchemy's registry of listeners keeps the coordinator, and would keep the container
-
-    def atomicity() -> str:
-        home = settings_of()
-        return "strict" if home is None else str(home.settings().atomicity)
-
-    return Coordinator(container.transaction_manager(), atomicity)
+    return Coordinator(container.transaction_manager(), lambda: str(container.settings().atomicity))

@@ -88,9 +88,8 @@ def options_from(
     known = [field.name for field in fields(Options)]
     for name in others:
         if name not in known:
-            raise InvalidUse(
-                f"There is no option {name!r}", f"{did_you_mean(name, known).lstrip()} The options are {', '.join(known)}"
-            )
+            advice = f"{did_you_mean(name, known)} The options are {', '.join(known)}".lstrip()
+            raise InvalidUse(f"There is no option {name!r}", advice)
     try:
         how = Propagation(propagation)
     except ValueError:
