@@ -27,8 +27,8 @@ else:
 KINDS = ("engine", "sessionmaker", "scoped_session", "session")
 """What every connection provides: `NAME.KIND`, and `NAME_KIND` beside it."""
 
-
-_PLUMBING = frozenset({"__self__", "coordinator", "disposal", "home", "name"})
+_PLUMBING = frozenset({"__self__", "coordinator", "database_container", "disposal", "name"})
+"""Providers that no error suggests to anybody."""
 
 
 # ---- providers ------------------------------------------------------------------------------------------------------
@@ -85,28 +85,28 @@ class Disposal(providers.Resource[None]):
             engine.reset()
 
     def _engines(self) -> list[EngineProvider]:
-        home = self.args[0]()
-        return [provider.engine for provider in home.providers.values() if isinstance(provider, Connection)]
+        container = self.args[0]()
+        return [provider.engine for provider in container.providers.values() if isinstance(provider, Connection)]
 
 
-# ---- what one name provides -----------------------------------------------------------------------------------------
+# ---- instances --------------------------------------------------------------------------------------------------------
 
 
-class _NamedContainer(containers.DynamicContainer):
+class _Instance(containers.DynamicContainer):
     """An instance of a container of this module: it knows its providers' names when asked for one that it has not."""
 
     def __getattr__(self, name: str) -> Any:
         raise _unknown(name, self.__dict__.get("providers", ()))
 
 
-class _HomeContainer(_NamedContainer):
-    """An instance of a database container: its providers, and those of its connections, find it by their `home`."""
+class _DatabaseInstance(_Instance):
+    """An instance of a database container. Its providers and those of its connections find it as `database_container`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, Connection) and name != "parent":
-            value.container.home.set_provides(self)
-        elif name == "home":
+            value.container.database_container.set_provides(self)
+        elif name == "database_container":
             value.set_provides(self)  # a copy's, which came with the original's, too
 
 
@@ -116,7 +116,10 @@ def _unknown(name: str, known: Iterable[str]) -> AttributeError:
     return UnknownConnection(name, sorted(set(known) - _PLUMBING))
 
 
-def _home_of(container: DatabaseContainer | None, name: str) -> DatabaseContainer:
+# ---- what one name provides -----------------------------------------------------------------------------------------
+
+
+def _require_instance(container: DatabaseContainer | None, name: str) -> DatabaseContainer:
     if container is None:
         raise InvalidUse(
             f"A provider of {name!r} was called on a container class", "Make an instance, `container = Container()`, and ask that"
@@ -125,18 +128,13 @@ def _home_of(container: DatabaseContainer | None, name: str) -> DatabaseContaine
 
 
 def _build_engine(container: DatabaseContainer | None, name: str) -> Engine:
-    return build_engine(name, _home_of(container, name).settings())
+    return build_engine(name, _require_instance(container, name).settings())
 
 
 def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: Callable[[], Engine]) -> sessionmaker[Any]:
-    container = _home_of(container, name)
+    container = _require_instance(container, name)
     settings = container.settings().connection(name)
-    home = SessionHome(name, settings, container.coordinator(), engine)
-    return build_sessionmaker(home)
-
-
-def _build_scoped_session(maker: sessionmaker[Any]) -> scoped_session[Any]:
-    return build_scoped_session(maker, maker.kw["home"])
+    return build_sessionmaker(SessionHome(name, settings, container.coordinator(), engine))
 
 
 def _current_session(scoped: scoped_session[Any]) -> Session:
@@ -145,23 +143,31 @@ def _current_session(scoped: scoped_session[Any]) -> Session:
 
 
 class ConnectionContainer(containers.DeclarativeContainer):
-    """What one connection provides."""
+    """What one connection provides: `writer` of a container is one, and `writer_session` is its `session`."""
 
-    instance_type = _NamedContainer
+    instance_type = _Instance
 
     name: providers.Object[str] = providers.Object("")
-    home: providers.Object[Any] = providers.Object(None)
+    database_container: providers.Object[Any] = providers.Object(None)
 
-    engine = EngineProvider(_build_engine, home, name)
-    sessionmaker = providers.ThreadSafeSingleton(_build_sessionmaker, home, name, engine.provider)
-    scoped_session = providers.ThreadSafeSingleton(_build_scoped_session, sessionmaker)
+    engine = EngineProvider(_build_engine, database_container, name)
+    sessionmaker = providers.ThreadSafeSingleton(_build_sessionmaker, database_container, name, engine.provider)
+    scoped_session = providers.ThreadSafeSingleton(build_scoped_session, sessionmaker)
     session = providers.Callable(_current_session, scoped_session)
 
 
 class Connection(providers.Container[ConnectionContainer]):
     """A named database of a container: `writer = Connection()` provides `writer.session`, and `writer_session` beside it.
 
-    The attribute's name is the connection's name in the settings.
+    The attribute's name is the connection's name in the settings. `engine`, `sessionmaker`, `scoped_session` and `session` are
+    provided in both ways, and are the same providers:
+
+    >>> from app_db import Connection, DatabaseContainer
+    >>> class Container(DatabaseContainer):
+    ...     writer = Connection()
+    ...     warehouse = Connection()
+    >>> Container.warehouse_session is Container.warehouse.session
+    True
     """
 
     if TYPE_CHECKING:
@@ -181,7 +187,7 @@ class Connection(providers.Container[ConnectionContainer]):
 
 def _refuse_taken_names(name: str, bases: Iterable[type], attributes: Iterable[str]) -> None:
     inherited = [getattr(base, name) for base in bases if hasattr(base, name)]
-    if hasattr(_HomeContainer(), name) or not all(isinstance(value, Connection) for value in inherited):
+    if hasattr(_DatabaseInstance(), name) or not all(isinstance(value, Connection) for value in inherited):
         raise InvalidUse(
             f"A connection can't be called {name!r}, because the container provides that itself",
             "Give the connection another name",
@@ -202,10 +208,8 @@ class DatabaseContainerMeta(DeclarativeMeta):
         for attribute, value in attributes.items():
             if isinstance(value, Connection):
                 _refuse_taken_names(attribute, bases, attributes)
-        for base in bases:
-            getattr(base, "providers", {}).pop(
-                "__self__", None
-            )  # wiring leaves it there, and a subclass would take its base for itself
+        for base in bases:  # wiring leaves `__self__` there, and a subclass would take its base for itself
+            getattr(base, "providers", {}).pop("__self__", None)
         return super().__new__(cls, name, bases, attributes, **arguments)
 
     def __getattr__(cls, name: str) -> providers.Provider[Any]:
@@ -213,28 +217,49 @@ class DatabaseContainerMeta(DeclarativeMeta):
 
 
 class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseContainerMeta):
-    """Subclass it, and declare a `Connection()` for every database."""
+    """What an application subclasses, with a `Connection()` for every database.
 
-    instance_type = _HomeContainer
+    `settings` come from the environment, unless an instance is given others. `transaction` makes a unit of work for `with`,
+    with the options of `transactional`, and `unit` is the one under way. `transaction_manager` follows the context; give the
+    instance `transaction.manager` to share zope's own. Engines are made at first use, and `shutdown_resources()` disposes them.
+    """
+
+    instance_type = _DatabaseInstance
 
     settings: providers.Provider[DatabaseSettings] = providers.ThreadSafeSingleton(DatabaseSettings)
     transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
-    home: providers.Object[Any] = providers.Object(None)
-    coordinator = Lasting(build_coordinator, home)
-    disposal = Disposal(None, home)
+    database_container: providers.Object[Any] = providers.Object(None)
+    coordinator = Lasting(build_coordinator, database_container)
+    disposal = Disposal(None, database_container)
     transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, coordinator)
     unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, coordinator)
 
 
 class Container(DatabaseContainer):
-    """A container with a writer and a reader, ready to use."""
+    """A container with a writer and a reader, ready to use.
+
+    >>> from app_db import Container, DatabaseSettings
+    >>> from sqlalchemy import text
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
+    >>> with container.transaction():
+    ...     container.writer_session().scalar(text("SELECT 42"))
+    42
+    """
 
     writer = Connection()
     reader = Connection()
 
 
 def container_of(*names: str) -> type[DatabaseContainer]:
-    """Return a container class for connections whose names are known only at run time."""
+    """Return a container class for connections whose names are known only at run time.
+
+    >>> from app_db import DatabaseSettings, container_of
+    >>> settings = DatabaseSettings(connections={"north": {"url": "sqlite://"}, "south": {"url": "sqlite://"}})
+    >>> container = container_of(*settings.connections)(settings=settings)
+    >>> with container.transaction():
+    ...     container.south_session().get_bind().name
+    'sqlite'
+    """
     make: Any = type(DatabaseContainer)
     container: type[DatabaseContainer] = make("Container", (DatabaseContainer,), {name: Connection() for name in names})
     return container

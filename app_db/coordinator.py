@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from threading import get_ident
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,7 +31,7 @@ from app_db.errors import (
     UnitOfWorkTimeout,
 )
 from app_db.manager import retryable
-from app_db.statements import Effect, effect_of
+from app_db.statements import Effect, effect_of, lifts_read_only, transaction_verb
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -61,6 +62,7 @@ class BranchSession(Protocol):
     branch: Branch | None
 
     def get_transaction(self) -> SessionTransaction | None: ...
+    def get_nested_transaction(self) -> SessionTransaction | None: ...
     def begin_nested(self) -> SessionTransaction: ...
     def flush(self) -> None: ...
     def invalidate(self) -> None: ...
@@ -70,7 +72,11 @@ class Branch:
     """One connection's share of one unit of work: zope.sqlalchemy's data manager, and what was noticed beside it."""
 
     effect = Effect.READS
+    committed = False
+    """Whether COMMIT was sent and answered."""
     tried = False
+    """Whether it was told to commit: an autonomous one is told once, even if the unit aborts."""
+    _rolled_back_by: int | None = None  # a thread
     _failures: Sequence[BaseException] = ()
     _usual_limits: Mapping[Connection, float] = MappingProxyType({})
 
@@ -95,6 +101,11 @@ class Branch:
         return self.effect >= Effect.MAY_WRITE and not self.read_only and not self.home.autonomous
 
     @property
+    def has_savepoints(self) -> bool:
+        """Whether a savepoint of the unit is one of this connection, too."""
+        return not (self.home.read_only or self.home.autonomous)
+
+    @property
     def finished(self) -> bool:
         return self._data_manager.tx is None
 
@@ -117,6 +128,13 @@ class Branch:
 
     def before_statement(self, statement: str) -> None:
         """Note what a statement does, and refuse what can't be allowed before it is sent."""
+        if self._rolled_back_by not in (None, get_ident()):
+            raise UnitOfWorkEnded(f"The {self.name!r} session")  # the thread goes on while its unit is being aborted
+        verb = transaction_verb(statement)
+        if verb is not None and not self._work.finishing:
+            raise SessionIsManaged(self.name, verb)
+        if self.read_only and lifts_read_only(statement):
+            raise ReadOnlyViolation(self.name, "Lifting the protection", not self.home.read_only)
         effect = effect_of(statement)
         if effect > self.effect:
             if effect is Effect.WRITES and self.read_only:
@@ -137,21 +155,36 @@ class Branch:
         if not self._work.finishing:
             raise SessionIsManaged(self.name, "connection().commit")
 
+    def note_commit(self) -> None:
+        """Note that the database has committed: what fails from here on fails afterwards."""
+        self.committed = True
+
     def has_lost_transaction(self) -> bool:
         """Return whether the database would answer COMMIT with a rollback."""
         transaction: SessionTransaction | None = self._data_manager.tx
         if transaction is None:
             return False
-        if self.session.get_transaction() is not transaction or not transaction.is_active:
+        nested = self.session.get_nested_transaction()
+        if self.session.get_transaction() is not transaction or not transaction.is_active or (nested and not nested.is_active):
             return True
-        if not self._failures or self.effect is Effect.READS:
+        if self.effect is Effect.READS:
             return False
-        return any(self.home.database.has_lost_transaction(connection, self._failures) for connection in self._connections)
+        database = self.home.database
+        if not self._failures:
+            return self.wrote and any(database.has_ended_transaction(connection) for connection in self._connections)
+        return any(database.has_lost_transaction(connection, self._failures) for connection in self._connections)
 
     def commit(self) -> None:
         """Commit, return the connection to its pool and detach the objects."""
         self.tried = True
-        self._data_manager.tpc_vote(self._work.transaction)
+        try:
+            self._data_manager.tpc_vote(self._work.transaction)
+        except Exception as error:
+            if not self.committed:
+                raise
+            log.exception("The connection %r has committed, and then a listener of its session failed", self.name)
+            self._work.errors_afterwards.append(error)
+            self.roll_back()
         self._let_go()
 
     def roll_back(self) -> None:
@@ -161,6 +194,7 @@ class Branch:
         """
         if self.finished:
             return
+        self._rolled_back_by = get_ident()
         try:
             # The rollback comes first: closing alone leaves a transaction open whose COMMIT was refused.
             self._data_manager.tx.rollback()
@@ -205,8 +239,10 @@ class Work:
     deadline = NEVER
     hooks: Hooks | None = None
     finishing = False
+    """Whether it is the unit that ends transactions now, so that sessions and connections let it."""
     _doomed_by: BaseException | str | None = None
     _joined = False
+    _committing = False
     _ended = False
 
     def __init__(self, transaction: Transaction, coordinator: Coordinator) -> None:
@@ -214,6 +250,7 @@ class Work:
         self.sessions: dict[str, Session] = {}
         self.branches: list[Branch] = []
         self._savepoints: list[WorkSavepoint] = []
+        self.errors_afterwards: list[Exception] = []
         self._coordinator = coordinator
 
     @property
@@ -234,10 +271,12 @@ class Work:
 
     # -- what sessions ask
 
-    def require_open(self, subject: str) -> None:
-        """Raise unless a session may begin or go on here."""
+    def require_open(self, subject: str, branch: Branch | None = None) -> None:
+        """Raise unless a session may begin or go on here; once branches are being committed, only what is one of them may."""
         status = self.transaction.status
-        if status in ("Active", "Doomed") or (status == "Committing" and self._joined and not self._ended):
+        if status in ("Active", "Doomed"):
+            return
+        if status == "Committing" and self._joined and not self._ended and (branch is not None or not self._committing):
             return
         raise UnitOfWorkEnded(subject)
 
@@ -245,12 +284,17 @@ class Work:
         """Return who owns the unit, where its transaction knows."""
         return str(getattr(self.transaction, "owner", "another thread"))
 
-    def is_current(self) -> bool:
+    def is_under_way(self) -> bool:
         """Return whether this unit of work is under way anywhere."""
         try:
             return self.transaction.data(self._coordinator) is self and not self._ended
         except KeyError:
             return False
+
+    @property
+    def has_committed(self) -> bool:
+        """Whether the unit has been committed, whatever fails afterwards."""
+        return self._ended
 
     def limit(self, timeout: float) -> None:
         """Give the unit at most `timeout` seconds from now on, or what is left of the time that it has."""
@@ -324,6 +368,7 @@ class Work:
         if len(self.branches) > 1:
             self._flush()  # what other data managers wrote while they voted
             self._refuse_what_cannot_commit()
+        self._committing = True
         self._commit_branches()
         self._ended = True
         self.forget()
@@ -362,10 +407,8 @@ class Work:
         self.sessions.clear()
 
     def savepoint(self) -> WorkSavepoint:
-        """Take a savepoint on every branch that can write."""
-        savepoint = WorkSavepoint(
-            self, [branch for branch in self.branches if not (branch.home.read_only or branch.home.autonomous)]
-        )
+        """Take a savepoint on every branch that has them."""
+        savepoint = WorkSavepoint(self, [branch for branch in self.branches if branch.has_savepoints])
         self._savepoints.append(savepoint)
         return savepoint
 
@@ -436,17 +479,17 @@ class WorkSavepoint:
 
     def rollback(self) -> None:
         """Undo what was done since; sessions that joined since begin anew."""
-        held = [branch for branch, _ in self._nested]
+        older = [branch for branch, _ in self._nested]
         self._work.finishing = True
         for branch in self._work.branches:
-            if branch not in held and not branch.home.read_only and not branch.home.autonomous:
+            if branch.has_savepoints and branch not in older:
                 branch.roll_back()
         self._work.finishing = False
         self._work.branches[:] = [branch for branch in self._work.branches if not branch.finished]
         for _, nested in reversed(self._nested):
             nested.rollback()
-        self._nested = [(branch, branch.savepoint()) for branch in held]
-        self._forget_later()
+        self._nested = [(branch, branch.savepoint()) for branch in older]
+        self._forget_later_ones()
 
     def release(self) -> None:
         """Keep what was done since, and give the savepoint up."""
@@ -454,11 +497,11 @@ class WorkSavepoint:
             if nested.is_active:
                 nested.commit()
         self._nested = []
-        self._forget_later()
+        self._forget_later_ones()
         if self in self._work._savepoints:
             self._work._savepoints.remove(self)
 
-    def _forget_later(self) -> None:
+    def _forget_later_ones(self) -> None:
         savepoints = self._work._savepoints
         if self in savepoints:
             del savepoints[savepoints.index(self) + 1 :]
@@ -490,11 +533,11 @@ class Coordinator:
         return work
 
 
-class _Home(Protocol):
+class _Container(Protocol):
     def transaction_manager(self) -> Any: ...
     def settings(self) -> Any: ...
 
 
-def build_coordinator(container: _Home) -> Coordinator:
+def build_coordinator(container: _Container) -> Coordinator:
     """Return the coordinator of a container. The container's settings are asked when they matter, so they may change."""
     return Coordinator(container.transaction_manager(), lambda: str(container.settings().atomicity))

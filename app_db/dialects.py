@@ -28,15 +28,18 @@ if TYPE_CHECKING:
 
     from app_db.settings import ConnectionSettings
 
-READ_ONLY = "app_db_read_only"
-"""Key in a DBAPI connection's info: a read-only unit of work runs on it."""
+# Keys in a DBAPI connection's info.
+_READ_ONLY = "app_db_read_only"
+"""A read-only unit of work runs on it."""
 
-DEADLINE = "app_db_deadline"
-"""Key in a DBAPI connection's info: the monotonic time after which its statements are interrupted."""
+_DEADLINE = "app_db_deadline"
+"""The monotonic time after which its statements are interrupted."""
 
 _STATEMENT_DEADLINE = "app_db_statement_deadline"
 """The same for one statement, when statements have a timeout of their own."""
 
+_USUAL_LIMIT = "app_db_usual_limit"
+"""The statement that gives the server's limit for statements back as it was before a unit set it."""
 
 NEVER = math.inf
 """Seconds that nothing takes."""
@@ -51,7 +54,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 class Terms(Protocol):
-    """How a unit of work is to run."""
+    """On what terms a unit of work runs, as far as its engines and connections have to know."""
 
     read_only: bool
     isolation: str | None
@@ -84,7 +87,24 @@ class Database:
 
     def engine_for_unit(self, engine: Engine, settings: ConnectionSettings, terms: Terms) -> Engine:
         """Return `engine` as a unit of work on other terms than the usual uses it. Pool and dialect stay the same."""
-        return engine if terms.isolation is None else engine.execution_options(isolation_level=terms.isolation)
+        options = self.unit_options(settings, terms)
+        make_read_only = self.read_only_step() if terms.read_only and not settings.read_only else None
+        if not options and make_read_only is None:
+            return engine
+        # One derived engine for all: SQLAlchemy 2.0 has no events for an engine derived from a derived one. On connecting,
+        # SQLAlchemy sets the isolation level first, which ends with a COMMIT, and then the transaction is made read-only.
+        own = engine.execution_options(**options)
+        if make_read_only is not None:
+            event.listen(own, "engine_connect", make_read_only)
+        return own
+
+    def unit_options(self, settings: ConnectionSettings, terms: Terms) -> dict[str, Any]:
+        """Return the execution options by which SQLAlchemy itself arranges the terms of a unit of work."""
+        return {} if terms.isolation is None else {"isolation_level": terms.isolation}
+
+    def read_only_step(self) -> Callable[[Connection], None] | None:
+        """Return what makes the next transaction of a connection read-only, where no execution option does."""
+        return None
 
     def statement_limit(self, connection: Connection) -> float:
         """Return the seconds after which the server stops a statement; infinity for never."""
@@ -95,6 +115,10 @@ class Database:
 
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
         """Return whether, after statements failed with `failures`, the transaction of `connection` can't commit any more."""
+        return False
+
+    def has_ended_transaction(self, connection: Connection) -> bool:
+        """Return whether the driver itself knows that the transaction of `connection` is over or failed, whoever saw to that."""
         return False
 
     def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
@@ -110,20 +134,20 @@ class PostgreSQL(Database):
     """PostgreSQL, by psycopg or any other driver."""
 
     _idle = 0  # libpq's PQTRANS_IDLE
+    _failed = 3  # libpq's PQTRANS_INERROR
 
     def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
-        named = (
-            {}
-            if "application_name" in url.query or not url.drivername.endswith(("psycopg", "psycopg2"))
-            else {"application_name": application}
-        )
-        return {**named, **settings.connect_args}
+        nameless = url.drivername.endswith(("psycopg", "psycopg2")) and "application_name" not in url.query
+        own = {"application_name": application} if nameless else {}
+        return {**own, **settings.connect_args}
 
     def isolation_level(self, settings: ConnectionSettings) -> str | None:
         # In autocommit a read is one round trip; with BEGIN and COMMIT around it, it is three.
         return settings.isolation_level or ("AUTOCOMMIT" if settings.read_only else None)
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+        if self.isolation_level(settings) == "AUTOCOMMIT":
+            engine.dialect.supports_server_side_cursors = False  # they need a transaction; `yield_per` then fetches at once
         parameters: dict[str, str] = {}
         if settings.read_only:
             parameters["default_transaction_read_only"] = "on"
@@ -140,15 +164,13 @@ class PostgreSQL(Database):
             _execute(dbapi_connection, statement)
             dbapi_connection.autocommit = autocommit
 
-    def engine_for_unit(self, engine: Engine, settings: ConnectionSettings, terms: Terms) -> Engine:
-        options: dict[str, Any] = {}
-        if terms.isolation is not None:
-            options["isolation_level"] = terms.isolation
-        elif terms.timed and self.isolation_level(settings) == "AUTOCOMMIT":
+    def unit_options(self, settings: ConnectionSettings, terms: Terms) -> dict[str, Any]:
+        options = super().unit_options(settings, terms)
+        if not options and terms.timed and self.isolation_level(settings) == "AUTOCOMMIT":
             options["isolation_level"] = "READ COMMITTED"  # SET LOCAL needs a transaction
         if terms.read_only and not settings.read_only:
             options["postgresql_readonly"] = True
-        return engine.execution_options(**options) if options else engine
+        return options
 
     def statement_limit(self, connection: Connection) -> float:
         shown = _AMOUNT.match(str(connection.exec_driver_sql("SHOW statement_timeout").scalar()))
@@ -164,6 +186,10 @@ class PostgreSQL(Database):
         except DBAPIError:
             return True
         return False
+
+    def has_ended_transaction(self, connection: Connection) -> bool:
+        libpq = getattr(connection.connection.driver_connection, "pgconn", None)
+        return libpq is not None and libpq.transaction_status in (self._idle, self._failed)
 
     def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
         libpq = getattr(dbapi_connection, "pgconn", None)
@@ -202,16 +228,12 @@ class MySQL(Database):
 
         @event.listens_for(engine, "checkin")
         def take_limit_back(dbapi_connection: Any, record: Any) -> None:
-            reset = record.info.pop(DEADLINE, None)
-            if reset is not None and dbapi_connection is not None:
-                _execute(dbapi_connection, reset)
+            usual_limit = record.info.pop(_USUAL_LIMIT, None)
+            if usual_limit is not None and dbapi_connection is not None:
+                _execute(dbapi_connection, usual_limit)
 
-    def engine_for_unit(self, engine: Engine, settings: ConnectionSettings, terms: Terms) -> Engine:
-        # The engine made last has its say first, and setting an isolation level ends with a COMMIT, which the next transaction
-        # that is to be read-only must not be spent on.
-        if terms.read_only and not settings.read_only:
-            engine = _when_connected(engine, self._set_read_only)
-        return super().engine_for_unit(engine, settings, terms)
+    def read_only_step(self) -> Callable[[Connection], None]:
+        return self._set_read_only
 
     def _set_read_only(self, connection: Connection) -> None:
         _execute(connection.connection, "SET TRANSACTION READ ONLY")  # the next one, which the first statement begins
@@ -223,8 +245,8 @@ class MySQL(Database):
         return value / (1 if is_mariadb else 1000) or NEVER
 
     def limit_statements(self, connection: Connection, seconds: float) -> None:
-        if DEADLINE not in connection.info:
-            connection.info[DEADLINE] = self._timeout(self.statement_limit(connection), self._is_mariadb(connection))
+        if _USUAL_LIMIT not in connection.info:
+            connection.info[_USUAL_LIMIT] = self._timeout(self.statement_limit(connection), self._is_mariadb(connection))
         connection.exec_driver_sql(self._timeout(seconds, self._is_mariadb(connection)))
 
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
@@ -259,7 +281,7 @@ class SQLite(Database):
     def url(self, configured: URL, settings: ConnectionSettings) -> URL:
         if not _is_memory(configured):
             return configured
-        return configured.set(database=str(_memory_file(settings.database_key())), query={})
+        return configured.set(database=str(_memory_file(settings.database_identity())), query={})
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         self._set_up_connections(engine, settings)
@@ -269,8 +291,8 @@ class SQLite(Database):
 
         @event.listens_for(engine, "checkin")
         def clean(dbapi_connection: Any, record: Any) -> None:
-            record.info.pop(DEADLINE, None)
-            if record.info.pop(READ_ONLY, False) and dbapi_connection is not None:
+            record.info.pop(_DEADLINE, None)
+            if record.info.pop(_READ_ONLY, False) and dbapi_connection is not None:
                 _execute(dbapi_connection, "PRAGMA query_only = OFF")
 
     def _set_up_connections(self, engine: Engine, settings: ConnectionSettings) -> None:
@@ -289,7 +311,7 @@ class SQLite(Database):
     def _begin_ourselves(self, engine: Engine, statement: str) -> None:
         # A listener to the "begin" event would make every use of the engine dearer; the dialect's own method doesn't.
         def begin(dbapi_connection: PoolProxiedConnection) -> None:
-            if READ_ONLY in dbapi_connection.info:
+            if _READ_ONLY in dbapi_connection.info:
                 _execute(dbapi_connection, "PRAGMA query_only = ON", "BEGIN")
             else:
                 _execute(dbapi_connection, statement)
@@ -297,26 +319,23 @@ class SQLite(Database):
         engine.dialect.do_begin = begin  # type: ignore[method-assign]
 
     def _interrupt_late_statements(self, engine: Engine, timeout: float) -> None:
-        def set_deadline(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
-            context.root_connection.info[_STATEMENT_DEADLINE] = time.monotonic() + timeout
+        def set_deadline(info: dict[Any, Any], statement: str) -> None:
+            info[_STATEMENT_DEADLINE] = time.monotonic() + timeout
 
-        @event.listens_for(engine, "connect", once=True)
-        def watch(dbapi_connection: Any, record: Any) -> None:
-            on_execute(engine, set_deadline)
+        on_execute(engine, set_deadline)
 
         @event.listens_for(engine, "connect")
         def interrupt(dbapi_connection: Any, record: Any) -> None:
             self._interrupt_at_deadline(dbapi_connection, record.info)
 
-    def engine_for_unit(self, engine: Engine, settings: ConnectionSettings, terms: Terms) -> Engine:
-        engine = super().engine_for_unit(engine, settings, terms)
-        return _when_connected(engine, self._set_read_only) if terms.read_only and not settings.read_only else engine
+    def read_only_step(self) -> Callable[[Connection], None]:
+        return self._set_read_only
 
     def _set_read_only(self, connection: Connection) -> None:
-        connection.info[READ_ONLY] = True
+        connection.info[_READ_ONLY] = True
 
     def limit_statements(self, connection: Connection, seconds: float) -> None:
-        connection.info[DEADLINE] = time.monotonic() + seconds
+        connection.info[_DEADLINE] = time.monotonic() + seconds
         self._interrupt_at_deadline(connection.connection.driver_connection, connection.info)
 
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
@@ -332,31 +351,31 @@ class SQLite(Database):
 
     def _interrupt_at_deadline(self, driver_connection: Any, info: dict[Any, Any]) -> None:
         def past_deadline() -> bool:
-            return bool(time.monotonic() > min(info.get(DEADLINE, NEVER), info.get(_STATEMENT_DEADLINE, NEVER)))
+            return bool(time.monotonic() > min(info.get(_DEADLINE, NEVER), info.get(_STATEMENT_DEADLINE, NEVER)))
 
         driver_connection.set_progress_handler(past_deadline, self._steps_between_looks)
 
 
-def _when_connected(engine: Engine, listener: Callable[[Connection], None]) -> Engine:
-    """Return `engine` with a listener to its connecting that the engine itself does not get."""
-    own = engine.execution_options()
-    event.listen(own, "engine_connect", listener)
-    return own
+def on_execute(engine: Engine, listener: Callable[[dict[Any, Any], str], None]) -> None:
+    """Call `listener` with every statement that `engine` and the engines derived from it are about to execute, and with the
+    info of the DBAPI connection.
 
-
-def on_execute(engine: Engine, listener: Callable[[Any, str, Any, ExecutionContext], None]) -> None:
-    """Call `listener` with everything that `engine` and the engines derived from it are about to execute.
-
-    These are the dialect's events. Those of the engine make every use of a connection dearer, statement or not. To be called
-    once the engine has connected: the connection on which the dialect looks around has no info yet.
+    These are the dialect's events. Those of the engine make every use of a connection dearer, statement or not.
     """
-    event.listen(engine, "do_execute", listener)
-    event.listen(engine, "do_executemany", listener)
 
-    def without_parameters(cursor: Any, statement: str, context: ExecutionContext) -> None:
-        listener(cursor, statement, (), context)
+    def heard(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
+        try:
+            info = context.root_connection.info
+        except NotImplementedError:  # the dialect is looking around on a connection that is not the pool's yet
+            return
+        listener(info, statement)
 
-    event.listen(engine, "do_execute_no_params", without_parameters)
+    def heard_without_parameters(cursor: Any, statement: str, context: ExecutionContext) -> None:
+        heard(cursor, statement, (), context)
+
+    event.listen(engine, "do_execute", heard)
+    event.listen(engine, "do_executemany", heard)
+    event.listen(engine, "do_execute_no_params", heard_without_parameters)
 
 
 def _is_memory(url: URL) -> bool:
@@ -371,7 +390,10 @@ def _execute(dbapi_connection: Any, *statements: str) -> None:
 
 
 def _use_wal(dbapi_connection: Any) -> None:
-    """Switch the database to WAL, which it then stays in. Changing the mode doesn't wait for locks, so this waits."""
+    """Switch the database to WAL, which it then stays in.
+
+    Connections that switch at once can lock each other out, in which case SQLite does not wait, so this does.
+    """
     give_up = time.monotonic() + 5
     while True:
         try:
@@ -385,17 +407,17 @@ def _use_wal(dbapi_connection: Any) -> None:
 _memory_files: WeakKeyDictionary[object, Path] = WeakKeyDictionary()
 
 
-def _memory_file(key: object) -> Path:
+def _memory_file(identity: object) -> Path:
     """Return the file that stands in for a `:memory:` database, made at first use and removed with its settings.
 
     A file in WAL mode lets a unit read through one connection what another connection of it has not written yet; SQLite's
     own in-memory databases either are private to one connection or block their readers while somebody writes.
     """
-    path = _memory_files.get(key)
+    path = _memory_files.get(identity)
     if path is None:
         directory = tempfile.mkdtemp(prefix="app_db-memory-")
-        path = _memory_files.setdefault(key, Path(directory) / "memory.db")
-        weakref.finalize(key, _remove_in_process, os.getpid(), directory)
+        path = _memory_files.setdefault(identity, Path(directory) / "memory.db")
+        weakref.finalize(identity, _remove_in_process, os.getpid(), directory)
     return path
 
 

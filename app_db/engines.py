@@ -15,6 +15,7 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from app_db.dialects import Database, database_of
+from app_db.urls import is_secret
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _IDLE_SINCE = "app_db_idle_since"
 _POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static": StaticPool}
 
-_engines: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
+_setups: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
 _retired: WeakSet[Engine] = WeakSet()
 _checked_out: dict[int, Any] = {}  # pool records by their id, for the child of a fork
 _of_parent_process: list[Any] = []
@@ -36,21 +37,23 @@ def build_engine(name: str, settings: DatabaseSettings) -> Engine:
     connection = settings.connection(name)
     configured = connection.sqlalchemy_url()
     database = database_of(configured.get_backend_name())
-    url = database.url(configured, connection)
+    secrets = {key: value for key, value in configured.query.items() if is_secret(key)}
+    shown = configured.difference_update_query(secrets) if secrets else configured  # an engine shows its URL
+    url = database.url(shown, connection)
     arguments = _pool_arguments(connection)
     isolation_level = database.isolation_level(connection)
     if isolation_level is not None:
         arguments["isolation_level"] = isolation_level
     if connection.echo:
         arguments |= {"echo": True, "logging_name": name}
-    engine = create_engine(url, connect_args=database.connect_args(url, settings.application, connection), **arguments)
-    _engines[engine] = _Setup(engine, connection, database)
+    engine = create_engine(url, connect_args=secrets | database.connect_args(url, settings.application, connection), **arguments)
+    _setups[engine] = _Setup(engine, connection, database)
     return engine
 
 
 def retire(engine: Engine) -> None:
     """Close an engine's idle connections now, and those in use as they are returned. Sessions under way may finish."""
-    setup = _engines.get(engine)
+    setup = _setups.get(engine)
     if setup is not None:
         setup.ensure()  # or a first connection under way would miss the listener that closes it
     _retired.add(engine)
@@ -166,7 +169,7 @@ def _leave_parents_connections() -> None:
         _of_parent_process.append(record.dbapi_connection)  # kept, lest its destructor ends the parent's session
         record.fairy_ref = None  # the collector would otherwise send a ROLLBACK; detach() takes a lock that may be held for ever
     _checked_out.clear()
-    for engine, setup in list(_engines.items()):
+    for engine, setup in list(_setups.items()):
         setup.forget_other_threads()
         engine.dispose(close=False)
 

@@ -92,9 +92,8 @@ class UnknownConnection(AppDbError, AttributeError):
     def __str__(self) -> str:
         connections = [name for name in self.known if f"{name}_session" in self.known]
         return (
-            f"The container has no {self.name!r}.{did_you_mean(str(self.name), self.known)} Declare `NAME = Connection()` in the "
-            "container and "
-            f"ask for `NAME_session`. There are: {_listed(connections or self.known)}."
+            f"The container has no {self.name!r}.{did_you_mean(str(self.name), self.known)} Declare `NAME = Connection()` "
+            f"in the container and ask for `NAME_session`. There are: {_listed(connections or self.known)}."
         )
 
 
@@ -114,8 +113,7 @@ class ConnectionNotConfigured(AppDbError, LookupError):
     def __str__(self) -> str:
         return (
             f"The connection {self.name!r} has no database.{did_you_mean(self.name, self.configured)} Set {self.variable}, "
-            "for example "
-            f"to sqlite:///{self.name}.db. Configured are: {_listed(self.configured)}."
+            f"for example to sqlite:///{self.name}.db. Configured are: {_listed(self.configured)}."
         )
 
 
@@ -136,10 +134,9 @@ class NotWired(AppDbError):
                 f"`container.wire(modules=[{self.module!r}])` once at start-up, after the module was imported."
             )
         return (
-            f"The parameter {self.parameter!r} of {self.function} was not injected: {self.marker} names nothing in the "
-            "container that "
-            f"is wired to {self.module!r}. Check the name; if a subclass of the container redefines it, use the string form, "
-            "`Provide['NAME_session']`."
+            f"The parameter {self.parameter!r} of {self.function} was not injected: {self.marker} names nothing in the container "
+            f"that is wired to {self.module!r}. Check the name; if a subclass of the container redefines it, use the string "
+            "form, `Provide['NAME_session']`."
         )
 
 
@@ -189,8 +186,7 @@ class ForeignUnitOfWork(UnitOfWorkError):
 
     def __str__(self) -> str:
         return (
-            f"{self.subject} belongs to {self.owner} and was used from {self.user}. Begin a unit of "
-            "work there "
+            f"{self.subject} belongs to {self.owner} and was used from {self.user}. Begin a unit of work there "
             "(`with container.transaction():`) and ask for a session inside it."
         )
 
@@ -204,9 +200,8 @@ class AlreadyInUnitOfWork(UnitOfWorkError, AlreadyInTransaction):  # type: ignor
 
     def __str__(self) -> str:
         return (
-            f"{self.wanted} was called while a unit of work is under way. Use `with container.transaction():`, which joins "
-            "it, or "
-            "`transaction(propagation='requires_new')` for a unit of its own."
+            f"{self.wanted} was called while a unit of work is under way. Use `with container.transaction():`, which joins it, "
+            "or `transaction(propagation='requires_new')` for a unit of its own."
         )
 
 
@@ -236,9 +231,8 @@ class UnitOfWorkDoomed(UnitOfWorkError, DoomedTransaction):  # type: ignore[misc
 
     def __str__(self) -> str:
         return (
-            f"Nothing was committed, because the unit of work was doomed: {self.reason}. Let the error reach the outermost "
-            "unit, or "
-            "give the inner block propagation='nested' or 'requires_new' if the outer one may go on without it."
+            f"Nothing was committed, because the unit of work was doomed: {self.reason}. Let the error reach the outermost unit, "
+            "or give the inner block propagation='nested' or 'requires_new' if the outer one may go on without it."
         )
 
 
@@ -251,8 +245,8 @@ class UnitOfWorkTimeout(UnitOfWorkError, TimeoutError):
 
     def __str__(self) -> str:
         return (
-            f"The unit of work took longer than its timeout of {self.timeout:g} s and was stopped. Do less in it, or raise "
-            "`timeout`."
+            f"The unit of work took longer than its timeout of {self.timeout:g} s and was stopped. "
+            "Do less in it, or raise `timeout`."
         )
 
 
@@ -280,9 +274,8 @@ class ReadOnlyViolation(UnitOfWorkError):
     def __str__(self) -> str:
         if self.whole_unit:
             return (
-                f"{self.what} was refused: the unit of work is read-only, and so is its {self.connection!r} session. Begin "
-                "it without "
-                "read_only=True."
+                f"{self.what} was refused: the unit of work is read-only, and so is its {self.connection!r} session. "
+                "Begin it without read_only=True."
             )
         return (
             f"{self.what} was refused: the connection {self.connection!r} is read-only. Use a session of a writable connection."
@@ -306,8 +299,7 @@ class NotAtomic(CommitError):
     def __str__(self) -> str:
         return (
             f"Nothing was committed: the unit of work wrote to {_listed(self.connections)}, which can't commit together. "
-            "Write to one of "
-            "them only, or accept that one may commit and another not with APP_DB_ATOMICITY=best_effort."
+            "Write to one of them only, or accept that one may commit and another not with APP_DB_ATOMICITY=best_effort."
         )
 
 
@@ -354,23 +346,20 @@ class OutcomeUnknown(CommitError):
         others = f" Committed before: {_listed(self.committed)}." if self.committed else ""
         return (
             f"The connection {self.connection!r} was lost during COMMIT, so its part is either committed or not.{others} "
-            "Look in the "
-            "database before trying again."
+            "Look in the database before trying again."
         )
 
 
 class HookFailed(CommitError):
-    """Hooks failed after the unit of work had ended. `committed` says how it ended, `errors` what the hooks raised."""
+    """Hooks failed after the unit of work had committed. `errors` says what they raised."""
 
-    def __init__(self, committed: bool, errors: Sequence[BaseException]) -> None:
-        super().__init__(committed, errors)
-        self.committed = committed
+    def __init__(self, errors: Sequence[BaseException]) -> None:
+        super().__init__(errors)
         self.errors = tuple(errors)
 
     def __str__(self) -> str:
-        outcome = "was committed" if self.committed else "was rolled back"
         causes = "; ".join(f"{type(error).__name__}: {error}" for error in self.errors)
         return (
-            f"The unit of work {outcome}, and then {len(self.errors)} of its hooks failed ({causes}). Don't repeat the unit; "
-            "mend what the hooks do."
+            f"The unit of work was committed, and then {len(self.errors)} of its hooks failed ({causes}). "
+            "Don't repeat the unit; mend what the hooks do."
         )

@@ -25,7 +25,7 @@ Hook = Callable[[], Any]
 
 @implementer(ISavepointDataManager)
 class Hooks:
-    """The hooks of one unit of work. What `after` hooks raise is kept in `errors`, since the outcome stands by then."""
+    """The hooks of one unit of work. What on-commit and on-abort hooks raise is kept in `errors`: the outcome stands by then."""
 
     def __init__(self, transaction: Transaction, manager: Any) -> None:
         self._transaction = transaction
@@ -36,7 +36,10 @@ class Hooks:
         self._joined = False
         self._announced = False
         self._ending = False
+        self.has_committed = False
+        """To be set where zope ends a committed transaction by aborting it, so that the right hooks run."""
         self.errors: list[Exception] = []
+        self.interruption: BaseException | None = None
 
     def before_commit(self, hook: Hook) -> None:
         """Run `hook` inside the unit, before anything is committed. If it raises, the unit aborts."""
@@ -76,7 +79,7 @@ class Hooks:
             self._run(self._on_commit)
 
     def _run_after_abort(self) -> None:
-        self._run(self._on_abort)
+        self._run(self._on_commit if self.has_committed else self._on_abort)
 
     def _run(self, hooks: list[Hook]) -> None:
         with suspended(self._manager):  # the ended transaction is still the current one, and a hook may begin a unit
@@ -87,6 +90,10 @@ class Hooks:
                 except Exception as error:
                     log.exception("The hook %r failed", hook)
                     self.errors.append(error)
+                except BaseException as error:  # noqa: BLE001  # raised below, and after a commit, where zope swallows it, by the block
+                    self.interruption = error
+        if self.interruption is not None:
+            raise self.interruption
 
     # -- what zope asks of a data manager
 

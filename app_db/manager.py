@@ -11,7 +11,7 @@ import threading
 from asyncio import current_task
 from asyncio.events import _get_running_loop  # the public spelling raises where no loop runs, at five times the price
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from threading import get_ident
 from types import TracebackType
@@ -63,7 +63,7 @@ class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no
         super().__init__(synchronizers, manager)
         self.owner = Owner()
         self.ended = False
-        self._process = _Process.generation
+        self.process = _Process.generation
 
     def is_usable(self) -> bool:
         """Return whether the transaction is under way, and the calling code may use it.
@@ -71,7 +71,7 @@ class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no
         A task that merely inherited its parent's context may not, and neither may a forked child. Threads without a
         running loop may: they work for the unit's owner, who waits for them.
         """
-        if self.ended or self._process != _Process.generation:
+        if self.ended or self.process != _Process.generation:
             return False
         loop = _get_running_loop()
         if loop is None:
@@ -85,7 +85,7 @@ class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no
         """Return the error that says why the transaction can't be used here."""
         if self.ended:
             return UnitOfWorkEnded("The block of a unit of work")
-        if self._process != _Process.generation:
+        if self.process != _Process.generation:
             return ForeignUnitOfWork("The unit of work", f"{self.owner} in the parent process", f"process {os.getpid()}")
         return ForeignUnitOfWork("The unit of work", str(self.owner), str(Owner()))
 
@@ -133,7 +133,11 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
             def announce(synchronizer: Any) -> None:
                 synchronizer.newTransaction(transaction)
 
-            self._synchs.map(announce)
+            try:
+                self._synchs.map(announce)
+            except BaseException:
+                transaction.abort()
+                raise
         return transaction
 
     def free(self, txn: OwnedTransaction) -> None:
@@ -164,12 +168,14 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
     @contextmanager
     def suspended(self) -> Generator[None]:
         """Run a block as if no transaction were under way, then take up the one that was."""
-        transaction = self._current.get()
-        self._current.set(None)
+        token = self._current.set(None)
         try:
             yield
         finally:
-            self._current.set(transaction)
+            with suppress(
+                ValueError
+            ):  # the block ends in another context, as a generator's may, to which that unit means nothing
+                self._current.reset(token)
 
 
 def current(manager: Any) -> Transaction | None:
@@ -180,6 +186,11 @@ def current(manager: Any) -> Transaction | None:
     if isinstance(manager, ContextTransactionManager):
         return manager.current()
     return getattr(manager, "manager", manager)._txn
+
+
+def is_of_this_process(transaction: Transaction) -> bool:
+    """Return whether a transaction did not come with a fork: ending it then would end its parent's."""
+    return not isinstance(transaction, OwnedTransaction) or transaction.process == _Process.generation
 
 
 def regain(manager: Any, transaction: Transaction) -> None:

@@ -7,7 +7,7 @@ joins through zope.sqlalchemy as changed, so nothing it writes depends on being 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
@@ -19,11 +19,19 @@ from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
 from app_db.coordinator import BRANCH, Branch, Coordinator, Work
 from app_db.dialects import database_of, on_execute
-from app_db.errors import ForeignUnitOfWork, NoUnitOfWork, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkError
+from app_db.errors import (
+    ForeignUnitOfWork,
+    InvalidUse,
+    NoUnitOfWork,
+    ReadOnlyViolation,
+    SessionIsManaged,
+    UnitOfWorkEnded,
+    UnitOfWorkError,
+)
 from app_db.manager import Owner
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Dialect, Engine, ExceptionContext, ExecutionContext
+    from sqlalchemy.engine import Connection, Dialect, Engine, ExceptionContext
     from sqlalchemy.orm import SessionTransaction
     from sqlalchemy.pool import PoolProxiedConnection
 
@@ -38,10 +46,11 @@ class SessionHome:
         self.settings = settings
         self.coordinator = coordinator
         self.engine = engine
-        self.database = database_of(settings.sqlalchemy_url().get_backend_name())
+        self._dialect = settings.sqlalchemy_url().get_backend_name()
+        self.database = database_of(self._dialect)
         self.read_only = settings.read_only
         self.autonomous = not settings.transactional
-        self.watched: Dialect | None = None
+        self.watched: Dialect | None = None  # the last one passed to `_watch`, which spares asking for it at each beginning
 
     def engine_for(self, work: Work) -> Engine:
         """Return the engine as it stands now, with the options of a unit of work.
@@ -49,6 +58,8 @@ class SessionHome:
         It is asked for at each session's beginning, so that a replaced or overridden engine is used at once.
         """
         engine = self.engine()
+        if engine.dialect.name != self._dialect:  # overridden, by an engine for another kind of database
+            self._dialect, self.database = engine.dialect.name, database_of(engine.dialect.name)
         if not (work.read_only or work.timed or work.isolation):
             return engine
         return self.database.engine_for_unit(engine, self.settings, work)
@@ -80,7 +91,7 @@ class UnitSession(Session):
         elif transaction is not self._work.transaction:
             raise self._refusal(None)
         elif transaction.status != "Active":
-            self._work.require_open(self._subject)
+            self._work.require_open(self._subject, self.branch)
 
     def enter(self, work: Work) -> None:
         """Belong to `work` from now on."""
@@ -94,7 +105,7 @@ class UnitSession(Session):
         return f"The {self.home.name!r} session"
 
     def _refusal(self, error: Exception | None) -> UnitOfWorkError:
-        if self._work is not None and not self._work.is_current():
+        if self._work is not None and not self._work.is_under_way():
             return UnitOfWorkEnded(self._subject)
         if isinstance(error, ForeignUnitOfWork):
             return ForeignUnitOfWork(self._subject, error.owner, error.user)  # it knows of processes, too
@@ -103,8 +114,18 @@ class UnitSession(Session):
         return ForeignUnitOfWork(self._subject, self._work.owner(), str(Owner()))
 
     def _refuse(self, method: str) -> None:
-        if self._work is not None and not self._work.finishing and self._work.is_current():
+        if self._work is not None and not self._work.finishing and self._work.is_under_way():
             raise SessionIsManaged(self.home.name, method)
+
+    def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
+        """Return the connection that the session uses. It can't be taken out of the unit's transaction by autocommit."""
+        level = str((execution_options or {}).get("isolation_level", "")).upper()
+        if level == "AUTOCOMMIT" and not (self.home.read_only or self.home.autonomous):
+            raise InvalidUse(
+                f"The {self.home.name!r} session can't be in autocommit, because its unit of work could not be rolled back",
+                "Use the engine for what has to be committed at once, or a connection with transactional=false",
+            )
+        return super().connection(bind_arguments, execution_options)
 
     def commit(self) -> None:
         self.require_unit()
@@ -160,9 +181,9 @@ def build_sessionmaker(home: SessionHome) -> sessionmaker[UnitSession]:
 class UnitRegistry(ScopedRegistry[UnitSession]):
     """Where a scoped session finds the session of the current unit: on the unit itself, so that nothing accumulates."""
 
-    def __init__(self, maker: sessionmaker[UnitSession], home: SessionHome) -> None:
+    def __init__(self, maker: sessionmaker[UnitSession]) -> None:
         super().__init__(maker, lambda: None)
-        self._home = home
+        self._home: SessionHome = maker.kw["home"]
 
     def __call__(self) -> UnitSession:
         work = self._work()
@@ -191,10 +212,10 @@ class UnitRegistry(ScopedRegistry[UnitSession]):
             raise NoUnitOfWork(f"The {self._home.name!r} session") from None
 
 
-def build_scoped_session(maker: sessionmaker[UnitSession], home: SessionHome) -> scoped_session[UnitSession]:
+def build_scoped_session(maker: sessionmaker[UnitSession]) -> scoped_session[UnitSession]:
     """Return the proxy that is always the current unit's session."""
     scoped: scoped_session[UnitSession] = scoped_session(maker)
-    scoped.registry = UnitRegistry(maker, home)
+    scoped.registry = UnitRegistry(maker)
     return scoped
 
 
@@ -264,15 +285,18 @@ def _guard_commit(dialect: Dialect) -> None:
 
     def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
         branch = dbapi_connection.info.get(BRANCH)
-        if branch is not None:
-            branch.refuse_foreign_commit()
+        if branch is None:
+            send_commit(dbapi_connection)
+            return
+        branch.refuse_foreign_commit()
         send_commit(dbapi_connection)
+        branch.note_commit()
 
     dialect.do_commit = do_commit  # type: ignore[method-assign]
 
 
-def _before_execute(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
-    branch = context.root_connection.info.get(BRANCH)
+def _before_execute(info: dict[Any, Any], statement: str) -> None:
+    branch = info.get(BRANCH)
     if branch is not None:
         branch.before_statement(statement)
 

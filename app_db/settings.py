@@ -115,7 +115,8 @@ class SessionSettings(Group):
 class ConnectionSettings(Group):
     """One named connection: which database it is, by `url`, by its parts or by `mirror`, and how it is used.
 
-    It is a value. What contradicts what is checked by the `DatabaseSettings` it becomes part of, which know its name.
+    By itself it is a value, and may contradict itself: the `DatabaseSettings` that it becomes a part of know its name, and refuse
+    it with an error that names the variable to change.
     """
 
     url: _Url | None = None
@@ -139,15 +140,15 @@ class ConnectionSettings(Group):
     connect_args: _ConnectArgs = Field(default_factory=dict)
 
     _read_url: URL | None = PrivateAttr(default=None)
-    _database: DatabaseIdentity = PrivateAttr(default_factory=lambda: DatabaseIdentity("name"))
+    _identity: DatabaseIdentity = PrivateAttr(default_factory=lambda: DatabaseIdentity("name"))  # DatabaseSettings knows better
 
     if TYPE_CHECKING:  # type checkers would ask for SecretStr where a plain string does
 
         def __init__(self, **given: Any) -> None: ...
 
-    def database_key(self) -> DatabaseIdentity:
+    def database_identity(self) -> DatabaseIdentity:
         """Return the object that is the same for a connection, its mirrors and all copies of them."""
-        return self._database
+        return self._identity
 
     def sqlalchemy_url(self) -> URL:
         """Return the URL to connect to, password included. Raises SettingsError when there is none or it can't be read."""
@@ -178,7 +179,7 @@ class ConnectionSettings(Group):
         return cast("Callable[[], str]", provider)
 
     def _variable(self, field: str) -> str:
-        return variable_for(("connections", self._database.name, field))
+        return variable_for(("connections", self._identity.name, field))
 
     def _url(self) -> URL | None:
         if self._read_url is None:
@@ -207,7 +208,15 @@ _FROM_CONFIG: Any = object()
 class DatabaseSettings(BaseSettings):
     """All connections and what they have in common. Raises one SettingsError that lists everything wrong with them.
 
+    What isn't given is read from variables that begin with `APP_DB_`; `app_db.sources` says where else, and which source wins.
     `_env_file=` and `_secrets_dir=` name other places to read from than `.env` and none.
+
+    >>> from app_db import DatabaseSettings
+    >>> settings = DatabaseSettings(connections={"writer": {"url": "postgresql://shop:secret@db/shop"}})
+    >>> settings.connection("writer").masked_url
+    'postgresql+psycopg://shop:***@db/shop'
+    >>> settings.connection("reader").read_only  # a reader that nobody configured is the writer, read-only
+    True
     """
 
     model_config = SettingsConfigDict(
@@ -243,7 +252,7 @@ class DatabaseSettings(BaseSettings):
             if not reading.reject(invalid):
                 raise reading.error()
         for name, connection in self.connections.items():
-            connection._database = DatabaseIdentity(name)
+            connection._identity = DatabaseIdentity(name)
         reading.problems += _findings(self, reading)
         if reading.problems:
             raise reading.error()

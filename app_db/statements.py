@@ -63,6 +63,37 @@ _HARMLESS = frozenset(
 )
 
 
+_CONTROLS_TRANSACTION = re.compile(
+    r"""(?:--[^\n]*\n|/\*(?!M?!).*?\*/|[\s;])*
+    (?:(?P<commit>COMMIT\b|END\s*(?:WORK|TRANSACTION)?\s*;?\s*\Z)
+    |(?P<rollback>(?:ROLLBACK|ABORT)\b(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))
+    |(?P<begin>START\s+TRANSACTION\b|BEGIN\s*(?:WORK|TRANSACTION)?\s*;?\s*\Z))""",
+    re.DOTALL | re.IGNORECASE | re.VERBOSE,
+)
+
+
+@lru_cache(maxsize=2048)
+def transaction_verb(statement: str) -> str | None:
+    """Return `commit`, `rollback` or `begin` when that is what a statement does to the whole transaction."""
+    found = _CONTROLS_TRANSACTION.match(statement)
+    return found.lastgroup if found else None
+
+
+_LIFTS_READ_ONLY = re.compile(
+    r"""\b(?:SET|START|BEGIN)\b[^;]*(?:\bREAD\s+WRITE\b|read_only\b)
+    |\bset_config\s*\(\s*'\w*read_only
+    |\b(?:RESET|DISCARD)\s+ALL\b|\bRESET\s+\w*read_only\b
+    |\bquery_only\b\s*[=(]""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+@lru_cache(maxsize=2048)
+def lifts_read_only(statement: str) -> bool:
+    """Return whether `statement` would make a read-only connection or transaction writable."""
+    return _LIFTS_READ_ONLY.search(statement) is not None
+
+
 @lru_cache(maxsize=2048)
 def effect_of(statement: str) -> Effect:
     """Return what `statement` does. A query that calls a function nobody vouches for may write."""

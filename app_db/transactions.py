@@ -28,7 +28,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Transaction:
     """A unit of work to be: a context manager for `with`, and `run(function)` for one that may take several attempts.
 
-    One object serves one block; ask the container for another for the next.
+    It commits what was written through the container's sessions when the block ends, and rolls all of it back when the block
+    raises. One object serves one block at a time; `container.transaction()` makes them.
     """
 
     __slots__ = ("_coordinator", "_options", "_part")
@@ -78,7 +79,7 @@ _DEFAULT = Options()
 def build_transaction(
     coordinator: Coordinator, propagation: Propagation | str = Propagation.REQUIRED, **options: Any
 ) -> Transaction:
-    """Return a unit of work to be. The options are those of `transactional`."""
+    """Return a unit of work to be. The options are those of `transactional` that a unit has: all but `container`."""
     if propagation is Propagation.REQUIRED and not options:
         return Transaction(coordinator, _DEFAULT)
     return Transaction(coordinator, options_from(propagation, **options))
@@ -119,6 +120,18 @@ def transactional(function: Any = None, /, *, container: str = "<container>", **
     The unit begins before the injection and ends after the function: it commits when the function returns and aborts when it
     raises. The container is the one that is wired to the function's module; where that is an application's own container
     with several database containers in it, `container` names which.
+
+    >>> from app_db import Container, DatabaseSettings, transactional
+    >>> from dependency_injector.wiring import Provide
+    >>> from sqlalchemy import text
+    >>> from sqlalchemy.orm import Session
+    >>> @transactional
+    ... def answer(session: Session = Provide[Container.writer_session]) -> int:
+    ...     return session.execute(text("SELECT 42")).scalar_one()
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
+    >>> container.wire(modules=[__name__])
+    >>> answer()
+    42
 
     `propagation` says what happens inside another unit; `read_only`, `isolation` and `timeout` (seconds) are the unit's;
     `attempts` is how often it may be tried when it fails for a reason that may pass, with a random pause that grows from
@@ -172,7 +185,7 @@ def _inject_checked(function: Callable[..., Any], name: str, markers: dict[str, 
     def checked(*args: Any, **kwargs: Any) -> Any:
         for parameter, marker in markers.items():
             if _is_marker(kwargs.get(parameter, marker)):
-                raise NotWired(name, function.__module__, parameter, repr(marker))
+                raise NotWired(name, function.__module__, parameter, f"{type(marker).__name__}[{marker.provider!r}]")
         return function(*args, **kwargs)
 
     return inject(checked)

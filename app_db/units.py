@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from app_db.coordinator import Coordinator, Work
 from app_db.errors import AlreadyInUnitOfWork, HookFailed, InvalidUse, NoUnitOfWork, UnitOfWorkEnded, did_you_mean
 from app_db.hooks import Hook, Hooks
-from app_db.manager import current, regain, retryable, suspended
+from app_db.manager import current, is_of_this_process, regain, retryable, suspended
 
 if TYPE_CHECKING:
     from transaction import Savepoint
@@ -26,7 +26,7 @@ log = logging.getLogger("app_db")
 
 
 class Propagation(StrEnum):
-    """What a unit of work does where another is under way, and where none is."""
+    """What a unit of work does where another is under way, and where none is. The values serve as well: `"nested"`."""
 
     REQUIRED = "required"
     """Join it; else begin one."""
@@ -46,7 +46,7 @@ class Propagation(StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """How a unit of work is to run. Impossible combinations are refused here."""
+    """What a block asks of its unit of work. Impossible combinations are refused here."""
 
     propagation: Propagation = Propagation.REQUIRED
     read_only: bool = False
@@ -65,16 +65,16 @@ class Options:
             raise InvalidUse(f"There is no isolation level {self.isolation!r}", f"Use one of {', '.join(_ISOLATION_LEVELS)}")
         if self.backoff < 0:
             raise InvalidUse(f"backoff={self.backoff} is negative", "Give the seconds to wait before the second attempt, at most")
-        if self.attempts > 1 and self.propagation not in _OWNS_ITS_UNIT:
+        if self.attempts > 1 and self.propagation not in _MAY_BEGIN_A_UNIT:
             raise InvalidUse(
-                f"attempts={self.attempts} can't be with propagation={self.propagation.value!r}, which never begins a unit "
-                "of its own",
+                f"attempts={self.attempts} can't be with propagation={self.propagation.value!r}, "
+                "which never begins a unit of its own",
                 "Put attempts on the outermost unit",
             )
 
 
 _ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
-_OWNS_ITS_UNIT = frozenset({Propagation.REQUIRED, Propagation.REQUIRES_NEW, Propagation.NESTED})
+_MAY_BEGIN_A_UNIT = frozenset({Propagation.REQUIRED, Propagation.REQUIRES_NEW, Propagation.NESTED})
 
 
 def options_from(
@@ -104,7 +104,20 @@ def options_from(
 
 
 class UnitOfWork:
-    """The unit of work under way, as application code sees it: hooks, savepoints and dooming."""
+    """The unit of work under way, as application code sees it: hooks, savepoints and dooming.
+
+    `with container.transaction() as unit:` gives it, and inside the block so does `container.unit()`. Kept for longer, it
+    raises UnitOfWorkEnded; for a block that runs without a unit, NoUnitOfWork.
+
+    >>> from app_db import Container, DatabaseSettings
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
+    >>> told = []
+    >>> with container.transaction() as unit:
+    ...     unit.on_commit(told.append, "committed")
+    ...     unit.before_commit(told.append, "about to commit")
+    >>> told
+    ['about to commit', 'committed']
+    """
 
     __slots__ = ("_work",)
 
@@ -114,23 +127,29 @@ class UnitOfWork:
     @property
     def transaction(self) -> ZopeTransaction:
         """The zope transaction, which any other zope data manager may join."""
-        return self._current().transaction
+        return self._work_under_way().transaction
 
     def before_commit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call `function` inside the unit, before anything is committed. If it raises, the unit aborts."""
         self._hooks().before_commit(_call(function, args, kwargs))
 
     def on_commit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call `function` after the unit has committed and its sessions are closed; it may begin a unit of its own."""
+        """Call `function` after the unit has committed and its sessions are closed; it may begin a unit of its own.
+
+        If it raises, the unit stays committed, the other hooks run, and the block raises HookFailed.
+        """
         self._hooks().on_commit(_call(function, args, kwargs))
 
     def on_abort(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call `function` after the unit has aborted, for whatever reason, and its sessions are closed."""
+        """Call `function` after the unit has aborted, for whatever reason, and its sessions are closed.
+
+        What it raises is logged, because the block raises what made the unit abort.
+        """
         self._hooks().on_abort(_call(function, args, kwargs))
 
     def doom(self, reason: str = "unit.doom() was called") -> None:
         """Make sure that this unit is not committed. Ending it without an exception raises UnitOfWorkDoomed."""
-        self._current().doom(reason)
+        self._work_under_way().doom(reason)
 
     @property
     def is_doomed(self) -> bool:
@@ -141,15 +160,15 @@ class UnitOfWork:
         """Return a savepoint across all the unit's connections; its `rollback()` undoes what was done since, again and again."""
         return self.transaction.savepoint(optimistic=True)
 
-    def _current(self) -> Work:
+    def _work_under_way(self) -> Work:
         if self._work is None:
             raise NoUnitOfWork("The handle of a block that has no unit of work")
-        if not self._work.is_current():
+        if not self._work.is_under_way():
             raise UnitOfWorkEnded("The handle of a unit of work")
         return self._work
 
     def _hooks(self) -> Hooks:
-        work = self._current()
+        work = self._work_under_way()
         if work.hooks is None:
             work.hooks = Hooks(work.transaction, work.manager)
         return work.hooks
@@ -163,7 +182,7 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 class Part:
-    """Run without a unit of work, while one that is under way waits."""
+    """What a block is while it runs. A unit that is under way waits, unless the block is a part of that."""
 
     _waiting: AbstractContextManager[None] | None = None
     may_pass = False
@@ -179,7 +198,12 @@ class Part:
     def __enter__(self) -> UnitOfWork:
         if self._waiting is not None:
             self._waiting.__enter__()
-        return self.begin()
+        try:
+            return self.begin()
+        except BaseException:
+            if self._waiting is not None:
+                self._waiting.__exit__(None, None, None)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
@@ -199,6 +223,10 @@ class Part:
         return not isinstance(error, self.options.commit_on)
 
 
+class Without(Part):
+    """Run without a unit of work."""
+
+
 class Own(Part):
     """Begin a unit of work, and commit or abort it."""
 
@@ -207,7 +235,7 @@ class Own(Part):
 
     def begin(self) -> UnitOfWork:
         options = self.options
-        self.transaction = self.coordinator.manager.begin()
+        self.transaction = self._begun()
         work = self.work = self.coordinator.new_work(self.transaction)
         if options.read_only:
             work.read_only = True
@@ -217,10 +245,24 @@ class Own(Part):
             work.limit(options.timeout)
         return UnitOfWork(work)
 
+    def _begun(self) -> ZopeTransaction:
+        manager = self.coordinator.manager
+        try:
+            return manager.begin()
+        except BaseException:
+            begun = current(manager)  # a synchronizer failed after that; the next block would join what nobody will ever commit
+            if begun is not None:
+                self._abort(begun)
+            raise
+
     def end(self, error: BaseException | None) -> None:
         try:
             regain(self.coordinator.manager, self.transaction)
         except Exception:
+            # The block ends in another task than it began in, say; nobody else will end its unit.
+            if self.work.is_under_way() and is_of_this_process(self.transaction):
+                self._abort(self.transaction)
+                self.work.forget()
             if error is None:
                 raise
             return
@@ -228,35 +270,57 @@ class Own(Part):
             self._commit()
         else:
             self._abort_for(error)
-        hooks = self.work.hooks
-        if hooks is not None and hooks.errors and error is None:
-            raise HookFailed(True, hooks.errors) from hooks.errors[0]
+        hooks, failed = self.work.hooks, self.work.errors_afterwards
+        if hooks is not None:
+            if hooks.interruption is not None:
+                raise hooks.interruption
+            failed = [*failed, *hooks.errors]
+        if failed and error is None:
+            raise HookFailed(failed) from failed[0]
 
     def _commit(self) -> None:
         try:
             self.work.refuse_doomed()
             self.transaction.commit()
+        except Exception as error:
+            if self.work.has_committed:
+                self._end_after_commit(error)
+                return
+            self._abort_for(error)
+            raise
         except BaseException as error:
             self._abort_for(error)
             raise
 
+    def _end_after_commit(self, error: Exception) -> None:
+        """Let go of a unit that has committed, although zope was kept from saying so by a synchronizer that failed."""
+        log.error("A unit of work has committed, and then a synchronizer failed", exc_info=error)
+        self.work.errors_afterwards.append(error)
+        if self.work.hooks is not None:
+            self.work.hooks.has_committed = True
+        self._abort(self.transaction)
+
     def _abort_for(self, error: BaseException) -> None:
         # Retryability has to be asked before abort: afterwards the data managers that would know are gone.
         self.may_pass = isinstance(error, Exception) and bool(self.transaction.isRetryableError(error))
+        self._abort(self.transaction)
+        self.work.forget()
+
+    def _abort(self, transaction: ZopeTransaction) -> None:
         try:
-            self.transaction.abort()
+            transaction.abort()
         except Exception:
             log.exception("Aborting a unit of work raised an error of its own")
-        self.work.forget()
 
 
 class Joined(Part):
     """Be a part of the unit that is under way; a failure dooms it."""
 
     outer: ZopeTransaction
+    work: Work
 
     def __enter__(self) -> UnitOfWork:
-        work = self.coordinator.work_of(self.outer)
+        work = self.work = self.coordinator.work_of(self.outer)
         wanted = self.options.isolation
         if wanted is not None and wanted != work.isolation:
             raise InvalidUse(
@@ -275,22 +339,20 @@ class Joined(Part):
             self._give_time_back()
         if error is not None and self.options.attempts > 1 and retryable(error):
             error.add_note(
-                "app_db: not tried again here, because this block is a part of an outer unit of work, which has to be "
-                "repeated as a "
-                "whole. Put attempts on the outermost unit."
+                "app_db: not tried again here, because this block is a part of an outer unit of work, "
+                "which has to be repeated as a whole. Put attempts on the outermost unit."
             )
 
     def begin(self) -> UnitOfWork:
-        return UnitOfWork(self.coordinator.work_of(self.outer))
+        return UnitOfWork(self.work)
 
     def end(self, error: BaseException | None) -> None:
         if error is not None and self.fails_by(error):
-            self.coordinator.work_of(self.outer).doom(error)
+            self.work.doom(error)
 
     def _give_time_back(self) -> None:
-        work = self.coordinator.work_of(self.outer)
         try:
-            work.set_deadline(*self._time_before)
+            self.work.set_deadline(*self._time_before)
         except DBAPIError:
             log.debug("A statement failed in the inner unit, so that its time limit could not be lifted", exc_info=True)
 
@@ -299,14 +361,11 @@ class Nested(Joined):
     """Be a part of the unit that is under way, inside a savepoint: a failure undoes this part only."""
 
     def begin(self) -> UnitOfWork:
-        work = self.coordinator.work_of(self.outer)
-        before = work.last_savepoint()
-        self._savepoint = self.outer.savepoint(
-            optimistic=True
-        )  # optimistic: a data manager without savepoints fails when it matters
-        after = work.last_savepoint()
+        before = self.work.last_savepoint()
+        self._savepoint = self.outer.savepoint(optimistic=True)  # a data manager without savepoints fails when it matters
+        after = self.work.last_savepoint()
         self._across_databases = None if after is before else after
-        return UnitOfWork(self.coordinator.work_of(self.outer))
+        return UnitOfWork(self.work)
 
     def end(self, error: BaseException | None) -> None:
         if error is not None and self.fails_by(error):
@@ -326,7 +385,7 @@ class Nested(Joined):
                 self._across_databases.release()
         except Exception as failure:
             log.warning("Rolling back to a savepoint failed, so the whole unit of work can't commit", exc_info=True)
-            self.coordinator.work_of(self.outer).doom(failure)
+            self.work.doom(failure)
 
 
 class Refused(Part):
@@ -345,9 +404,9 @@ PARTS: dict[Propagation, tuple[type[Part], type[Part]]] = {
     Propagation.REQUIRES_NEW: (Own, Own),
     Propagation.NESTED: (Nested, Own),
     Propagation.MANDATORY: (Joined, Refused),
-    Propagation.SUPPORTS: (Joined, Part),
-    Propagation.NOT_SUPPORTED: (Part, Part),
-    Propagation.NEVER: (Refused, Part),
+    Propagation.SUPPORTS: (Joined, Without),
+    Propagation.NOT_SUPPORTED: (Without, Without),
+    Propagation.NEVER: (Refused, Without),
 }
 
 

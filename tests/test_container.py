@@ -898,7 +898,7 @@ TAKEN = (
     "transaction_manager",
     "unit",
     "coordinator",
-    "home",
+    "database_container",
     "providers",
     "wire",
     "parent",

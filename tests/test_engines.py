@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -260,7 +260,7 @@ def test_the_file_behind_a_memory_database_goes_with_its_settings() -> None:
 FORKING = """
 import os, sys
 from pathlib import Path
-from sqlalchemy import text
+from sqlalchemy import event, text
 from app_db import Container, DatabaseSettings
 
 container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
@@ -712,3 +712,17 @@ def test_an_engine_reset_in_mid_unit_lets_the_unit_end_as_it_would(database_url:
     with container.transaction():
         container.writer_session().execute(text("CREATE TABLE a (id INTEGER)"))
     container.shutdown_resources()
+
+
+def test_a_password_in_a_urls_query_is_not_shown_by_the_engine() -> None:
+    settings = DatabaseSettings(
+        connections={"writer": {"url": "postgresql+psycopg://me@127.0.0.1:1/shop?password=hunter2&connect_timeout=3"}}
+    )
+    engine = build_engine("writer", settings)
+    assert "hunter2" not in f"{engine!r} {engine.url!r} {engine.url}"
+    assert engine.url.query == {"connect_timeout": "3"}
+    arguments: list[dict[str, Any]] = []
+    event.listen(engine, "do_connect", lambda dialect, record, positional, named: arguments.append(named))
+    with pytest.raises(OperationalError):
+        engine.connect()
+    assert arguments[0]["password"] == "hunter2"

@@ -57,8 +57,7 @@ EXAMPLES: list[AppDbError] = [
     errors.TransactionLost("writer"),
     errors.OutcomeUnknown("writer"),
     errors.OutcomeUnknown("writer", ["log"]),
-    errors.HookFailed(True, [ValueError("no mail server"), OSError("disk full")]),
-    errors.HookFailed(False, [ValueError("no mail server")]),
+    errors.HookFailed([ValueError("no mail server"), OSError("disk full")]),
 ]
 
 BASES = {errors.AppDbError, errors.UnitOfWorkError, errors.CommitError}

@@ -357,6 +357,20 @@ def test_a_commit_by_way_of_the_connection_is_refused_before_it_is_sent(containe
     assert skus(container) == []
 
 
+@pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK", "BEGIN"])
+def test_a_transaction_ended_by_a_statement_is_refused_before_it_is_sent(container: Container, statement: str) -> None:
+    with container.transaction():
+        session = container.writer_session()
+        session.add(Order(sku="before"))
+        session.flush()
+        with pytest.raises(SessionIsManaged):
+            session.execute(text(statement))
+        with pytest.raises(SessionIsManaged):
+            session.connection().exec_driver_sql(statement)
+        session.add(Order(sku="later"))
+    assert skus(container) == ["before", "later"]
+
+
 # ---- the manager -------------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """The documentation is executed: what a page shows works.
 
-The Python blocks of one page run one after another in one module, which is registered so that
-`container.wire(modules=[__name__])` finds it, in an empty directory without any APP_DB_ variable. Three comments, each on a line
-of its own directly above a block, mean something here:
+The Python blocks of one page, or the examples of one docstring, run one after another in one module of their own, which is
+registered so that `container.wire(modules=[__name__])` finds it, in an empty directory without any APP_DB_ variable. Three
+comments, each on a line of its own directly above a page's block, mean something here:
 
     <!-- not executed: REASON -->   the Python block below is shown only
     <!-- output -->                 the text block below is exactly what the Python block before it has printed
@@ -175,9 +175,12 @@ def test_a_modules_docstring_examples_work(name: str) -> None:
             raise
         pytest.skip(f"{missing.name} is not installed")
     report = io.StringIO()
-    with contextlib.redirect_stdout(report):
-        failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    assert failed == 0, report.getvalue()
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for docstring in doctest.DocTestFinder().find(module):
+        with module_of(Path(docstring.name)) as own:
+            docstring.globs = vars(own)
+            runner.run(docstring, out=report.write, clear_globs=False)
+    assert runner.failures == 0, report.getvalue()
 
 
 # ---- the runner itself can fail --------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
-from sqlalchemy import create_engine, make_url, select, text
+from sqlalchemy import create_engine, event, make_url, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 
-from app_db.errors import NotAtomic, OutcomeUnknown, ReadOnlyViolation, TransactionLost, UnitOfWorkDoomed
+from app_db.errors import NotAtomic, OutcomeUnknown, ReadOnlyViolation, TransactionLost, UnitOfWorkDoomed, UnitOfWorkEnded
 from applications import DEFER_UNIQUENESS, Application, Item, read_lock, running
 from servers import MariaDBServer, PostgresServer, Server
 
@@ -523,6 +523,45 @@ def test_a_swallowed_flush_error_behind_a_savepoint_undoes_that_part_only(place:
             swallow(add_again, app)
             app.add("b")
         place.check_recovery(app, "a", "b")
+
+
+def test_a_swallowed_flush_error_behind_a_savepoint_that_is_left_open_is_told_at_the_commit(place: Place) -> None:
+    with running(writer=place.url) as app:
+        with pytest.raises(TransactionLost), app.unit():
+            app.add("a")
+            with app.unit(propagation="nested"):
+                swallow(app.add, "a")
+        place.check_recovery(app)
+
+
+@pytest.mark.parametrize("statement", ["INSERT INTO items (id, name) VALUES (1, 'a'), (1, 'b')", "ROLLBACK"])
+def test_postgresql_what_the_drivers_own_cursor_did_to_the_transaction_is_told_at_the_commit(
+    statement: str, on_postgres: Place
+) -> None:
+    with running(writer=on_postgres.url) as app:
+        with pytest.raises(TransactionLost), app.unit():
+            app.add("a")
+            with suppress(Exception):
+                app.session().connection().connection.cursor().execute(statement)
+        on_postgres.check_recovery(app)
+
+
+def test_a_session_that_joins_while_another_commits_is_refused(new_sqlite_url: NewUrl) -> None:
+    """Nobody would commit it, nor return its connection."""
+    with running(writer=new_sqlite_url(), log=new_sqlite_url()) as app:
+        refused: list[BaseException] = []
+
+        def add(_: Any) -> None:
+            try:
+                app.add("late", "log")
+            except UnitOfWorkEnded as error:
+                refused.append(error)
+
+        with app.unit():
+            event.listen(app.session(), "after_commit", add)
+            app.add("a")
+        assert len(refused) == 1
+        assert app.checked_out() == {}
 
 
 # ---- MariaDB: a deadlock takes the whole transaction back, a lock waited for in vain only the statement -----------------

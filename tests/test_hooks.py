@@ -221,7 +221,6 @@ def test_a_hook_that_fails_after_the_commit_is_reported_and_the_others_run(
         unit.on_commit(int, "no number")
         unit.on_commit(ran.append, 3)
     assert ran == [1, 2, 3]
-    assert failed.value.committed
     assert [type(error) for error in failed.value.errors] == [Boom, ValueError]
     assert failed.value.__cause__ is failed.value.errors[0]
     assert "was committed" in str(failed.value)
@@ -457,3 +456,24 @@ def test_abort_hooks_run_after_a_commit_of_zopes_manager_that_failed(
     zope.abort()
     assert ran == ["aborted"]
     assert under_zope.items() == []
+
+
+# ---- interruptions -------------------------------------------------------------------------------------------------------
+
+
+def test_an_interruption_in_a_hook_goes_on_once_the_other_hooks_have_run(databases: Databases, ran: list[Any]) -> None:
+    """The fact guarded: zope swallows whatever an after-commit hook raises."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), databases.container.transaction() as unit:
+        unit.on_commit(interrupted)
+        unit.on_commit(ran.append, "committed")
+        databases.add("a")
+    with pytest.raises(KeyboardInterrupt), databases.container.transaction() as unit:
+        unit.on_abort(interrupted)
+        unit.on_abort(ran.append, "aborted")
+        raise ValueError
+    assert ran == ["committed", "aborted"]
+    assert databases.items() == ["a"]

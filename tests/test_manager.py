@@ -387,6 +387,46 @@ def test_a_synchronizer_that_does_not_live_is_forgotten(manager: ContextTransact
         pass
 
 
+class Fails(Synchronizer):
+    def newTransaction(self, transaction: Any) -> None:
+        raise RuntimeError
+
+
+def test_a_transaction_that_a_synchronizer_kept_from_beginning_is_not_the_current_one(manager: ContextTransactionManager) -> None:
+    fails = Fails()
+    manager.registerSynch(fails)
+    with pytest.raises(RuntimeError):
+        manager.begin()
+    assert manager.current() is None
+
+
+@pytest.mark.parametrize("make", [ContextTransactionManager, zope.ThreadTransactionManager])
+def test_the_unit_after_one_that_could_not_begin_is_committed(make: Callable[[], Any], sqlite_url: str) -> None:
+    manager, fails = make(), Fails()
+    with opened({"writer": sqlite_url}, manager=manager) as databases:
+        manager.registerSynch(fails)
+        with pytest.raises(RuntimeError), databases.container.transaction():
+            pytest.fail("the block ran")
+        manager.unregisterSynch(fails)
+        with databases.container.transaction():
+            databases.add("a")
+        assert databases.items() == ["a"]
+
+
+def test_a_unit_goes_on_where_one_inside_it_could_not_begin(sqlite_url: str) -> None:
+    fails = Fails()
+    with opened({"writer": sqlite_url}) as databases:
+        manager = databases.container.transaction_manager()
+        with databases.container.transaction():
+            manager._synchs.add(fails)
+            with pytest.raises(RuntimeError) as caught, databases.container.transaction(propagation="requires_new"):
+                pytest.fail("the block ran")
+            manager.unregisterSynch(fails)
+            databases.add("a")  # while `caught` still holds the failed block
+        assert caught.type is RuntimeError
+        assert databases.items() == ["a"]
+
+
 # ---- contexts -------------------------------------------------------------------------------------------------------------
 
 

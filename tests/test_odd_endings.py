@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 from app_db import DatabaseSettings, container_of, transactional
-from app_db.errors import InvalidUse, PartialCommit, TransactionLost, UnitOfWorkEnded
+from app_db.errors import HookFailed, InvalidUse, PartialCommit, ReadOnlyViolation, TransactionLost, UnitOfWorkEnded
 from applications import Item, running
 
 
@@ -148,7 +150,7 @@ def test_an_option_that_does_not_exist_is_named(sqlite_url: str, options: dict[s
 
 
 def test_a_block_left_in_another_task_raises_its_own_error_first(sqlite_url: str) -> None:
-    """Nothing can be finished from there, and what went wrong in the block matters more."""
+    """The unit is aborted from there, and what went wrong in the block matters more."""
 
     async def main() -> None:
         with running(writer=sqlite_url) as app:
@@ -160,6 +162,89 @@ def test_a_block_left_in_another_task_raises_its_own_error_first(sqlite_url: str
                 block.__exit__(LookupError, error, None)
 
             await asyncio.create_task(leave())
-            app.container.transaction_manager().abort()
+            assert app.container.transaction_manager().current() is None
 
     asyncio.run(main())
+
+
+def test_a_listener_that_fails_after_the_commit_does_not_make_it_undone(new_sqlite_url: Callable[[], str]) -> None:
+    def fail(session: Session) -> None:
+        raise LookupError("after")
+
+    with running("best_effort", first=new_sqlite_url(), second=new_sqlite_url()) as app:
+        with pytest.raises(HookFailed, match="was committed") as caught, app.unit() as unit:
+            app.add("a", "first")
+            app.add("b", "second")
+            event.listen(app.session("first"), "after_commit", fail)
+            unit.on_abort(pytest.fail, "the unit was committed")
+        assert [str(error) for error in caught.value.errors] == ["after"]
+        assert (app.names("first"), app.names("second")) == (["a"], ["b"])
+
+
+class FailsAtTheEnd:
+    """A synchronizer that fails once all is over."""
+
+    def newTransaction(self, transaction: Any) -> None: ...
+    def beforeCompletion(self, transaction: Any) -> None: ...
+    def afterCompletion(self, transaction: Any) -> None:
+        raise LookupError("synchronizer")
+
+
+def test_a_synchronizer_that_fails_after_the_commit_does_not_run_the_hooks_of_an_abort(sqlite_url: str) -> None:
+    ran: list[str] = []
+    with running(writer=sqlite_url) as app:
+        manager = app.container.transaction_manager()
+        failing = FailsAtTheEnd()
+        manager.registerSynch(failing)
+        with pytest.raises(HookFailed, match="was committed"), app.unit() as unit:
+            app.add("a")
+            unit.on_commit(ran.append, "on_commit")
+            unit.on_abort(ran.append, "on_abort")
+        manager.unregisterSynch(failing)
+        assert ran == ["on_commit"]
+        assert app.names() == ["a"]
+        with app.unit():
+            app.add("b")
+        assert app.names() == ["a", "b"]
+
+
+def test_a_unit_that_waited_is_not_taken_up_by_the_thread_in_which_a_generator_ended(sqlite_url: str) -> None:
+    with running(writer=sqlite_url) as app:
+
+        def apart() -> Iterator[None]:
+            with app.unit("requires_new"):
+                yield
+
+        with app.unit():
+            generator = apart()
+            next(generator)
+            found: list[Any] = []
+
+            def close() -> None:
+                with contextlib.suppress(Exception):
+                    next(generator, None)
+                found.append(app.container.transaction_manager().current())
+
+            thread = threading.Thread(target=close)
+            thread.start()
+            thread.join()
+            assert found == [None]
+
+
+def test_a_session_is_not_taken_out_of_its_transaction_by_autocommit(postgres_url: str) -> None:
+    with running(writer=postgres_url) as app:
+        with pytest.raises(InvalidUse, match="can't be in autocommit"), app.unit():
+            app.session().connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        assert app.names() == []
+
+
+def test_an_engine_that_overrides_is_treated_as_what_it_is(postgres_url: str, sqlite_url: str) -> None:
+    """The settings say PostgreSQL, and the engine is SQLite's, which knows no SHOW."""
+    with running(writer=postgres_url, other=sqlite_url) as app:
+        app.override_engine("writer", app.engine("other"))
+        with app.unit(timeout=60):
+            app.add("a")
+        with pytest.raises(ReadOnlyViolation), app.unit(read_only=True):
+            app.session().connection().connection.cursor()
+            app.add("b")
+        assert app.names("other") == ["a"]

@@ -293,6 +293,15 @@ def test_postgresql_a_read_is_one_round_trip(new_postgres: Callable[..., Postgre
         assert [statement.strip() for statement in sent] == ["SELECT 'hot'", "SELECT items.name", "SELECT 'again'"]
 
 
+def test_postgresql_a_reader_can_be_read_in_portions(postgres_url: str) -> None:
+    """The fact guarded: a server-side cursor, which `yield_per` asks for, can't be had in autocommit."""
+    with running(**reader_of(postgres_url)) as app:
+        app.run("INSERT INTO items (name) VALUES ('a'), ('b'), ('c')")
+        with app.unit():
+            names = app.session("reader").scalars(select(Item.name).order_by(Item.name).execution_options(yield_per=2))
+            assert [list(portion) for portion in names.partitions()] == [["a", "b"], ["c"]]
+
+
 def test_postgresql_the_log_shows_what_a_writable_connection_costs(new_postgres: Callable[..., PostgresServer]) -> None:
     # Without this, the test before this one would pass as well with a log that is silent about BEGIN and COMMIT.
     server = new_postgres(settings={"log_statement": "all"})
@@ -363,3 +372,28 @@ def test_a_read_only_session_leaves_no_transaction_open(postgres: PostgresServer
         with app.unit(isolation="SERIALIZABLE"):
             names_seen(app)
         assert postgres.open_transactions(str(make_url(postgres_url).database)) == []
+
+
+LIFTING = {
+    "sqlite": ["PRAGMA query_only = OFF", "PRAGMA query_only(0)"],
+    "postgresql": [
+        "SET TRANSACTION READ WRITE",
+        "SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE",
+        "SET default_transaction_read_only = off",
+        "SELECT set_config('default_transaction_read_only', 'off', false)",
+        "RESET default_transaction_read_only",
+        "RESET ALL",
+        "DISCARD ALL",
+        "SET TRANSACTION READ WRITE; INSERT INTO items (name) VALUES ('a')",
+    ],
+    "mysql": ["SET SESSION TRANSACTION READ WRITE", "SET transaction_read_only = 0", "SET TRANSACTION READ WRITE"],
+}
+
+
+@pytest.mark.parametrize("unit_only", [False, True], ids=["read-only connection", "read-only unit"])
+def test_the_protection_is_not_lifted_by_a_statement(database_url: str, unit_only: bool) -> None:
+    with running(writer=database_url, reader={"mirror": "writer", "read_only": True}) as app:
+        for statement in LIFTING[app.plain_engine().dialect.name.replace("mariadb", "mysql")]:
+            with pytest.raises(ReadOnlyViolation, match="Lifting the protection was refused"), app.unit(read_only=unit_only):
+                app.session("writer" if unit_only else "reader").execute(text(statement))
+        assert app.names() == []

@@ -393,18 +393,18 @@ def test_an_unknown_connection_is_refused_by_name() -> None:
 def test_a_database_is_the_same_object_for_mirrors_and_copies_and_another_for_others() -> None:
     shared = ConnectionSettings(url="sqlite://")
     settings = DatabaseSettings(connections={"writer": shared, "log": shared, "report": {"mirror": "writer"}})
-    key = settings.connection("writer").database_key()
-    assert settings.connection("reader").database_key() is key
-    assert settings.connection("report").database_key() is key
-    assert copy.deepcopy(settings).connection("reader").database_key() is key
-    assert copy.copy(settings.connection("reader")).database_key() is key
-    assert settings.connection("log").database_key() is not key
-    assert DatabaseSettings(connections={"writer": shared}).connection("writer").database_key() is not key
+    key = settings.connection("writer").database_identity()
+    assert settings.connection("reader").database_identity() is key
+    assert settings.connection("report").database_identity() is key
+    assert copy.deepcopy(settings).connection("reader").database_identity() is key
+    assert copy.copy(settings.connection("reader")).database_identity() is key
+    assert settings.connection("log").database_identity() is not key
+    assert DatabaseSettings(connections={"writer": shared}).connection("writer").database_identity() is not key
 
 
 def test_mirrors_still_share_a_database_after_pickling() -> None:
     settings: DatabaseSettings = pickle.loads(pickle.dumps(DatabaseSettings(connections={"writer": {"url": "sqlite://"}})))
-    assert settings.connection("reader").database_key() is settings.connection("writer").database_key()
+    assert settings.connection("reader").database_identity() is settings.connection("writer").database_identity()
 
 
 def test_settings_are_frozen() -> None:

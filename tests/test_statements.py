@@ -14,7 +14,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql import ClauseElement
 
-from app_db.statements import Effect, effect_of
+from app_db.statements import Effect, effect_of, transaction_verb
 from applications import Item
 
 READS = [
@@ -274,3 +274,27 @@ def test_a_statement_that_begins_with_a_writing_word_writes_whatever_follows(bef
 )
 def test_what_stands_around_a_call_does_not_hide_it(name: str, before: str, after: str) -> None:
     assert effect_of(f"SELECT {before}{name}(1){after}") is Effect.MAY_WRITE
+
+
+@pytest.mark.parametrize(
+    ("statement", "verb"),
+    [
+        ("COMMIT", "commit"),
+        (" commit work;", "commit"),
+        ("/* done */ COMMIT; INSERT INTO t VALUES (1)", "commit"),
+        ("END", "commit"),
+        ("ROLLBACK", "rollback"),
+        ("-- no\nROLLBACK AND CHAIN", "rollback"),
+        ("ABORT", "rollback"),
+        ("BEGIN", "begin"),
+        ("START TRANSACTION READ WRITE", "begin"),
+        ("ROLLBACK TO SAVEPOINT sa_savepoint_1", None),
+        ("ROLLBACK WORK TO sa_savepoint_1", None),
+        ("RELEASE SAVEPOINT sa_savepoint_1", None),
+        ("BEGIN do_something(); END;", None),
+        ("SELECT 'COMMIT'", None),
+        ("COMMENT ON TABLE t IS 'a'", None),
+    ],
+)
+def test_a_statement_that_begins_or_ends_a_transaction_is_recognised(statement: str, verb: str | None) -> None:
+    assert transaction_verb(statement) == verb

@@ -8,7 +8,7 @@ import contextvars
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TypeVar
 
 import pytest
@@ -432,3 +432,78 @@ def test_a_unit_begun_before_the_loop_is_the_first_tasks_that_uses_it(databases:
         asyncio.run(first())
         databases.add("after the loop")
     assert databases.items() == ["after the loop", "first"]
+
+
+def test_an_async_generator_that_is_left_early_ends_its_unit(databases: Databases) -> None:
+    """asyncio closes it in a task of its own."""
+
+    async def numbers() -> AsyncIterator[int]:
+        with databases.container.transaction():
+            databases.add("abandoned")
+            yield 1
+
+    async def main() -> None:
+        async for _ in numbers():
+            break
+        await asyncio.sleep(0.05)
+        assert databases.checked_out() == 0
+        with databases.container.transaction():
+            databases.add("next")
+
+    asyncio.run(main())
+    assert databases.items() == ["next"]
+
+
+def test_a_block_that_ends_in_another_task_is_aborted_and_says_so(databases: Databases) -> None:
+    async def main() -> None:
+        block = databases.container.transaction()
+        block.__enter__()
+        databases.add("a")
+
+        async def leave() -> None:
+            with pytest.raises(ForeignUnitOfWork):
+                block.__exit__(None, None, None)
+
+        await asyncio.create_task(leave())
+        assert databases.checked_out() == 0
+        with databases.container.transaction():
+            databases.add("next")
+
+    asyncio.run(main())
+    assert databases.items() == ["next"]
+
+
+def test_a_thread_that_goes_on_while_its_unit_is_aborted_leaves_no_transaction_open(
+    postgres: PostgresServer, postgres_url: str
+) -> None:
+    """Its next statement would begin a transaction on a connection that is in the pool again."""
+    with opened({"writer": postgres_url}, each={"pool": POOL}) as databases:
+
+        async def main() -> None:
+            errors: list[BaseException] = []
+            ended = threading.Event()
+
+            def work(session: Session) -> None:
+                try:
+                    for _ in range(20):
+                        session.execute(text("SELECT pg_sleep(0.05)"))
+                except BaseException as error:
+                    errors.append(error)
+                ended.set()
+
+            async def unit() -> None:
+                with databases.container.transaction():
+                    await asyncio.to_thread(work, databases.session())
+
+            for _ in range(3):
+                ended.clear()
+                task = asyncio.create_task(unit())
+                await asyncio.sleep(0.12)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert await asyncio.to_thread(ended.wait, 10)
+            assert [type(error) for error in errors] == [UnitOfWorkEnded] * 3
+
+        asyncio.run(main())
+        assert postgres.open_transactions(database_name(postgres_url), within=1.0) == []
