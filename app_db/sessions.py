@@ -17,7 +17,8 @@ from sqlalchemy.util import ScopedRegistry
 from transaction.interfaces import NoTransaction
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
-from app_db.coordinator import BRANCH, Branch, Coordinator, Work
+from app_db.branches import BRANCH, Branch
+from app_db.coordinator import Coordinator, Work
 from app_db.dialects import database_of, on_execute
 from app_db.errors import (
     ForeignUnitOfWork,

@@ -32,6 +32,7 @@ LAYERS = {
     "engines": 1,
     "aio": 2,
     "hooks": 2,
+    "branches": 2,
     "coordinator": 2,
     "sessions": 2,
     "units": 3,
@@ -53,6 +54,8 @@ CONTENTS = "app_db"
 TOP = 5
 
 SIDEWAYS = {
+    ("coordinator", "branches"): "the coordinator orders and ends the branches",
+    ("sessions", "branches"): "a session is a branch of its unit",
     ("transactions", "units"): "a transaction plays a part in a unit of work",
     ("settings", "sources"): "settings are made of what their sources gave",
     ("engines", "settings"): "an engine is made from settings",
