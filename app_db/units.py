@@ -284,8 +284,12 @@ class Own(Part):
             self.transaction.commit()
         except Exception as error:
             if self.work.has_committed:
-                self._end_after_commit(error)
-                return
+                if self.transaction.status == "Committed":
+                    self._end_after_commit(error)
+                    return
+                error.add_note(
+                    "app_db: the databases had committed when another data manager failed to finish. Don't repeat the unit."
+                )
             self._abort_for(error)
             raise
         except BaseException as error:
@@ -302,7 +306,8 @@ class Own(Part):
 
     def _abort_for(self, error: BaseException) -> None:
         # Retryability has to be asked before abort: afterwards the data managers that would know are gone.
-        self.may_pass = isinstance(error, Exception) and bool(self.transaction.isRetryableError(error))
+        repeatable = isinstance(error, Exception) and not self.work.has_committed
+        self.may_pass = repeatable and bool(self.transaction.isRetryableError(error))
         self._abort(self.transaction)
         self.work.forget()
 

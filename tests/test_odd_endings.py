@@ -13,6 +13,7 @@ import pytest
 import transaction
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session
+from transaction.interfaces import TransientError
 
 from app_db import DatabaseSettings, container_of, transactional
 from app_db.errors import HookFailed, InvalidUse, PartialCommit, ReadOnlyViolation, TransactionLost, UnitOfWorkEnded
@@ -248,3 +249,34 @@ def test_an_engine_that_overrides_is_treated_as_what_it_is(postgres_url: str, sq
             app.session().connection().connection.cursor()
             app.add("b")
         assert app.names("other") == ["a"]
+
+
+class FailsToFinish:
+    """A data manager that fails when everybody has voted, and claims that this may pass."""
+
+    def sortKey(self) -> str:
+        return "fails to finish"
+
+    def tpc_finish(self, transaction: Any) -> None:
+        raise TransientError("not now")
+
+    def abort(self, transaction: Any) -> None: ...
+
+    tpc_begin = commit = tpc_vote = tpc_abort = abort
+
+
+def test_what_has_committed_is_not_tried_again_whoever_fails_afterwards(sqlite_url: str) -> None:
+    with running(writer=sqlite_url) as app:
+        runs: list[int] = []
+
+        def work() -> None:
+            runs.append(1)
+            app.add("a")
+            app.container.unit().transaction.join(FailsToFinish())
+
+        with pytest.raises(TransientError) as caught:
+            app.unit(attempts=3).run(work)
+        assert len(runs) == 1
+        assert app.names() == ["a"]
+        (note,) = caught.value.__notes__
+        assert note.endswith("another data manager failed to finish. Don't repeat the unit.")
