@@ -254,7 +254,7 @@ def test_the_victim_of_a_deadlock_is_run_again(server: str, run: Run[None], requ
             thread.join()
         container.unwire()
         assert errors == []
-        assert len(runs) == 3
+        assert 3 <= len(runs) <= 8  # on a busy machine both can fall victim
         assert (databases.amount("a"), databases.amount("b")) == (2, 2)
 
 
