@@ -8,9 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from measuring import heading, report
-from schema import Row, bare_engine, prepared
+from schema import bare_engine, prepared
 from sqlalchemy.orm import sessionmaker
-from units import postgres_url
+from units import insert, postgres_url
 
 THREADS = 8
 UNITS = 60
@@ -23,15 +23,7 @@ def run() -> None:
     with postgres_url() as url, prepared(url, pool_size=THREADS) as container:
         engine = bare_engine(url, pool_size=THREADS)
         bare = sessionmaker(engine)
-
-        def ours() -> None:
-            with container.transaction():
-                container.writer_session().add(Row(text="written"))
-
-        def plain() -> None:
-            with bare.begin() as session:
-                session.add(Row(text="written"))
-
+        ours, plain = insert(container, bare)
         with ThreadPoolExecutor(THREADS) as pool:
             _rate(pool, ours), _rate(pool, plain)
             pairs = [(_rate(pool, ours), _rate(pool, plain)) for _ in range(ROUNDS)]

@@ -45,7 +45,7 @@ def _measure(name: str, url: str, *, reader: float | None = None, writer: float 
         bare = sessionmaker(engine)
         _compare(f"{name}: SELECT by key, reader", *_select(container, bare), at_most=reader)
         _compare(f"{name}: SELECT by key, writer", *_select_for_writing(container, bare), at_most=writer)
-        _compare(f"{name}: INSERT, writer", *_insert(container, bare), at_most=writer)
+        _compare(f"{name}: INSERT, writer", *insert(container, bare), at_most=writer)
         if not url.startswith("sqlite"):  # by hand, the writer's transaction would shut the reader's out
             _compare(f"{name}: reader plus writer", *_both(container, bare), at_most=writer)
         engine.dispose()
@@ -74,7 +74,9 @@ def _select_for_writing(container: DatabaseContainer, bare: sessionmaker[Session
     return ours, _select(container, bare)[1]
 
 
-def _insert(container: DatabaseContainer, bare: sessionmaker[Session]) -> Pair:
+def insert(container: DatabaseContainer, bare: sessionmaker[Session]) -> Pair:
+    """Return two ways of writing a row in a unit of work."""
+
     def ours() -> None:
         with container.transaction():
             container.writer_session().add(Row(text="written"))
