@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar
 
-from transaction.interfaces import AlreadyInTransaction, DoomedTransaction, NoTransaction
+from transaction.interfaces import AlreadyInTransaction, DoomedTransaction, NoTransaction, TransientError
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -79,6 +79,10 @@ class ContradictorySettings(SettingsError):
 
 
 # ---- connections and wiring -------------------------------------------------------------------------------------
+
+
+class TwoPhaseUnavailable(SettingsError):
+    """Connections are two-phase whose servers, as they are set up, can't prepare a transaction."""
 
 
 class UnknownConnection(AppDbError, AttributeError):
@@ -299,7 +303,8 @@ class NotAtomic(CommitError):
     def __str__(self) -> str:
         return (
             f"Nothing was committed: the unit of work wrote to {_listed(self.connections)}, which can't commit together. "
-            "Write to one of them only, or accept that one may commit and another not with APP_DB_ATOMICITY=best_effort."
+            "Write to one of them only, set APP_DB_CONNECTIONS__NAME__TWO_PHASE=true for all of them but one, or accept that "
+            "one may commit and another not with APP_DB_ATOMICITY=best_effort."
         )
 
 
@@ -335,18 +340,57 @@ class TransactionLost(CommitError):
 
 
 class OutcomeUnknown(CommitError):
-    """The database went away while it was committing: the unit is there or it is not, and nobody can say which."""
+    """The database went away while it was committing: the unit is there or it is not, and nobody can say which.
 
-    def __init__(self, connection: str, committed: Sequence[str] = ()) -> None:
-        super().__init__(connection, committed)
+    `prepared` names the connections that recovery will bring to what was decided.
+    """
+
+    def __init__(self, connection: str, committed: Sequence[str] = (), prepared: Sequence[str] = ()) -> None:
+        super().__init__(connection, committed, prepared)
         self.connection = connection
         self.committed = tuple(committed)
+        self.prepared = tuple(prepared)
 
     def __str__(self) -> str:
+        if self.prepared:
+            return (
+                f"The decision to commit was sent, and no answer came: {self.connection} can't be reached. "
+                f"{_listed(self.prepared)} stay prepared until `python -m app_db recover` has asked there; then all of them are "
+                "committed, or none is. Look in the database before trying again."
+            )
         others = f" Committed before: {_listed(self.committed)}." if self.committed else ""
         return (
             f"The connection {self.connection!r} was lost during COMMIT, so its part is either committed or not.{others} "
             "Look in the database before trying again."
+        )
+
+
+class CommitUnconfirmed(CommitError):
+    """The unit of work has committed, but a database that had promised to commit its part has not answered yet."""
+
+    def __init__(self, connections: Sequence[str]) -> None:
+        super().__init__(connections)
+        self.connections = tuple(connections)
+
+    def __str__(self) -> str:
+        return (
+            f"The unit of work was committed, but {_listed(self.connections)} did not confirm it. Don't repeat the unit: "
+            "`python -m app_db recover` commits what is prepared there as soon as the database can be reached. Until then "
+            "its rows are locked and not yet visible."
+        )
+
+
+class AbortedByRecovery(CommitError, TransientError):  # type: ignore[misc]  # transaction has no type hints
+    """A recovery rolled the unit of work back before it had decided to commit. Nothing was committed; it can be repeated."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__(unit)
+        self.unit = unit
+
+    def __str__(self) -> str:
+        return (
+            f"Nothing was committed: a recovery took the unit of work {self.unit} for a dead one and rolled it back. Repeat it "
+            "(`attempts=2` does), or give recovery a longer grace."
         )
 
 
@@ -362,4 +406,40 @@ class HookFailed(CommitError):
         return (
             f"The unit of work was committed, and then {len(self.errors)} of its hooks failed ({causes}). "
             "Don't repeat the unit; mend what the hooks do."
+        )
+
+
+# ---- decision files -----------------------------------------------------------------------------------------------
+
+
+class DecisionFileDamaged(AppDbError):
+    """The file that keeps decisions is not as it was written. Nothing was decided."""
+
+    def __init__(self, path: str, offset: int, problem: str) -> None:
+        super().__init__(path, offset, problem)
+        self.path = path
+        self.offset = offset
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return (
+            f"The decision file {self.path} is damaged at byte {self.offset}: {self.problem}. Don't delete it: it may be all "
+            "that says which units of work have committed. Restore it; or commit or roll back by hand what is prepared in the "
+            "databases, after reading what it still says, and then move it away: a new one is made when it is needed."
+        )
+
+
+class DecisionFileFull(AppDbError):
+    """The file that keeps decisions is as long as it may be, and all of it is still needed. Nothing was decided."""
+
+    def __init__(self, path: str, max_bytes: int, decisions: int) -> None:
+        super().__init__(path, max_bytes, decisions)
+        self.path = path
+        self.max_bytes = max_bytes
+        self.decisions = decisions
+
+    def __str__(self) -> str:
+        return (
+            f"The decision file {self.path} may have {self.max_bytes} bytes, and is filled by {self.decisions} decisions that "
+            "are still needed. Run `python -m app_db recover`: it finishes the units of work they are about, and forgets them."
         )
