@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from threading import get_ident
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sqlalchemy.exc import DBAPIError
+
 from app_db.errors import ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkTimeout
+from app_db.preparing import Prepares, Settling
 from app_db.statements import Effect, effect_of, lifts_read_only, transaction_verb
 
 if TYPE_CHECKING:
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from transaction import Transaction
 
     from app_db.dialects import Database
+    from app_db.xids import Xid
 
 log = logging.getLogger("app_db")
 
@@ -30,7 +35,9 @@ class Home(Protocol):
     name: str
     read_only: bool
     autonomous: bool
+    two_phase: bool
     database: Database
+    prepares: Prepares | None
 
 
 class BranchedWork(Protocol):
@@ -41,6 +48,7 @@ class BranchedWork(Protocol):
     finishing: bool
     errors_afterwards: list[Exception]
 
+    def xid_for(self, branch: Branch) -> Xid: ...
     @property
     def timed(self) -> bool: ...
     def remaining(self) -> float: ...
@@ -53,11 +61,29 @@ class BranchSession(Protocol):
 
     branch: Branch | None
 
+    @property
+    def new(self) -> Any: ...
+    @property
+    def dirty(self) -> Any: ...
+    @property
+    def deleted(self) -> Any: ...
+    def is_modified(self, instance: object) -> bool: ...
     def get_transaction(self) -> SessionTransaction | None: ...
     def get_nested_transaction(self) -> SessionTransaction | None: ...
     def begin_nested(self) -> SessionTransaction: ...
     def flush(self) -> None: ...
     def invalidate(self) -> None: ...
+
+
+class Stage(Enum):
+    """How far a branch is, as far as its database knows of it."""
+
+    ACTIVE = "active"
+    """Its transaction is open."""
+    PREPARED = "prepared"
+    """It has been asked to prepare, and may have done so: only by its xid can it be ended."""
+    ENDED = "ended"
+    """It was ended by its xid, or is left to whoever recovers it: nothing more may be sent."""
 
 
 class Branch:
@@ -68,6 +94,10 @@ class Branch:
     """Whether COMMIT was sent and answered."""
     tried = False
     """Whether it was told to commit: an autonomous one is told once, even if the unit aborts."""
+    stage = Stage.ACTIVE
+    _xid: Xid | None = None
+    _begun_by_xid = False
+    _is_flushed_for_good = False
     _rolled_back_by: int | None = None  # a thread
     _failures: Sequence[BaseException] = ()
     _usual_limits: Mapping[Connection, float] = MappingProxyType({})
@@ -98,6 +128,23 @@ class Branch:
         return not (self.home.read_only or self.home.autonomous)
 
     @property
+    def can_prepare(self) -> bool:
+        """Whether it can be prepared, so that others may commit together with it."""
+        return self.home.two_phase and self.home.prepares is not None and len(self._connections) == 1
+
+    @property
+    def xid(self) -> Xid:
+        """The name by which its database knows it."""
+        if self._xid is None:
+            self._xid = self._work.xid_for(self)
+        return self._xid
+
+    @property
+    def connection(self) -> Connection:
+        """Its connection; a branch that takes part in an atomic commit has exactly one."""
+        return next(iter(self._connections))
+
+    @property
     def finished(self) -> bool:
         return self._data_manager.tx is None
 
@@ -106,9 +153,20 @@ class Branch:
         if connection in self._connections:
             return
         info = self._connections[connection] = connection.info
+        if self.home.two_phase and not self.read_only:
+            self._begin_by_xid(connection)
         info[BRANCH] = self
         if self._work.timed:
             self.apply_time_limit()
+
+    def _begin_by_xid(self, connection: Connection) -> None:
+        """Begin by xid where a transaction that began otherwise can't be prepared. Before it listens: this is no write."""
+        prepares = self.home.prepares
+        if prepares is None or type(prepares).start is Prepares.start:
+            return  # without an xid, for which the decision log would be asked
+        for statement in prepares.start(self.xid):
+            connection.exec_driver_sql(statement)
+        self._begun_by_xid = True
 
     def apply_time_limit(self) -> None:
         """Have the server stop statements that take longer than the unit has left; what it does by itself stays the least."""
@@ -142,14 +200,41 @@ class Branch:
             return ReadOnlyViolation(self.name, "The statement", not self.home.read_only)
         return self._work.overtime()
 
+    def better_error(self, statement: str, error: BaseException) -> BaseException:
+        """Return a driver's error as SQLAlchemy would have raised it, and give the connection up if it was lost."""
+        connection, dialect = self.connection, self.connection.dialect
+        if connection.closed or connection.invalidated or not isinstance(error, dialect.loaded_dbapi.Error):
+            return error
+        lost = dialect.is_disconnect(error, connection.connection.driver_connection, None)
+        wrapped = DBAPIError.instance(
+            statement, None, error, dialect.loaded_dbapi.Error, connection_invalidated=lost, dialect=dialect
+        )
+        if lost:
+            self.abandon()
+        return wrapped
+
     def refuse_foreign_commit(self) -> None:
         """Raise unless it is the unit of work that commits."""
         if not self._work.finishing:
             raise SessionIsManaged(self.name, "connection().commit")
 
-    def note_commit(self) -> None:
-        """Note that the database has committed: what fails from here on fails afterwards."""
-        self.committed = True
+    def send_commit(self, dbapi_connection: Any, plainly: Callable[[Any], None]) -> None:
+        """Send COMMIT, in whatever form the transaction was begun; nothing, where it was ended by its xid."""
+        self.refuse_foreign_commit()
+        if self.stage is Stage.ACTIVE:
+            if self._begun_by_xid and self.home.prepares is not None:
+                say(dbapi_connection, self.home.prepares.commit_unprepared(self.xid))
+            else:
+                plainly(dbapi_connection)
+        self.committed = True  # what fails from here on fails afterwards
+
+    def send_rollback(self, dbapi_connection: Any, plainly: Callable[[Any], None]) -> None:
+        """Send ROLLBACK, in whatever form the transaction was begun; nothing, where it is ended by its xid."""
+        if self._begun_by_xid and self.home.prepares is not None:
+            if self.stage is Stage.ACTIVE:
+                say(dbapi_connection, self.home.prepares.roll_back_unprepared(self.xid), regardless=True)
+        else:
+            plainly(dbapi_connection)
 
     def has_lost_transaction(self) -> bool:
         """Return whether the database would answer COMMIT with a rollback."""
@@ -157,7 +242,9 @@ class Branch:
         if transaction is None:
             return False
         nested = self.session.get_nested_transaction()
-        if self.session.get_transaction() is not transaction or not transaction.is_active or (nested and not nested.is_active):
+        if self.session.get_transaction() is not transaction or (nested and not nested.is_active):
+            return True
+        if not (transaction.is_active or self._is_flushed_for_good):
             return True
         if self.effect is Effect.READS:
             return False
@@ -165,6 +252,54 @@ class Branch:
         if not self._failures:
             return self.wrote and any(database.has_ended_transaction(connection) for connection in self._connections)
         return any(database.has_lost_transaction(connection, self._failures) for connection in self._connections)
+
+    def flush_for_good(self) -> None:
+        """Do all that precedes COMMIT, the listeners to `before_commit` included; from here on the session refuses SQL."""
+        transaction: Any = self.session.get_transaction()
+        # The public prepare() is for sessions that prepare by themselves, one after the other.
+        transaction._prepare_impl()
+        self._is_flushed_for_good = True
+
+    @property
+    def has_unflushed(self) -> bool:
+        """Whether something was changed that no flush has reached."""
+        session = self.session
+        return bool(session.new or session.deleted or any(session.is_modified(instance) for instance in session.dirty))
+
+    @property
+    def driver_connection(self) -> Any:
+        """The driver's own connection."""
+        return self.connection.connection.driver_connection
+
+    def abandon(self) -> None:
+        """Close the connection and leave what it may have prepared to whoever recovers it."""
+        self.stage = Stage.ENDED
+        connection = self.connection
+        if not (connection.closed or connection.invalidated):
+            connection.invalidate()
+
+    def settle_elsewhere(self, *, commit: bool) -> bool:
+        """End by its xid, on another connection, a branch that did not answer. Return whether its database knows by now."""
+        prepares = self.home.prepares
+        try:
+            with self.connection.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                return prepares is not None and prepares.settle(connection, self.xid, commit=commit) is not Settling.HELD
+        except Exception:
+            log.warning("%r could not be reached a second time, and is left to recovery", self.name, exc_info=True)
+            return False
+
+    def end_session(self) -> None:
+        """Let go of the session and the connection of a branch that has committed by its xid."""
+        if self.finished:
+            return
+        if self.connection.invalidated:
+            self.roll_back()
+            return
+        try:
+            self.commit()  # which sends nothing any more
+        except Exception:
+            log.exception("The session of %r could not be ended after its commit", self.name)
+            self.roll_back()
 
     def commit(self) -> None:
         """Commit, return the connection to its pool and detach the objects."""
@@ -207,6 +342,23 @@ class Branch:
         for info in self._connections.values():
             info.pop(BRANCH, None)
         self.session.branch = None  # a circle would keep both until the collector comes by
+
+
+def say(dbapi_connection: Any, statements: Sequence[str], *, regardless: bool = False) -> None:
+    """Execute statements below SQLAlchemy, which has its own idea of how transactions begin and end.
+
+    Only the last one counts when they are said `regardless` of what is refused before.
+    """
+    cursor = dbapi_connection.cursor()
+    for statement in statements[:-1]:
+        try:
+            cursor.execute(statement)
+        except Exception:
+            if not regardless:
+                raise
+            log.debug("%s was refused", statement, exc_info=True)
+    cursor.execute(statements[-1])
+    cursor.close()
 
 
 def position(branch: Branch) -> tuple[int, str]:

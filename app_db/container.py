@@ -10,10 +10,13 @@ from dependency_injector import containers, providers
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from app_db.checks import check
 from app_db.coordinator import build_coordinator
+from app_db.decision_places import DecisionPlaces, build_decision_places
 from app_db.engines import build_engine, retire
 from app_db.errors import InvalidUse, UnknownConnection
 from app_db.manager import ContextTransactionManager
+from app_db.recovery import Recovery, build_recovery
 from app_db.sessions import SessionHome, build_scoped_session, build_sessionmaker
 from app_db.settings import DatabaseSettings
 from app_db.transactions import Transaction, build_transaction, build_unit
@@ -27,7 +30,7 @@ else:
 KINDS = ("engine", "sessionmaker", "scoped_session", "session")
 """What every connection provides: `NAME.KIND`, and `NAME_KIND` beside it."""
 
-_PLUMBING = frozenset({"__self__", "coordinator", "database_container", "disposal", "name"})
+_PLUMBING = frozenset({"__self__", "coordinator", "database_container", "decision_places", "lifecycle", "name"})
 """Providers that no error suggests to anybody."""
 
 
@@ -70,17 +73,27 @@ class EngineProvider(providers.ThreadSafeSingleton[Engine]):
         return self._built is not None
 
 
-class Disposal(providers.Resource[None]):
-    """Makes `shutdown_resources()`, of a database container or of one around it, dispose the engines."""
+class Lifecycle(providers.Resource[None]):
+    """What `init_resources()` and `shutdown_resources()` do, of a database container or of one around it.
+
+    The first checks that two-phase commit can work, where a connection wants it, and recovers, where the settings say so; it
+    makes no engine otherwise. The second disposes all engines.
+    """
 
     @property
     def initialized(self) -> bool:
-        return any(engine.is_built for engine in self._engines())
+        return self.args[0]().decision_places().in_use or any(engine.is_built for engine in self._engines())
 
     def init(self) -> None:
-        """Do nothing: engines are made at first use."""
+        """Check, and recover what the last crash left, if `recover_at_start` is set."""
+        container = self.args[0]()
+        container.check()
+        if container.settings().recover_at_start:
+            container.recovery().settle()
 
     def shutdown(self) -> None:
+        container = self.args[0]()
+        container.decision_places().close()
         for engine in self._engines():
             engine.reset()
 
@@ -229,8 +242,11 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
     settings: providers.Provider[DatabaseSettings] = providers.ThreadSafeSingleton(DatabaseSettings)
     transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
     database_container: providers.Object[Any] = providers.Object(None)
+    decision_places: providers.Provider[DecisionPlaces] = Lasting(build_decision_places, database_container)
     coordinator = Lasting(build_coordinator, database_container)
-    disposal = Disposal(None, database_container)
+    recovery: providers.Provider[Recovery] = providers.Factory(build_recovery, database_container)
+    check: providers.Provider[None] = providers.Callable(check, database_container)
+    lifecycle = Lifecycle(None, database_container)
     transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, coordinator)
     unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, coordinator)
 

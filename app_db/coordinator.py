@@ -12,23 +12,24 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
+from sqlalchemy.exc import PendingRollbackError
 from transaction.interfaces import IRetryDataManager, ISavepointDataManager
 from zope.interface import implementer
 
 from app_db.branches import Branch, position
+from app_db.commits import commit_branches, commit_or_log, flush_for_good, unpreparable
+from app_db.decision_places import DecisionPlaces
 from app_db.dialects import NEVER
 from app_db.errors import (
+    InvalidUse,
     NotAtomic,
-    OutcomeUnknown,
-    PartialCommit,
     TransactionLost,
     UnitOfWorkDoomed,
     UnitOfWorkEnded,
     UnitOfWorkTimeout,
 )
 from app_db.manager import retryable
-from app_db.statements import Effect
+from app_db.xids import Xid, new_unit_id
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -54,6 +55,7 @@ class Work:
     _joined = False
     _committing = False
     _ended = False
+    _unit_id: str | None = None
 
     def __init__(self, transaction: Transaction, coordinator: Coordinator) -> None:
         self.transaction = transaction
@@ -61,12 +63,40 @@ class Work:
         self.branches: list[Branch] = []
         self._savepoints: list[WorkSavepoint] = []
         self.errors_afterwards: list[Exception] = []
+        self.interruption: BaseException | None = None
+        self._named: dict[str, Branch] = {}
         self._coordinator = coordinator
 
     @property
     def manager(self) -> Any:
         """The transaction manager whose transaction this is."""
         return self._coordinator.manager
+
+    # -- what branches ask
+
+    @property
+    def places(self) -> DecisionPlaces:
+        """Where the decision about the unit can be written."""
+        return self._coordinator.places()
+
+    @property
+    def unit_id(self) -> str:
+        """The name of the unit in the decision log and in every xid of its branches."""
+        if self._unit_id is None:
+            self._unit_id = new_unit_id(self.places.configured.id)
+        return self._unit_id
+
+    def xid_for(self, branch: Branch) -> Xid:
+        """Return the name by which a database is to know a branch of this unit."""
+        for name in (
+            branch.name,
+            *(f"{branch.name}.{number}" for number in range(2, 10)),
+        ):  # several sessions may use one database
+            holder = self._named.get(name)
+            if holder is None or holder.finished:  # rolled back to a savepoint
+                self._named[name] = branch
+                return Xid(self._coordinator.application(), self.unit_id, name)
+        raise InvalidUse(f"The unit of work has more than 9 sessions of the connection {branch.name!r}", "Let it use fewer")
 
     # -- what zope.sqlalchemy asks of a transaction
 
@@ -178,8 +208,10 @@ class Work:
         if len(self.branches) > 1:
             self._flush()  # what other data managers wrote while they voted
             self._refuse_what_cannot_commit()
+            flush_for_good(self.branches)
+            self._refuse_partial_commit()
         self._committing = True
-        self._commit_branches()
+        commit_branches(self)
         self._ended = True
         self.forget()
 
@@ -200,11 +232,12 @@ class Work:
         for branch in sorted(self.branches, key=position):
             try:
                 if branch.home.autonomous and not branch.tried:
-                    _commit_or_log(branch)
+                    commit_or_log(branch)
                 branch.roll_back()
             except BaseException as error:  # noqa: BLE001  # raised below, once the other connections are returned as well
                 interruption = error
         self.branches.clear()
+        self._named.clear()
         self._savepoints.clear()
         self._joined = False
         self.finishing = False
@@ -214,6 +247,7 @@ class Work:
     def forget(self) -> None:
         """Let go of sessions and branches once the unit has ended."""
         self.branches.clear()
+        self._named.clear()
         self.sessions.clear()
 
     def savepoint(self) -> WorkSavepoint:
@@ -242,42 +276,12 @@ class Work:
             if branch.has_lost_transaction():
                 raise TransactionLost(branch.name)
         if len(self.branches) > 1:
-            written = sorted(branch.name for branch in self.branches if branch.wrote)
-            if len(written) > 1 and self._coordinator.atomicity() == "strict":
-                raise NotAtomic(written)
+            self._refuse_partial_commit()
 
-    def _commit_branches(self) -> None:
-        waiting = sorted(self.branches, key=position) if len(self.branches) > 1 else [*self.branches]
-        committed: list[str] = []
-        while waiting:
-            branch = waiting.pop(0)
-            if committed and branch.effect is Effect.LOCKS:
-                _commit_or_log(branch)
-                continue
-            try:
-                branch.commit()
-            except BaseException as error:
-                if branch.wrote and isinstance(error, DBAPIError) and error.connection_invalidated:
-                    raise OutcomeUnknown(branch.name, committed) from error
-                if committed:
-                    partial = PartialCommit(committed, branch.name, [other.name for other in waiting if other.wrote])
-                    if isinstance(error, Exception):
-                        raise partial from error
-                    error.add_note(str(partial))  # an interruption goes on as what it is
-                raise
-            if waiting and branch.wrote:
-                committed.append(branch.name)
-
-
-def _commit_or_log(branch: Branch) -> None:
-    """Commit a branch whose failure must not hide or change how the unit ends."""
-    try:
-        if branch.has_lost_transaction():
-            raise TransactionLost(branch.name)
-        branch.commit()
-    except Exception:
-        log.exception("The connection %r could not be committed", branch.name)
-        branch.roll_back()
+    def _refuse_partial_commit(self) -> None:
+        alone = sorted(branch.name for branch in unpreparable(self.branches) if branch.wrote)
+        if len(alone) > 1 and self._coordinator.atomicity() == "strict":
+            raise NotAtomic(alone)
 
 
 class WorkSavepoint:
@@ -320,9 +324,13 @@ class WorkSavepoint:
 class Coordinator:
     """Finds, under any zope transaction manager, the `Work` of the unit that is under way."""
 
-    def __init__(self, manager: Any, atomicity: Callable[[], str]) -> None:
+    def __init__(
+        self, manager: Any, atomicity: Callable[[], str], application: Callable[[], str], places: Callable[[], DecisionPlaces]
+    ) -> None:
         self.manager = manager
         self.atomicity = atomicity
+        self.application = application
+        self.places = places
 
     def get(self) -> Work:
         """Return the work of the current unit. Raises what the manager raises when there is none."""
@@ -346,8 +354,14 @@ class Coordinator:
 class _Container(Protocol):
     def transaction_manager(self) -> Any: ...
     def settings(self) -> Any: ...
+    def decision_places(self) -> DecisionPlaces: ...
 
 
 def build_coordinator(container: _Container) -> Coordinator:
     """Return the coordinator of a container. The container's settings are asked when they matter, so they may change."""
-    return Coordinator(container.transaction_manager(), lambda: str(container.settings().atomicity))
+    return Coordinator(
+        container.transaction_manager(),
+        atomicity=lambda: str(container.settings().atomicity),
+        application=lambda: str(container.settings().application),
+        places=lambda: container.decision_places(),
+    )

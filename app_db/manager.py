@@ -239,14 +239,14 @@ def retryable(error: BaseException) -> bool:
 
 
 def _is_transient(error: BaseException) -> bool:
+    driver = type(error).__module__.partition(".")[0]
+    first = error.args[0] if error.args else None
+    if driver in _MYSQL_DRIVERS:  # first: some of them have a SQLSTATE, too, which is not 40* for a lock waited for too long
+        return first in _MYSQL_CODES
     sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if isinstance(sqlstate, str):
         return sqlstate.startswith("40")
     sqlite_code = getattr(error, "sqlite_errorcode", None)
     if sqlite_code is not None:
         return sqlite_code & 0xFF in _SQLITE_CODES
-    driver = type(error).__module__.partition(".")[0]
-    first = error.args[0] if error.args else None
-    if driver in _MYSQL_DRIVERS:
-        return first in _MYSQL_CODES
     return getattr(first, "code", None) in _ORACLE_CODES

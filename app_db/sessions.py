@@ -7,11 +7,13 @@ joins through zope.sqlalchemy as changed, so nothing it writes depends on being 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 from transaction.interfaces import NoTransaction
@@ -30,6 +32,7 @@ from app_db.errors import (
     UnitOfWorkError,
 )
 from app_db.manager import Owner
+from app_db.preparing import prepares_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect, Engine, ExceptionContext
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import PoolProxiedConnection
 
     from app_db.settings import ConnectionSettings
+
+log = logging.getLogger("app_db")
 
 
 class SessionHome:
@@ -49,8 +54,11 @@ class SessionHome:
         self.engine = engine
         self._dialect = settings.sqlalchemy_url().get_backend_name()
         self.database = database_of(self._dialect)
+        self.prepares = prepares_of(settings.sqlalchemy_url().drivername)
         self.read_only = settings.read_only
         self.autonomous = not settings.transactional
+        self.two_phase = settings.two_phase
+        self._keeps_decisions: bool | None = None
         self.watched: Dialect | None = None  # the last one passed to `_watch`, which spares asking for it at each beginning
 
     def engine_for(self, work: Work) -> Engine:
@@ -61,9 +69,21 @@ class SessionHome:
         engine = self.engine()
         if engine.dialect.name != self._dialect:  # overridden, by an engine for another kind of database
             self._dialect, self.database = engine.dialect.name, database_of(engine.dialect.name)
+            self.prepares = prepares_of(engine.url.drivername)
         if not (work.read_only or work.timed or work.isolation):
             return engine
         return self.database.engine_for_unit(engine, self.settings, work)
+
+    def make_log(self) -> None:
+        """Have the decision log made, if it is in this database, before the unit takes a connection: there may be only one."""
+        places = self.coordinator.places()
+        if self._keeps_decisions is None:
+            self._keeps_decisions = bool(places.two_phase()) and places.are_in(self.name)
+        if self._keeps_decisions:
+            try:
+                places.of(self.name).ensure()
+            except DBAPIError:  # the unit may never need it; if it does, it will be told
+                log.debug("The decision log in %r could not be made", self.name, exc_info=True)
 
 
 class UnitSession(Session):
@@ -100,6 +120,8 @@ class UnitSession(Session):
             work.require_open(self._subject)
         self._work = work
         self.bind = self.home.engine_for(work)
+        if not (self.home.read_only or work.read_only):
+            self.home.make_log()
 
     @property
     def _subject(self) -> str:
@@ -275,25 +297,30 @@ def _watch(engine: Engine) -> None:
     """Listen to what an engine executes. Done at first use, so that an engine that overrides ours is listened to as well."""
     if engine.dialect not in _watched:
         _watched.add(engine.dialect)
-        _guard_commit(engine.dialect)
+        _guard_endings(engine.dialect)
         on_execute(engine, _before_execute)
         event.listen(engine, "handle_error", _handle_error)
 
 
-def _guard_commit(dialect: Dialect) -> None:
-    """Have a dialect refuse a COMMIT that comes from `session.connection()` and not from the unit of work."""
-    send_commit = dialect.do_commit
+def _guard_endings(dialect: Dialect) -> None:
+    """Have the branch that uses a connection decide what COMMIT and ROLLBACK are, and refuse a COMMIT that is not its unit's."""
+    send_commit, send_rollback = dialect.do_commit, dialect.do_rollback
 
     def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
         branch = dbapi_connection.info.get(BRANCH)
         if branch is None:
             send_commit(dbapi_connection)
-            return
-        branch.refuse_foreign_commit()
-        send_commit(dbapi_connection)
-        branch.note_commit()
+        else:
+            branch.send_commit(dbapi_connection, send_commit)
 
-    dialect.do_commit = do_commit  # type: ignore[method-assign]
+    def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
+        branch = dbapi_connection.info.get(BRANCH)
+        if branch is None:
+            send_rollback(dbapi_connection)
+        else:
+            branch.send_rollback(dbapi_connection, send_rollback)
+
+    dialect.do_commit, dialect.do_rollback = do_commit, do_rollback  # type: ignore[method-assign]
 
 
 def _before_execute(info: dict[Any, Any], statement: str) -> None:

@@ -66,6 +66,7 @@ _PoolClass = Annotated[
 _Application = Annotated[
     str, _matching(r"[A-Za-z][A-Za-z0-9_-]{0,15}", "must begin with a letter and have at most 16 letters, digits, '_' or '-'")
 ]
+_DecisionLog = Annotated[str, _matching(r"[a-z][a-z0-9_]*|file:.+", "must be the name of a connection, or file: and a path")]
 _IsolationLevel = Annotated[
     Literal["AUTOCOMMIT", "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"],
     BeforeValidator(_isolation_level),
@@ -203,6 +204,10 @@ class ConnectionSettings(Group):
 
 
 _FROM_CONFIG: Any = object()
+_PREPARING_DRIVERS = frozenset({"psycopg", "asyncpg", "pymysql"})
+_LONGEST_TWO_PHASE_NAME = 22
+FILE = "file:"
+"""What `decision_log` begins with when decisions go into a file."""
 
 
 class DatabaseSettings(BaseSettings):
@@ -226,7 +231,8 @@ class DatabaseSettings(BaseSettings):
     application: _Application = "app_db"
     connections: dict[str, ConnectionSettings] = Field(default_factory=dict)
     atomicity: Literal["strict", "best_effort"] = "strict"
-    decision_log: str | None = None
+    decision_log: _DecisionLog | None = None
+    recover_at_start: bool = False
 
     _origins: tuple[Origin, ...] = PrivateAttr(default=())
 
@@ -314,6 +320,7 @@ def _findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]
         yield from _mirror_findings(settings, name, reading) if connection.mirror else _url_findings(name, connection, reading)
         if connection.two_phase:
             yield from _two_phase_findings(settings, name)
+    yield from _decision_log_findings(settings)
     # A variable that was misspelt or refused may be all there is of a connection.
     if not settings.connections and not any(variable_for(["connections"]) in str(problem) for _, problem in reading.problems):
         variable = variable_for(("connections", "writer", "url"))
@@ -395,6 +402,32 @@ def _url_findings(name: str, connection: ConnectionSettings, reading: Reading) -
 def _two_phase_findings(settings: DatabaseSettings, name: str) -> Iterator[Finding]:
     url = settings.connection(name)._url()
     dialect = None if url is None else dialect_of(url)
-    if isinstance(dialect, type) and dialect.do_prepare_twophase is Dialect.do_prepare_twophase:
+    if url is None or not isinstance(dialect, type):
+        return
+    if dialect.do_prepare_twophase is Dialect.do_prepare_twophase:
         message = f"needs a database that can prepare a transaction, as PostgreSQL and MySQL can, and {dialect.name} can't."
         yield _contradiction(name, "two_phase", message)
+    elif url.get_driver_name() not in _PREPARING_DRIVERS:
+        known = " and ".join(sorted(_PREPARING_DRIVERS))
+        message = f"is not there for the driver {url.get_driver_name()}. Use one of {known}."
+        yield _contradiction(name, "two_phase", message)
+    if len(name) > _LONGEST_TWO_PHASE_NAME:
+        message = f"needs a connection whose name has at most {_LONGEST_TWO_PHASE_NAME} characters: it is part of every xid."
+        yield _contradiction(name, "two_phase", message)
+
+
+def _decision_log_findings(settings: DatabaseSettings) -> Iterator[Finding]:
+    chosen = settings.decision_log
+    if chosen is None or chosen.startswith(FILE):
+        return
+    owner = settings.connections.get(chosen)
+    problem = ""
+    if owner is None:
+        others = ", ".join(repr(known) for known in sorted(settings.connections)) or "none"
+        problem = (
+            f"names a connection that is not configured.{did_you_mean(chosen, settings.connections)} Configured are: {others}."
+        )
+    elif owner.read_only or not owner.transactional:
+        problem = "names a connection that is read-only or not transactional. Name one that units of work write to."
+    if problem:
+        yield ContradictorySettings, Problem(variable_for(("decision_log",)), problem)

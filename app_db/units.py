@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import DBAPIError
 
 from app_db.coordinator import Coordinator, Work
-from app_db.errors import AlreadyInUnitOfWork, HookFailed, InvalidUse, NoUnitOfWork, UnitOfWorkEnded, did_you_mean
+from app_db.errors import (
+    AlreadyInUnitOfWork,
+    CommitUnconfirmed,
+    HookFailed,
+    InvalidUse,
+    NoUnitOfWork,
+    UnitOfWorkEnded,
+    did_you_mean,
+)
 from app_db.hooks import Hook, Hooks
 from app_db.manager import current, is_of_this_process, regain, retryable, suspended
 
@@ -271,12 +279,19 @@ class Own(Part):
         else:
             self._abort_for(error)
         hooks, failed = self.work.hooks, self.work.errors_afterwards
+        if self.work.interruption is not None:
+            raise self.work.interruption
         if hooks is not None:
             if hooks.interruption is not None:
                 raise hooks.interruption
             failed = [*failed, *hooks.errors]
         if failed and error is None:
-            raise HookFailed(failed) from failed[0]
+            self._raise_afterwards(failed)
+
+    def _raise_afterwards(self, errors: list[Exception]) -> None:
+        if len(errors) == 1 and isinstance(errors[0], CommitUnconfirmed):
+            raise errors[0]
+        raise HookFailed(errors) from errors[0]
 
     def _commit(self) -> None:
         try:

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-NAMES = ("units", "threads", "imports", "building")
+NAMES = ("units", "threads", "two_phase", "imports", "building")
 LIBRARIES = ("SQLAlchemy", "zope.sqlalchemy", "transaction", "dependency-injector", "pydantic-settings", "psycopg")
 
 

@@ -57,6 +57,12 @@ EXAMPLES: list[AppDbError] = [
     errors.TransactionLost("writer"),
     errors.OutcomeUnknown("writer"),
     errors.OutcomeUnknown("writer", ["log"]),
+    errors.OutcomeUnknown("the file /srv/decisions", prepared=["warehouse", "writer"]),
+    errors.CommitUnconfirmed(["warehouse"]),
+    errors.AbortedByRecovery("xLaKBZ1xUODgcZR7TrHPMI"),
+    errors.TwoPhaseUnavailable(PROBLEMS),
+    errors.DecisionFileDamaged("/srv/decisions", 35, "the line there is not as it was written"),
+    errors.DecisionFileFull("/srv/decisions", 1000, 9),
     errors.HookFailed([ValueError("no mail server"), OSError("disk full")]),
 ]
 

@@ -14,26 +14,34 @@ from typing import Any
 
 import pytest
 from dependency_injector.wiring import Provide, inject
-from sqlalchemy import String, insert, select, text
+from sqlalchemy import String, event, insert, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from transaction.interfaces import AlreadyInTransaction, NoTransaction
 
-from app_db import AppDbError, ConnectionSettings, Container, DatabaseSettings, transactional
+from app_db import AppDbError, ConnectionSettings, Container, DatabaseSettings, container_of, retryable, transactional
 from app_db.errors import (
+    AbortedByRecovery,
     AlreadyInUnitOfWork,
+    CommitUnconfirmed,
     ConnectionNotConfigured,
     ContradictorySettings,
+    DecisionFileDamaged,
     ForeignUnitOfWork,
+    HookFailed,
+    NotAtomic,
     NothingConfigured,
     NotWired,
     NoUnitOfWork,
+    OutcomeUnknown,
     SessionIsManaged,
     TransactionLost,
+    TwoPhaseUnavailable,
     UnitOfWorkEnded,
     UnitOfWorkError,
     UnknownConnection,
     UnknownVariable,
 )
+from servers import PASSWORD, PostgresServer
 
 WRITER = "APP_DB_CONNECTIONS__WRITER__URL"
 NEXT_STEP = r"Put the code in `with container\.transaction\(\):` or in a function decorated with @transactional\."
@@ -473,6 +481,176 @@ def test_nothing_configured_gives_a_line_to_paste() -> None:
 def test_wrong_uses_have_a_common_base(kind: type[Exception]) -> None:
     assert issubclass(kind, UnitOfWorkError)
     assert issubclass(kind, AppDbError)
+
+
+# ---- several databases ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(new_postgres_url: Callable[[], str]) -> Iterator[Any]:
+    """Two-phase `a` and `b`, each with a table `orders`, and a decision log in a third database, with its table."""
+    connections: dict[str, ConnectionSettings] = {
+        name: ConnectionSettings(url=new_postgres_url(), two_phase=True) for name in ("a", "b", "ledger")
+    }
+    container: Any = container_of(*connections)(settings=DatabaseSettings(connections=connections, decision_log="ledger"))
+    container.check()
+    for engine in (container.a_engine(), container.b_engine()):
+        Base.metadata.create_all(engine)
+    yield container
+    for name in connections:
+        assert getattr(container, f"{name}_engine")().pool.checkedout() == 0
+    assert not container.transaction_manager().current()
+    assert container.recovery().in_doubt() == []
+    container.shutdown_resources()
+
+
+def order(container: Any) -> None:
+    for session in (container.a_session(), container.b_session()):
+        session.execute(insert(Order).values(sku="A-1"))
+
+
+def ordered(container: Any) -> tuple[list[str], list[str]]:
+    with container.transaction():
+        a, b = (list(session.scalars(select(Order.sku))) for session in (container.a_session(), container.b_session()))
+    return a, b
+
+
+def at_the_decision(container: Any, do: Callable[[], object]) -> None:
+    """Do something once all branches are prepared, immediately before the decision is written."""
+    event.listen(container.ledger_engine(), "before_cursor_execute", lambda *_: do() and None, once=True)
+
+
+class Closing:
+    """Keeps a database of `several` closed to everybody."""
+
+    def __init__(self, container: Any, name: str) -> None:
+        self._engine = (container.b_engine if name == "a" else container.a_engine)()
+        self._database = getattr(container, f"{name}_engine")().url.database
+
+    def close(self) -> None:
+        self._execute(f"ALTER DATABASE {self._database} ALLOW_CONNECTIONS false")
+        self._execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self._database}'")
+
+    def open(self) -> None:
+        self._execute(f"ALTER DATABASE {self._database} ALLOW_CONNECTIONS true")
+
+    def _execute(self, statement: str) -> None:
+        with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text(statement))
+
+
+@pytest.mark.parametrize("ask", ["check", "init_resources"])
+def test_a_server_that_cannot_prepare_is_named_with_its_setting_before_the_first_unit(
+    new_postgres: Callable[..., PostgresServer], ask: str
+) -> None:
+    server = new_postgres(settings={"max_prepared_transactions": 0})
+    settings = DatabaseSettings(connections={"writer": ConnectionSettings(url=server.url("postgres"), two_phase=True)})
+    container = Container(settings=settings)
+    with pytest.raises(TwoPhaseUnavailable, match=r"APP_DB_CONNECTIONS__WRITER__TWO_PHASE: max_prepared_transactions is 0"):
+        getattr(container, ask)()
+    server.stop()
+    with pytest.raises(TwoPhaseUnavailable, match=r"APP_DB_CONNECTIONS__WRITER__TWO_PHASE: .*can't be asked") as caught:
+        getattr(container, ask)()
+    assert PASSWORD not in str(caught.value)
+    container.shutdown_resources()
+
+
+def test_only_those_that_cannot_be_prepared_are_named_when_a_unit_is_refused(
+    new_postgres_url: Callable[[], str], new_sqlite_url: Callable[[], str]
+) -> None:
+    connections = {name: ConnectionSettings(url=new_sqlite_url()) for name in ("x", "y")}
+    connections["a"] = ConnectionSettings(url=new_postgres_url(), two_phase=True)
+    container: Any = container_of(*connections)(settings=DatabaseSettings(connections=connections))
+    for name in connections:
+        Base.metadata.create_all(getattr(container, f"{name}_engine")())
+    with (
+        pytest.raises(
+            NotAtomic, match=r"wrote to 'x', 'y', which can't commit together\..*TWO_PHASE=true for all of them but one"
+        ),
+        container.transaction(),
+    ):
+        for name in connections:
+            getattr(container, f"{name}_session")().execute(insert(Order).values(sku="A-1"))
+    container.shutdown_resources()
+
+
+def test_a_unit_that_recovery_has_aborted_says_that_it_can_be_repeated(several: Any) -> None:
+    at_the_decision(several, lambda: several.recovery().settle(grace=0))
+    with pytest.raises(AbortedByRecovery, match=r"Nothing was committed: .*Repeat it \(`attempts=2` does\)") as caught:
+        several.transaction().run(order, several)
+    assert retryable(caught.value)
+    assert ordered(several) == ([], [])
+
+    at_the_decision(several, lambda: several.recovery().settle(grace=0))
+    several.transaction(attempts=2).run(order, several)
+    assert ordered(several) == (["A-1"], ["A-1"])
+
+
+def test_a_database_that_does_not_confirm_the_commit_is_named_and_nothing_is_repeated(several: Any) -> None:
+    b, calls = Closing(several, "b"), []
+    at_the_decision(several, b.close)
+
+    def attempt() -> None:
+        calls.append("attempt")
+        several.unit().on_commit(calls.append, "hook")
+        order(several)
+
+    with pytest.raises(CommitUnconfirmed, match=r"was committed, but 'b' did not confirm it\. Don't repeat the unit") as caught:
+        several.transaction(attempts=3).run(attempt)
+    assert (caught.value.connections, calls) == (("b",), ["attempt", "hook"])
+    assert not retryable(caught.value)
+    b.open()
+    several.recovery().settle(grace=0)
+    assert ordered(several) == (["A-1"], ["A-1"])
+
+
+def test_a_database_that_does_not_confirm_is_one_of_the_failures_where_hooks_fail_too(several: Any) -> None:
+    b = Closing(several, "b")
+    at_the_decision(several, b.close)
+    with pytest.raises(HookFailed) as caught, several.transaction() as unit:
+        unit.on_commit(int, "no number")
+        order(several)
+    assert [type(error) for error in caught.value.errors] == [CommitUnconfirmed, ValueError]
+    b.open()
+    several.recovery().settle(grace=0)
+
+
+def test_a_decision_that_got_no_answer_names_where_it_is_and_what_waits_for_it(several: Any) -> None:
+    ledger, calls = Closing(several, "ledger"), []
+    at_the_decision(several, ledger.close)
+
+    def attempt() -> None:
+        calls.append("attempt")
+        order(several)
+
+    message = r"the table app_db_decisions of 'ledger' can't be reached\. 'a', 'b' stay prepared"
+    with pytest.raises(OutcomeUnknown, match=message) as caught:
+        several.transaction(attempts=3).run(attempt)
+    assert (caught.value.prepared, caught.value.committed, calls) == (("a", "b"), (), ["attempt"])
+    settlement = several.recovery().settle(grace=0)
+    assert settlement.left, "nothing may be rolled back while the decision can't be looked up"
+    ledger.open()
+    several.recovery().settle(grace=0)
+    a, b = ordered(several)
+    assert a == b
+
+
+def test_a_damaged_decision_file_fails_the_unit_with_its_name_and_stays_as_it_is(
+    new_postgres_url: Callable[[], str], tmp_path: Path
+) -> None:
+    connections = {name: ConnectionSettings(url=new_postgres_url(), two_phase=True) for name in ("a", "b")}
+    path = tmp_path / "decisions"
+    path.write_text("these are not\nthe decisions you are looking for\n")
+    container: Any = container_of(*connections)(settings=DatabaseSettings(connections=connections, decision_log=f"file:{path}"))
+    for engine in (container.a_engine(), container.b_engine()):
+        Base.metadata.create_all(engine)
+    with pytest.raises(DecisionFileDamaged, match=r"is damaged at byte 0: .*Don't delete it") as caught:
+        container.transaction().run(order, container)
+    assert caught.value.path == str(path)
+    assert ordered(container) == ([], [])
+    assert container.recovery().settle(grace=0).left, "recovery does not take a damaged file for one without decisions"
+    assert path.read_text().startswith("these are not")
+    container.shutdown_resources()
 
 
 # ---- without assert statements -----------------------------------------------------------------------------------------------

@@ -7,6 +7,11 @@ comments, each on a line of its own directly above a page's block, mean somethin
     <!-- not executed: REASON -->   the Python block below is shown only
     <!-- output -->                 the text block below is exactly what the Python block before it has printed
     <!-- output, wrapped -->        the same word by word; where lines break is the page's choice
+
+Two more stand anywhere on a page and are for all of it:
+
+    <!-- databases: postgresql -->  a PostgreSQL URL in a Python block is that of an empty database on the tests' server
+    <!-- databases: postgresql, SETTING=VALUE -->   the same on a server of the page's own, set up so
 """
 
 from __future__ import annotations
@@ -23,12 +28,15 @@ import pkgutil
 import re
 import sys
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from servers import fresh_database
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -39,6 +47,8 @@ FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}|:{3,}) *(?P<info>[^`]*
 DIRECTIVE = re.compile(r"^\{code(-block)?\} *(?P<language>\S*)$")
 SKIP = re.compile(r"^<!-- *not executed(?:: *(?P<reason>.*?))? *-->$")
 OUTPUT = re.compile(r"^<!-- *output(?P<wrapped>, wrapped)? *-->$")
+DATABASES = re.compile(r"^<!-- *databases: postgresql(?:, (?P<setting>\w+)=(?P<value>\w+))? *-->$", re.MULTILINE)
+URL = re.compile(r"postgresql(\+psycopg)?://[^\s\"']+")
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,9 @@ def _without_options(body: list[str]) -> list[str]:
     return body[first + 1 :] if first and first < len(body) and not body[first].strip() else body[first:]
 
 
-def run(page: Path, module: types.ModuleType) -> list[str]:
+def run(page: Path, module: types.ModuleType, new_url: Callable[[], str] | None = None) -> list[str]:
     """Execute a page's Python blocks, compare what they print with what the page says they print, and return it."""
+    urls: dict[str, str] = {}
     printed: str | None = None
     outputs = []
     for block in blocks_of(page.read_text()):
@@ -98,13 +109,24 @@ def run(page: Path, module: types.ModuleType) -> list[str]:
                 assert skip["reason"], f"{page}:{block.line}: say why the example is not executed: <!-- not executed: REASON -->"
                 printed = None
                 continue
-            printed = _execute(page, block, module)
+            printed = _execute(page, block if new_url is None else _at_home(block, urls, new_url), module)
             outputs.append(printed)
         elif output := OUTPUT.match(block.comment):
             assert printed is not None, f"{page}:{block.line}: no executed example comes before this output"
             same = printed.split() == block.source.split() if output["wrapped"] else printed == block.source
             assert same, f"{page}:{block.line}: the example prints something else:\n{printed}"
     return outputs
+
+
+def _at_home(block: Block, urls: dict[str, str], new_url: Callable[[], str]) -> Block:
+    """The block with URLs of real databases: the same one wherever the page has the same URL."""
+
+    def real(found: re.Match[str]) -> str:
+        if found.group() not in urls:
+            urls[found.group()] = new_url()
+        return urls[found.group()]
+
+    return replace(block, source=URL.sub(real, block.source))
 
 
 def _execute(page: Path, block: Block, module: types.ModuleType) -> str:
@@ -153,11 +175,24 @@ async def _finish(waiting: Any) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
-def test_a_pages_examples_work(page: Path) -> None:
-    with module_of(page) as module:
-        outputs = run(page, module)
+def test_a_pages_examples_work(page: Path, request: pytest.FixtureRequest) -> None:
+    with contextlib.ExitStack() as stack:
+        new_url = _new_url(page.read_text(), request, stack)
+        outputs = run(page, stack.enter_context(module_of(page)), new_url)
     if page.parent.name == "errors" and outputs:
         assert any(outputs), "the page's example prints the error it is about, and here it printed nothing"
+
+
+def _new_url(text: str, request: pytest.FixtureRequest, stack: contextlib.ExitStack) -> Callable[[], str] | None:
+    wanted = DATABASES.search(text)
+    if wanted is None:
+        return None
+    if wanted["setting"] is None:
+        shared: Callable[[], str] = request.getfixturevalue("new_postgres_url")
+        return shared
+    server = request.getfixturevalue("new_postgres")(settings={wanted["setting"]: wanted["value"]})
+    names = count(1)
+    return lambda: server.url(stack.enter_context(fresh_database(server, f"page_{next(names)}")))
 
 
 def _modules() -> list[str]:
@@ -230,6 +265,17 @@ def test_other_languages_and_explained_exceptions_are_left_alone(page: Path) -> 
     run_text(page, "```sh\nfalse\n```\n<!-- not executed: it would take an hour -->\n```python\n1 / 0\n```\n")
     with pytest.raises(AssertionError, match="say why"):
         run_text(page, "<!-- not executed -->\n```python\n1 / 0\n```\n")
+
+
+def test_a_postgresql_url_is_a_real_databases_where_the_page_says_so(page: Path) -> None:
+    page.write_text("```python\nurls = ['postgresql://a@b/c', 'postgresql://a@b/d', 'postgresql://a@b/c', 'sqlite://']\n```\n")
+    names = iter(["first", "second"])
+    with module_of(page) as module:
+        run(page, module, lambda: next(names))
+        assert module.urls == ["first", "second", "first", "sqlite://"]
+        run(page, module)
+        assert module.urls[0] == "postgresql://a@b/c"
+    assert DATABASES.search("# Title\n\n<!-- databases: postgresql -->\n")
 
 
 def test_a_page_leaves_no_variable_behind(page: Path) -> None:

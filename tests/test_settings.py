@@ -854,3 +854,66 @@ def test_the_module_imports_no_driver_no_orm_and_no_framework() -> None:
     package = str(EXAMPLE.parent / "app_db")
     run = subprocess.run([sys.executable, "-c", IMPORT_ALONE, package, *heavy], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
+
+
+# ---- committing together --------------------------------------------------------------------------------------------
+
+
+def test_decisions_go_where_they_are_told_to_and_nobody_recovers_unasked(environment: Set) -> None:
+    environment(WRITER__URL="sqlite:///w.db", LOG__URL="sqlite:///l.db")
+    assert (DatabaseSettings().decision_log, DatabaseSettings().recover_at_start) == (None, False)
+    environment(APP_DB_DECISION_LOG="log", APP_DB_RECOVER_AT_START="yes")
+    assert (DatabaseSettings().decision_log, DatabaseSettings().recover_at_start) == ("log", True)
+    environment(APP_DB_DECISION_LOG="file:/var/lib/shop/decisions")
+    assert DatabaseSettings().decision_log == "file:/var/lib/shop/decisions"
+
+
+@pytest.mark.parametrize("log", ["", "file:", "/var/lib/decisions", "Log", "FILE:/x", "a b"])
+def test_a_decision_log_that_is_neither_a_connection_nor_a_file_is_refused(environment: Set, log: str) -> None:
+    environment(WRITER__URL="sqlite:///w.db", APP_DB_DECISION_LOG=log)
+    assert "file: and a path" in refused()["APP_DB_DECISION_LOG"]
+
+
+def test_a_decision_log_that_nobody_configured_is_refused_with_a_suggestion(environment: Set) -> None:
+    environment(WRITER__URL="sqlite:///w.db", APP_DB_DECISION_LOG="writter")
+    message = refused(ContradictorySettings)["APP_DB_DECISION_LOG"]
+    assert "Did you mean 'writer'?" in message
+
+
+def test_a_decision_log_must_be_where_units_of_work_write(environment: Set) -> None:
+    environment(WRITER__URL="sqlite:///w.db", LOG__URL="sqlite:///l.db", APP_DB_DECISION_LOG="log", LOG__READ_ONLY="true")
+    assert "read-only" in refused(ContradictorySettings)["APP_DB_DECISION_LOG"]
+    environment(LOG__READ_ONLY="false", LOG__TRANSACTIONAL="false")
+    assert "not transactional" in refused(ContradictorySettings)["APP_DB_DECISION_LOG"]
+    environment(LOG__TRANSACTIONAL="true")
+    assert DatabaseSettings().decision_log == "log"
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("sqlite:///w.db", "needs a database that can prepare"),
+        ("postgresql+psycopg2://h/d", "is not there for the driver psycopg2"),
+    ],
+)
+def test_two_phase_is_refused_where_it_can_not_be(environment: Set, url: str, says: str) -> None:
+    environment(WRITER__URL=url, WRITER__TWO_PHASE="true")
+    problems = refused(ContradictorySettings) if "sqlite" in url else refused(_refusal_of(url))
+    assert any(says in message or "pip install" in message for message in problems.values())
+
+
+def _refusal_of(url: str) -> type[SettingsError]:
+    """psycopg2 need not be installed."""
+    from importlib.util import find_spec
+
+    return ContradictorySettings if find_spec("psycopg2") else SettingsError
+
+
+def test_the_name_of_a_two_phase_connection_is_short_enough_for_an_xid(environment: Set) -> None:
+    name = "a" * 23
+    environment(**{f"{name.upper()}__URL": "postgresql://h/d"})
+    assert name in DatabaseSettings().connections
+    environment(**{f"{name.upper()}__TWO_PHASE": "true"})
+    assert "at most 22 characters" in refused(ContradictorySettings)[f"APP_DB_CONNECTIONS__{name.upper()}__TWO_PHASE"]
+    environment(**{f"{'b' * 22}__URL".upper(): "postgresql://h/d", f"{'b' * 22}__TWO_PHASE".upper(): "true"})
+    assert set(refused(ContradictorySettings)) == variables(f"{name.upper()}__TWO_PHASE")

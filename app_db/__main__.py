@@ -1,0 +1,7 @@
+"""`python -m app_db`."""
+
+import sys
+
+from app_db.cli import main
+
+sys.exit(main())

@@ -1,0 +1,269 @@
+"""How the branches of a unit of work commit: one after the other, or together by preparing them first.
+
+Together means: every branch but the last resource is prepared, which is its database's promise that it can commit; then
+the decision to commit is made durable; then every branch is told. Whoever dies in between leaves prepared branches and,
+if it got that far, a decision: recovery brings the branches to it, or rolls them back where there is none. Prepared and
+told are all branches at once, so that it takes as long as the slowest of them, not as all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from app_db.branches import Branch, Stage, position
+from app_db.decision_places import DecisionPlaces
+from app_db.decisions import DecisionLog, Verdict
+from app_db.errors import (
+    AbortedByRecovery,
+    CommitUnconfirmed,
+    InvalidUse,
+    OutcomeUnknown,
+    PartialCommit,
+    TransactionLost,
+)
+from app_db.lines import Answer, Exchange, Outcome, exchange
+from app_db.statements import Effect
+
+if TYPE_CHECKING:
+    from app_db.preparing import Prepares
+
+log = logging.getLogger("app_db")
+
+
+class CommittingWork(Protocol):
+    """What committing has to know of the unit."""
+
+    branches: list[Branch]
+    errors_afterwards: list[Exception]
+    interruption: BaseException | None
+
+    @property
+    def unit_id(self) -> str: ...
+    @property
+    def places(self) -> DecisionPlaces: ...
+
+
+def flush_for_good(branches: Sequence[Branch]) -> None:
+    """Do all that precedes COMMIT on every branch: a listener may write where nothing was written, or have a session join."""
+    for branch in branches:  # of which there may be more by then
+        branch.flush_for_good()
+    late = next((branch.name for branch in branches if branch.has_unflushed), None)
+    if late is not None:
+        raise InvalidUse(
+            f"A listener to before_commit changed objects of the {late!r} session after their last flush",
+            "Change them in a before_commit hook of the unit of work",
+        )
+
+
+def commit_branches(work: CommittingWork) -> None:
+    """Commit all branches: those that were written together, where at most one of them can't be prepared."""
+    waiting = sorted(work.branches, key=position) if len(work.branches) > 1 else [*work.branches]
+    written = [branch for branch in waiting if branch.wrote]
+    if len(written) < 2 or len(unpreparable(written)) > 1:
+        _commit_one_by_one(waiting)
+        return
+    first = waiting.index(written[0])
+    _commit_one_by_one(waiting[:first])
+    AtomicCommit(work, written).run()
+    for branch in waiting[first + len(written) :]:
+        commit_or_log(branch)
+
+
+def unpreparable(branches: Sequence[Branch]) -> list[Branch]:
+    """Return those of the branches that can only be committed at once."""
+    return [branch for branch in branches if not branch.can_prepare]
+
+
+def _commit_one_by_one(waiting: list[Branch]) -> None:
+    committed: list[str] = []
+    while waiting:
+        branch = waiting.pop(0)
+        if committed and branch.effect is Effect.LOCKS:
+            commit_or_log(branch)
+            continue
+        try:
+            branch.commit()
+        except BaseException as error:
+            if branch.wrote and _is_lost(error):
+                raise OutcomeUnknown(branch.name, committed) from error
+            if committed:
+                partial = PartialCommit(committed, branch.name, [other.name for other in waiting if other.wrote])
+                if isinstance(error, Exception):
+                    raise partial from error
+                error.add_note(str(partial))  # an interruption goes on as what it is
+            raise
+        if waiting and branch.wrote:
+            committed.append(branch.name)
+
+
+def commit_or_log(branch: Branch) -> None:
+    """Commit a branch whose failure must not hide or change how the unit ends."""
+    try:
+        if branch.has_lost_transaction():
+            raise TransactionLost(branch.name)
+        branch.commit()
+    except Exception:
+        log.exception("The connection %r could not be committed", branch.name)
+        branch.roll_back()
+
+
+def _is_lost(error: BaseException) -> bool:
+    return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+class AtomicCommit:
+    """The way of one unit through prepare, decide and commit."""
+
+    def __init__(self, work: CommittingWork, written: Sequence[Branch]) -> None:
+        self._work = work
+        self._written = written
+        self._last = self._last_resource()
+        self._prepared = [branch for branch in written if branch is not self._last]
+        self._log: DecisionLog = work.places.configured if self._last is None else work.places.of(self._last.name)
+
+    def run(self) -> None:
+        """Commit, or raise after everything was rolled back. Once it is decided to commit, nothing is raised any more."""
+        try:
+            self._prepare()
+            self._decide()
+        except BaseException:
+            self._take_back()
+            raise
+        self._commit_prepared()
+
+    def _last_resource(self) -> Branch | None:
+        """Return the branch whose own COMMIT is the decision: the one that can't be prepared, or one that saves a write."""
+        places = self._work.places
+        candidates = unpreparable(self._written) or [branch for branch in self._written if places.are_in(branch.name)]
+        return candidates[0] if candidates else None
+
+    # -- prepare
+
+    def _prepare(self) -> None:
+        if self._last is not None:  # before an xid needs the id of the log, which may have to be made in this transaction
+            self._work.places.of(self._last.name).ensure_within(self._last.connection)
+        words = {branch: _prepares(branch).prepare(branch.xid) for branch in self._prepared}
+        if self._last is not None:
+            words |= self._words_of_decision(self._last)
+        for branch in self._prepared:
+            branch.stage = Stage.PREPARED  # perhaps, from here on
+        asked = _exchange(words)
+        for branch in asked.with_outcome(Outcome.REFUSED):
+            branch.stage = Stage.ACTIVE
+        if asked.interruption is not None:
+            raise asked.interruption
+        for branch, answer in asked.answers.items():
+            if answer.error is not None:
+                self._raise_refusal(branch, words[branch][-1], answer.error)
+
+    def _words_of_decision(self, last: Branch) -> dict[Branch, list[str]]:
+        """Return what writes the decision into the last resource's transaction; write it, where that has to be waited for."""
+        table, unit, names = self._work.places.of(last.name), self._work.unit_id, self._names
+        if last.home.prepares is not None:
+            return {last: [table.statement(unit, names)]}
+        try:
+            table.decide_within(last.connection, unit, names)
+        except IntegrityError as error:
+            raise AbortedByRecovery(unit) from error
+        return {}
+
+    @property
+    def _names(self) -> list[str]:
+        return sorted({branch.name for branch in self._prepared})
+
+    def _raise_refusal(self, branch: Branch, statement: str, error: BaseException) -> None:
+        better = branch.better_error(statement, error)
+        if branch is self._last and isinstance(better, IntegrityError):
+            raise AbortedByRecovery(self._work.unit_id) from better
+        raise better from None if better is error else error
+
+    # -- decide
+
+    def _decide(self) -> None:
+        try:
+            stands = self._decision_to_commit()
+        except BaseException as error:
+            if isinstance(error, Exception) and self._last is not None and not _is_lost(error):
+                raise  # its database has refused to commit, and so to decide
+            stands = self._settle_doubt(error)
+            if stands is Verdict.ABORT:
+                raise
+            if not isinstance(error, Exception):
+                self._work.interruption = error
+        if stands is Verdict.ABORT:
+            raise AbortedByRecovery(self._work.unit_id)
+
+    def _decision_to_commit(self) -> Verdict:
+        if self._last is None:
+            return self._log.decide(self._work.unit_id, Verdict.COMMIT, self._names)
+        self._last.commit()
+        return Verdict.COMMIT
+
+    def _settle_doubt(self, doubt: BaseException) -> Verdict:
+        """Find out whether a decision stands whose answer got lost: by deciding otherwise, which the first decision outlives."""
+        try:
+            if self._last is not None:
+                self._last.abandon()
+            return self._log.decide(self._work.unit_id, Verdict.ABORT, self._names)
+        except BaseException as error:  # noqa: BLE001  # one of the two is raised, with what it means
+            for branch in self._prepared:
+                branch.abandon()
+            unknown = OutcomeUnknown(self._log.place, prepared=self._names)
+            if isinstance(error, Exception) and isinstance(doubt, Exception):
+                raise unknown from doubt
+            interruption = doubt if isinstance(error, Exception) else error
+            interruption.add_note(str(unknown))
+            raise interruption from None
+
+    # -- carry out what was decided
+
+    def _commit_prepared(self) -> None:
+        unconfirmed = [branch.name for branch in self._tell(commit=True)]
+        for branch in self._written:
+            branch.end_session()
+        if unconfirmed:
+            error = CommitUnconfirmed(sorted(unconfirmed))
+            log.error("%s", error)
+            self._work.errors_afterwards.append(error)
+        else:
+            self._work.places.acknowledged(self._log, self._work.unit_id)
+
+    def _take_back(self) -> None:
+        for branch in self._tell(commit=False):
+            log.warning("%r stays prepared as %s until it is recovered", branch.name, branch.xid)
+
+    def _tell(self, *, commit: bool) -> list[Branch]:
+        """Tell all prepared branches how they end, and return those that may not have heard it."""
+        prepared = [branch for branch in self._prepared if branch.stage is Stage.PREPARED]
+        told = _exchange({branch: _words_of_end(branch, commit) for branch in prepared})
+        if told.interruption is not None:
+            self._work.interruption = told.interruption
+        return [branch for branch in prepared if not self._has_heard(branch, told.answers[branch], commit)]
+
+    def _has_heard(self, branch: Branch, answer: Answer, commit: bool) -> bool:
+        branch.stage = Stage.ENDED
+        if answer.outcome is Outcome.DONE or (answer.error is not None and _prepares(branch).is_missing(answer.error)):
+            return True
+        log.warning("%r did not answer when it was told how the unit ends", branch.name, exc_info=answer.error)
+        branch.abandon()
+        return branch.settle_elsewhere(commit=commit)
+
+
+def _exchange(words: dict[Branch, list[str]]) -> Exchange[Branch]:
+    return exchange({branch: (_prepares(branch).line(branch.driver_connection), said) for branch, said in words.items()})
+
+
+def _words_of_end(branch: Branch, commit: bool) -> list[str]:
+    prepares = _prepares(branch)
+    return prepares.commit_prepared(branch.xid) if commit else prepares.roll_back_prepared(branch.xid)
+
+
+def _prepares(branch: Branch) -> Prepares:
+    prepares = branch.home.prepares
+    if prepares is None:
+        raise InvalidUse(f"The connection {branch.name!r} can't be prepared", "Set its two_phase to false")
+    return prepares

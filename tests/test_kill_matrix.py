@@ -1,0 +1,296 @@
+"""A unit of work over several databases is in all of them or in none, whoever died and whenever, once recovery has run.
+
+Its client is killed at every step of the commit, and its servers are. Units that died at other steps lie about in the same
+databases when recovery is called, which is called as an operator would call it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Self
+
+import pytest
+from sqlalchemy.exc import DBAPIError
+
+from app_db.decision_file import FileLog
+from app_db.decisions import Verdict
+from crashing import Application, Outcome, Settings, Zygote
+from leftovers import Site, left_in, rows_of
+from servers import MariaDBServer, PostgresServer, Server, fresh_database
+
+_numbers = count(1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The kinds of the databases that are written to, by connections a, b, c, d, and where decisions go.
+
+    The log is one of those connections, or "file", or a kind: then it is in a database of its own.
+    """
+
+    kinds: str
+    log: str
+
+    def __str__(self) -> str:
+        return f"{self.kinds.replace(' ', '-')}-log-in-{self.log}"
+
+
+class Scene:
+    """Databases of a layout, and the settings of an application that uses them."""
+
+    def __init__(self, layout: Layout, servers: dict[str, Server], directory: Path) -> None:
+        self._servers = servers
+        self._directory = directory
+        self._stack = ExitStack()
+        self.sites = dict(zip("abcd", map(self._site, layout.kinds.split()), strict=False))
+        connections: dict[str, object] = {
+            name: {"url": site.url, **({} if site.server is None else {"two_phase": "true"})} for name, site in self.sites.items()
+        }
+        self.log_file: Path | None = None
+        self.log_site: Site | None = None
+        self.settings: Settings = {"connections": connections, "decision_log": layout.log}
+        if layout.log == "file":
+            self.log_file = directory / f"decisions_{next(_numbers)}"
+            self.settings["decision_log"] = f"file:{self.log_file}"
+        elif layout.log not in self.sites:
+            self.log_site = self._site(layout.log)
+            connections["log"] = {"url": self.log_site.url}
+            self.settings["decision_log"] = "log"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _site(self, kind: str) -> Site:
+        if kind == "sqlite":
+            return Site(f"sqlite:///{self._directory / f'kill_{next(_numbers)}.db'}?timeout=0.2")
+        server = self._servers[kind]
+        return Site(server.url(self._stack.enter_context(fresh_database(server, f"kill_{next(_numbers)}"))), server)
+
+    def all_sites(self) -> list[Site]:
+        return [*self.sites.values(), *([] if self.log_site is None else [self.log_site])]
+
+    def decided_to_commit(self) -> list[str]:
+        """The units of which somebody still keeps that they are to commit."""
+        found: list[str] = []
+        for site in self.all_sites():
+            with contextlib.suppress(DBAPIError):  # there is no table
+                found += [unit for (unit,) in site.query("SELECT unit FROM app_db_decisions WHERE verdict = 'commit'")]
+        if self.log_file is not None:
+            found += [decision.unit for decision in FileLog(self.log_file).decisions() if decision.verdict is Verdict.COMMIT]
+        return found
+
+    def drop_logs(self) -> None:
+        """Take every decision and every table of decisions away."""
+        for site in self.all_sites():
+            site.query("DROP TABLE IF EXISTS app_db_decisions")
+
+    def contradictions(self, outcomes: Sequence[Outcome]) -> list[str]:
+        """What is wrong with the units: a line each."""
+        rows = rows_of([outcome.unit for outcome in outcomes], self.sites)
+        return [wrong for outcome in outcomes if (wrong := outcome.contradicts(rows[outcome.unit]))]
+
+    def wait_for_servers(self) -> None:
+        """Wait until the servers have noticed which clients are gone."""
+        for site in self.all_sites():
+            if site.server is not None:
+                assert site.server.open_transactions(site.database, within=10) == []
+
+    def check_after_recovery(self, application: Application, outcomes: Sequence[Outcome]) -> None:
+        """See that nothing is left once recovery has run."""
+        self.wait_for_servers()
+        recovery = application.recover()
+        assert recovery.returncode == 0, recovery.stdout + recovery.stderr
+        assert self.contradictions(outcomes) == [], recovery.stdout
+        assert left_in(self.all_sites()) == []
+        application.settle(keep=0)
+        assert self.decided_to_commit() == []
+
+
+@pytest.fixture(scope="module")
+def clusters() -> Iterator[dict[str, Server]]:
+    with ExitStack() as stack:
+        servers: dict[str, Server] = {}
+        for name in ("postgresql", "other"):
+            servers[name] = PostgresServer(settings={"max_prepared_transactions": 200}).start()
+            stack.callback(servers[name].close)
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def servers(clusters: dict[str, Server]) -> Iterator[dict[str, Server]]:
+    mariadb = MariaDBServer().start()
+    yield {**clusters, "mariadb": mariadb}
+    mariadb.close()
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with Zygote() as zygote:
+        yield zygote
+
+
+@pytest.fixture(scope="module")
+def rescuer() -> Iterator[Zygote]:
+    # It meets locks of a process that waits for it, which would be in vain.
+    with Zygote(PGOPTIONS="-c lock_timeout=300ms") as zygote:
+        yield zygote
+
+
+# ---- the matrix can fail ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["ROLLBACK", "COMMIT"])
+def test_without_decisions_no_rule_for_what_is_prepared_is_right(
+    ending: str, zygote: Zygote, clusters: dict[str, Server], tmp_path: Path
+) -> None:
+    with Scene(Layout("postgresql other", "a"), clusters, tmp_path) as scene, zygote.application(scene.settings) as application:
+        outcomes = list(application.die_at_every_step("unit", way="by hand"))
+        assert outcomes[-1].committed
+        scene.wait_for_servers()
+        assert left_in(scene.all_sites(), within=0) != []
+        for site in scene.sites.values():
+            assert site.server is not None
+            for gid in site.prepared():
+                site.server.execute(f"{ending} PREPARED '{gid}'", database=site.database)  # not in a transaction
+        assert scene.contradictions(outcomes) != []
+        assert left_in(scene.all_sites()) == []
+
+
+# ---- clients are killed -------------------------------------------------------------------------------------------------
+
+TWO = [
+    Layout("postgresql other", "a"),
+    Layout("postgresql other", "other"),
+    Layout("postgresql other", "file"),
+    Layout("postgresql sqlite", "a"),
+    Layout("sqlite postgresql", "file"),
+    Layout("postgresql mariadb", "a"),
+    Layout("postgresql mariadb", "b"),
+    Layout("mariadb mariadb", "mariadb"),
+    Layout("mariadb mariadb", "file"),
+    Layout("mariadb sqlite", "postgresql"),
+]
+FOUR = [
+    Layout("postgresql other postgresql other", "c"),
+    Layout("postgresql mariadb other mariadb", "file"),
+    Layout("postgresql mariadb sqlite other", "postgresql"),
+    Layout("mariadb mariadb mariadb sqlite", "b"),
+    Layout("mariadb mariadb mariadb mariadb", "postgresql"),
+]
+
+
+@pytest.mark.parametrize("layout", TWO + FOUR, ids=str)
+def test_the_databases_agree_wherever_in_its_commit_a_client_was_killed(
+    layout: Layout, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
+) -> None:
+    with Scene(layout, servers, tmp_path) as scene, zygote.application(scene.settings) as application:
+        outcomes = [application.run("before"), *application.die_at_every_step("unit")]
+        assert outcomes[0].committed, outcomes[0].message
+        assert outcomes[-1].committed, outcomes[-1].message
+        scene.wait_for_servers()
+        assert left_in(scene.all_sites(), within=0) != [], "there is nothing to recover"
+        scene.check_after_recovery(application, outcomes)
+
+
+@pytest.mark.parametrize("layout", [Layout("postgresql other", "a"), Layout("postgresql sqlite", "a")], ids=str)
+def test_the_databases_agree_wherever_the_first_commit_of_all_was_killed(
+    layout: Layout, zygote: Zygote, clusters: dict[str, Server], tmp_path: Path
+) -> None:
+    """The first one makes the log, and each of these is the first one."""
+    with Scene(layout, clusters, tmp_path) as scene, zygote.application(scene.settings) as application:
+        for outcome in application.die_at_every_step("unit"):
+            scene.wait_for_servers()
+            application.settle()
+            assert scene.contradictions([outcome]) == []
+            assert left_in(scene.all_sites()) == []
+            scene.drop_logs()
+        assert outcome.committed, outcome.message
+
+
+# ---- servers are killed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "victims"),
+    [
+        (Layout("postgresql other", "a"), "postgresql"),
+        (Layout("postgresql other", "a"), "other"),
+        (Layout("postgresql other", "file"), "postgresql other"),
+        (Layout("postgresql other", "postgresql"), "postgresql"),
+        (Layout("postgresql sqlite", "a"), "postgresql"),
+        (Layout("postgresql mariadb", "b"), "mariadb"),
+        (Layout("postgresql other postgresql other", "b"), "other"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("back", ["at once", "afterwards"])
+def test_the_databases_agree_wherever_in_a_commit_a_server_was_killed(  # noqa: PLR0917  # pytest gives them by name
+    layout: Layout, victims: str, back: str, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
+) -> None:
+    unlucky = [servers[name] for name in victims.split()]
+    with Scene(layout, servers, tmp_path) as scene, zygote.application(scene.settings) as application:
+        outcomes = [application.run("before")]
+        for outcome in application.ask_at_every_step("unit", kill(unlucky, back)):
+            outcomes.append(outcome)
+            for server in unlucky:
+                server.start()
+        assert outcomes[-1].committed, outcomes[-1].message
+        scene.wait_for_servers()
+        # While a server is away, nobody can tell it; one that is back is told by the committer itself.
+        assert back == "at once" or left_in(scene.all_sites(), within=0) != [], "there is nothing to recover"
+        scene.check_after_recovery(application, outcomes)
+
+
+def kill(servers: Sequence[Server], back: str) -> Callable[[], None]:
+    def strike() -> None:
+        for server in servers:
+            server.stop("immediate")
+        if back == "at once":
+            for server in servers:
+                server.start()
+
+    return strike
+
+
+# ---- nobody is killed, and recovery takes those that commit for dead ------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["which is the first", "which is not the first"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("postgresql other", "a"),
+        Layout("postgresql other", "other"),
+        Layout("postgresql sqlite", "a"),
+        Layout("postgresql sqlite", "file"),
+        Layout("mariadb postgresql", "a"),
+        Layout("postgresql mariadb", "file"),
+    ],
+    ids=str,
+)
+def test_the_databases_agree_wherever_in_a_commit_a_recovery_ran(  # noqa: PLR0917  # pytest gives them by name
+    layout: Layout, first: bool, zygote: Zygote, rescuer: Zygote, servers: dict[str, Server], tmp_path: Path
+) -> None:
+    with (
+        Scene(layout, servers, tmp_path) as scene,
+        zygote.application(scene.settings) as application,
+        rescuer.application(scene.settings) as rescue,
+    ):
+        outcomes = [] if first else [application.run("before")]
+        for outcome in application.ask_at_every_step("unit", lambda: rescue.settle(patience=0.2)):
+            outcomes.append(outcome)
+            if first:
+                scene.drop_logs()
+        assert outcomes[-1].committed, outcomes[-1].message
+        # Who has written to SQLite shuts recovery out of the place where it would have to write the abort.
+        assert {outcome.error for outcome in outcomes} == {"", *([] if "sqlite" in layout.kinds else ["AbortedByRecovery"])}
+        assert scene.contradictions(outcomes) == []
+        assert left_in(scene.all_sites()) == []

@@ -1,0 +1,62 @@
+"""Processes that commit over two PostgreSQL clusters are killed at random, and nothing is wrong afterwards.
+
+The same for longer is `python tests/random_kills.py --kills 1000`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servers import available
+
+HERE = Path(__file__).parent
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    """Run the program and return what it has seen. It forks, which pytest should not do."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "random_kills.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    seen: dict[str, Any] = json.loads(done.stdout)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def _needs_postgresql(postgres: object) -> None:
+    """Skip or fail as all tests do that need it."""
+    assert "not found" not in available()["postgresql"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--kills", "80"),
+        ("--kills", "40", "--log", "file"),
+        ("--kills", "40", "--recoveries", "2", "--grace", "0"),
+        ("--kills", "30", "--restarts", "6"),
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_wrong_after_random_kills_with_recovery_running(arguments: tuple[str, ...]) -> None:
+    seen = run(*arguments)
+    assert set(seen["wrong"].values()) == {0}, seen
+    assert seen["acknowledged"] > seen["kills"], seen
+
+
+def test_without_recovery_the_same_leaves_something_wrong() -> None:
+    seen = run("--kills", "60", "--without-recovery")
+    assert seen["wrong"]["prepared or locked"] > 0, seen
+    assert seen["wrong"]["divergences"] > 0, seen
