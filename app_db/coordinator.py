@@ -25,7 +25,6 @@ from app_db.errors import (
     NotAtomic,
     TransactionLost,
     UnitOfWorkDoomed,
-    UnitOfWorkEnded,
     UnitOfWorkTimeout,
 )
 from app_db.manager import retryable
@@ -48,6 +47,8 @@ class Work:
     isolation: str | None = None
     timeout = NEVER
     deadline = NEVER
+    timed = False
+    """Whether the unit has a timeout."""
     hooks: Hooks | None = None
     finishing = False
     """Whether it is the unit that ends transactions now, so that sessions and connections let it."""
@@ -111,14 +112,12 @@ class Work:
 
     # -- what sessions ask
 
-    def require_open(self, subject: str, branch: Branch | None = None) -> None:
-        """Raise unless a session may begin or go on here; once branches are being committed, only what is one of them may."""
+    def is_open(self, branch: Branch | None = None) -> bool:
+        """Return whether a session may begin or go on here; once branches are being committed, only what is one of them may."""
         status = self.transaction.status
-        if status in ("Active", "Doomed"):
-            return
-        if status == "Committing" and self._joined and not self._ended and (branch is not None or not self._committing):
-            return
-        raise UnitOfWorkEnded(subject)
+        if status == "Committing":
+            return self._joined and not self._ended and (branch is not None or not self._committing)
+        return status in ("Active", "Doomed")
 
     def owner(self) -> str:
         """Return who owns the unit, where its transaction knows."""
@@ -145,6 +144,7 @@ class Work:
     def set_deadline(self, timeout: float, deadline: float) -> None:
         """Give the unit until `deadline`."""
         self.timeout, self.deadline = timeout, deadline
+        self.timed = deadline < NEVER
         for branch in self.branches:
             branch.apply_time_limit()
 
@@ -165,11 +165,6 @@ class Work:
             raise UnitOfWorkDoomed(reason or "its zope transaction was doomed")
         if self.transaction.status == "Commit failed":
             raise UnitOfWorkDoomed("a savepoint of it could not be taken or rolled back")
-
-    @property
-    def timed(self) -> bool:
-        """Whether the unit has a timeout."""
-        return self.deadline < NEVER
 
     def remaining(self) -> float:
         """Return the seconds that the unit has left."""
@@ -213,7 +208,8 @@ class Work:
         self._committing = True
         commit_branches(self)
         self._ended = True
-        self.forget()
+        self.branches.clear()
+        self._give_sessions_back()
 
     def tpc_finish(self, transaction: Transaction) -> None:
         """All is done by the vote."""
@@ -249,6 +245,13 @@ class Work:
         self.branches.clear()
         self._named.clear()
         self.sessions.clear()
+
+    def _give_sessions_back(self) -> None:
+        """Offer the sessions to units to come."""
+        sessions, self.sessions = self.sessions, {}
+        while sessions:
+            held: list[Any] = [sessions.popitem()[1]]  # and nowhere else, for what takes it to see that
+            held[0].home.idle.offer(held)
 
     def savepoint(self) -> WorkSavepoint:
         """Take a savepoint on every branch that has them."""

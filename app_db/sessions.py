@@ -8,13 +8,16 @@ joins through zope.sqlalchemy as changed, so nothing it writes depends on being 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet
+from weakref import WeakSet, getweakrefcount
 
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm.session import _new_sessionid, _sessions
 from sqlalchemy.util import ScopedRegistry
 from transaction.interfaces import NoTransaction
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
@@ -59,6 +62,7 @@ class SessionHome:
         self.autonomous = not settings.transactional
         self.two_phase = settings.two_phase
         self._keeps_decisions: bool | None = None
+        self.idle: IdleSessions | None = None
         self.watched: Dialect | None = None  # the last one passed to `_watch`, which spares asking for it at each beginning
 
     def engine_for(self, work: Work) -> Engine:
@@ -94,6 +98,10 @@ class UnitSession(Session):
         self.home = home
         self.branch: Branch | None = None
         self._work: Work | None = None
+        # A dispatcher looks up the listeners of an event when it is asked first, by way of an AttributeError for each.
+        dispatch: Any = self.dispatch
+        for event_name, listeners in dispatch._empty_listeners.items():
+            setattr(dispatch, event_name, listeners)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Any:
         """Return the engine to use. SQLAlchemy asks before all that needs the database, which makes this the place to check."""
@@ -111,13 +119,13 @@ class UnitSession(Session):
             self.enter(coordinator.work_of(transaction))
         elif transaction is not self._work.transaction:
             raise self._refusal(None)
-        elif transaction.status != "Active":
-            self._work.require_open(self._subject, self.branch)
+        elif transaction.status != "Active" and not self._work.is_open(self.branch):
+            raise UnitOfWorkEnded(self._subject)
 
     def enter(self, work: Work) -> None:
         """Belong to `work` from now on."""
-        if work.transaction.status != "Active":
-            work.require_open(self._subject)
+        if work.transaction.status != "Active" and not work.is_open():
+            raise UnitOfWorkEnded(self._subject)
         self._work = work
         self.bind = self.home.engine_for(work)
         if not (self.home.read_only or work.read_only):
@@ -198,7 +206,98 @@ class UnitSession(Session):
 def build_sessionmaker(home: SessionHome) -> sessionmaker[UnitSession]:
     """Return the maker of one connection's sessions."""
     settings = home.settings.session
-    return sessionmaker(class_=UnitSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit)
+    maker = sessionmaker(class_=UnitSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit)
+    home.idle = IdleSessions(maker)
+    return maker
+
+
+# ---- sessions that may be used again ---------------------------------------------------------------------------------
+
+
+def _references(held: Sequence[object]) -> int:
+    """Return how many references there are to the one object in `held`."""
+    return sys.getrefcount(held[0])
+
+
+_HAS_EXACT_COUNTS = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+_NO_OTHERS = _references([object()]) if _HAS_EXACT_COUNTS else -1
+_ITS_OWN = frozenset({"identity_map", "_new", "_deleted", "hash_key", "dispatch", "bind", "_work"})
+"""What a session has for itself, and gets anew: all else is as the maker made it, or the session isn't used again."""
+
+
+class _Make:
+    """What sessions are like that one maker made with the same arguments, and those of them that wait for a unit."""
+
+    def __init__(self, arguments: dict[str, Any], made: UnitSession) -> None:
+        dispatch: Any = made.dispatch
+        settings = {name: value for name, value in made.__dict__.items() if name not in _ITS_OWN}
+        self.arguments = arguments
+        self.idle: list[UnitSession] = []
+        self._usable = "info" not in settings  # which is a session's own, and may hold anything
+        self._count = len(made.__dict__)
+        self._settings_of = itemgetter(*settings)
+        self._settings = tuple(dict(value) if isinstance(value, dict) else value for value in settings.values())
+        self._listeners_of = attrgetter(*dispatch._empty_listeners)
+        self._no_listeners = tuple(dispatch._empty_listeners.values())
+
+    def fits(self, session: UnitSession) -> bool:
+        """Return whether a session is as it was made: with the settings it was made with, empty, and with no listeners."""
+        state = session.__dict__
+        try:
+            return (
+                self._usable
+                and len(state) == self._count
+                and self._settings_of(state) == self._settings
+                and self._listeners_of(state["dispatch"]) == self._no_listeners
+                and not (state["_new"] or state["_deleted"] or state["identity_map"])
+            )
+        except KeyError:
+            return False
+
+
+class IdleSessions:
+    """The sessions of one maker that units have done with. The next unit gets one, which is much cheaper than a new one.
+
+    That can't be told from getting a new one: a session waits here only if nobody holds it, not even weakly, and nobody has
+    changed it; and it leaves its identity behind, so that objects of the unit that has ended don't find it.
+    """
+
+    _most = 64
+
+    def __init__(self, maker: sessionmaker[UnitSession]) -> None:
+        self._maker = maker
+        self._make: _Make | None = None
+
+    def get(self) -> UnitSession:
+        """Return a session for a unit of work that begins to use one."""
+        make = self._make
+        if make is None or make.arguments != self._maker.kw:
+            arguments = dict(self._maker.kw)
+            made = self._maker()
+            self._make = _Make(arguments, made)
+            return made
+        try:
+            session = make.idle.pop()
+        except IndexError:
+            return self._maker()
+        session.hash_key = _new_sessionid()
+        _sessions[session.hash_key] = session
+        return session
+
+    def offer(self, held: list[UnitSession]) -> None:
+        """Take the one session in `held`, which has been committed and closed, unless that could be noticed."""
+        make = self._make
+        if (
+            make is not None
+            and _references(held) == _NO_OTHERS
+            and getweakrefcount(held[0]) == 1  # SQLAlchemy's, by the session's identity
+            and len(make.idle) < self._most
+            and make.fits(held[0])
+        ):
+            session = held.pop()
+            _sessions.pop(session.hash_key, None)
+            session.bind = session._work = None
+            make.idle.append(session)
 
 
 class UnitRegistry(ScopedRegistry[UnitSession]):
@@ -207,15 +306,16 @@ class UnitRegistry(ScopedRegistry[UnitSession]):
     def __init__(self, maker: sessionmaker[UnitSession]) -> None:
         super().__init__(maker, lambda: None)
         self._home: SessionHome = maker.kw["home"]
+        self._idle = self._home.idle or IdleSessions(maker)
 
     def __call__(self) -> UnitSession:
         work = self._work()
-        session = work.sessions.get(self._home.name)
+        session: Any = work.sessions.get(self._home.name)  # a unit of work knows sessions in general
         if session is None:
-            made: UnitSession = self.createfunc()
+            made = self._idle.get()
             made.enter(work)
             session = work.sessions.setdefault(self._home.name, made)  # threads of one unit get one session
-        return cast("UnitSession", session)  # a unit of work knows sessions in general
+        return session  # type: ignore[no-any-return]
 
     def has(self) -> bool:
         return self._home.name in self._work().sessions
@@ -245,13 +345,13 @@ def build_scoped_session(maker: sessionmaker[UnitSession]) -> scoped_session[Uni
 # ---- listeners -----------------------------------------------------------------------------------------------------
 
 
-@event.listens_for(UnitSession, "before_attach")
-def _require_unit_to_attach(session: UnitSession, instance: object) -> None:
+@event.listens_for(UnitSession, "before_attach", raw=True)  # raw: the object isn't asked for, so it needn't be looked up
+def _require_unit_to_attach(session: UnitSession, state: object) -> None:
     session.require_unit()
 
 
-@event.listens_for(UnitSession, "after_attach")
-def _join_with_object(session: UnitSession, instance: object) -> None:
+@event.listens_for(UnitSession, "after_attach", raw=True)
+def _join_with_object(session: UnitSession, state: object) -> None:
     _branch_of(session)
 
 
@@ -282,12 +382,14 @@ def _refuse_foreign_commit(session: UnitSession) -> None:
 
 def _branch_of(session: UnitSession) -> Branch:
     """Return the branch that the session is, which it becomes by joining."""
-    if session.branch is None or session.branch.finished:
+    branch = session.branch
+    if branch is None or branch.finished:
         # Of zope.sqlalchemy's listeners only the joining is needed: the others notice writes, and these sessions join as
         # changed. Listening to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
         manager: Any = session.home.coordinator  # it has what zope.sqlalchemy asks of a manager
         join_transaction(session, STATUS_CHANGED, manager)
-    return cast(Branch, session.branch)
+        return cast(Branch, session.branch)
+    return branch
 
 
 _watched: WeakSet[Dialect] = WeakSet()

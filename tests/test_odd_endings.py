@@ -84,14 +84,14 @@ def test_a_session_used_after_the_commit_but_before_zope_lets_go_is_refused(sqli
 def test_an_interruption_between_two_commits_says_what_was_committed(new_sqlite_url: Callable[[], str]) -> None:
     with running("best_effort", first=new_sqlite_url(), second=new_sqlite_url()) as app:
 
-        def interrupt(session: Session) -> None:
+        def interrupt(connection: Any) -> None:
             if app.names("first") == ["a"]:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt) as caught, app.unit():
             app.add("a", "first")
             app.add("b", "second")
-            event.listen(app.session("second"), "before_commit", interrupt)
+            event.listen(app.engine("second"), "commit", interrupt)
         assert caught.value.__notes__ == [str(PartialCommit(["first"], "second", []))]
         assert (app.names("first"), app.names("second")) == (["a"], [])
 
