@@ -209,7 +209,7 @@ class Branch:
         wrapped = DBAPIError.instance(
             statement, None, error, dialect.loaded_dbapi.Error, connection_invalidated=lost, dialect=dialect
         )
-        if lost:
+        if lost and self.stage is not Stage.PREPARED:  # one that may be prepared is still to be told elsewhere
             self.abandon()
         return wrapped
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from app_db.decision_places import DecisionPlaces
 from app_db.decisions import DecisionLog, Verdict
-from app_db.errors import Problem, TwoPhaseUnavailable
+from app_db.errors import Problem, TwoPhaseUnavailable, in_one_line
 from app_db.preparing import prepares_of
 from app_db.sources import variable_for
 from app_db.xids import new_unit_id
@@ -48,7 +48,7 @@ def _server(places: DecisionPlaces, name: str) -> str | None:
             return prepares.problem(connection)
     except Exception as error:
         log.debug("The server of %r can't be asked", name, exc_info=True)
-        return f"the server can't be asked whether it can prepare ({_short(error)})."
+        return f"the server can't be asked whether it can prepare ({in_one_line(error)})."
 
 
 def _log(configured: DecisionLog) -> Iterator[Problem]:
@@ -58,9 +58,6 @@ def _log(configured: DecisionLog) -> Iterator[Problem]:
         configured.forget([unit])
     except Exception as error:
         log.debug("Nothing can be written to %s", configured.place, exc_info=True)
-        yield Problem(variable_for(("decision_log",)), f"decisions can't be written to {configured.place} ({_short(error)}).")
-
-
-def _short(error: BaseException) -> str:
-    cause = getattr(error, "orig", None) or error
-    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0].rstrip('.')}"
+        yield Problem(
+            variable_for(("decision_log",)), f"decisions can't be written to {configured.place} ({in_one_line(error)})."
+        )

@@ -15,7 +15,7 @@ from typing import Any
 
 from app_db.container import DatabaseContainer, container_of
 from app_db.decisions import Verdict
-from app_db.errors import AppDbError
+from app_db.errors import AppDbError, in_one_line
 from app_db.recovery import GRACE, BranchInDoubt, BranchState, Settlement, UnitInDoubt
 from app_db.settings import DatabaseSettings
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted. Nothing is lost by that: run it again.", file=sys.stderr)
     except Exception as error:  # noqa: BLE001  # an operator has no use for a traceback
-        print(f"app_db could not go on: {_first_line(error)}", file=sys.stderr)
+        print(f"app_db could not go on: {in_one_line(error)}", file=sys.stderr)
     return COULD_NOT_RUN
 
 
@@ -237,11 +237,6 @@ def _sum(settlement: Settlement, application: str, dry_run: bool) -> str:
 
 def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-def _first_line(error: BaseException) -> str:
-    cause = getattr(error, "orig", None) or error
-    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
 
 
 # ---- check --------------------------------------------------------------------------------------------------------------

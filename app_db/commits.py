@@ -1,9 +1,10 @@
 """How the branches of a unit of work commit: one after the other, or together by preparing them first.
 
-Together means: every branch but the last resource is prepared, which is its database's promise that it can commit; then
-the decision to commit is made durable; then every branch is told. Whoever dies in between leaves prepared branches and,
-if it got that far, a decision: recovery brings the branches to it, or rolls them back where there is none. Prepared and
-told are all branches at once, so that it takes as long as the slowest of them, not as all of them.
+Together means: it is settled in which log the unit is decided, and its id says so; every branch but the last resource is
+prepared, which is its database's promise that it can commit; then the decision to commit is made durable; then every branch is
+told. Whoever dies in between leaves prepared branches and, if it got that far, a decision: recovery brings the branches to it,
+or rolls them back where there is none. Prepared and told are all branches at once, so that it takes as long as the slowest of
+them, not as all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from app_db.errors import (
 )
 from app_db.lines import Answer, Exchange, Outcome, exchange
 from app_db.statements import Effect
+from app_db.xids import log_of
 
 if TYPE_CHECKING:
     from app_db.preparing import Prepares
@@ -43,6 +45,7 @@ class CommittingWork(Protocol):
 
     @property
     def unit_id(self) -> str: ...
+    def name_unit(self, decided_in: DecisionLog) -> str: ...
     @property
     def places(self) -> DecisionPlaces: ...
 
@@ -124,10 +127,13 @@ class AtomicCommit:
         self._last = self._last_resource()
         self._prepared = [branch for branch in written if branch is not self._last]
         self._log: DecisionLog = work.places.configured if self._last is None else work.places.of(self._last.name)
+        self._logs = [self._log]
+        """Where something stands about the unit once it is decided."""
 
     def run(self) -> None:
         """Commit, or raise after everything was rolled back. Once it is decided to commit, nothing is raised any more."""
         try:
+            self._settle_on_log()
             self._prepare()
             self._decide()
         except BaseException:
@@ -141,11 +147,22 @@ class AtomicCommit:
         candidates = unpreparable(self._written) or [branch for branch in self._written if places.are_in(branch.name)]
         return candidates[0] if candidates else None
 
+    def _settle_on_log(self) -> None:
+        """See to it that who finds a branch prepared can tell by its xid in which log the unit is decided."""
+        unit, decides = self._work.name_unit(self._log), self._log.id
+        if log_of(unit) == decides:
+            return
+        # A branch has begun under its xid, before anybody could know that the unit has a last resource, or which one.
+        named_after = self._work.places.configured
+        if log_of(unit) != named_after.id:
+            raise InvalidUse("The decision log was replaced while a unit of work was under way", "Run the unit again")
+        if named_after.decide(unit, Verdict.MOVED, [decides, *self._names]) is Verdict.ABORT:
+            raise AbortedByRecovery(unit)
+        self._logs.append(named_after)
+
     # -- prepare
 
     def _prepare(self) -> None:
-        if self._last is not None:  # before an xid needs the id of the log, which may have to be made in this transaction
-            self._work.places.of(self._last.name).ensure_within(self._last.connection)
         words = {branch: _prepares(branch).prepare(branch.xid) for branch in self._prepared}
         if self._last is not None:
             words |= self._words_of_decision(self._last)
@@ -230,7 +247,8 @@ class AtomicCommit:
             log.error("%s", error)
             self._work.errors_afterwards.append(error)
         else:
-            self._work.places.acknowledged(self._log, self._work.unit_id)
+            for decision_log in self._logs:
+                self._work.places.acknowledged(decision_log, self._work.unit_id)
 
     def _take_back(self) -> None:
         for branch in self._tell(commit=False):

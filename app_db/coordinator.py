@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
     from transaction import Transaction
 
+    from app_db.decisions import DecisionLog
     from app_db.hooks import Hooks
 
 log = logging.getLogger("app_db")
@@ -80,12 +81,16 @@ class Work:
         """Where the decision about the unit can be written."""
         return self._coordinator.places()
 
+    def name_unit(self, decided_in: DecisionLog) -> str:
+        """Return the unit's name. If it has none yet, it gets one that says in which log it is decided."""
+        if self._unit_id is None:
+            self._unit_id = new_unit_id(decided_in.id)
+        return self._unit_id
+
     @property
     def unit_id(self) -> str:
         """The name of the unit in the decision log and in every xid of its branches."""
-        if self._unit_id is None:
-            self._unit_id = new_unit_id(self.places.configured.id)
-        return self._unit_id
+        return self._unit_id or self.name_unit(self.places.configured)
 
     def xid_for(self, branch: Branch) -> Xid:
         """Return the name by which a database is to know a branch of this unit."""

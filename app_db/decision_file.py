@@ -15,7 +15,7 @@ from pathlib import Path
 
 from app_db.decisions import Decision, Verdict, batches, by_age, made
 from app_db.errors import DecisionFileDamaged, DecisionFileFull
-from app_db.xids import check_log_id, check_unit_id, new_log_id
+from app_db.xids import check_log_id, check_unit_id, log_id_for, new_log_id
 
 _FORMAT = "app_db-decisions 1"
 _NONE = "-"
@@ -33,8 +33,16 @@ class FileLog:
     Who waits for the others for longer than about `lock_wait` seconds gets a TimeoutError.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = 16 * 1024 * 1024, lock_wait: float = 10.0) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        application: str = "app_db",
+        *,
+        max_bytes: int = 16 * 1024 * 1024,
+        lock_wait: float = 10.0,
+    ) -> None:
         self._path = Path(path).resolve()
+        self._application = application
         self.place = f"the file {self._path}"
         self._max_bytes = max_bytes
         self._lock_wait = lock_wait
@@ -45,11 +53,19 @@ class FileLog:
 
     @property
     def id(self) -> str:
-        """The log's id, which is in the file's first line."""
+        """The application's id of the log, made of what is in the file's first line."""
         if not self._id:
             with self._locked():
                 pass
-        return self._id
+        return log_id_for(self._application, self._id)
+
+    def id_if_made(self) -> str | None:
+        """Return the id of a log that is there. Looking makes nothing."""
+        try:
+            made = self._path.stat().st_size >= _HEADING_LENGTH
+        except FileNotFoundError:
+            made = False
+        return self.id if made else None
 
     def decide(self, unit: str, verdict: Verdict, branches: Sequence[str]) -> Verdict:
         """Write a verdict unless one stands; return the one that stands. It is on disk by then."""
@@ -64,8 +80,12 @@ class FileLog:
 
     def find(self, unit: str) -> Verdict | None:
         """Return the verdict that stands about a unit, if there is one. It is on disk by then, whoever wrote it."""
-        standing = self._read().get(check_unit_id(unit))
-        return None if standing is None else standing.verdict
+        found = self.decision(unit)
+        return None if found is None else found.verdict
+
+    def decision(self, unit: str) -> Decision | None:
+        """Return all that stands about a unit, if something does. It is on disk by then, whoever wrote it."""
+        return self._read().get(check_unit_id(unit))
 
     def decisions(self) -> list[Decision]:
         """Return all decisions that stand, oldest first."""

@@ -1,19 +1,17 @@
-"""The places where the decisions about a container's units can be: the log that is configured, and the last resources."""
+"""The places where a container's units are decided: the log that is configured, and the tables of the last resources.
+
+Each unit is decided in one of them, and the first characters of its id say in which.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from base64 import b32encode
 from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
-from app_db.decision_file import FileLog
 from app_db.decisions import DecisionLog, TableLog
 from app_db.engines import build_engine
 from app_db.errors import InvalidUse
@@ -35,8 +33,8 @@ class DecisionPlaces:
         self._settings = settings
         self._engine = engine
         self._own_engines: dict[str, Engine] = {}
-        self._tables: dict[str, _Table] = {}
-        self._files: dict[str, _File] = {}
+        self._tables: dict[tuple[str, str], TableLog] = {}
+        self._files: dict[tuple[str, str], DecisionLog] = {}
         self._lock = Lock()
         self._acknowledged: dict[DecisionLog, list[str]] = {}
         _places.add(self)
@@ -47,49 +45,33 @@ class DecisionPlaces:
         chosen = self._chosen()
         if not chosen.startswith(FILE):
             return self.of(chosen)
-        path = chosen.removeprefix(FILE)
+        from app_db.decision_file import FileLog  # needs locks of Unix
+
+        path, application = key = chosen.removeprefix(FILE), self._settings().application
         with self._lock:
-            if path not in self._files:
-                self._files[path] = _File(Path(path), self._application)
-            return self._files[path]
+            if key not in self._files:
+                self._files[key] = FileLog(path, application)
+            return self._files[key]
 
     def of(self, connection: str) -> TableLog:
         """Return the table of decisions in a connection's database."""
+        key = connection, self._settings().application
         with self._lock:
-            if connection not in self._tables:
-                self._tables[connection] = _Table(connection, lambda: self.engine(connection), self._application)
-            return self._tables[connection]
+            if key not in self._tables:
+                self._tables[key] = TableLog(connection, lambda: self.engine(connection), key[1])
+            return self._tables[key]
 
     def are_in(self, connection: str) -> bool:
         """Return whether the configured log is a table in the database of `connection`."""
         return self._chosen() == connection
 
+    def may_be_in(self, connection: str) -> bool:
+        """Return whether there are units that are decided in a table in the database of `connection`."""
+        return bool(self.two_phase()) and (self.are_in(connection) or connection in self._last_resources())
+
     def all(self) -> list[DecisionLog]:
-        """Return all places where a decision may be: the configured log, and the tables of the possible last resources."""
-        settings = self._settings()
-        others = [name for name, connection in settings.connections.items() if _may_be_last_resource(connection)]
-        return [self.configured, *(self.of(name) for name in sorted(others) if not self.are_in(name))]
-
-    def is_made(self, place: DecisionLog) -> bool:
-        """Return whether a log is there, without making it."""
-        return self.missing_file(place) is None and (not isinstance(place, TableLog) or place.exists())
-
-    def missing_file(self, place: DecisionLog) -> Path | None:
-        """Return the file of a log, or of the SQLite database that it is in, if that file is not there."""
-        if isinstance(place, _File):
-            path: Path | None = place.path
-        else:
-            path = None if not isinstance(place, _Table) else _sqlite_file(self._url(place.connection))
-        return None if path is None or path.exists() else path
-
-    def may_be_decided_in(self, place: DecisionLog) -> bool:
-        """Return whether the decision about a unit of which a branch is prepared may come to stand in a log.
-
-        Whoever decides in a table makes it, and only then prepares. On SQLite the transaction that decides makes it.
-        """
-        if isinstance(place, _Table) and self.engine(place.connection).dialect.name != "sqlite":
-            return place is self.configured or place.exists()
-        return True
+        """Return all places where units are decided: the configured log, and the tables of the possible last resources."""
+        return [self.configured, *(self.of(name) for name in self._last_resources() if not self.are_in(name))]
 
     def two_phase(self) -> list[str]:
         """Return the connections whose databases may hold prepared branches."""
@@ -144,8 +126,10 @@ class DecisionPlaces:
     def _url(self, connection: str) -> URL:
         return self._settings().connection(connection).sqlalchemy_url()
 
-    def _application(self) -> str:
-        return self._settings().application
+    def _last_resources(self) -> list[str]:
+        """Return the connections that may take part without being prepared."""
+        connections = self._settings().connections
+        return sorted(name for name, connection in connections.items() if _may_be_last_resource(connection))
 
     def _chosen(self) -> str:
         settings = self._settings()
@@ -159,48 +143,6 @@ class DecisionPlaces:
 
 def _may_be_last_resource(connection: ConnectionSettings) -> bool:
     return connection.transactional and not (connection.two_phase or connection.read_only)
-
-
-# ---- logs as one application sees them ------------------------------------------------------------------------------------
-
-# Several applications may keep their decisions in one place. Each has its own id there, with which its units begin, so that none
-# forgets what another one needs.
-
-
-class _Table(TableLog):
-    def __init__(self, connection: str, engine: Callable[[], Engine], application: Callable[[], str]) -> None:
-        super().__init__(connection, engine)
-        self.connection = connection
-        self._application = application
-
-    @property
-    def id(self) -> str:
-        return _id_for(self._application(), super().id)
-
-
-class _File(FileLog):
-    def __init__(self, path: Path, application: Callable[[], str]) -> None:
-        super().__init__(path)
-        self.path = path
-        self._application = application
-
-    @property
-    def id(self) -> str:
-        return _id_for(self._application(), super().id)
-
-
-@lru_cache
-def _id_for(application: str, log_id: str) -> str:
-    """Return an application's own id of a log."""
-    return b32encode(hashlib.sha256(f"{log_id} {application}".encode()).digest()).decode()[:6]
-
-
-def _sqlite_file(url: URL) -> Path | None:
-    """Return the file of a SQLite database that has one."""
-    name = url.database
-    if url.get_backend_name() != "sqlite" or not name or name == ":memory:" or url.query.get("mode") == "memory":
-        return None
-    return Path(name.removeprefix("file:").partition("?")[0])
 
 
 _places: WeakSet[DecisionPlaces] = WeakSet()

@@ -3,6 +3,9 @@
 A decision stands under its unit's id, and whoever writes first wins: the committer, who writes commit once every branch is
 prepared, or a recovery, which writes abort before it rolls anything back. Both obey what stands.
 
+A unit is decided in one log, and in no other: its id begins with that log's. A unit that had to be named before its log was
+known, and is decided in another one, has MOVED: the log that it begins with says so, from before anything is prepared.
+
 A unit about which nothing stands has not committed. So a decision to commit may be forgotten only when no branch of the unit is
 prepared any more, and one to abort only when no committer can come to ask.
 """
@@ -11,20 +14,23 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sqlalchemy import Column, Double, MetaData, String, Table, Text
+from sqlalchemy import Column, Double, Engine, MetaData, String, Table, Text, inspect
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.schema import CreateTable
 
-from app_db.xids import check_connection_name, check_log_id, check_unit_id, new_log_id
+from app_db.xids import check_connection_name, check_log_id, check_unit_id, log_id_for, new_log_id
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine, RootTransaction
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import URL
 
 
 class Verdict(StrEnum):
@@ -32,6 +38,8 @@ class Verdict(StrEnum):
 
     COMMIT = "commit"
     ABORT = "abort"
+    MOVED = "moved"
+    """It is decided in another log."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,25 @@ class Decision:
     unit: str
     verdict: Verdict
     branches: tuple[str, ...]
+    """The connections of its prepared branches. If it has moved, the id of the log that decides comes before them."""
     decided_at: float
 
     def __post_init__(self) -> None:
         check_unit_id(self.unit)
-        for branch in self.branches:
-            check_connection_name(branch)
+        if self.verdict is Verdict.MOVED:
+            check_log_id(self.moved_to)
+        for connection in self.connections:
+            check_connection_name(connection)
+
+    @property
+    def moved_to(self) -> str:
+        """The id of the log that decides instead, or nothing."""
+        return self.branches[0] if self.verdict is Verdict.MOVED and self.branches else ""
+
+    @property
+    def connections(self) -> tuple[str, ...]:
+        """The connections of its prepared branches."""
+        return self.branches[1:] if self.verdict is Verdict.MOVED else self.branches
 
 
 class DecisionLog(Protocol):
@@ -59,7 +80,11 @@ class DecisionLog(Protocol):
 
     @property
     def id(self) -> str:
-        """The log's id, which is made with the log and stays; asking for it makes the log."""
+        """The application's id of the log, which stays; asking for it makes the log. It is durable by then."""
+        ...
+
+    def id_if_made(self) -> str | None:
+        """Return the id of a log that is there. Looking makes nothing."""
         ...
 
     def decide(self, unit: str, verdict: Verdict, branches: Sequence[str]) -> Verdict:
@@ -71,6 +96,10 @@ class DecisionLog(Protocol):
 
     def find(self, unit: str) -> Verdict | None:
         """Return the verdict that stands about a unit, if there is one."""
+        ...
+
+    def decision(self, unit: str) -> Decision | None:
+        """Return all that stands about a unit, if something does."""
         ...
 
     def decisions(self) -> list[Decision]:
@@ -121,7 +150,7 @@ _COLUMNS = "unit, verdict, branches, decided_at"
 
 _DURABLE = (
     "set_config('synchronous_commit', CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' "
-    "ELSE current_setting('synchronous_commit') END, true)"
+    "ELSE current_setting('synchronous_commit') END, {local})"
 )
 """With `synchronous_commit = off`, PostgreSQL answers COMMIT before the commit is on disk. It never does so for prepared
 branches, and must not for what decides about them."""
@@ -136,74 +165,42 @@ class TableLog:
     about the same unit, and is a DBAPIError then; SQLite waits as long as its connections are told to.
     """
 
-    def __init__(self, connection_name: str, engine: Callable[[], Engine], *, lock_wait: float = 5.0) -> None:
-        self.place = f"the table {_TABLE} of {connection_name!r}"
+    def __init__(
+        self, connection: str, engine: Callable[[], Engine], application: str = "app_db", *, lock_wait: float = 5.0
+    ) -> None:
+        self.place = f"the table {_TABLE} of {connection!r}"
         self._engine = engine
+        self._application = application
         self._lock_wait = lock_wait
-        self._id: str | None = None
-        self._ensured: weakref.ref[Engine] | None = None
-        self._creation: weakref.ref[RootTransaction] | None = None
+        self._made: tuple[weakref.ref[Engine], str] | None = None
 
     @property
     def id(self) -> str:
-        """The log's id. Where `ensure_within` may have to make the log, ask after it."""
-        if self._id is None:
-            self.ensure()
-        if self._id is None:
-            raise RuntimeError("ensure() has found no id")  # can't happen
-        return self._id
+        """The application's id of the log, which is on disk by then."""
+        return log_id_for(self._application, self.ensure())
 
-    def exists(self) -> bool:
-        """Return whether the log has been made, without making it."""
-        return bool(self._read(_select_id()))
+    def id_if_made(self) -> str | None:
+        """Return the id of a log that is there. Looking makes nothing, not even an empty SQLite file."""
+        file = _sqlite_file(self._engine().url)
+        found = self._read(_select_id()) if file is None or file.exists() else []
+        return log_id_for(self._application, check_log_id(found[0][0])) if found else None
 
-    def ensure(self) -> None:
-        """Make the table and the log's id unless they are there. Others may do so at the same time."""
-        engine = self._engine()
-        if not self._is_ensured(engine):
-            self._remember(self._found_or_created(engine), engine)
+    def ensure(self) -> str:
+        """Make the table and the log's id unless they are there; return what was made. Others may do so at the same time.
 
-    def ensure_within(self, connection: Connection) -> None:
-        """Do the same inside the transaction under way on `connection` if its database is one that has one writer at a time.
-
-        Should that transaction roll back, so does this, and the next call does it again.
+        It is a transaction of its own, for which SQLite waits until nobody writes: do it before writing there.
         """
-        if connection.dialect.name != "sqlite":
-            self.ensure()
-        elif not self._is_ensured(self._engine()):
-            self._ensure_within(connection)
-
-    def _ensure_within(self, connection: Connection) -> None:
-        connection.execute(CreateTable(_table, if_not_exists=True))
-        found = connection.exec_driver_sql(_select_id()).scalar()
-        transaction = connection.get_transaction()
-        if found is None:
-            self._id = self._id or new_log_id()
-            connection.exec_driver_sql(_insert_id(self._id))
-            self._creation = None if transaction is None else weakref.ref(transaction)
-        elif self._creation is not None and self._creation() is transaction:
-            self._id = check_log_id(found)
-        else:  # made by another transaction, which has committed, or this one would not see it
-            self._remember(check_log_id(found), self._engine())
+        engine, made = self._engine(), self._made
+        if made is None or made[0]() is not engine:
+            made = self._made = weakref.ref(engine), self._found_or_made(engine)
+        return made[1]
 
     def decide(self, unit: str, verdict: Verdict, branches: Sequence[str]) -> Verdict:
         """Write a verdict in a transaction of its own, unless one stands; return the one that stands."""
         decision = made(unit, verdict, branches)
         self.ensure()
-        for attempt in range(1, _ATTEMPTS + 1):
-            engine = self._engine()
-            try:
-                self._write(engine, self._insert(decision, engine, f"{1000 * self._lock_wait:.0f}"))
-                return verdict
-            except DBAPIError as error:
-                refused = isinstance(error, IntegrityError)
-                standing = self.find(unit) if refused else None
-                if standing is not None:
-                    return standing
-                # Forgotten since, lost with its connection, or rolled back: first one wins whoever asks, and however often.
-                if attempt == _ATTEMPTS or not (refused or _is_worth_repeating(error)):
-                    raise
-        raise AssertionError("unreachable")
+        with self._engine_for(verdict) as engine:
+            return self._decide(decision, engine)
 
     def decide_within(self, connection: Connection, unit: str, branches: Sequence[str]) -> None:
         """Write commit in the transaction under way on `connection`, whose COMMIT is then the decision.
@@ -218,17 +215,17 @@ class TableLog:
 
     def find(self, unit: str) -> Verdict | None:
         """Return the verdict that stands about a unit, if there is one."""
-        rows = self._read(f"SELECT verdict FROM {_TABLE} WHERE unit = '{check_unit_id(unit)}'")  # noqa: S608  # checked
-        return Verdict(rows[0][0]) if rows else None
+        found = self.decision(unit)
+        return None if found is None else found.verdict
+
+    def decision(self, unit: str) -> Decision | None:
+        """Return all that stands about a unit, if something does."""
+        return self._decision(unit, self._engine())
 
     def decisions(self) -> list[Decision]:
         """Return all decisions that stand, oldest first."""
         rows = self._read(f"SELECT {_COLUMNS} FROM {_TABLE} WHERE unit <> '{_ID_ROW}'")  # noqa: S608  # constants
-        found = [
-            Decision(unit, Verdict(verdict), tuple(filter(None, branches.split(","))), decided_at)
-            for unit, verdict, branches, decided_at in rows
-        ]
-        return sorted(found, key=by_age)
+        return sorted(map(_decision_of, rows), key=by_age)
 
     def forget(self, units: Collection[str]) -> None:
         """Remove what stands about `units`."""
@@ -236,28 +233,61 @@ class TableLog:
             listed = ", ".join(f"'{unit}'" for unit in batch)
             self._write(self._engine(), f"DELETE FROM {_TABLE} WHERE unit IN ({listed})")  # noqa: S608  # checked
 
-    def _is_ensured(self, engine: Engine) -> bool:
-        return self._ensured is not None and self._ensured() is engine
+    @contextmanager
+    def _engine_for(self, verdict: Verdict) -> Generator[Engine]:
+        """Return the engine to write a verdict by: a unit that moves may itself hold the only connection of the usual one."""
+        if verdict is Verdict.MOVED:
+            with _beside(self._engine()) as engine:
+                yield engine
+        else:
+            yield self._engine()
 
-    def _remember(self, log: str, engine: Engine) -> None:
-        self._id = log
-        self._creation = None
-        self._ensured = weakref.ref(engine)
-
-    def _found_or_created(self, engine: Engine) -> str:
+    def _decide(self, decision: Decision, engine: Engine) -> Verdict:
         for attempt in range(1, _ATTEMPTS + 1):
-            found = self._read(_select_id())
-            if found:
-                return check_log_id(found[0][0])
             try:
-                with engine.begin() as connection:
-                    connection.execute(CreateTable(_table, if_not_exists=True))
-                    connection.exec_driver_sql(_insert_id(self._id or new_log_id()))
-            except DBAPIError:  # most likely somebody else is doing the same, and IF NOT EXISTS helps PostgreSQL little
-                if attempt == _ATTEMPTS and not self._read(_select_id()):
+                self._write(engine, self._insert(decision, engine, f"{1000 * self._lock_wait:.0f}"))
+                return decision.verdict
+            except DBAPIError as error:
+                refused = isinstance(error, IntegrityError)
+                standing = self._decision(decision.unit, engine) if refused else None
+                if standing is not None:
+                    return standing.verdict
+                # Forgotten since, lost with its connection, or rolled back: first one wins whoever asks, and however often.
+                if attempt == _ATTEMPTS or not (refused or _is_worth_repeating(error)):
                     raise
-                time.sleep(0.01 * attempt)
-        return check_log_id(self._read(_select_id())[0][0])
+        raise AssertionError("unreachable")
+
+    def _decision(self, unit: str, engine: Engine) -> Decision | None:
+        rows = self._read(f"SELECT {_COLUMNS} FROM {_TABLE} WHERE unit = '{check_unit_id(unit)}'", engine)  # noqa: S608  # checked
+        return _decision_of(rows[0]) if rows else None
+
+    def _found_or_made(self, usual: Engine) -> str:
+        """Return what is in the row of the id, made at the same time by whoever needs it, and once."""
+        give_up = time.monotonic() + self._lock_wait
+        with _beside(usual) as engine:
+            for attempt in range(_ATTEMPTS):
+                found = self._read(_select_id(), engine)
+                if found:
+                    return check_log_id(found[0][0])
+                try:
+                    self._make(engine)
+                except DBAPIError:  # most likely somebody else is doing the same, and IF NOT EXISTS helps PostgreSQL little
+                    if attempt == _ATTEMPTS - 1 or time.monotonic() > give_up:
+                        raise
+                    time.sleep(0.01 * attempt)
+            return check_log_id(self._read(_select_id(), engine)[0][0])
+
+    def _make(self, engine: Engine) -> None:
+        wait = max(1, round(self._lock_wait))
+        with engine.begin() as connection:  # nobody else uses it: what is set stays
+            if engine.dialect.name == "postgresql":
+                durable = _DURABLE.format(local="false")
+                connection.exec_driver_sql(f"SELECT {durable}, set_config('lock_timeout', '{wait}s', false)")
+            elif engine.dialect.name in ("mysql", "mariadb"):
+                connection.exec_driver_sql(f"SET SESSION lock_wait_timeout = {wait}, innodb_lock_wait_timeout = {wait}")
+            if not inspect(connection).has_table(_TABLE):  # IF NOT EXISTS takes the right to create one
+                connection.execute(CreateTable(_table, if_not_exists=True))
+            connection.exec_driver_sql(_insert_id(new_log_id()))
 
     def _insert(self, decision: Decision, on: Engine | Connection, lock_wait: str = "") -> str:
         values = f"'{decision.unit}', '{decision.verdict}', '{','.join(decision.branches)}', {decision.decided_at!r}"
@@ -265,7 +295,7 @@ class TableLog:
         if on.dialect.name != "postgresql":
             return f"{into} VALUES ({values})"
         # What the statement sets holds until the end of its transaction, and costs no round trip of its own.
-        sets = f"{_DURABLE} AS durable"
+        sets = f"{_DURABLE.format(local='true')} AS durable"
         if lock_wait:
             sets += f", set_config('lock_timeout', '{lock_wait}', true) AS patient"
         return f"{into} SELECT {values} FROM {sets}"  # noqa: S608  # a Decision has checked it
@@ -295,9 +325,9 @@ class TableLog:
             if not connection.invalidated:
                 connection.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {usual}")
 
-    def _read(self, statement: str) -> Sequence[Any]:
+    def _read(self, statement: str, engine: Engine | None = None) -> Sequence[Any]:
         """Return the rows of one statement; none where there is no table yet."""
-        engine = self._engine()
+        engine = engine or self._engine()
         try:
             if engine.dialect.name == "sqlite":
                 return _read_beside_writers(engine, statement)
@@ -318,6 +348,35 @@ def _select_id() -> str:
 def _insert_id(log: str) -> str:
     values = f"'{_ID_ROW}', 'id', '{check_log_id(log)}', {time.time()!r}"
     return f"INSERT INTO {_TABLE} ({_COLUMNS}) VALUES ({values})"  # noqa: S608  # checked
+
+
+def _decision_of(row: Sequence[Any]) -> Decision:
+    unit, verdict, branches, decided_at = row
+    return Decision(unit, Verdict(verdict), tuple(filter(None, branches.split(","))), decided_at)
+
+
+@contextmanager
+def _beside(engine: Engine) -> Generator[Engine]:
+    """Give an engine with connections of its own: a unit that is about to commit may hold the only one of the usual pool.
+
+    On SQLite that would help nobody, because a unit shuts all other connections out. There the pool may be the database.
+    """
+    if engine.dialect.name == "sqlite":
+        yield engine
+        return
+    beside = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+    try:
+        yield beside
+    finally:
+        beside.dispose()
+
+
+def _sqlite_file(url: URL) -> Path | None:
+    """Return the file of a SQLite database that has one."""
+    name = url.database
+    if url.get_backend_name() != "sqlite" or not name or name == ":memory:" or url.query.get("mode") == "memory":
+        return None
+    return Path(name.removeprefix("file:").partition("?")[0])
 
 
 def _read_beside_writers(engine: Engine, statement: str) -> list[Any]:

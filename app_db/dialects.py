@@ -259,6 +259,8 @@ class MySQL(Database):
 
     def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
         status: int | None = getattr(dbapi_connection, "server_status", None)
+        if not getattr(dbapi_connection, "open", True):
+            return True  # its status is what it heard last; that it can't be rolled back is how the pool finds out
         return status is None or bool(status & self._in_transaction)
 
     def refuses_write(self, error: BaseException) -> bool:

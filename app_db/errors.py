@@ -26,6 +26,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def in_one_line(error: BaseException) -> str:
+    """Return what a report says of an error: its kind, and the first line of what the driver or the system said."""
+    cause = getattr(error, "orig", None) or error
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0].rstrip('.')}"
+
+
 class AppDbError(Exception):
     """Base of every error of app_db: `except AppDbError` catches them all."""
 

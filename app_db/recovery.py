@@ -1,11 +1,12 @@
 """Bring the branches that a crash left prepared to what was decided about their units.
 
 It is safe at any time and from any host, beside units that are committing and beside other recoveries: before a branch is
-rolled back, the abort is written wherever its committer may write the commit, and whoever is first wins.
+rolled back, the abort is written where its committer writes the commit, and whoever is first wins. That is the log with whose
+id the unit's begins, or the one to which that log says it has moved. A unit of a log that isn't known here is left alone: it
+is another host's, or another deployment's, whose recovery knows the log.
 
 The order matters. What stands in the logs is read first, then the databases are asked for prepared branches: a decision whose
-branches are not prepared by then has been carried out. Whether a log is there at all is asked last: a committer makes the log
-before it prepares anything.
+branches are not prepared by then has been carried out.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from app_db.decision_places import DecisionPlaces
 from app_db.decisions import Decision, DecisionLog, Verdict
+from app_db.errors import in_one_line
 from app_db.preparing import InDoubtBranch, Prepares, Settling, prepares_of
 from app_db.settings import DatabaseSettings
-from app_db.xids import Xid
+from app_db.xids import Xid, log_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -102,6 +104,16 @@ class UnitInDoubt:
     """Why it was left."""
     is_under_way: bool = False
     """Whether it is so young that its committer is taken to be at work."""
+
+    @property
+    def log(self) -> str:
+        """The id of the log that knows how it ends."""
+        return log_of(self.unit)
+
+    @property
+    def connections(self) -> list[str]:
+        """The connections whose branches were found."""
+        return sorted({_name_of(branch.xid) for branch in self.branches})
 
     @property
     def is_settled(self) -> bool:
@@ -184,31 +196,39 @@ class Recovery:
 
     def _settle_once(self, grace: float, dead: set[str], dry_run: bool) -> Settlement:
         settlement = Settlement()
-        stands = self._decisions(settlement.unreachable)
+        logs = self._logs(settlement.unreachable)
+        stands = self._decisions(logs, settlement.unreachable)
         settlement.units = self._found(settlement.unreachable)
-        own = self._own_log(settlement.unreachable)
         for unit in settlement.units:
             unit.is_under_way = unit.unit not in dead and _is_young(unit, grace)
-            if own is not None and not unit.unit.startswith(own):
-                unit.reason = "its decision is in another log. Run this with the APP_DB_DECISION_LOG that it ran with"
-            elif dry_run or not unit.is_under_way:
-                self._decide(unit, settlement.unreachable, dry_run)
+            if dry_run or not unit.is_under_way:
+                unit.verdict = self._verdict(unit, unit.log, logs, dry_run)
             if unit.is_under_way:
                 unit.reason = f"it was prepared less than {grace:g} s ago, and is left to its committer"
             elif unit.verdict is not None and not dry_run:
                 self._carry_out(unit, unit.verdict)
-        if own is not None:
-            settlement.forgotten = self._forget(self._spent(stands, own, settlement), dry_run)
+        settlement.forgotten = self._forget(self._spent(stands, settlement), dry_run)
         return settlement
 
     # -- finding
 
-    def _decisions(self, unreachable: dict[str, str]) -> dict[DecisionLog, list[Decision]]:
-        found: dict[DecisionLog, list[Decision]] = {}
+    def _logs(self, unreachable: dict[str, str]) -> dict[str, DecisionLog]:
+        """Return the logs that are there, by their ids."""
+        found: dict[str, DecisionLog] = {}
         for place in self._places.all():
             with _noting(place.place, unreachable):
-                if self._places.is_made(place):
-                    found[place] = place.decisions()
+                log_id = place.id_if_made()
+                if log_id is not None:
+                    found.setdefault(log_id, place)
+        return found
+
+    def _decisions(self, logs: dict[str, DecisionLog], unreachable: dict[str, str]) -> dict[DecisionLog, list[Decision]]:
+        """Return what stands about units of this application."""
+        found: dict[DecisionLog, list[Decision]] = {}
+        for place in logs.values():
+            with _noting(place.place, unreachable):
+                # Others may keep theirs in the same log, and nobody here knows what is prepared in their databases.
+                found[place] = [decision for decision in place.decisions() if log_of(decision.unit) in logs]
         return found
 
     def _found(self, unreachable: dict[str, str] | None = None) -> list[UnitInDoubt]:
@@ -225,14 +245,6 @@ class Recovery:
             units.setdefault(xid.unit, UnitInDoubt(xid.unit, xid.begun_at)).branches.append(branch)
         return _by_age(units.values())
 
-    def _own_log(self, unreachable: dict[str, str]) -> str | None:
-        """Return what the ids of all units begin with whose decision may be in these settings' log; None if nobody can say."""
-        configured = self._places.configured
-        if configured.place not in unreachable:
-            with _noting(configured.place, unreachable):
-                return configured.id if self._places.is_made(configured) else _NO_LOG
-        return None
-
     @contextmanager
     def _connected(self, name: str) -> Generator[tuple[Connection, Prepares]]:
         prepares = prepares_of(self._places.driver(name))
@@ -243,49 +255,27 @@ class Recovery:
 
     # -- deciding
 
-    def _decide(self, unit: UnitInDoubt, unreachable: dict[str, str], dry_run: bool) -> None:
-        """Find out how the unit ends; where nothing stands, decide that it is rolled back."""
-        verdicts, silent = self._verdicts(unit, unreachable)
-        if Verdict.COMMIT not in verdicts and not silent and not dry_run:
-            verdicts, silent = self._fence(unit)
-        if Verdict.COMMIT in verdicts:
-            unit.verdict = Verdict.COMMIT
-        elif silent:
-            unit.reason = f"it may have been decided to commit it: {'; '.join(silent)}"
-        else:
-            unit.verdict = Verdict.ABORT
-
-    def _verdicts(self, unit: UnitInDoubt, unreachable: dict[str, str]) -> tuple[list[Verdict | None], list[str]]:
-        """Return what stands in each place, and the places that don't say."""
-        verdicts: list[Verdict | None] = []
-        silent: list[str] = []
-        for place in self._places.all():
-            missing = self._places.missing_file(place)
-            if missing is not None:
-                silent.append(f"{place.place} is not on this host, or not in this directory ({missing})")
-            elif place.place in unreachable:
-                silent.append(f"{place.place} can't be reached")
-            else:
-                try:
-                    verdicts.append(place.find(unit.unit))
-                except Exception as error:
-                    log.warning("%s could not be asked about %s", place.place, unit.unit, exc_info=True)
-                    silent.append(f"{place.place} can't be read ({_short(error)})")
-        return verdicts, silent
-
-    def _fence(self, unit: UnitInDoubt) -> tuple[list[Verdict | None], list[str]]:
-        """Write the abort in each place where the committer may still write its decision, and return what stands there."""
-        verdicts: list[Verdict | None] = []
-        silent: list[str] = []
-        names = sorted({_name_of(branch.xid) for branch in unit.branches})
-        for place in self._places.all():
-            try:
-                if self._places.may_be_decided_in(place):
-                    verdicts.append(place.decide(unit.unit, Verdict.ABORT, names))
-            except Exception as error:
-                log.warning("%s could not be aborted in %s", unit.unit, place.place, exc_info=True)
-                silent.append(f"nothing could be written in {place.place}, where its committer may be at work ({_short(error)})")
-        return verdicts, silent
+    def _verdict(self, unit: UnitInDoubt, log_id: str, logs: dict[str, DecisionLog], dry_run: bool) -> Verdict | None:
+        """Find out how a unit ends, and where nothing stands, decide that it is rolled back. If neither can be, note why."""
+        place = logs.get(log_id)
+        if place is None:
+            unit.reason = _UNKNOWN_LOG
+            return None
+        try:
+            decision = place.decision(unit.unit)
+            if decision is None:
+                verdict = Verdict.ABORT if dry_run else place.decide(unit.unit, Verdict.ABORT, unit.connections)
+                return self._verdict(unit, log_id, logs, dry_run) if verdict is Verdict.MOVED else verdict
+            if decision.verdict is Verdict.MOVED:
+                return self._verdict(unit, decision.moved_to, logs, dry_run)
+            return decision.verdict
+        except Exception as error:
+            log.warning("It can't be found out in %s how %s ends", place.place, unit.unit, exc_info=True)
+            unit.reason = (
+                f"it may have been decided to commit it, or its committer may be doing so at this moment, in {place.place} "
+                f"({in_one_line(error)})"
+            )
+            return None
 
     # -- carrying out
 
@@ -307,23 +297,18 @@ class Recovery:
                     time.sleep(0.05)
         except Exception as error:
             log.warning("%s of %r could not be settled", branch.xid, name, exc_info=True)
-            branch.state, branch.reason = BranchState.FAILED, _short(error)
+            branch.state, branch.reason = BranchState.FAILED, in_one_line(error)
         else:
             branch.state, branch.reason = _STATES[came_to, verdict], ""
 
     # -- forgetting
 
-    def _spent(self, stands: dict[DecisionLog, list[Decision]], own: str, settlement: Settlement) -> dict[DecisionLog, list[str]]:
-        """Return the decisions about units of this application that nobody will ask for any more."""
+    def _spent(self, stands: dict[DecisionLog, list[Decision]], settlement: Settlement) -> dict[DecisionLog, list[str]]:
+        """Return the decisions that nobody will ask for any more."""
         prepared = {unit.unit for unit in settlement.units if not unit.is_settled}
         asked = set(self._places.two_phase()) - set(settlement.unreachable)
         return {
-            place: [
-                decision.unit
-                for decision in decisions
-                # Others may keep theirs in the same table, and nobody here knows what is prepared in their databases.
-                if decision.unit.startswith(own) and decision.unit not in prepared and _is_spent(decision, asked)
-            ]
+            place: [decision.unit for decision in decisions if decision.unit not in prepared and _is_spent(decision, asked)]
             for place, decisions in stands.items()
         }
 
@@ -339,8 +324,10 @@ class Recovery:
         return len(forgotten)
 
 
-_NO_LOG = "-"
-"""What no unit's id begins with."""
+_UNKNOWN_LOG = (
+    "its decision is in another log, or one that can't be reached. Run this where the unit ran, with the settings and in the "
+    "directory that it ran with"
+)
 
 _STATES = {
     (Settling.DONE, Verdict.COMMIT): BranchState.COMMITTED,
@@ -371,10 +358,11 @@ def _is_young(unit: UnitInDoubt, grace: float) -> bool:
 
 def _is_spent(decision: Decision, asked: set[str]) -> bool:
     """Return whether nobody will ask for a decision any more, of whose branches none is prepared on the connections `asked`."""
-    age = time.time() - decision.decided_at
-    if decision.verdict is Verdict.ABORT:
-        return age > KEEP_ABORTS  # where nothing stands, the branches are rolled back as well
-    return age > KEEP_COMMITS and set(decision.branches) <= asked
+    # Whoever finds nothing rolls back, so that an abort is for the committer alone: as is where the unit was to be decided,
+    # before anything is prepared.
+    is_kept = KEEP_COMMITS if decision.verdict is Verdict.COMMIT else KEEP_ABORTS
+    has_been_asked = decision.verdict is Verdict.ABORT or set(decision.connections) <= asked
+    return time.time() - decision.decided_at > is_kept and has_been_asked
 
 
 @contextmanager
@@ -386,12 +374,7 @@ def _noting(subject: str, unreachable: dict[str, str] | None) -> Generator[None]
         if unreachable is None:
             raise
         log.warning("%s can't be asked by recovery", subject, exc_info=True)
-        unreachable[subject] = _short(error)
-
-
-def _short(error: BaseException) -> str:
-    cause = getattr(error, "orig", None) or error
-    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+        unreachable[subject] = in_one_line(error)
 
 
 class _Container(Protocol):

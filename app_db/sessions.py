@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet, getweakrefcount
 
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.orm.session import _new_sessionid, _sessions
 from sqlalchemy.util import ScopedRegistry
@@ -79,15 +78,17 @@ class SessionHome:
         return self.database.engine_for_unit(engine, self.settings, work)
 
     def make_log(self) -> None:
-        """Have the decision log made, if it is in this database, before the unit takes a connection: there may be only one."""
+        """Have the table of decisions made, if there may be one in this SQLite database, before the unit shuts everybody out."""
+        if self._dialect != "sqlite":
+            return
         places = self.coordinator.places()
         if self._keeps_decisions is None:
-            self._keeps_decisions = bool(places.two_phase()) and places.are_in(self.name)
+            self._keeps_decisions = places.may_be_in(self.name)
         if self._keeps_decisions:
             try:
                 places.of(self.name).ensure()
-            except DBAPIError:  # the unit may never need it; if it does, it will be told
-                log.debug("The decision log in %r could not be made", self.name, exc_info=True)
+            except Exception:  # the unit may never need it; if it does, it will be told
+                log.debug("The table of decisions in %r could not be made", self.name, exc_info=True)
 
 
 class UnitSession(Session):

@@ -6,10 +6,13 @@ with a letter: psycopg reads meaning into names that begin with a digit.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import time
+from base64 import b32encode
 from dataclasses import dataclass
+from functools import lru_cache
 from string import ascii_lowercase, ascii_uppercase, digits
 
 _LETTERS = digits + ascii_uppercase + ascii_lowercase
@@ -53,7 +56,7 @@ class Xid:
     @property
     def log(self) -> str:
         """The id of the log that keeps the unit's decision."""
-        return self.unit[:_LOG_LENGTH]
+        return log_of(self.unit)
 
     @property
     def begun_at(self) -> float:
@@ -70,6 +73,17 @@ def new_unit_id(log: str) -> str:
 def new_log_id() -> str:
     """Return a new id for a decision log."""
     return _spelled(secrets.randbelow(62**_LOG_LENGTH), _LOG_LENGTH)
+
+
+def log_of(unit: str) -> str:
+    """Return the id of the log with which a unit's id begins: there its decision is, or where to look for it."""
+    return unit[:_LOG_LENGTH]
+
+
+@lru_cache
+def log_id_for(application: str, log: str) -> str:
+    """Return an application's own id of a log: several may share it, and must tell their units apart there."""
+    return b32encode(hashlib.sha256(f"{log} {application}".encode()).digest()).decode()[:_LOG_LENGTH]
 
 
 def check_log_id(log: object) -> str:

@@ -22,9 +22,8 @@ from zope.sqlalchemy import register
 from app_db import DatabaseSettings, container_of
 
 if TYPE_CHECKING:
-    from servers import PostgresServer
-
     from app_db import DatabaseContainer
+    from servers import PostgresServer
 
 DATABASES = (1, 2, 4, 8)
 ROUND_TRIPS = (0.0, 1.0)

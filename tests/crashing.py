@@ -21,10 +21,10 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -102,7 +102,7 @@ class Zygote:
             process.wait(10)
 
     @contextmanager
-    def application(self, settings: Settings, *, warm: bool = True) -> Iterator[Application]:
+    def application(self, settings: Settings, *, warm: bool = True) -> Generator[Application]:
         """An application with these settings. A warm one has used all its connections before."""
         if self._process is None:
             self.__enter__()
@@ -305,9 +305,9 @@ class Steps:
     def _watch_lines(self) -> None:
         preparing = import_module("app_db.lines")
         for line in preparing.Line.__subclasses__():
-            self.around(line, "send", lambda _, statement: f"sending {statement}")
+            self.around(line, "send", _sending)
             self._watch_answers(line)
-        self.around(import_module("app_db.branches"), "say", lambda _, statements: "; ".join(statements))
+        self.around(import_module("app_db.branches"), "say", _saying)
 
     def _watch_answers(self, line: Any) -> None:
         """Make a step before an answer is first looked for, and one when it is there."""
@@ -334,11 +334,11 @@ class Steps:
         for log in _logs():
             for method in ("decide", "decide_within", "forget"):
                 if hasattr(log, method):
-                    self.around(log, method, lambda log, *args, method=method: f"{method} in {log.place}")
+                    self.around(log, method, partial(_calling, method))
 
     def _watch_files(self) -> None:
         for function in ("fsync", "fdatasync", "ftruncate", "replace", "rename"):
-            self.around(os, function, lambda *args, function=function: f"{function} {args}")
+            self.around(os, function, partial(_using, function))
 
         def write(file: int, data: bytes) -> int:
             self.reach(f"before writing {data!r}")
@@ -348,6 +348,22 @@ class Steps:
             return written
 
         os.write = write  # type: ignore[assignment]  # under the same name
+
+
+def _sending(_: object, statement: str) -> str:
+    return f"sending {statement}"
+
+
+def _saying(_: object, statements: Sequence[str]) -> str:
+    return "; ".join(statements)
+
+
+def _calling(method: str, log: Any, *_: object) -> str:
+    return f"{method} in {log.place}"
+
+
+def _using(function: str, *arguments: object) -> str:
+    return f"{function} {arguments}"
 
 
 def _commit(container: DatabaseContainer, unit: str, steps: Steps) -> None:
@@ -403,9 +419,11 @@ def _logs() -> tuple[Any, ...]:
 
 
 def _settle(container: DatabaseContainer, keep: float | None, patience: float | None) -> None:
+    recovery: Any = import_module("app_db.recovery")
     if keep is not None:
-        import_module("app_db.recovery").KEEP_COMMITS = keep  # type: ignore[attr-defined]
+        recovery.KEEP_COMMITS = keep
     if patience is not None:
+        recovery._HELD_FOR = patience
         for log in _logs():
             log.__init__.__kwdefaults__["lock_wait"] = patience
     _say(report=str(container.recovery().settle(grace=0)))
@@ -456,15 +474,8 @@ def _serve(settings: dict[str, Any], warm: bool) -> NoReturn:
 
 
 def _main() -> None:
-    import pymysql
-    import sqlalchemy.dialects.mysql
-    import sqlalchemy.dialects.postgresql
-    import sqlalchemy.dialects.sqlite
-
-    import app_db
-    import items
-
-    assert all((pymysql, sqlalchemy, app_db, items))
+    for module in ("pymysql", *(f"sqlalchemy.dialects.{name}" for name in ("mysql", "postgresql", "sqlite")), "app_db", "items"):
+        import_module(module)
     while True:
         heard = _hear()
         heard.pop("command")

@@ -4,7 +4,8 @@
 
 Four workers commit units as fast as they can; each worker that is killed is replaced at once. Recoveries are killed, too. At the
 end everybody is killed, recovery runs once more, and both databases are looked at. What was seen is printed as JSON: no count
-of `wrong` may be above 0. With `--without-recovery` some are, or the run has shown nothing.
+of `wrong` may be above 0. With `--without-recovery` some are, or the run has shown nothing. With `--seconds 5 --grace 0` nobody
+is killed, and recoveries take for dead those who are only at work.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -39,6 +41,10 @@ SERVER: dict[str, Setting] = {
 }
 
 
+_over = threading.Event()
+"""Set in a process that is to end when it has finished what it is at."""
+
+
 # ---- who is killed ------------------------------------------------------------------------------------------------------
 
 
@@ -57,12 +63,13 @@ class Journal:
 
 
 def work(container: DatabaseContainer, name: str, acknowledged: Journal, refused: Journal) -> None:
-    """Run units of work for ever: each adds an item to both databases, and is acknowledged before the next one begins."""
+    """Run units of work until it is over: each adds an item to both databases, and is acknowledged before the next one begins."""
     from items import Item
 
     parent = os.getppid()
     for number in count():
-        end_with(parent)
+        if is_over(parent):
+            return
         unit = f"{name}-{number}"
         try:
             with container.transaction():
@@ -75,35 +82,39 @@ def work(container: DatabaseContainer, name: str, acknowledged: Journal, refused
 
 
 def recover(container: DatabaseContainer, grace: float, failures: Journal) -> None:
-    """Run recoveries for ever."""
+    """Run recoveries until it is over."""
     given: Any = container
     parent = os.getppid()
-    while True:
-        end_with(parent)
+    while not is_over(parent):
         try:
             given.recovery().settle(grace=grace)
         except Exception:
             failures.note(traceback.format_exc())
-        time.sleep(random.uniform(0, 0.05))
+        time.sleep(random.uniform(0, grace / 4))
 
 
-def end_with(parent: int) -> None:
-    """End this process if its parent has gone without ending it."""
-    if os.getppid() != parent:
-        os._exit(0)
+def is_over(parent: int) -> bool:
+    """Return whether this process was dismissed, or its parent has gone without a word."""
+    return _over.is_set() or os.getppid() != parent
 
 
-def fork(role: Callable[[], None]) -> int:
-    """Have a process do something for ever; return its id."""
+def _finish(*_: object) -> None:
+    _over.set()
+
+
+def fork(role: Callable[[], object]) -> int:
+    """Have a process do something; return its id."""
     pid = os.fork()
     if pid:
         return pid
     try:
+        signal.signal(signal.SIGTERM, _finish)
         random.seed()
         role()
     except BaseException:
         traceback.print_exc()
-    os._exit(1)
+        os._exit(1)
+    os._exit(0)
 
 
 class Crowd:
@@ -125,6 +136,15 @@ class Crowd:
     def kill_all(self) -> None:
         for pid in list(self._roles):
             self._end(pid)
+
+    def dismiss_all(self) -> None:
+        """Have them finish what they are at."""
+        for pid in self._roles:
+            os.kill(pid, signal.SIGTERM)
+        for pid in list(self._roles):
+            del self._roles[pid]
+            if os.waitpid(pid, 0)[1]:
+                raise RuntimeError("a process failed")
 
     def _end(self, pid: int) -> Callable[[int], None]:
         role = self._roles.pop(pid)
@@ -172,17 +192,22 @@ def run(options: argparse.Namespace, directory: Path, stack: ExitStack) -> dict[
         crowd.add(lambda generation: work(container, f"{generation}", acknowledged, refused))
     for _ in range(options.recoveries):
         crowd.add(lambda _: recover(container, options.grace, failures))
-    restarts = set(random.sample(range(options.kills), options.restarts))
-    for number in range(options.kills):
+    kills = 0 if options.seconds else options.kills
+    restarts = set(random.sample(range(kills), options.restarts))
+    for number in range(kills):
         time.sleep(random.expovariate(1 / options.pause))
         crowd.kill_one()
         if number in restarts and (unlucky := random.choice(list(sites.values())).server) is not None:
             unlucky.restart("immediate")
+    if options.seconds:
+        time.sleep(options.seconds)
+        crowd.dismiss_all()
     crowd.kill_all()
     seconds = time.monotonic() - began
     if options.recoveries:
         settle(container, sites)
-    return report(sites, acknowledged.lines(), refused.lines(), failures.lines()) | {"kills": options.kills, "seconds": seconds}
+    left = left_in(list(sites.values()), within=5.0 if options.recoveries else 0.0)
+    return report(sites, left, acknowledged.lines(), refused.lines(), failures.lines()) | {"kills": kills, "seconds": seconds}
 
 
 def settle(container: DatabaseContainer, sites: dict[str, Site]) -> None:
@@ -191,18 +216,19 @@ def settle(container: DatabaseContainer, sites: dict[str, Site]) -> None:
         if site.server is not None:
             site.server.open_transactions(site.database, within=10)
     given: Any = container
-    pid = fork(lambda: (given.recovery().settle(grace=0), os._exit(0))[1])
+    pid = fork(lambda: given.recovery().settle(grace=0))
     if os.waitpid(pid, 0)[1]:
         raise RuntimeError("the last recovery failed")
 
 
-def report(sites: dict[str, Site], acknowledged: list[str], refused: list[str], failures: list[str]) -> dict[str, Any]:
+def report(
+    sites: dict[str, Site], left: list[object], acknowledged: list[str], refused: list[str], failures: list[str]
+) -> dict[str, Any]:
     items = {name: site.items() for name, site in sites.items()}
     everywhere, somewhere = set.intersection(*items.values()), set.union(*items.values())
     reasons = dict(line.split(" ")[:2] for line in refused)
     told_there = {unit for unit, reason in reasons.items() if reason == COMMITTED_AFTER_ALL}
     told_not_there = {unit for unit, reason in reasons.items() if reason not in (COMMITTED_AFTER_ALL, UNKNOWN)}
-    left = left_in(list(sites.values()))
     return {
         "acknowledged": len(acknowledged),
         "committed": len(everywhere),
@@ -221,6 +247,7 @@ def report(sites: dict[str, Site], acknowledged: list[str], refused: list[str], 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=0, help="how long to go on, without killing anybody")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--recoveries", type=int, default=1)
     parser.add_argument("--without-recovery", dest="recoveries", action="store_const", const=0)

@@ -87,8 +87,12 @@ class Scene:
     def log(self) -> DecisionLog:
         return self.container.decision_places().configured
 
-    def new_unit(self) -> str:
-        return new_unit_id(self.log.id)
+    def new_unit(self, place: str = "") -> str:
+        """The name of a unit that is decided in the configured log, or in the table of a connection's database."""
+        return new_unit_id(self._log_of(place).id)
+
+    def _log_of(self, place: str) -> DecisionLog:
+        return self.container.decision_places().of(place) if place else self.log
 
     def prepare(self, unit: str, *names: str, application: str = "", hold: bool = False) -> str:
         """Leave branches of a unit prepared, each with a row, and the unit's name in it; return the unit."""
@@ -126,16 +130,18 @@ class Scene:
         time.sleep(0.1)  # as above
 
     def decide(self, unit: str, *names: str, verdict: Verdict = Verdict.COMMIT, place: str = "") -> None:
-        log = self.container.decision_places().of(place) if place else self.log
-        assert log.decide(unit, verdict, names) is verdict
+        assert self._log_of(place).decide(unit, verdict, names) is verdict
+
+    def move(self, unit: str, place: str, *names: str) -> None:
+        """Have the configured log say that a unit is decided in the table of a connection's database."""
+        assert self.log.decide(unit, Verdict.MOVED, [self._log_of(place).id, *names]) is Verdict.MOVED
 
     def age(self, seconds: float, place: str = "writer") -> None:
         """Have the decisions in a table be older."""
         self.run(place, f"UPDATE app_db_decisions SET decided_at = decided_at - {seconds}")
 
     def decisions(self, place: str = "") -> dict[str, str]:
-        log = self.container.decision_places().of(place) if place else self.log
-        return {decision.unit: str(decision.verdict) for decision in log.decisions()}
+        return {decision.unit: str(decision.verdict) for decision in self._log_of(place).decisions()}
 
     # -- what recovery does
 

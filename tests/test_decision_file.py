@@ -406,6 +406,7 @@ def test_a_disk_that_is_too_full_to_rewrite_the_file_is_no_error_as_long_as_ther
 
 def test_a_file_full_of_decisions_that_stand_says_so_and_leaves_room_for_recovery(path: Path) -> None:
     log, units = filled(path, max_bytes=4_000, count=1)
+    unit = ""
     with pytest.raises(DecisionFileFull) as caught:
         while True:
             unit = new_unit_id(log.id)

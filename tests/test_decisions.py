@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from app_db.decisions import TableLog, Verdict
 from app_db.engines import build_engine
 from app_db.settings import DatabaseSettings
-from app_db.xids import new_unit_id
+from app_db.xids import new_log_id, new_unit_id
 from servers import MariaDBServer, PostgresServer
 
 HERE = Path(__file__).parent
@@ -267,47 +267,125 @@ def test_a_log_is_asked_for_again_when_its_engine_was_replaced(
     assert log.decide("u" * 22, COMMIT, []) is COMMIT
 
 
-def test_a_log_is_made_within_the_transaction_of_the_only_writer(sqlite_url: str, new_log: NewLog) -> None:
-    log, other = new_log(sqlite_url), new_log(sqlite_url)
-    unit = "u" * 22
-    with log._engine().connect() as connection:
-        connection.execute(text("CREATE TABLE item (name TEXT)"))
-        log.ensure_within(connection)
-        made = log.id
-        log.ensure_within(connection)
-        log.decide_within(connection, unit, ["writer"])
-        connection.rollback()
-    assert other.id == other.id  # made by somebody else meanwhile
-    with log._engine().connect() as connection:
-        connection.execute(text("CREATE TABLE item (name TEXT)"))
-        log.ensure_within(connection)
-        assert log.id == other.id != made
-        log.decide_within(connection, unit, ["writer"])
-        connection.commit()
-    assert (other.find(unit), log.id) == (COMMIT, other.id)
+def test_the_id_is_that_of_the_database_that_the_engine_leads_to(
+    new_database_url: Callable[[], str], new_engine: NewEngine, new_log: NewLog
+) -> None:
+    urls = [new_database_url(), new_database_url()]
+    engines = [new_engine(url) for url in urls]
+    log = TableLog("writer", lambda: engines[0])
+    ids = [log.id]
+    engines.reverse()
+    ids.append(log.id)
+    assert ids == [new_log(url).id for url in urls]
+    assert ids[0] != ids[1]
 
 
-def test_a_log_made_within_a_transaction_that_rolled_back_is_made_again(sqlite_url: str, new_log: NewLog) -> None:
-    log = new_log(sqlite_url)
-    for end in ("rollback", "rollback", "commit", "commit"):
-        with log._engine().connect() as connection:
-            log.ensure_within(connection)
-            log.decide_within(connection, new_unit_id(log.id), ["writer"])
-            getattr(connection, end)()
-    assert len(log.decisions()) == 2
-    assert new_log(sqlite_url).id == log.id
+def test_applications_that_share_a_log_have_ids_of_their_own(database_url: str, new_engine: NewEngine) -> None:
+    engine = new_engine(database_url)
+    shop, billing, again = (TableLog("writer", lambda: engine, name) for name in ("shop", "billing", "shop"))
+    assert shop.id == again.id != billing.id
+    assert (shop.id_if_made(), billing.id_if_made()) == (shop.id, billing.id)
 
 
-def test_a_log_made_while_a_transaction_is_under_way_does_not_end_it(database_url: str, new_log: NewLog) -> None:
-    """CREATE TABLE commits on MySQL."""
-    log, other = new_log(database_url), new_log(database_url)
+def test_a_log_made_while_a_transaction_is_under_way_does_not_end_it(
+    new_database_url: Callable[[], str], new_log: NewLog
+) -> None:
+    """CREATE TABLE commits on MySQL; on SQLite, nobody else can make one meanwhile."""
+    url = new_database_url()
+    if url.startswith("sqlite"):
+        return
+    log, other = new_log(url, pool={"size": 1, "max_overflow": 0, "timeout": 1}), new_log(url)
     with other._engine().begin() as connection:
         connection.execute(text("CREATE TABLE item (name VARCHAR(9))"))
     with log._engine().connect() as connection:
         connection.execute(text("INSERT INTO item VALUES ('a')"))
-        log.ensure_within(connection)
+        assert log.id == other.id_if_made()
         connection.rollback()
         assert connection.scalar(text("SELECT count(*) FROM item")) == 0
+
+
+def test_a_table_that_was_made_by_hand_needs_no_right_to_make_one(
+    postgres: PostgresServer, postgres_url: str, new_log: NewLog
+) -> None:
+    """PostgreSQL asks for that right even where IF NOT EXISTS finds the table."""
+    url = make_url(postgres_url)
+    maker = new_log(postgres_url)
+    maker.ensure()
+    postgres.execute("DELETE FROM app_db_decisions", database=url.database)
+    clerk = f"clerk_{time.monotonic_ns()}"
+    postgres.execute(f"CREATE ROLE {clerk} LOGIN PASSWORD 'clerk'")
+    try:
+        postgres.execute(f"GRANT ALL ON app_db_decisions TO {clerk}", database=url.database)
+        postgres.execute("REVOKE CREATE ON SCHEMA public FROM public", database=url.database)
+        log = new_log(url.set(username=clerk, password="clerk").render_as_string(False))
+        assert log.id == new_log(postgres_url).id
+        log._engine().dispose()
+    finally:
+        postgres.execute(f"DROP OWNED BY {clerk}", database=url.database)
+        postgres.execute(f"DROP ROLE {clerk}")
+
+
+def test_who_makes_a_log_waits_for_a_maker_that_was_stopped_no_longer_than_it_is_told_to(
+    new_database_url: Callable[[], str], new_engine: NewEngine, new_log: NewLog
+) -> None:
+    url = new_database_url()
+    maker, engine = new_log(url), new_engine(url)
+    maker.ensure()
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM app_db_decisions"))
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("DROP TABLE app_db_decisions"))
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("CREATE TABLE app_db_decisions (unit varchar(32) PRIMARY KEY)"))
+        else:
+            connection.execute(text("INSERT INTO app_db_decisions VALUES ('log', 'id', 'abc123', 0)"))
+        log = new_log(url)
+        began = time.monotonic()
+        assert log.id_if_made() is None, "looking waits for nobody"
+        assert time.monotonic() - began < 0.5
+        with pytest.raises(DBAPIError):
+            log.ensure()
+        assert time.monotonic() - began < 5
+        connection.rollback()
+
+
+def test_a_sqlite_file_that_is_not_there_is_not_made_by_looking(sqlite_url: str, new_log: NewLog) -> None:
+    log = new_log(sqlite_url)
+    path = Path(str(make_url(sqlite_url).database))
+    assert log.id_if_made() is None
+    assert not path.exists()
+    path.touch()
+    assert log.id_if_made() is None, "an empty file has no id"
+
+
+# ---- units that have moved ---------------------------------------------------------------------------------------------------
+
+
+def test_a_unit_may_be_decided_in_another_log_and_no_longer_here(database_url: str, new_log: NewLog) -> None:
+    log, other = new_log(database_url), new_log(database_url)
+    unit, elsewhere = new_unit_id(log.id), new_log_id()
+    assert log.decide(unit, Verdict.MOVED, [elsewhere, "warehouse", "writer"]) is Verdict.MOVED
+    assert other.decide(unit, ABORT, []) is Verdict.MOVED
+    found = other.decision(unit)
+    assert found is not None
+    assert (found.verdict, found.moved_to, found.connections) == (Verdict.MOVED, elsewhere, ("warehouse", "writer"))
+    aborted = new_unit_id(log.id)
+    log.decide(aborted, ABORT, [])
+    assert other.decide(aborted, Verdict.MOVED, [elsewhere]) is ABORT
+    for bad in ([], ["writer", elsewhere], ["x'--", "writer"]):
+        with pytest.raises(ValueError, match="can't be the"):
+            log.decide(new_unit_id(log.id), Verdict.MOVED, bad)
+
+
+def test_a_unit_that_moves_needs_no_second_connection_of_a_pool_of_one(database_url: str, new_log: NewLog) -> None:
+    log = new_log(database_url, pool={"size": 1, "max_overflow": 0, "timeout": 1})
+    unit = new_unit_id(log.id)
+    with log._engine().connect() as connection:
+        if is_sqlite(connection):
+            return
+        connection.execute(text("SELECT 1"))
+        assert log.decide(unit, Verdict.MOVED, [new_log_id(), "writer"]) is Verdict.MOVED
 
 
 # ---- what is in the rows -----------------------------------------------------------------------------------------------------
@@ -361,6 +439,20 @@ def test_a_lost_connection_does_not_keep_a_decision_from_being_made(
             connection.execute(text(kill.format(lost)))
         time.sleep(0.1)
         assert log.decide(unit, COMMIT, []) is COMMIT
+
+
+def test_the_id_of_a_log_outlives_the_server_whatever_it_thinks_of_durability(
+    new_postgres: Callable[..., PostgresServer], new_log: NewLog
+) -> None:
+    server = new_postgres(settings={"synchronous_commit": "off", "wal_writer_delay": "10s"})
+    server.create_database("shop")
+    server.execute("CHECKPOINT")
+    time.sleep(0.3)
+    log = new_log(server.url("shop"))
+    made = log.id
+    server.restart("immediate")
+    log._engine().dispose()
+    assert log.id_if_made() == made
 
 
 @pytest.mark.parametrize("how", ["decide", "decide_within"])
@@ -446,6 +538,7 @@ def test_a_decision_is_two_round_trips_on_mariadb(mariadb_url: str, new_log: New
 
     log = new_log(mariadb_url)
     unit = new_unit_id(log.id)
+    assert log.find(unit) is None  # and is connected
     sent: list[object] = []
     real = pymysql.connections.Connection._execute_command
 
@@ -460,3 +553,9 @@ def test_a_decision_is_two_round_trips_on_mariadb(mariadb_url: str, new_log: New
 
 def test_a_log_says_where_it_is(sqlite_url: str, new_log: NewLog) -> None:
     assert new_log(sqlite_url).place == "the table app_db_decisions of 'writer'"
+
+
+def test_only_a_file_needs_locks_of_unix() -> None:
+    """Windows has no fcntl."""
+    program = "import sys; sys.modules['fcntl'] = None; import app_db, app_db.container, app_db.cli"
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(HERE.parent)}, timeout=30, check=True)

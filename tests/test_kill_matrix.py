@@ -72,7 +72,9 @@ class Scene:
         if kind == "sqlite":
             return Site(f"sqlite:///{self._directory / f'kill_{next(_numbers)}.db'}?timeout=0.2")
         server = self._servers[kind]
-        return Site(server.url(self._stack.enter_context(fresh_database(server, f"kill_{next(_numbers)}"))), server)
+        url = server.url(self._stack.enter_context(fresh_database(server, f"kill_{next(_numbers)}")))
+        # Else PyMySQL reads all certificates of the machine for each connection, which takes longer than the rest of a unit.
+        return Site(f"{url}?ssl_disabled=true" if kind == "mariadb" else url, server)
 
     def all_sites(self) -> list[Site]:
         return [*self.sites.values(), *([] if self.log_site is None else [self.log_site])]
@@ -206,32 +208,36 @@ def test_the_databases_agree_wherever_the_first_commit_of_all_was_killed(
 ) -> None:
     """The first one makes the log, and each of these is the first one."""
     with Scene(layout, clusters, tmp_path) as scene, zygote.application(scene.settings) as application:
+        outcomes: list[Outcome] = []
         for outcome in application.die_at_every_step("unit"):
+            outcomes.append(outcome)
             scene.wait_for_servers()
             application.settle()
             assert scene.contradictions([outcome]) == []
             assert left_in(scene.all_sites()) == []
             scene.drop_logs()
-        assert outcome.committed, outcome.message
+        assert outcomes[-1].committed, outcomes[-1].message
 
 
 # ---- servers are killed -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("layout", "victims"),
+    ("layout", "victims", "back"),
     [
-        (Layout("postgresql other", "a"), "postgresql"),
-        (Layout("postgresql other", "a"), "other"),
-        (Layout("postgresql other", "file"), "postgresql other"),
-        (Layout("postgresql other", "postgresql"), "postgresql"),
-        (Layout("postgresql sqlite", "a"), "postgresql"),
-        (Layout("postgresql mariadb", "b"), "mariadb"),
-        (Layout("postgresql other postgresql other", "b"), "other"),
+        (Layout("postgresql other", "a"), "postgresql", "at once"),
+        (Layout("postgresql other", "a"), "postgresql", "afterwards"),
+        (Layout("postgresql other", "a"), "other", "at once"),
+        (Layout("postgresql other", "a"), "other", "afterwards"),
+        (Layout("postgresql other", "file"), "postgresql other", "at once"),
+        (Layout("postgresql other", "postgresql"), "postgresql", "afterwards"),
+        (Layout("postgresql sqlite", "a"), "postgresql", "afterwards"),
+        (Layout("postgresql mariadb", "b"), "mariadb", "at once"),
+        (Layout("postgresql mariadb", "b"), "mariadb", "afterwards"),
+        (Layout("postgresql other postgresql other", "b"), "other", "at once"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("back", ["at once", "afterwards"])
 def test_the_databases_agree_wherever_in_a_commit_a_server_was_killed(  # noqa: PLR0917  # pytest gives them by name
     layout: Layout, victims: str, back: str, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
 ) -> None:
@@ -263,18 +269,19 @@ def kill(servers: Sequence[Server], back: str) -> Callable[[], None]:
 # ---- nobody is killed, and recovery takes those that commit for dead ------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["which is the first", "which is not the first"])
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "first"),
     [
-        Layout("postgresql other", "a"),
-        Layout("postgresql other", "other"),
-        Layout("postgresql sqlite", "a"),
-        Layout("postgresql sqlite", "file"),
-        Layout("mariadb postgresql", "a"),
-        Layout("postgresql mariadb", "file"),
+        (Layout("postgresql other", "a"), True),
+        (Layout("postgresql other", "a"), False),
+        (Layout("postgresql other", "other"), True),
+        (Layout("postgresql sqlite", "a"), True),
+        (Layout("postgresql sqlite", "a"), False),
+        (Layout("postgresql sqlite", "file"), False),
+        (Layout("mariadb postgresql", "a"), False),
+        (Layout("postgresql mariadb", "file"), True),
     ],
-    ids=str,
+    ids=lambda value: {True: "which is the first", False: "which is not the first"}.get(value, str(value)),
 )
 def test_the_databases_agree_wherever_in_a_commit_a_recovery_ran(  # noqa: PLR0917  # pytest gives them by name
     layout: Layout, first: bool, zygote: Zygote, rescuer: Zygote, servers: dict[str, Server], tmp_path: Path

@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -69,7 +69,7 @@ class Place:
         return connection
 
     @contextmanager
-    def settler(self) -> Iterator[Connection]:
+    def settler(self) -> Generator[Connection]:
         """A connection in autocommit, as recovery uses it."""
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             yield connection
@@ -149,7 +149,7 @@ def my(mariadb: MariaDBServer, mariadb_url: str) -> Iterator[Place]:
 
 
 @contextmanager
-def interrupted(*delays: float) -> Iterator[None]:
+def interrupted(*delays: float) -> Generator[None]:
     """Press Ctrl-C so many seconds after the block has begun."""
     # To the main thread, which waits: a signal that another thread gets is noticed at the next look around only.
     waiting = threading.main_thread().ident
@@ -484,8 +484,12 @@ def test_ddl_is_prepared_on_postgresql(pg: Place) -> None:
 def test_copies_notices_and_notifications_do_no_harm(pg: Place) -> None:
     xid = new_xid()
     connection = pg.driver_connection()
-    notices: list[str] = []
-    connection.add_notice_handler(lambda notice: notices.append(notice.message_primary))
+    notices: list[str | None] = []
+
+    def note(notice: psycopg.errors.Diagnostic) -> None:
+        notices.append(notice.message_primary)
+
+    connection.add_notice_handler(note)
     execute(connection, "LISTEN bell")
     connection.commit()
     with connection.cursor() as cursor, cursor.copy("COPY items FROM STDIN") as copy:
@@ -825,11 +829,11 @@ def test_a_connection_killed_before_the_question_leaves_the_outcome_unknown_or_r
     connection = place.begin(new_xid(), "INSERT INTO items VALUES (1, 'a')")
     kill(place, connection)
     time.sleep(0.1)
-    for _ in range(2):
-        answer = place.say(connection, *place.prepares.prepare(new_xid()))
+    answers = [place.say(connection, *place.prepares.prepare(new_xid())) for _ in range(2)]
+    for answer in answers:
         assert answer.outcome in (Outcome.UNKNOWN, Outcome.REFUSED)
         assert isinstance(answer.error, psycopg.OperationalError | pymysql.err.Error)
-    assert answer.outcome is Outcome.REFUSED, "on a closed connection nothing was said"
+    assert answers[-1].outcome is Outcome.REFUSED, "on a closed connection nothing was said"
 
 
 @pytest.mark.parametrize(("step", "what"), [("prepare", "request"), ("prepare", "answer"), ("commit_prepared", "answer")])
@@ -842,10 +846,12 @@ def test_a_network_that_loses_one_lines_request_or_answer_leaves_that_one_unknow
         execute(beside, *place.prepares.start(other), "INSERT INTO items VALUES (2, 'b')")
         both = {0: (connection, mine), 1: (beside, other)}
         steps = ["prepare", "commit_prepared"]
+        came: Exchange[int] | None = None
         for now in steps[: steps.index(step) + 1]:
             if now == step:
                 proxy.lose(what, to=b"XA (PREPARE|COMMIT)" if place.is_mysql else b"PREPARE")
             came = exchange({n: (place.prepares.line(c), getattr(place.prepares, now)(xid)) for n, (c, xid) in both.items()})
+        assert came is not None
         assert outcomes(came) == ["unknown", "done"]
         assert isinstance(came.answers[0].error, psycopg.OperationalError | pymysql.err.OperationalError)
         was_done = place.settle(mine, commit=True, within=5)

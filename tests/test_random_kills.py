@@ -44,9 +44,8 @@ def _needs_postgresql(postgres: object) -> None:
     "arguments",
     [
         ("--kills", "80"),
-        ("--kills", "40", "--log", "file"),
-        ("--kills", "40", "--recoveries", "2", "--grace", "0"),
-        ("--kills", "30", "--restarts", "6"),
+        ("--kills", "30", "--log", "file", "--recoveries", "2", "--grace", "0"),
+        ("--kills", "25", "--restarts", "5"),
     ],
     ids=" ".join,
 )
@@ -54,6 +53,13 @@ def test_nothing_is_wrong_after_random_kills_with_recovery_running(arguments: tu
     seen = run(*arguments)
     assert set(seen["wrong"].values()) == {0}, seen
     assert seen["acknowledged"] > seen["kills"], seen
+
+
+def test_recoveries_that_take_the_living_for_dead_never_roll_back_what_somebody_commits() -> None:
+    seen = run("--seconds", "5", "--recoveries", "2", "--grace", "0", "--log", "file")
+    assert set(seen["wrong"].values()) == {0}, seen
+    assert seen["acknowledged"] > 0, seen
+    assert seen["refused"].get("AbortedByRecovery", 0) > 0, "they never met"
 
 
 def test_without_recovery_the_same_leaves_something_wrong() -> None:

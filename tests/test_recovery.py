@@ -85,28 +85,47 @@ def test_a_decision_in_a_file_counts(new_postgres_url: NewUrl, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres", "mariadb"])
-def test_a_decision_in_a_last_resource_counts(kind: str, request: pytest.FixtureRequest, new_postgres_url: NewUrl) -> None:
+def test_a_unit_is_decided_in_the_last_resource_with_whose_id_it_begins(
+    kind: str, request: pytest.FixtureRequest, new_postgres_url: NewUrl
+) -> None:
+    url = request.getfixturevalue(f"new_{kind}_url")()
+    with stranded(writer=new_postgres_url(), warehouse=new_postgres_url(), old={"url": url, "two_phase": False}) as scene:
+        scene.make_tables()
+        committed, aborted = (scene.prepare(scene.new_unit("old"), "writer", "warehouse") for _ in "ab")
+        scene.decide(committed, "warehouse", "writer", place="old")
+        scene.decide(aborted, "warehouse", "writer")  # which is nobody's word about it
+        settlement = scene.recover()
+        assert not settlement.left
+        assert (scene.rows("writer"), scene.rows("warehouse")) == ([committed], [committed])
+        assert scene.decisions("old") == {committed: "commit", aborted: "abort"}
+        assert scene.decisions() == {aborted: "commit"}
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres", "mariadb"])
+def test_a_unit_that_has_moved_is_decided_where_it_has_moved_to(
+    kind: str, request: pytest.FixtureRequest, new_postgres_url: NewUrl
+) -> None:
     url = request.getfixturevalue(f"new_{kind}_url")()
     with stranded(writer=new_postgres_url(), warehouse=new_postgres_url(), old={"url": url, "two_phase": False}) as scene:
         scene.make_tables()
         committed, aborted = (scene.prepare(scene.new_unit(), "writer", "warehouse") for _ in "ab")
+        for unit in (committed, aborted):
+            scene.move(unit, "old", "warehouse", "writer")
         scene.decide(committed, "warehouse", "writer", place="old")
         settlement = scene.recover()
         assert not settlement.left
         assert (scene.rows("writer"), scene.rows("warehouse")) == ([committed], [committed])
-        assert (scene.decisions(), scene.decisions("old")) == ({aborted: "abort"}, {committed: "commit", aborted: "abort"})
+        assert scene.decisions("old") == {committed: "commit", aborted: "abort"}
+        assert scene.decisions() == {committed: "moved", aborted: "moved"}
 
 
-def test_a_commit_anywhere_outweighs_an_abort_that_a_recovery_could_not_write_everywhere(
-    new_postgres_url: NewUrl, sqlite_url: str
-) -> None:
-    with stranded(writer=new_postgres_url(), warehouse=new_postgres_url(), lite=sqlite_url) as scene:
-        scene.make_tables()
-        unit = scene.prepare(scene.new_unit(), "writer", "warehouse")
-        scene.decide(unit, verdict=Verdict.ABORT)
-        scene.decide(unit, "warehouse", "writer", place="lite")
-        scene.recover()
-        assert scene.rows("writer") == scene.rows("warehouse") == [unit]
+def test_a_unit_that_has_moved_to_an_unknown_log_is_left(scene: Scene) -> None:
+    unit = scene.prepare(scene.new_unit(), "writer", "warehouse")
+    scene.log.decide(unit, Verdict.MOVED, [new_log_id(), "warehouse", "writer"])
+    settlement = scene.recover()
+    assert states(settlement) == {unit: {"writer": "prepared", "warehouse": "prepared"}}
+    assert "another log" in settlement.units[0].reason
+    assert scene.decisions() == {unit: "moved"}
 
 
 def test_a_second_branch_on_one_connection_is_settled_with_the_first(scene: Scene) -> None:
@@ -131,7 +150,13 @@ def test_a_last_resource_without_a_table_gets_none(new_postgres_url: NewUrl) -> 
 # ---- what can't be asked ------------------------------------------------------------------------------------------------
 
 
-def test_without_the_log_nothing_is_rolled_back(new_postgres_url: NewUrl, new_postgres: Callable[..., PostgresServer]) -> None:
+@pytest.mark.parametrize("when", ["always", "when it is asked about the unit"])
+def test_without_its_log_a_unit_is_left(
+    when: str,
+    new_postgres_url: NewUrl,
+    new_postgres: Callable[..., PostgresServer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     server = new_postgres()
     server.create_database("log")
     with stranded(
@@ -142,33 +167,42 @@ def test_without_the_log_nothing_is_rolled_back(new_postgres_url: NewUrl, new_po
     ) as scene:
         scene.make_tables()
         unit = scene.prepare(scene.new_unit(), "writer", "warehouse")
-        server.stop()
+        scene.log.decisions()
+        if when == "always":
+            server.stop()
+        else:
+            decision = TableLog.decision
+
+            def gone(log: TableLog, unit: str) -> Any:
+                server.stop("immediate")
+                return decision(log, unit)
+
+            monkeypatch.setattr(TableLog, "decision", gone)
         settlement = scene.recover()
+        monkeypatch.undo()
         assert settlement.left
         assert states(settlement) == {unit: {"writer": "prepared", "warehouse": "prepared"}}
-        assert "audit" in settlement.units[0].reason
-        assert list(settlement.unreachable) == ["the table app_db_decisions of 'audit'"]
+        if when == "always":
+            assert "can't be reached" in settlement.units[0].reason
+            assert list(settlement.unreachable) == ["the table app_db_decisions of 'audit'"]
+        else:
+            assert "'audit' (OperationalError" in settlement.units[0].reason
         assert len(scene.ours("writer")) == len(scene.ours("warehouse")) == 1
         server.start()
         assert not scene.recover().left
 
 
-def test_without_the_log_a_commit_that_is_found_elsewhere_is_carried_out(
-    new_postgres_url: NewUrl, sqlite_url: str, tmp_path: Path
-) -> None:
-    with stranded(
-        writer=new_postgres_url(), warehouse=new_postgres_url(), lite=sqlite_url, decision_log=f"file:{tmp_path}/decisions"
-    ) as scene:
+def test_units_of_a_damaged_file_are_left(new_postgres_url: NewUrl, tmp_path: Path) -> None:
+    with stranded(writer=new_postgres_url(), warehouse=new_postgres_url(), decision_log=f"file:{tmp_path}/decisions") as scene:
         scene.make_tables()
         unit = scene.prepare(scene.new_unit(), "writer", "warehouse")
-        scene.decide(unit, "warehouse", "writer", place="lite")
-        (tmp_path / "decisions").write_text("damaged")
+        (tmp_path / "decisions").write_text("damaged" * 20)
         settlement = scene.new_container().recovery().settle(grace=0)
-        assert scene.rows("writer") == scene.rows("warehouse") == [unit]
+        assert states(settlement) == {unit: {"writer": "prepared", "warehouse": "prepared"}}
         assert "DecisionFileDamaged" in str(settlement.unreachable)
 
 
-def test_nothing_is_rolled_back_while_a_last_resource_can_not_be_asked(
+def test_a_last_resource_that_can_not_be_asked_keeps_only_its_own_units(
     new_postgres_url: NewUrl, new_postgres: Callable[..., PostgresServer]
 ) -> None:
     server = new_postgres()
@@ -176,29 +210,37 @@ def test_nothing_is_rolled_back_while_a_last_resource_can_not_be_asked(
     old = {"url": server.url("old"), "two_phase": False}
     with stranded(writer=new_postgres_url(), warehouse=new_postgres_url(), old=old) as scene:
         scene.make_tables()
-        doubtful, committed = (scene.prepare(scene.new_unit(), "writer", "warehouse") for _ in "ab")
+        own = scene.prepare(scene.new_unit("old"), "writer", "warehouse")
+        moved, doubtful, committed = (scene.prepare(scene.new_unit(), "writer", "warehouse") for _ in "abc")
+        scene.move(moved, "old", "warehouse", "writer")
         scene.decide(committed, "warehouse", "writer")
         server.stop("immediate")
         settlement = scene.recover()
-        assert states(settlement)[doubtful] == {"writer": "prepared", "warehouse": "prepared"}
-        assert states(settlement)[committed] == {"writer": "committed", "warehouse": "committed"}
+        assert states(settlement) == {
+            own: dict.fromkeys(["writer", "warehouse"], "prepared"),
+            moved: dict.fromkeys(["writer", "warehouse"], "prepared"),
+            doubtful: dict.fromkeys(["writer", "warehouse"], "rolled back"),
+            committed: dict.fromkeys(["writer", "warehouse"], "committed"),
+        }
         assert settlement.left
-        assert scene.decisions() == {committed: "commit"}
+        server.start()
+        assert not scene.recover().left
 
 
-def test_a_sqlite_file_that_is_not_here_may_be_somewhere_else_with_the_decision_in_it(
-    new_postgres_url: NewUrl, sqlite_url: str
-) -> None:
+def test_a_sqlite_file_that_is_not_here_is_not_made_and_its_units_are_left(new_postgres_url: NewUrl, sqlite_url: str) -> None:
     """SQLite would make an empty one, in which nothing is decided: on another host, or in another directory."""
     with stranded(writer=new_postgres_url(), warehouse=new_postgres_url(), lite=sqlite_url) as scene:
         scene.make_tables("writer", "warehouse")
-        unit = scene.prepare(scene.new_unit(), "writer", "warehouse")
-        settlement = scene.recover()
-        assert states(settlement) == {unit: {"writer": "prepared", "warehouse": "prepared"}}
-        assert str(sqlite_file(sqlite_url)) in settlement.units[0].reason
-        assert settlement.left
-        assert not sqlite_file(sqlite_url).exists()
-        assert scene.decisions() == {}
+        scene.new_unit()
+        unit = scene.prepare(new_unit_id(new_log_id()), "writer", "warehouse")
+        for _ in "ab":
+            settlement = scene.recover()
+            assert states(settlement) == {unit: {"writer": "prepared", "warehouse": "prepared"}}
+            assert "another log" in settlement.units[0].reason
+            assert not sqlite_file(sqlite_url).exists()
+            assert scene.decisions() == {}
+        sqlite_file(sqlite_url).touch()
+        assert states(scene.recover()) == {unit: {"writer": "prepared", "warehouse": "prepared"}}, "an empty one is no place"
 
 
 def test_a_database_that_can_not_be_reached_keeps_the_others_from_nothing(scene: Scene) -> None:
@@ -291,9 +333,9 @@ def test_applications_that_share_a_last_resource_forget_nothing_of_each_other(ne
     ):
         for scene in (shop, billing):
             scene.make_tables()
-        unit = billing.prepare(billing.new_unit(), "writer")
+        unit = billing.prepare(billing.new_unit("old"), "writer")
         billing.decide(unit, "writer", place="old")
-        shop.new_unit()
+        shop.new_unit("old")
         assert forgetting_at_once(shop.container).forgotten == 0
         assert states(billing.recover()) == {unit: {"writer": "committed"}}
 
@@ -548,6 +590,22 @@ def test_a_decision_is_kept_while_a_database_of_its_unit_can_not_be_asked(scene:
     assert scene.recover().forgotten == 1
 
 
+def test_where_a_unit_has_moved_to_is_kept_for_a_committer_that_has_not_prepared_yet(
+    new_postgres_url: NewUrl, sqlite_url: str
+) -> None:
+    with stranded(writer=new_postgres_url(), warehouse=new_postgres_url(), lite=sqlite_url) as scene:
+        scene.make_tables()
+        unit = scene.new_unit()
+        scene.move(unit, "lite", "warehouse")
+        scene.age(KEEP_ABORTS - 60)
+        assert scene.recover().forgotten == 0
+        scene.age(61)
+        connections = {**scene.given["connections"], "warehouse": {"url": NOWHERE, "two_phase": True}}
+        assert scene.new_container(connections=connections).recovery().settle(grace=0).forgotten == 0
+        assert scene.recover().forgotten == 1
+        assert scene.decisions() == {}
+
+
 def test_an_abort_is_kept_for_a_committer_that_was_suspended_for_days(scene: Scene) -> None:
     unit = scene.prepare(scene.new_unit(), "writer")
     scene.recover()
@@ -663,7 +721,6 @@ def test_a_recovery_beside_a_committer_takes_nothing_apart(
 def test_a_recovery_never_overtakes_the_first_decision_of_a_last_resource(
     made: bool, new_postgres_url: NewUrl, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLite's table of decisions comes to be by the COMMIT that decides, so that nobody can see it before."""
     lite = {"url": sqlite_url, "connect_args": {"timeout": 0.1}}
     with stranded(writer=new_postgres_url(), warehouse=new_postgres_url(), lite=lite) as scene:
         scene.make_tables()
@@ -681,15 +738,15 @@ def test_a_recovery_never_overtakes_the_first_decision_of_a_last_resource(
 def test_a_unit_that_others_settled_meanwhile_is_said_to_be(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = scene.prepare(scene.new_unit(), "writer", "warehouse")
     scene.decide(unit, "warehouse", "writer")
-    find = TableLog.find
+    decision = TableLog.decision
 
     def after_it_was_settled_and_forgotten(log: TableLog, unit: str) -> Any:
-        monkeypatch.setattr(TableLog, "find", find)
+        monkeypatch.setattr(TableLog, "decision", decision)
         assert not scene.new_container().recovery().settle(grace=0).left
         log.forget([unit])
-        return find(log, unit)
+        return decision(log, unit)
 
-    monkeypatch.setattr(TableLog, "find", after_it_was_settled_and_forgotten)
+    monkeypatch.setattr(TableLog, "decision", after_it_was_settled_and_forgotten)
     settlement = scene.recover()
     assert states(settlement) == {unit: dict.fromkeys(["writer", "warehouse"], "settled by somebody else")}
     assert scene.rows("writer") == scene.rows("warehouse") == [unit]

@@ -453,19 +453,13 @@ def test_prepared_statements_and_connections_go_on_to_be_used(new_postgres_url: 
 
 
 LAST = {"none": "", "postgresql": "postgres_url", "mariadb": "mariadb_url", "sqlite": "sqlite_url"}
-NEEDS_TWO = pytest.mark.xfail(reason="the table of decisions of a last resource is made on a second connection of its pool")
-
-
-def log_and_last(log: str, last: str) -> object:
-    needs_two = last in ("postgresql", "mariadb") and log != "last"
-    return pytest.param(log, last, marks=NEEDS_TWO if needs_two else ())
 
 
 @pytest.mark.parametrize(
     ("log", "last"),
     [
-        *(log_and_last(log, last) for log in ("writer", "warehouse", "journal", "file") for last in LAST),
-        *(log_and_last("last", last) for last in LAST if last != "none"),
+        *((log, last) for log in ("writer", "warehouse", "journal", "file") for last in LAST),
+        *(("last", last) for last in LAST if last != "none"),
     ],
 )
 def test_a_commit_needs_no_second_connection_of_a_pool_of_one(

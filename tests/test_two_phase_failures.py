@@ -22,7 +22,7 @@ from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
-from app_db.errors import AbortedByRecovery, CommitUnconfirmed, HookFailed, OutcomeUnknown
+from app_db.errors import AbortedByRecovery, CommitUnconfirmed, HookFailed, InvalidUse, OutcomeUnknown
 from app_db.lines import Exchange, exchange
 from app_db.manager import retryable
 from applications import DEFER_UNIQUENESS, Item, read_lock
@@ -446,6 +446,35 @@ def test_a_log_that_goes_away_in_the_middle_leaves_the_outcome_to_recovery_and_s
         assert len(app.prepared()) == 3
         assert not app.recover().left
         assert seen(app) == each("a")
+
+
+def test_a_last_resource_that_can_keep_no_decisions_is_good_for_units_that_need_none(
+    new_postgres_url: NewUrl, sqlite_url: str
+) -> None:
+    with two_phasing(writer=new_postgres_url(), lite=sqlite_url) as app:
+        app.run("CREATE VIEW app_db_decisions AS SELECT 1 AS one", on="lite")
+        with app.unit():
+            app.add("alone", "lite")
+        with pytest.raises(DBAPIError), app.unit():
+            app.add_to_each("both")
+        assert app.everywhere() == {"writer": [], "lite": ["alone"]}
+
+
+def test_a_log_that_is_replaced_after_a_branch_was_named_by_it_is_no_place_for_a_decision(
+    new_mariadb_url: NewUrl, new_postgres_url: NewUrl
+) -> None:
+    """Whoever finds the branch would ask the one that it is named by."""
+    urls = {name: new_mariadb_url() for name in ("writer", "warehouse")}
+    another = create_engine(new_postgres_url())
+    with two_phasing("journal", **urls, journal=without(new_postgres_url())) as app:
+        with pytest.raises(InvalidUse, match="log was replaced"), app.unit():
+            app.add_to_each("a", *urls)
+            app.override_engine("journal", another)
+        assert app.names("writer") == app.names("warehouse") == []
+        with app.unit():
+            app.add_to_each("b", *urls)
+        assert app.names("writer") == app.names("warehouse") == ["b"]
+    another.dispose()
 
 
 # ---- pools of one ------------------------------------------------------------------------------------------------------
