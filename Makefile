@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
-EXTRAS := postgresql,mysql,asyncio,asyncpg
+EXTRAS := postgresql,mysql,asyncio,asyncpg,asyncmy
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet

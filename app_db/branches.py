@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from enum import Enum
+from functools import cache, partial
 from threading import get_ident
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from app_db.errors import ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkTimeout
 from app_db.preparing import Prepares, Settling
@@ -25,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("app_db")
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 BRANCH = "app_db_branch"
 """Key in a DBAPI connection's info: the branch that is using it."""
 
@@ -35,6 +44,7 @@ class Home(Protocol):
     name: str
     read_only: bool
     autonomous: bool
+    asynchronous: bool
     two_phase: bool
     database: Database
     prepares: Prepares | None
@@ -334,14 +344,77 @@ class Branch:
             self._data_manager.abort(self._work.transaction)
             self._let_go()
 
+    def flush(self) -> None:
+        """Send what is pending."""
+        self.session.flush()
+
     def savepoint(self) -> SessionTransaction:
         """Flush, and take a savepoint."""
         return self.session.begin_nested()
+
+    def roll_back_to(self, savepoint: SessionTransaction) -> None:
+        """Undo what was done since a savepoint."""
+        savepoint.rollback()
+
+    def release(self, savepoint: SessionTransaction) -> None:
+        """Keep what was done since a savepoint, and give that up."""
+        savepoint.commit()
 
     def _let_go(self) -> None:
         for info in self._connections.values():
             info.pop(BRANCH, None)
         self.session.branch = None  # a circle would keep both until the collector comes by
+
+
+class BranchOffLoop(Branch):
+    """A branch whose driver blocks, in a unit that a coroutine ends: what waits for the database does so in a thread."""
+
+    def flush(self) -> None:
+        off_loop(super().flush)
+
+    def flush_for_good(self) -> None:
+        off_loop(super().flush_for_good)
+
+    def has_lost_transaction(self) -> bool:
+        return off_loop(super().has_lost_transaction)
+
+    def commit(self) -> None:
+        off_loop(super().commit)
+
+    def roll_back(self) -> None:
+        off_loop(super().roll_back)
+
+    def savepoint(self) -> SessionTransaction:
+        return off_loop(super().savepoint)
+
+    def roll_back_to(self, savepoint: SessionTransaction) -> None:
+        off_loop(super().roll_back_to, savepoint)
+
+    def release(self, savepoint: SessionTransaction) -> None:
+        off_loop(super().release, savepoint)
+
+    def apply_time_limit(self) -> None:
+        off_loop(super().apply_time_limit)
+
+    def settle_elsewhere(self, *, commit: bool) -> bool:
+        return off_loop(super().settle_elsewhere, commit=commit)
+
+
+def off_loop(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function that blocks: in a thread, where an event loop would have to wait for it."""
+    if not in_greenlet():
+        return function(*args, **kwargs)
+    work = partial(copy_context().run, partial(function, *args, **kwargs))
+    return await_only(asyncio.get_running_loop().run_in_executor(_threads(), work))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Return threads of our own: those of the event loop may all be waiting for what the unit holds that ends here."""
+    return ThreadPoolExecutor(1000, "app_db")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def say(dbapi_connection: Any, statements: Sequence[str], *, regardless: bool = False) -> None:

@@ -10,12 +10,14 @@ them, not as all of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.util.concurrency import await_only
 
-from app_db.branches import Branch, Stage, position
+from app_db.awaited_lines import AwaitedLine, exchange_awaited
+from app_db.branches import Branch, BranchOffLoop, Stage, off_loop, position
 from app_db.decision_places import DecisionPlaces
 from app_db.decisions import DecisionLog, Verdict
 from app_db.errors import (
@@ -26,7 +28,7 @@ from app_db.errors import (
     PartialCommit,
     TransactionLost,
 )
-from app_db.lines import Answer, Exchange, Outcome, exchange
+from app_db.lines import Answer, Exchange, Line, Outcome, exchange
 from app_db.statements import Effect
 from app_db.xids import log_of
 
@@ -35,10 +37,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("app_db")
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 class CommittingWork(Protocol):
     """What committing has to know of the unit."""
 
+    asynchronous: bool
     branches: list[Branch]
     errors_afterwards: list[Exception]
     interruption: BaseException | None
@@ -133,13 +139,17 @@ class AtomicCommit:
     def run(self) -> None:
         """Commit, or raise after everything was rolled back. Once it is decided to commit, nothing is raised any more."""
         try:
-            self._settle_on_log()
+            self._apart(self._settle_on_log)
             self._prepare()
             self._decide()
         except BaseException:
             self._take_back()
             raise
         self._commit_prepared()
+
+    def _apart(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Ask a decision log, which threads do: off the loop where a coroutine ends the unit."""
+        return off_loop(function, *args, **kwargs) if self._work.asynchronous else function(*args, **kwargs)
 
     def _last_resource(self) -> Branch | None:
         """Return the branch whose own COMMIT is the decision: the one that can't be prepared, or one that saves a write."""
@@ -183,7 +193,10 @@ class AtomicCommit:
         if last.home.prepares is not None:
             return {last: [table.statement(unit, names)]}
         try:
-            table.decide_within(last.connection, unit, names)
+            if isinstance(last, BranchOffLoop):
+                off_loop(table.decide_within, last.connection, unit, names)
+            else:
+                table.decide_within(last.connection, unit, names)
         except IntegrityError as error:
             raise AbortedByRecovery(unit) from error
         return {}
@@ -216,7 +229,7 @@ class AtomicCommit:
 
     def _decision_to_commit(self) -> Verdict:
         if self._last is None:
-            return self._log.decide(self._work.unit_id, Verdict.COMMIT, self._names)
+            return self._apart(self._log.decide, self._work.unit_id, Verdict.COMMIT, self._names)
         self._last.commit()
         return Verdict.COMMIT
 
@@ -225,7 +238,7 @@ class AtomicCommit:
         try:
             if self._last is not None:
                 self._last.abandon()
-            return self._log.decide(self._work.unit_id, Verdict.ABORT, self._names)
+            return self._apart(self._log.decide, self._work.unit_id, Verdict.ABORT, self._names)
         except BaseException as error:  # noqa: BLE001  # one of the two is raised, with what it means
             for branch in self._prepared:
                 branch.abandon()
@@ -248,7 +261,7 @@ class AtomicCommit:
             self._work.errors_afterwards.append(error)
         else:
             for decision_log in self._logs:
-                self._work.places.acknowledged(decision_log, self._work.unit_id)
+                self._apart(self._work.places.acknowledged, decision_log, self._work.unit_id)
 
     def _take_back(self) -> None:
         for branch in self._tell(commit=False):
@@ -272,7 +285,19 @@ class AtomicCommit:
 
 
 def _exchange(words: dict[Branch, list[str]]) -> Exchange[Branch]:
-    return exchange({branch: (_prepares(branch).line(branch.driver_connection), said) for branch, said in words.items()})
+    if any(branch.home.asynchronous or isinstance(branch, BranchOffLoop) for branch in words):
+        return await_only(exchange_awaited({branch: (_any_line(branch), said) for branch, said in words.items()}))
+    return exchange({branch: (_line(branch), said) for branch, said in words.items()})
+
+
+def _any_line(branch: Branch) -> Line | AwaitedLine:
+    if branch.home.asynchronous:
+        return _prepares(branch).awaited_line(branch.connection.connection.dbapi_connection)
+    return _line(branch)
+
+
+def _line(branch: Branch) -> Line:
+    return _prepares(branch).line(branch.driver_connection)
 
 
 def _words_of_end(branch: Branch, commit: bool) -> list[str]:

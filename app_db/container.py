@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from asyncio import AbstractEventLoop
+from asyncio.events import _get_running_loop
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from app_db.checks import check
 from app_db.coordinator import build_coordinator
 from app_db.decision_places import DecisionPlaces, build_decision_places
-from app_db.engines import build_engine, retire
+from app_db.engines import build_async_engine, build_engine, dispose_awaited, retire, retire_async
 from app_db.errors import InvalidUse, UnknownConnection
 from app_db.manager import ContextTransactionManager
 from app_db.recovery import Recovery, build_recovery
@@ -21,13 +24,25 @@ from app_db.sessions import SessionHome, build_scoped_session, build_sessionmake
 from app_db.settings import DatabaseSettings
 from app_db.transactions import Transaction, build_transaction, build_unit
 from app_db.units import UnitOfWork
+from app_db.urls import require_greenlet
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+
     DeclarativeMeta = type
 else:
     from dependency_injector.containers import DeclarativeContainerMetaClass as DeclarativeMeta
 
-KINDS = ("engine", "sessionmaker", "scoped_session", "session")
+KINDS = (
+    "engine",
+    "sessionmaker",
+    "scoped_session",
+    "session",
+    "async_engine",
+    "async_sessionmaker",
+    "async_scoped_session",
+    "async_session",
+)
 """What every connection provides: `NAME.KIND`, and `NAME_KIND` beside it."""
 
 _PLUMBING = frozenset({"__self__", "coordinator", "database_container", "decision_places", "lifecycle", "name"})
@@ -73,6 +88,67 @@ class EngineProvider(providers.ThreadSafeSingleton[Engine]):
         return self._built is not None
 
 
+class AsyncEngineProvider(providers.ThreadSafeSingleton[Any]):
+    """The engine by which coroutines use a connection: one for each event loop, because connections can't change loops."""
+
+    storage_lock: AbstractContextManager[Any]  # the base class's, not in its stubs
+    _built: dict[AbstractEventLoop, AsyncEngine] | None = None
+    _process = 0
+    _homeless: AsyncEngine | None = None
+    """What was asked for where no loop runs. The first loop that asks takes it."""
+
+    def _provide(self, args: Any, kwargs: Any) -> AsyncEngine:
+        loop = _get_running_loop()
+        engine = self._homeless if loop is None else self._engines().get(loop)
+        return engine or self._build(loop, args, kwargs)
+
+    def _build(self, loop: AbstractEventLoop | None, args: Any, kwargs: Any) -> AsyncEngine:
+        with self.storage_lock:
+            engine, self._homeless = self._homeless, None
+            if engine is None:
+                base: Any = super()  # the stubs do not have _provide
+                engine = base._provide(args, kwargs)
+                base.reset()  # it is kept here
+            if loop is None:
+                self._homeless = engine
+                return engine
+            built = self._engines()
+            built[loop] = engine
+            abandoned = [(built.pop(other), other) for other in list(built) if other.is_closed()]
+        for other_engine, closed_loop in abandoned:  # as asyncio.run() leaves them, time after time
+            retire_async(other_engine, closed_loop)
+        return engine
+
+    def reset(self) -> Any:
+        """Retire the engines: their idle connections close now, in their own loops, and those in use when their units end."""
+        for engine, loop in self.taken_away():
+            retire_async(engine, loop)
+        return super().reset()
+
+    def _engines(self) -> dict[AbstractEventLoop, AsyncEngine]:
+        if self._built is None or self._process != os.getpid():  # the loops of a forked child's parent don't run here
+            self._built, self._process = {}, os.getpid()
+        return self._built
+
+    def taken_away(self) -> list[tuple[AsyncEngine, AbstractEventLoop | None]]:
+        """Give all engines away, with their loops, to be disposed."""
+        with self.storage_lock:
+            built, self._built = self._engines(), None
+            homeless, self._homeless = self._homeless, None
+        return [*((engine, loop) for loop, engine in built.items()), *([] if homeless is None else [(homeless, None)])]
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there is an engine to dispose."""
+        return self._homeless is not None or bool(self._engines())
+
+    @property
+    def is_built_here(self) -> bool:
+        """Whether there is one of the running event loop, which has to be awaited to dispose it."""
+        loop = _get_running_loop()
+        return loop is not None and loop in self._engines()
+
+
 class Lifecycle(providers.Resource[None]):
     """What `init_resources()` and `shutdown_resources()` do, of a database container or of one around it.
 
@@ -91,15 +167,22 @@ class Lifecycle(providers.Resource[None]):
         if container.settings().recover_at_start:
             container.recovery().settle()
 
-    def shutdown(self) -> None:
-        container = self.args[0]()
-        container.decision_places().close()
+    def is_async_mode_enabled(self) -> bool:
+        """Whether `shutdown_resources()` has to be awaited: where a running loop has engines."""
+        return any(isinstance(engine, AsyncEngineProvider) and engine.is_built_here for engine in self._engines())
+
+    def shutdown(self) -> Any:
+        here = [engine for engine in self._engines() if isinstance(engine, AsyncEngineProvider) and engine.is_built_here]
+        awaited = [pair for engine in here for pair in engine.taken_away()]
+        self.args[0]().decision_places().close()
         for engine in self._engines():
             engine.reset()
+        return dispose_awaited(awaited) if awaited else None
 
-    def _engines(self) -> list[EngineProvider]:
+    def _engines(self) -> list[EngineProvider | AsyncEngineProvider]:
         container = self.args[0]()
-        return [provider.engine for provider in container.providers.values() if isinstance(provider, Connection)]
+        connections = [provider for provider in container.providers.values() if isinstance(provider, Connection)]
+        return [engine for connection in connections for engine in (connection.engine, connection.async_engine)]
 
 
 # ---- instances --------------------------------------------------------------------------------------------------------
@@ -115,12 +198,24 @@ class _Instance(containers.DynamicContainer):
 class _DatabaseInstance(_Instance):
     """An instance of a database container. Its providers and those of its connections find it as `database_container`."""
 
+    def shutdown_resources(self, *arguments: Any, **options: Any) -> Awaitable[None]:
+        """Dispose all engines. What it returns has to be awaited where a running loop has engines, and may be anywhere else."""
+        waiting: Awaitable[None] | None = super().shutdown_resources(*arguments, **options)
+        return _Nothing() if waiting is None else waiting
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, Connection) and name != "parent":
             value.container.database_container.set_provides(self)
         elif name == "database_container":
             value.set_provides(self)  # a copy's, which came with the original's, too
+
+
+class _Nothing:
+    """Can be awaited, and does nothing."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
 
 
 def _unknown(name: str, known: Iterable[str]) -> AttributeError:
@@ -144,6 +239,21 @@ def _build_engine(container: DatabaseContainer | None, name: str) -> Engine:
     return build_engine(name, _require_instance(container, name).settings())
 
 
+def _build_async_engine(container: DatabaseContainer | None, name: str) -> AsyncEngine:
+    return build_async_engine(name, _require_instance(container, name).settings())
+
+
+def _build_async_sessionmaker(
+    container: DatabaseContainer | None, name: str, engine: Callable[[], AsyncEngine]
+) -> async_sessionmaker[Any]:
+    container = _require_instance(container, name)
+    require_greenlet()
+    from app_db.async_sessions import AsyncSessionHome, build_async_sessionmaker
+
+    settings = container.settings().connection(name)
+    return build_async_sessionmaker(AsyncSessionHome(name, settings, container.coordinator(), lambda: engine().sync_engine))
+
+
 def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: Callable[[], Engine]) -> sessionmaker[Any]:
     container = _require_instance(container, name)
     settings = container.settings().connection(name)
@@ -152,6 +262,17 @@ def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: 
 
 def _current_session(scoped: scoped_session[Any]) -> Session:
     session: Session = scoped.registry()
+    return session
+
+
+def _build_async_scoped_session(maker: async_sessionmaker[Any]) -> async_scoped_session[Any]:
+    from app_db.async_sessions import build_async_scoped_session
+
+    return build_async_scoped_session(maker)
+
+
+def _current_async_session(scoped: async_scoped_session[Any]) -> AsyncSession:
+    session: AsyncSession = scoped.registry()
     return session
 
 
@@ -167,6 +288,11 @@ class ConnectionContainer(containers.DeclarativeContainer):
     sessionmaker = providers.ThreadSafeSingleton(_build_sessionmaker, database_container, name, engine.provider)
     scoped_session = providers.ThreadSafeSingleton(build_scoped_session, sessionmaker)
     session = providers.Callable(_current_session, scoped_session)
+
+    async_engine = AsyncEngineProvider(_build_async_engine, database_container, name)
+    async_sessionmaker = providers.ThreadSafeSingleton(_build_async_sessionmaker, database_container, name, async_engine.provider)
+    async_scoped_session = providers.ThreadSafeSingleton(_build_async_scoped_session, async_sessionmaker)
+    async_session = providers.Callable(_current_async_session, async_scoped_session)
 
 
 class Connection(providers.Container[ConnectionContainer]):
@@ -188,6 +314,10 @@ class Connection(providers.Container[ConnectionContainer]):
         sessionmaker: providers.Provider[sessionmaker[Session]]
         scoped_session: providers.Provider[scoped_session[Session]]
         session: providers.Provider[Session]
+        async_engine: AsyncEngineProvider
+        async_sessionmaker: providers.Provider[async_sessionmaker[AsyncSession]]
+        async_scoped_session: providers.Provider[async_scoped_session[AsyncSession]]
+        async_session: providers.Provider[AsyncSession]
 
         def __init__(self) -> None: ...
 
@@ -249,6 +379,10 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
     lifecycle = Lifecycle(None, database_container)
     transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, coordinator)
     unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, coordinator)
+
+    if TYPE_CHECKING:
+
+        def shutdown_resources(self, resource_type: type[providers.BaseResource[Any]] = ...) -> Awaitable[None]: ...
 
 
 class Container(DatabaseContainer):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sqlalchemy.exc import PendingRollbackError
 from transaction.interfaces import IRetryDataManager, ISavepointDataManager
 from zope.interface import implementer
 
-from app_db.branches import Branch, position
+from app_db.branches import Branch, BranchOffLoop, position
 from app_db.commits import commit_branches, commit_or_log, flush_for_good, unpreparable
 from app_db.decision_places import DecisionPlaces
 from app_db.dialects import NEVER
@@ -31,11 +31,11 @@ from app_db.manager import retryable
 from app_db.xids import Xid, new_unit_id
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session
     from transaction import Transaction
 
     from app_db.decisions import DecisionLog
     from app_db.hooks import Hooks
+    from app_db.manager import AwaitedTransaction
 
 log = logging.getLogger("app_db")
 
@@ -44,6 +44,8 @@ log = logging.getLogger("app_db")
 class Work:
     """What one unit of work did in the databases: its sessions and branches, and how they end together."""
 
+    asynchronous = False
+    """Whether it was begun by `async with`, so that its end can wait for coroutines."""
     read_only = False
     isolation: str | None = None
     timeout = NEVER
@@ -61,7 +63,7 @@ class Work:
 
     def __init__(self, transaction: Transaction, coordinator: Coordinator) -> None:
         self.transaction = transaction
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, Any] = {}  # of threads and of coroutines
         self.branches: list[Branch] = []
         self._savepoints: list[WorkSavepoint] = []
         self.errors_afterwards: list[Exception] = []
@@ -112,7 +114,10 @@ class Work:
             self.transaction.join(self)
             self._joined = True
         session = data_manager.session
-        branch = session.branch = Branch(self, data_manager, session, session.home)
+        kind = BranchOffLoop if self.asynchronous and not session.home.asynchronous else Branch
+        branch = session.branch = kind(self, data_manager, session, session.home)
+        if session.home.asynchronous:
+            cast("AwaitedTransaction", self.transaction).awaits = True
         self.branches.append(branch)
 
     # -- what sessions ask
@@ -148,10 +153,14 @@ class Work:
 
     def set_deadline(self, timeout: float, deadline: float) -> None:
         """Give the unit until `deadline`."""
-        self.timeout, self.deadline = timeout, deadline
-        self.timed = deadline < NEVER
+        self.note_deadline(timeout, deadline)
         for branch in self.branches:
             branch.apply_time_limit()
+
+    def note_deadline(self, timeout: float, deadline: float) -> None:
+        """Give the unit until `deadline`, and leave the databases as they are."""
+        self.timeout, self.deadline = timeout, deadline
+        self.timed = deadline < NEVER
 
     def doom(self, reason: BaseException | str) -> None:
         """Make sure that the unit is not committed, and remember why. The first reason counts."""
@@ -273,7 +282,7 @@ class Work:
     def _flush(self) -> None:
         for branch in self.branches:  # a flush may make another session join, which this loop then reaches
             try:
-                branch.session.flush()
+                branch.flush()
             except PendingRollbackError as error:  # an earlier flush failed, and its error was swallowed
                 raise TransactionLost(branch.name) from error
 
@@ -287,9 +296,15 @@ class Work:
             self._refuse_partial_commit()
 
     def _refuse_partial_commit(self) -> None:
-        alone = sorted(branch.name for branch in unpreparable(self.branches) if branch.wrote)
+        alone = [branch for branch in unpreparable(self.branches) if branch.wrote]
         if len(alone) > 1 and self._coordinator.atomicity() == "strict":
-            raise NotAtomic(alone)
+            by_threads = {branch.name for branch in alone if not branch.home.asynchronous}
+            raise NotAtomic(
+                sorted(
+                    f"{branch.name} (async)" if branch.home.asynchronous and branch.name in by_threads else branch.name
+                    for branch in alone
+                )
+            )
 
 
 class WorkSavepoint:
@@ -308,16 +323,16 @@ class WorkSavepoint:
                 branch.roll_back()
         self._work.finishing = False
         self._work.branches[:] = [branch for branch in self._work.branches if not branch.finished]
-        for _, nested in reversed(self._nested):
-            nested.rollback()
+        for branch, nested in reversed(self._nested):
+            branch.roll_back_to(nested)
         self._nested = [(branch, branch.savepoint()) for branch in older]
         self._forget_later_ones()
 
     def release(self) -> None:
         """Keep what was done since, and give the savepoint up."""
-        for _, nested in reversed(self._nested):
+        for branch, nested in reversed(self._nested):
             if nested.is_active:
-                nested.commit()
+                branch.release(nested)
         self._nested = []
         self._forget_later_ones()
         if self in self._work._savepoints:

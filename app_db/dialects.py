@@ -6,6 +6,7 @@ mean. Everything that is the same for all kinds stands elsewhere.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import re
@@ -19,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import event
+from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.util.concurrency import await_only
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -136,10 +139,51 @@ class PostgreSQL(Database):
     _idle = 0  # libpq's PQTRANS_IDLE
     _failed = 3  # libpq's PQTRANS_INERROR
 
+    _words = {"sslmode": "ssl", "connect_timeout": "timeout"}  # noqa: RUF012  # libpq's, and what asyncpg says for them
+    _asyncpg_alone = frozenset(
+        "statement_cache_size prepared_statement_cache_size prepared_statement_name_func max_cached_statement_lifetime "
+        "max_cacheable_statement_size".split()
+    )
+
+    def url(self, configured: URL, settings: ConnectionSettings) -> URL:
+        # What one driver's URL says is told the other as arguments, in its own words.
+        if configured.get_driver_name() == "asyncpg":
+            return configured.difference_update_query([*self._words, "application_name", "timeout"])
+        if configured.get_driver_name() == "psycopg":
+            return configured.difference_update_query([*self._words.values(), *self._asyncpg_alone])
+        return configured
+
     def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
-        nameless = url.drivername.endswith(("psycopg", "psycopg2")) and "application_name" not in url.query
-        own = {"application_name": application} if nameless else {}
+        driver = url.get_driver_name()
+        if driver == "asyncpg":
+            return self._asyncpg_arguments(url, application, settings)
+        if driver == "psycopg":
+            return self._psycopg_arguments(url, application, settings)
+        own = {"application_name": application} if driver == "psycopg2" and "application_name" not in url.query else {}
         return {**own, **settings.connect_args}
+
+    def _asyncpg_arguments(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
+        said: dict[str, Any] = {key: url.query[key] for key in (*self._words, "application_name", "timeout") if key in url.query}
+        arguments = {self._words.get(key, key): value for key, value in (said | settings.connect_args).items()}
+        name = arguments.pop("application_name", application)
+        if "timeout" in arguments:
+            arguments["timeout"] = float(arguments["timeout"])
+        return {**arguments, "server_settings": {"application_name": name, **arguments.get("server_settings", {})}}
+
+    def _psycopg_arguments(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
+        words = {asyncpgs: libpqs for libpqs, asyncpgs in self._words.items()}
+        said: dict[str, Any] = {key: url.query[key] for key in words if key in url.query}
+        arguments = {
+            words.get(key, key): value for key, value in (said | settings.connect_args).items() if key not in self._asyncpg_alone
+        }
+        server_settings = dict(arguments.pop("server_settings", {}))
+        name = server_settings.pop("application_name", application)
+        if "application_name" not in url.query:
+            arguments = {"application_name": name, **arguments}
+        if server_settings:
+            quoted = {key: re.sub(r"([ \\])", r"\\\1", str(value)) for key, value in server_settings.items()}
+            arguments["options"] = " ".join(f"-c {key}={value}" for key, value in quoted.items())
+        return arguments
 
     def isolation_level(self, settings: ConnectionSettings) -> str | None:
         # In autocommit a read is one round trip; with BEGIN and COMMIT around it, it is three.
@@ -188,11 +232,17 @@ class PostgreSQL(Database):
         return False
 
     def has_ended_transaction(self, connection: Connection) -> bool:
-        libpq = getattr(connection.connection.driver_connection, "pgconn", None)
+        driver_connection: Any = connection.connection.driver_connection
+        if hasattr(driver_connection, "is_in_transaction"):  # asyncpg's, which doesn't tell a failed one from one that goes on
+            return not driver_connection.is_in_transaction()
+        libpq = getattr(driver_connection, "pgconn", None)
         return libpq is not None and libpq.transaction_status in (self._idle, self._failed)
 
     def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
-        libpq = getattr(dbapi_connection, "pgconn", None)
+        driver_connection = _driver_of(dbapi_connection)
+        if hasattr(driver_connection, "is_in_transaction"):  # asyncpg's
+            return bool(driver_connection.is_in_transaction())
+        libpq = getattr(driver_connection, "pgconn", None)
         return libpq is None or bool(libpq.transaction_status != self._idle)
 
     def refuses_write(self, error: BaseException) -> bool:
@@ -207,8 +257,8 @@ class MySQL(Database):
     _lock_wait_timeout = 1205
 
     def password(self, driver: str, password: str) -> str | bytes:
-        # PyMySQL would encode it in latin-1, which fails for most of the world's letters.
-        return password.encode() if driver == "pymysql" else password
+        # These would encode it in latin-1, which fails for most of the world's letters.
+        return password.encode() if driver in ("pymysql", "asyncmy", "aiomysql") else password
 
     def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
         own = {} if url.password is None else {"password": self.password(url.get_driver_name(), str(url.password))}
@@ -258,7 +308,7 @@ class MySQL(Database):
         )
 
     def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
-        status: int | None = getattr(dbapi_connection, "server_status", None)
+        status: int | None = getattr(_driver_of(dbapi_connection), "server_status", None)
         if not getattr(dbapi_connection, "open", True):
             return True  # its status is what it heard last; that it can't be rolled back is how the pool finds out
         return status is None or bool(status & self._in_transaction)
@@ -328,7 +378,7 @@ class SQLite(Database):
 
         @event.listens_for(engine, "connect")
         def interrupt(dbapi_connection: Any, record: Any) -> None:
-            self._interrupt_at_deadline(dbapi_connection, record.info)
+            self._interrupt_at_deadline(_driver_of(dbapi_connection), record.info)
 
     def read_only_step(self) -> Callable[[Connection], None]:
         return self._set_read_only
@@ -345,7 +395,8 @@ class SQLite(Database):
         return not getattr(connection.connection.driver_connection, "in_transaction", True)
 
     def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
-        return bool(getattr(dbapi_connection, "in_transaction", True))  # so it is also after a COMMIT refused with SQLITE_BUSY
+        # So it is also after a COMMIT refused with SQLITE_BUSY.
+        return bool(getattr(_driver_of(dbapi_connection), "in_transaction", True))
 
     def refuses_write(self, error: BaseException) -> bool:
         code: int = getattr(error, "sqlite_errorcode", 0)
@@ -355,7 +406,9 @@ class SQLite(Database):
         def past_deadline() -> bool:
             return bool(time.monotonic() > min(info.get(_DEADLINE, NEVER), info.get(_STATEMENT_DEADLINE, NEVER)))
 
-        driver_connection.set_progress_handler(past_deadline, self._steps_between_looks)
+        waiting = driver_connection.set_progress_handler(past_deadline, self._steps_between_looks)
+        if waiting is not None:  # aiosqlite's
+            await_only(waiting)
 
 
 def on_execute(engine: Engine, listener: Callable[[dict[Any, Any], str], None]) -> None:
@@ -378,6 +431,31 @@ def on_execute(engine: Engine, listener: Callable[[dict[Any, Any], str], None]) 
     event.listen(engine, "do_execute", heard)
     event.listen(engine, "do_executemany", heard)
     event.listen(engine, "do_execute_no_params", heard_without_parameters)
+
+
+def _driver_of(dbapi_connection: Any) -> Any:
+    """Return the driver's own connection, where SQLAlchemy stands between to make it look synchronous."""
+    return dbapi_connection.driver_connection if isinstance(dbapi_connection, AdaptedConnection) else dbapi_connection
+
+
+def hang_up(dbapi_connection: Any) -> None:
+    """Close a connection of coroutines whose event loop is closed, in a thread in which none runs."""
+    driver_connection = _driver_of(dbapi_connection)
+    transport = getattr(driver_connection, "_transport", None)
+    if transport is None:
+        asyncio.run(_close(driver_connection))  # psycopg's and aiosqlite's can be closed in any loop
+        return
+    try:  # asyncpg's and asyncmy's are bound to theirs
+        (getattr(driver_connection, "terminate", None) or driver_connection.close)()
+    except RuntimeError:
+        own_socket = getattr(transport, "_sock", None)  # asyncio's, which nobody else can close any more
+        if own_socket is not None:
+            own_socket.close()
+            transport._sock = None
+
+
+async def _close(driver_connection: Any) -> None:
+    await driver_connection.close()
 
 
 def _is_memory(url: URL) -> bool:
@@ -403,7 +481,14 @@ def _use_wal(dbapi_connection: Any) -> None:
         except Exception as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF != 5 or time.monotonic() > give_up:
                 raise
-        time.sleep(0.01)
+        _sleep(dbapi_connection, 0.01)
+
+
+def _sleep(dbapi_connection: Any, seconds: float) -> None:
+    if isinstance(dbapi_connection, AdaptedConnection):
+        await_only(asyncio.sleep(seconds))
+    else:
+        time.sleep(seconds)
 
 
 _memory_files: WeakKeyDictionary[object, Path] = WeakKeyDictionary()

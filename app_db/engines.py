@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from asyncio import AbstractEventLoop, Task, to_thread
+from asyncio.events import _get_running_loop
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import InvalidatePoolError
-from sqlalchemy.pool import NullPool, QueuePool, StaticPool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
+from sqlalchemy.util.concurrency import await_only
 
-from app_db.dialects import Database, database_of
-from app_db.urls import is_secret
+from app_db.dialects import Database, database_of, hang_up
+from app_db.errors import Problem, SettingsError
+from app_db.urls import dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
 
 if TYPE_CHECKING:
+    from sqlalchemy import URL
     from sqlalchemy.engine import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import Pool
 
     from app_db.settings import ConnectionSettings, DatabaseSettings
@@ -28,27 +35,54 @@ _POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static":
 
 _setups: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
 _retired: WeakSet[Engine] = WeakSet()
+_disposing: set[Task[None]] = set()
+"""The event loop keeps only weak references to its tasks."""
+
+_LONGEST_DISPOSAL = 10.0
+"""Seconds to wait for a loop in another thread, which may be blocked."""
+
 _checked_out: dict[int, Any] = {}  # pool records by their id, for the child of a fork
 _of_parent_process: list[Any] = []
 
 
 def build_engine(name: str, settings: DatabaseSettings) -> Engine:
     """Return a new engine for the connection `name`. Nothing connects before the engine is first used."""
+    engine: Engine = _build(name, settings, for_threads, create_engine)
+    _setups[engine] = _setup_of(engine, name, settings)
+    return engine
+
+
+def build_async_engine(name: str, settings: DatabaseSettings) -> AsyncEngine:
+    """Return a new engine by which coroutines use the connection `name`, from the same settings and tuned in the same way."""
+    require_greenlet()
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    engine: AsyncEngine = _build(name, settings, for_coroutines, create_async_engine)
+    _setups[engine.sync_engine] = _setup_of(engine.sync_engine, name, settings)
+    return engine
+
+
+def _setup_of(engine: Engine, name: str, settings: DatabaseSettings) -> _Setup:
+    return _Setup(engine, settings.connection(name), database_of(engine.dialect.name))
+
+
+def _build(name: str, settings: DatabaseSettings, with_driver: Callable[[URL], URL], create: Callable[..., Any]) -> Any:
     connection = settings.connection(name)
-    configured = connection.sqlalchemy_url()
+    configured = with_driver(connection.sqlalchemy_url())
+    asynchronous = with_driver is for_coroutines
+    if isinstance(dialect := dialect_of(configured, asynchronous=asynchronous), str):  # a driver that the settings do not name
+        raise SettingsError([Problem(connection.variable("driver" if connection.url is None else "url"), dialect)])
     database = database_of(configured.get_backend_name())
     secrets = {key: value for key, value in configured.query.items() if is_secret(key)}
     shown = configured.difference_update_query(secrets) if secrets else configured  # an engine shows its URL
     url = database.url(shown, connection)
-    arguments = _pool_arguments(connection)
+    arguments = _pool_arguments(connection, asynchronous=asynchronous)
     isolation_level = database.isolation_level(connection)
     if isolation_level is not None:
         arguments["isolation_level"] = isolation_level
     if connection.echo:
         arguments |= {"echo": True, "logging_name": name}
-    engine = create_engine(url, connect_args=secrets | database.connect_args(url, settings.application, connection), **arguments)
-    _setups[engine] = _Setup(engine, connection, database)
-    return engine
+    return create(url, connect_args=secrets | database.connect_args(shown, settings.application, connection), **arguments)
 
 
 def retire(engine: Engine) -> None:
@@ -58,6 +92,70 @@ def retire(engine: Engine) -> None:
         setup.ensure()  # or a first connection under way would miss the listener that closes it
     _retired.add(engine)
     engine.dispose()
+
+
+def retire_async(engine: AsyncEngine, loop: AbstractEventLoop | None) -> None:
+    """Do the same with an engine of coroutines, in its own event loop, where that is still there.
+
+    Where this is called inside a running loop, it doesn't wait for another one, which may be waiting for this one.
+    """
+    _retired.add(engine.sync_engine)
+    here = _get_running_loop()
+    try:
+        if loop is None or loop.is_closed():
+            _hang_up(engine.sync_engine)
+        elif here is None and not loop.is_running():
+            loop.run_until_complete(engine.dispose())
+        else:
+            disposed = _dispose_in(loop, engine)
+            give_up = time.monotonic() + _LONGEST_DISPOSAL
+            while here is None and not disposed.wait(0.05) and time.monotonic() < give_up:
+                if loop.is_closed():  # before it came to it
+                    _hang_up(engine.sync_engine)
+                    return
+    except RuntimeError:  # just now the loop was closed, or began to run in another thread
+        if loop is not None and not loop.is_closed():
+            _dispose_in(loop, engine)
+        else:
+            _hang_up(engine.sync_engine)
+
+
+async def dispose_awaited(engines: Iterable[tuple[AsyncEngine, AbstractEventLoop | None]]) -> None:
+    """Dispose engines: those of the running event loop are disposed when this returns."""
+    here = _get_running_loop()
+    for engine, loop in engines:
+        if loop is here:
+            _retired.add(engine.sync_engine)
+            await engine.dispose()
+        else:
+            await to_thread(retire_async, engine, loop)
+
+
+def _dispose_in(loop: AbstractEventLoop, engine: AsyncEngine) -> Event:
+    """Dispose an engine in its loop as soon as that comes to it; tell when it is done."""
+    done = Event()
+
+    def finish(task: Task[None]) -> None:
+        _disposing.discard(task)
+        if task.cancelled():  # by the end of asyncio.run(), say
+            _hang_up(engine.sync_engine)
+        done.set()
+
+    def begin() -> None:
+        task = loop.create_task(engine.dispose())
+        _disposing.add(task)
+        task.add_done_callback(finish)
+
+    loop.call_soon_threadsafe(begin)
+    return done
+
+
+def _hang_up(engine: Engine) -> None:
+    """Close the idle connections of an engine whose event loop is gone or about to go: nobody can wait for an answer."""
+    engine.dialect.do_close = engine.dialect.do_terminate = hang_up  # type: ignore[method-assign]
+    thread = Thread(target=engine.dispose)  # where no event loop runs, so that one can be borrowed
+    thread.start()
+    thread.join()
 
 
 class _Setup:
@@ -71,6 +169,7 @@ class _Setup:
         self._database = database
         self._password = connection.load_password_provider() if connection.password_provider else None
         self._driver = engine.dialect.driver
+        self._is_async = engine.dialect.is_async
         self._done = False
         self._lock = Lock()
         self._connect = engine.dialect.connect
@@ -80,7 +179,9 @@ class _Setup:
         """Return a new DBAPI connection, with its password, of an engine that by now is set up."""
         self.ensure()
         if self._password is not None:
-            parameters["password"] = self._database.password(self._driver, self._password())
+            # It may ask a server, which must not keep the event loop.
+            password = await_only(to_thread(self._password)) if self._is_async else self._password()
+            parameters["password"] = self._database.password(self._driver, password)
         return self._connect(*arguments, **parameters)
 
     def ensure(self) -> None:
@@ -103,9 +204,13 @@ class _Setup:
         self._done = True
 
 
-def _pool_arguments(connection: ConnectionSettings) -> dict[str, Any]:
+def _pool_arguments(connection: ConnectionSettings, *, asynchronous: bool) -> dict[str, Any]:
     pool = connection.pool
     pool_class = _pool_class(pool.class_)
+    if asynchronous and issubclass(pool_class, QueuePool) and not issubclass(pool_class, AsyncAdaptedQueuePool):
+        pool_class = _for_coroutines(pool_class)
+    elif pool_class is AsyncAdaptedQueuePool and not asynchronous:
+        pool_class = QueuePool
     arguments: dict[str, Any] = {
         "poolclass": pool_class,
         "pool_recycle": -1 if pool.recycle is None else pool.recycle,
@@ -119,6 +224,14 @@ def _pool_arguments(connection: ConnectionSettings) -> dict[str, Any]:
             "pool_use_lifo": pool.use_lifo,
         }
     return arguments
+
+
+def _for_coroutines(pool_class: type[QueuePool]) -> type[Pool]:
+    """Return what makes a queue of connections one that coroutines can wait at."""
+    if pool_class is QueuePool:
+        return AsyncAdaptedQueuePool
+    bases: tuple[Any, ...] = (pool_class, AsyncAdaptedQueuePool)
+    return cast("type[Pool]", type(pool_class.__name__, bases, {}))
 
 
 def _pool_class(name: str | None) -> type[Pool]:
@@ -171,6 +284,8 @@ def _leave_parents_connections() -> None:
     _checked_out.clear()
     for engine, setup in list(_setups.items()):
         setup.forget_other_threads()
+        if engine.dialect.is_async:
+            _of_parent_process.append(engine.pool)  # connections of coroutines complain when they are dropped
         engine.dispose(close=False)
 
 

@@ -232,6 +232,18 @@ class SessionIsManaged(UnitOfWorkError):
         return f"session.{self.method}() was called on the {self.connection!r} session, which belongs to a unit of work. {advice}"
 
 
+class AwaitRequired(UnitOfWorkError):
+    """Something that waits for a database by way of the event loop was done where nobody can await it. Nothing was touched."""
+
+    def __init__(self, subject: str, advice: str) -> None:
+        super().__init__(subject, advice)
+        self.subject = subject
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{self.subject} has to be awaited. {self.advice}."
+
+
 class UnitOfWorkDoomed(UnitOfWorkError, DoomedTransaction):  # type: ignore[misc]  # transaction has no type hints
     """A unit of work was to commit after something in it had doomed it. Nothing was committed."""
 
@@ -307,10 +319,13 @@ class NotAtomic(CommitError):
         self.connections = tuple(connections)
 
     def __str__(self) -> str:
+        both_ways = ""
+        if any(f"{name} (async)" in self.connections for name in self.connections):
+            both_ways = "A session and an async session are two transactions, even of one connection. "
         return (
             f"Nothing was committed: the unit of work wrote to {_listed(self.connections)}, which can't commit together. "
-            "Write to one of them only, set APP_DB_CONNECTIONS__NAME__TWO_PHASE=true for all of them but one, or accept that "
-            "one may commit and another not with APP_DB_ATOMICITY=best_effort."
+            f"{both_ways}Write to one of them only, set APP_DB_CONNECTIONS__NAME__TWO_PHASE=true for all of them but one, or "
+            "accept that one may commit and another not with APP_DB_ATOMICITY=best_effort."
         )
 
 

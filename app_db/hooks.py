@@ -7,12 +7,15 @@ is rolled back is forgotten with it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.util.concurrency import await_only, in_greenlet
 from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import implementer
 
+from app_db.errors import AwaitRequired
 from app_db.manager import suspended
 
 if TYPE_CHECKING:
@@ -72,7 +75,7 @@ class Hooks:
 
     def _run_before_commit(self) -> None:
         while self._before_commit:  # a hook may register further ones
-            self._before_commit.pop(0)()
+            self._call(self._before_commit.pop(0))
 
     def _run_after_commit(self, committed: bool) -> None:
         if committed:
@@ -86,7 +89,7 @@ class Hooks:
             while hooks:
                 hook = hooks.pop(0)
                 try:
-                    hook()
+                    self._call(hook)
                 except Exception as error:
                     log.exception("The hook %r failed", hook)
                     self.errors.append(error)
@@ -94,6 +97,16 @@ class Hooks:
                     self.interruption = error
         if self.interruption is not None:
             raise self.interruption
+
+    def _call(self, hook: Hook) -> None:
+        made = hook()
+        if not isawaitable(made):
+            return
+        if not in_greenlet():
+            if isinstance(made, Coroutine):
+                made.close()  # or it would be warned of as never awaited
+            raise AwaitRequired(f"What the hook {hook!r} returned", "Begin the unit with `async with`")
+        await_only(made)
 
     # -- what zope asks of a data manager
 

@@ -285,7 +285,7 @@ class PostgreSQLLine(Line):
 class MySQLLine(Line):
     """PyMySQL's connection, whose query() is taken apart into its two halves."""
 
-    _unclear = frozenset({1053, 1180, 1317, 1401, 1927})
+    unclear = frozenset({1053, 1180, 1317, 1401, 1927})
     """Shut down, failed or interrupted in the middle: with these errors the server leaves open what it has done."""
 
     def __init__(self, connection: Any) -> None:
@@ -311,7 +311,7 @@ class MySQLLine(Line):
         try:
             self._connection._read_query_result()
         except self.driver_error as error:
-            unclear = not self._connection.open or (error.args[:1] and error.args[0] in self._unclear)
+            unclear = not self._connection.open or (error.args[:1] and error.args[0] in self.unclear)
             return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, error)
         return _DONE
 

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import os
 import threading
-from asyncio import current_task
+from asyncio import Task, current_task
 from asyncio.events import _get_running_loop  # the public spelling raises where no loop runs, at five times the price
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import get_ident
 from types import TracebackType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
-from transaction import Transaction, TransactionManager
+from sqlalchemy.util.concurrency import in_greenlet
+from transaction import Savepoint, Transaction, TransactionManager
 from transaction.interfaces import TransientError
 from transaction.weakset import WeakSet
 
-from app_db.errors import AlreadyInUnitOfWork, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded, UnitOfWorkError
+from app_db.errors import AlreadyInUnitOfWork, AwaitRequired, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded, UnitOfWorkError
+from app_db.urls import require_greenlet
 
 
 class _Process:
@@ -37,6 +40,26 @@ class _Process:
 
 
 os.register_at_fork(after_in_child=_Process.note_fork)
+
+
+_acting_for: WeakKeyDictionary[Task[Any], Task[Any] | None] = WeakKeyDictionary()
+
+
+@contextmanager
+def acting_for(owner: Task[Any] | None) -> Generator[None]:
+    """Let the calling task use what belongs to another one, which waits for it."""
+    task = current_task()
+    if task is None:
+        raise RuntimeError("no task is running")
+    _acting_for[task] = owner
+    try:
+        yield
+    finally:
+        del _acting_for[task]
+
+
+def _is_acting() -> bool:
+    return _get_running_loop() is not None and current_task() in _acting_for
 
 
 class Owner:
@@ -79,7 +102,9 @@ class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no
         task = current_task(loop)
         if self.owner.task is None:
             self.owner.task = task  # begun where no task ran, and this is the first one to use it
-        return task is self.owner.task
+        while task is not self.owner.task and task is not None:
+            task = _acting_for.get(task)  # which may itself act for one: a hook's block ends while its unit's does
+        return task is not None
 
     def refusal(self) -> UnitOfWorkError:
         """Return the error that says why the transaction can't be used here."""
@@ -101,6 +126,39 @@ class _Synchronizers(WeakSet):  # type: ignore[misc]  # transaction has no type 
     def map(self, f: Callable[[Any], object]) -> None:
         if self.data.data:  # the dictionary inside: counting what is still alive takes longer
             super().map(f)
+
+
+class AwaitedTransaction(OwnedTransaction):
+    """A transaction that was begun by `async with`, and can be ended only where coroutines can be awaited."""
+
+    awaits = False
+    """Whether a session of it waits for its database by way of the event loop."""
+
+    def commit(self) -> None:
+        self._require_bridge("The commit of the unit of work")
+        super().commit()
+
+    def abort(self) -> None:
+        self._require_bridge("The abort of the unit of work")
+        super().abort()
+
+    def savepoint(self, optimistic: bool = False) -> Savepoint:
+        self._require_bridge("A savepoint of the unit of work")
+        return super().savepoint(optimistic)
+
+    def _remove_and_invalidate_after(self, savepoint: Savepoint) -> None:
+        self._require_bridge("The rollback to a savepoint of the unit of work")  # which begins with this call
+        super()._remove_and_invalidate_after(savepoint)
+
+    def require_bridge_or_thread(self, subject: str) -> None:
+        """Raise where a part of the unit begins that would wait for a database when it ends, and keep the event loop waiting."""
+        self._require_bridge(subject, keeps_waiting=_get_running_loop() is not None)
+
+    def _require_bridge(self, subject: str, *, keeps_waiting: bool = False) -> None:
+        # Asked first: drivers would notice in the middle, and the connection would go back to its pool as it is.
+        if (self.awaits or keeps_waiting) and not in_greenlet():
+            advice = "Leave its end to `async with container.transaction()`; for a savepoint, give that propagation='nested'"
+            raise AwaitRequired(subject, advice)
 
 
 class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # transaction has no type hints
@@ -134,12 +192,20 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
 
     def begin(self) -> OwnedTransaction:
         """Begin a transaction and make it the current one of this context."""
+        return self._begin(OwnedTransaction)
+
+    def begin_awaited(self) -> OwnedTransaction:
+        """Begin a transaction that coroutines end, and make it the current one of this context."""
+        require_greenlet()
+        return self._begin(AwaitedTransaction)
+
+    def _begin(self, kind: type[OwnedTransaction]) -> OwnedTransaction:
         under_way = self.current()
         if under_way is not None:
             if under_way.status != "Commit failed":
                 raise AlreadyInUnitOfWork
             under_way.abort()
-        transaction = OwnedTransaction(self._synchs, self)
+        transaction = kind(self._synchs, self)
         self._current.set(transaction)
         if self._synchs:
 
@@ -165,6 +231,13 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
             raise transaction.refusal()
         self._current.set(transaction)
 
+    def adopt(self, transaction: OwnedTransaction) -> None:
+        """Make a transaction the current one here, and the calling task its owner, which it will be alone from now on."""
+        if transaction.ended or transaction.process != _Process.generation:
+            raise transaction.refusal()
+        transaction.owner = Owner()
+        self._current.set(transaction)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self.abort()
@@ -181,14 +254,18 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
     @contextmanager
     def suspended(self) -> Generator[None]:
         """Run a block as if no transaction were under way, then take up the one that was."""
+        waiting = self._current.get()
         token = self._current.set(None)
         try:
             yield
         finally:
-            with suppress(
-                ValueError
-            ):  # the block ends in another context, as a generator's may, to which that unit means nothing
+            try:
                 self._current.reset(token)
+            except ValueError:
+                # The block ends in another context. In that of a task that acts for its owner the unit is taken up all the same;
+                # to any other, such as that of whoever closes a generator, it means nothing.
+                if _is_acting():
+                    self._current.set(waiting)
 
 
 def current(manager: Any) -> Transaction | None:

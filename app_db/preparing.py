@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqlalchemy.exc import DBAPIError
 
+from app_db.awaited_lines import AwaitedLine, AwaitedPostgreSQLLine, CursorLine
 from app_db.lines import Line, MySQLLine, PostgreSQLLine
 from app_db.xids import Xid
 
@@ -78,6 +79,10 @@ class Prepares(ABC):
     def line(self, driver_connection: Any) -> Line:
         """Return a line on the driver's own connection, while nobody else uses that."""
 
+    def awaited_line(self, adapted_connection: Any) -> AwaitedLine:
+        """Return a line on a connection of a driver that is awaited, as SQLAlchemy adapts it."""
+        return CursorLine(adapted_connection)
+
     @abstractmethod
     def in_doubt(self, connection: Connection) -> list[InDoubtBranch]:
         """Return the branches of any app_db application that are prepared in the database, or as near as it can tell."""
@@ -123,6 +128,11 @@ class PostgreSQLPrepares(Prepares):
 
     def line(self, driver_connection: Any) -> Line:
         return PostgreSQLLine(driver_connection)
+
+    def awaited_line(self, adapted_connection: Any) -> AwaitedLine:
+        driver_connection = adapted_connection.driver_connection
+        has_libpq = hasattr(driver_connection, "pgconn")
+        return AwaitedPostgreSQLLine(driver_connection) if has_libpq else super().awaited_line(adapted_connection)
 
     def in_doubt(self, connection: Connection) -> list[InDoubtBranch]:
         rows = connection.exec_driver_sql(
@@ -213,8 +223,11 @@ class MySQLPrepares(Prepares):
 
 _PREPARES: dict[str, Prepares] = {
     "postgresql+psycopg": PostgreSQLPrepares(),
+    "postgresql+asyncpg": PostgreSQLPrepares(),
     "mysql+pymysql": MySQLPrepares(),
+    "mysql+asyncmy": MySQLPrepares(),
     "mariadb+pymysql": MySQLPrepares(),
+    "mariadb+asyncmy": MySQLPrepares(),
 }
 
 

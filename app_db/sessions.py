@@ -49,6 +49,9 @@ log = logging.getLogger("app_db")
 class SessionHome:
     """What the sessions of one connection have in common."""
 
+    asynchronous = False
+    """Whether its drivers wait by way of the event loop."""
+
     def __init__(self, name: str, settings: ConnectionSettings, coordinator: Coordinator, engine: Callable[[], Engine]) -> None:
         self.name = name
         self.settings = settings
@@ -61,7 +64,7 @@ class SessionHome:
         self.autonomous = not settings.transactional
         self.two_phase = settings.two_phase
         self._keeps_decisions: bool | None = None
-        self.idle: IdleSessions | None = None
+        self.idle: IdleSessions | NewSessions | None = None
         self.watched: Dialect | None = None  # the last one passed to `_watch`, which spares asking for it at each beginning
 
     def engine_for(self, work: Work) -> Engine:
@@ -127,14 +130,14 @@ class UnitSession(Session):
         """Belong to `work` from now on."""
         if work.transaction.status != "Active" and not work.is_open():
             raise UnitOfWorkEnded(self._subject)
-        self._work = work
         self.bind = self.home.engine_for(work)
+        self._work = work
         if not (self.home.read_only or work.read_only):
             self.home.make_log()
 
     @property
     def _subject(self) -> str:
-        return f"The {self.home.name!r} session"
+        return f"The {self.home.name!r} {'async session' if self.home.asynchronous else 'session'}"
 
     def _refusal(self, error: Exception | None) -> UnitOfWorkError:
         if self._work is not None and not self._work.is_under_way():
@@ -301,33 +304,44 @@ class IdleSessions:
             make.idle.append(session)
 
 
-class UnitRegistry(ScopedRegistry[UnitSession]):
+class NewSessions:
+    """The same interface where sessions are not used again."""
+
+    def __init__(self, maker: Callable[[], Any]) -> None:
+        self.get = maker
+
+    def offer(self, held: list[Any]) -> None:
+        """Let go of it."""
+
+
+class UnitRegistry(ScopedRegistry[Any]):
     """Where a scoped session finds the session of the current unit: on the unit itself, so that nothing accumulates."""
 
-    def __init__(self, maker: sessionmaker[UnitSession]) -> None:
+    def __init__(self, maker: Any) -> None:
         super().__init__(maker, lambda: None)
         self._home: SessionHome = maker.kw["home"]
-        self._idle = self._home.idle or IdleSessions(maker)
+        self._idle = self._home.idle or NewSessions(maker)
+        self._key = f"{self._home.name} (async)" if self._home.asynchronous else self._home.name
 
-    def __call__(self) -> UnitSession:
+    def __call__(self) -> Any:
         work = self._work()
-        session: Any = work.sessions.get(self._home.name)  # a unit of work knows sessions in general
+        session = work.sessions.get(self._key)
         if session is None:
             made = self._idle.get()
             made.enter(work)
-            session = work.sessions.setdefault(self._home.name, made)  # threads of one unit get one session
-        return session  # type: ignore[no-any-return]
+            session = work.sessions.setdefault(self._key, made)  # threads of one unit get one session
+        return session
 
     def has(self) -> bool:
-        return self._home.name in self._work().sessions
+        return self._key in self._work().sessions
 
-    def set(self, obj: UnitSession) -> None:
+    def set(self, obj: Any) -> None:
         work = self._work()
         obj.enter(work)
-        work.sessions[self._home.name] = obj
+        work.sessions[self._key] = obj
 
     def clear(self) -> None:
-        self._work().sessions.pop(self._home.name, None)
+        self._work().sessions.pop(self._key, None)
 
     def _work(self) -> Work:
         try:

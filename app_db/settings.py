@@ -155,7 +155,7 @@ class ConnectionSettings(Group):
         """Return the URL to connect to, password included. Raises SettingsError when there is none or it can't be read."""
         url = self._url()
         if url is None:
-            raise SettingsError([Problem(self._variable("url"), UNREADABLE_URL)])
+            raise SettingsError([Problem(self.variable("url"), UNREADABLE_URL)])
         return url
 
     @property
@@ -165,7 +165,7 @@ class ConnectionSettings(Group):
 
     def load_password_provider(self) -> Callable[[], str]:
         """Import and return the function that is asked for a password for each new DBAPI connection."""
-        variable = self._variable("password_provider")
+        variable = self.variable("password_provider")
         if self.password_provider is None:
             raise SettingsError([Problem(variable, "is not set.")])
         module, _, attribute = self.password_provider.partition(":")
@@ -179,7 +179,8 @@ class ConnectionSettings(Group):
             raise SettingsError([Problem(variable, "does not name a function.")])
         return cast("Callable[[], str]", provider)
 
-    def _variable(self, field: str) -> str:
+    def variable(self, field: str) -> str:
+        """Return the environment variable that sets a field of this connection."""
         return variable_for(("connections", self._identity.name, field))
 
     def _url(self) -> URL | None:
@@ -204,7 +205,7 @@ class ConnectionSettings(Group):
 
 
 _FROM_CONFIG: Any = object()
-_PREPARING_DRIVERS = frozenset({"psycopg", "asyncpg", "pymysql"})
+_PREPARING_DRIVERS = frozenset({"psycopg", "asyncpg", "pymysql", "asyncmy"})
 _LONGEST_TWO_PHASE_NAME = 22
 FILE = "file:"
 """What `decision_log` begins with when decisions go into a file."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import update_wrapper, wraps
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast, overload
@@ -26,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Transaction:
-    """A unit of work to be: a context manager for `with`, and `run(function)` for one that may take several attempts.
+    """A unit of work to be: for `with`, for `async with`, and `run(function)` for one that may take several attempts.
 
     It commits what was written through the container's sessions when the block ends, and rolls all of it back when the block
     raises. One object serves one block at a time; `container.transaction()` makes them.
@@ -40,6 +41,18 @@ class Transaction:
         self._part: Part | None = None
 
     def __enter__(self) -> UnitOfWork:
+        part = self._part_to_enter(asynchronous=False)
+        unit = part.__enter__()
+        self._part = part
+        return unit
+
+    async def __aenter__(self) -> UnitOfWork:
+        part = self._part_to_enter(asynchronous=True)
+        unit = await part.__aenter__()
+        self._part = part
+        return unit
+
+    def _part_to_enter(self, *, asynchronous: bool) -> Part:
         if self._options.attempts > 1:
             raise InvalidUse(
                 "A `with` block can't be run again, so it can't have attempts",
@@ -48,18 +61,25 @@ class Transaction:
             )
         if self._part is not None:
             raise InvalidUse("This transaction object is in use already", "Call container.transaction() for every block")
-        part = part_for(self._coordinator, self._options)
-        unit = part.__enter__()
-        self._part = part
-        return unit
+        return part_for(self._coordinator, self._options, asynchronous=asynchronous)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         part, self._part = self._part, None
         if part is not None:
             part.__exit__(kind, error, trace)
 
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        part, self._part = self._part, None
+        if part is not None:
+            await part.__aexit__(kind, error, trace)
+
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call `function` in the unit of work, again while attempts are left when it fails for a reason that may pass."""
+        """Call `function` in the unit of work, again while attempts are left when it fails for a reason that may pass.
+
+        What it returns for a coroutine function has to be awaited.
+        """
+        if inspect.iscoroutinefunction(function):
+            return cast("R", self._run_awaited(function, *args, **kwargs))
         attempt = 1
         while True:
             part = part_for(self._coordinator, self._options)
@@ -69,8 +89,24 @@ class Transaction:
             except Exception:
                 if attempt >= self._options.attempts or not part.may_pass:
                     raise
-            time.sleep(random.uniform(0, min(1.0, self._options.backoff * 2 ** (attempt - 1))))  # noqa: S311  # no secret
+            time.sleep(self._pause_after(attempt))
             attempt += 1
+
+    async def _run_awaited(self, function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+        attempt = 1
+        while True:
+            part = part_for(self._coordinator, self._options, asynchronous=True)
+            try:
+                async with part:
+                    return await function(*args, **kwargs)
+            except Exception:
+                if attempt >= self._options.attempts or not part.may_pass:
+                    raise
+            await asyncio.sleep(self._pause_after(attempt))
+            attempt += 1
+
+    def _pause_after(self, attempt: int) -> float:
+        return random.uniform(0, min(1.0, self._options.backoff * 2 ** (attempt - 1)))  # noqa: S311  # no secret
 
 
 _DEFAULT = Options()
@@ -152,10 +188,10 @@ def _run_in_unit(function: Callable[..., Any], options: Options, container_id: s
         raise InvalidUse(
             f"@transactional can't decorate the {kind} {name}", f"Write @{kind} above it, and @transactional next to the function"
         )
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
         raise InvalidUse(
-            f"@transactional can't decorate {name}, which is a generator or a coroutine function",
-            "Decorate a plain function; a generator's body would run after its unit of work had ended",
+            f"@transactional can't decorate {name}, which is a generator function",
+            "Decorate a function or a coroutine function; a generator's body would run after its unit of work had ended",
         )
     parameters = inspect.signature(function).parameters
     markers = {parameter: given.default for parameter, given in parameters.items() if _is_marker(given.default)}
@@ -163,15 +199,25 @@ def _run_in_unit(function: Callable[..., Any], options: Options, container_id: s
     names = [parameter for parameter, given in parameters.items() if given.kind is given.POSITIONAL_OR_KEYWORD]
     first_injected = min((names.index(marker) for marker in markers if marker in names), default=sys.maxsize)
 
+    def by_keyword(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        if len(args) <= first_injected:
+            return args
+        # Injection goes by keyword, and would give a second value to what is given by position.
+        kwargs.update(zip(names[first_injected:], args[first_injected:], strict=False))
+        return args[:first_injected]
+
     def run(*args: Any, _app_db_container: Any = Provide[container_id], **kwargs: Any) -> Any:
-        if len(args) > first_injected:  # injection goes by keyword, and would give a second value to what is given by position
-            kwargs.update(zip(names[first_injected:], args[first_injected:], strict=False))
-            args = args[:first_injected]
+        args = by_keyword(args, kwargs)
         return Transaction(_coordinator_in(_app_db_container, function, name), options).run(injected, *args, **kwargs)
+
+    async def run_awaited(*args: Any, _app_db_container: Any = Provide[container_id], **kwargs: Any) -> Any:
+        args = by_keyword(args, kwargs)
+        unit = Transaction(_coordinator_in(_app_db_container, function, name), options)
+        return await unit._run_awaited(injected, *args, **kwargs)
 
     # inject() sees `run` alone, so that wiring does not inject the sessions before the unit has begun; dressed up as the
     # decorated function afterwards, it belongs to that function's module, and wiring finds it there.
-    return update_wrapper(inject(run), function)
+    return update_wrapper(inject(run_awaited if inspect.iscoroutinefunction(function) else run), function)
 
 
 def _is_marker(value: object) -> bool:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import partial
+from inspect import iscoroutinefunction
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from app_db.coordinator import Coordinator, Work
 from app_db.errors import (
     AlreadyInUnitOfWork,
+    AwaitRequired,
     CommitUnconfirmed,
     HookFailed,
     InvalidUse,
@@ -24,11 +27,21 @@ from app_db.errors import (
     did_you_mean,
 )
 from app_db.hooks import Hook, Hooks
-from app_db.manager import current, is_of_this_process, regain, retryable, suspended
+from app_db.manager import (
+    AwaitedTransaction,
+    ContextTransactionManager,
+    current,
+    is_of_this_process,
+    regain,
+    retryable,
+    suspended,
+)
 
 if TYPE_CHECKING:
     from transaction import Savepoint
     from transaction import Transaction as ZopeTransaction
+
+    from app_db.manager import OwnedTransaction
 
 log = logging.getLogger("app_db")
 
@@ -132,6 +145,17 @@ class UnitOfWork:
     def __init__(self, work: Work | None) -> None:
         self._work = work
 
+    def adopt(self) -> None:
+        """Make the calling task the unit's owner, and the unit the one under way here.
+
+        A unit belongs to the task that began it. This is for where it goes on in another one: a fixture that is set up in one
+        task while the test runs in the next, say. The task that owned it can't use it any more.
+        """
+        manager, transaction = self._work_under_way().manager, self.transaction
+        if not isinstance(manager, ContextTransactionManager):
+            raise InvalidUse("Only a unit of the context's manager can be adopted", "Give the container no other manager")
+        manager.adopt(cast("OwnedTransaction", transaction))
+
     @property
     def transaction(self) -> ZopeTransaction:
         """The zope transaction, which any other zope data manager may join."""
@@ -139,21 +163,21 @@ class UnitOfWork:
 
     def before_commit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call `function` inside the unit, before anything is committed. If it raises, the unit aborts."""
-        self._hooks().before_commit(_call(function, args, kwargs))
+        self._hooks(function).before_commit(_call(function, args, kwargs))
 
     def on_commit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call `function` after the unit has committed and its sessions are closed; it may begin a unit of its own.
 
         If it raises, the unit stays committed, the other hooks run, and the block raises HookFailed.
         """
-        self._hooks().on_commit(_call(function, args, kwargs))
+        self._hooks(function).on_commit(_call(function, args, kwargs))
 
     def on_abort(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call `function` after the unit has aborted, for whatever reason, and its sessions are closed.
 
         What it raises is logged, because the block raises what made the unit abort.
         """
-        self._hooks().on_abort(_call(function, args, kwargs))
+        self._hooks(function).on_abort(_call(function, args, kwargs))
 
     def doom(self, reason: str = "unit.doom() was called") -> None:
         """Make sure that this unit is not committed. Ending it without an exception raises UnitOfWorkDoomed."""
@@ -175,8 +199,11 @@ class UnitOfWork:
             raise UnitOfWorkEnded("The handle of a unit of work")
         return self._work
 
-    def _hooks(self) -> Hooks:
+    def _hooks(self, function: Callable[..., Any]) -> Hooks:
         work = self._work_under_way()
+        if iscoroutinefunction(function) and not work.asynchronous:
+            advice = "Begin the unit with `async with`, or register a plain function"
+            raise AwaitRequired(f"The hook {function.__qualname__}()", advice)
         if work.hooks is None:
             work.hooks = Hooks(work.transaction, work.manager)
         return work.hooks
@@ -196,10 +223,11 @@ class Part:
     may_pass = False
     """Whether the block failed for a reason that may pass, and can be run again: asked before the unit is aborted."""
 
-    def __init__(self, coordinator: Coordinator, options: Options, outer: ZopeTransaction | None) -> None:
+    def __init__(self, coordinator: Coordinator, options: Options, outer: ZopeTransaction | None, asynchronous: bool) -> None:
         self.coordinator = coordinator
         self.options = options
         self.outer = outer
+        self.asynchronous = asynchronous
         if outer is not None:
             self._waiting = suspended(coordinator.manager)
 
@@ -219,6 +247,36 @@ class Part:
         finally:
             if self._waiting is not None:
                 self._waiting.__exit__(None, None, None)
+
+    def waits_to_begin(self) -> bool:
+        """Return whether its beginning, and then its end, may have to wait for a database."""
+        return False
+
+    def waits_to_end(self) -> bool:
+        """Return whether its end may have to wait for a database."""
+        return self.waits_to_begin()
+
+    async def __aenter__(self) -> UnitOfWork:
+        from app_db.aio import to_the_end
+
+        if not self.waits_to_begin():
+            return self.__enter__()
+        entered: list[UnitOfWork] = []
+        try:
+            await to_the_end(lambda: entered.append(self.__enter__()))
+        except CancelledError as error:
+            if entered:  # the block won't run, and won't be left
+                await to_the_end(self.__exit__, type(error), error, error.__traceback__)
+            raise
+        return entered[0]
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.waits_to_end():
+            from app_db.aio import to_the_end
+
+            await to_the_end(self.__exit__, kind, error, trace)
+        else:
+            self.__exit__(kind, error, trace)
 
     def begin(self) -> UnitOfWork:
         return UnitOfWork(None)
@@ -241,10 +299,14 @@ class Own(Part):
     transaction: ZopeTransaction
     work: Work
 
+    def waits_to_end(self) -> bool:
+        return True
+
     def begin(self) -> UnitOfWork:
         options = self.options
         self.transaction = self._begun()
         work = self.work = self.coordinator.new_work(self.transaction)
+        work.asynchronous = self.asynchronous
         if options.read_only:
             work.read_only = True
         if options.isolation is not None:
@@ -256,12 +318,20 @@ class Own(Part):
     def _begun(self) -> ZopeTransaction:
         manager = self.coordinator.manager
         try:
-            return manager.begin()
+            return self._begun_awaited(manager) if self.asynchronous else manager.begin()
         except BaseException:
             begun = current(manager)  # a synchronizer failed after that; the next block would join what nobody will ever commit
             if begun is not None:
                 self._abort(begun)
             raise
+
+    def _begun_awaited(self, manager: Any) -> ZopeTransaction:
+        if not isinstance(manager, ContextTransactionManager):
+            raise InvalidUse(
+                f"`async with` can't begin a unit under a {type(manager).__name__}, because tasks would share its transaction",
+                "Give the container no other manager",
+            )
+        return manager.begin_awaited()
 
     def end(self, error: BaseException | None) -> None:
         try:
@@ -339,8 +409,13 @@ class Joined(Part):
     outer: ZopeTransaction
     work: Work
 
+    def waits_to_begin(self) -> bool:
+        return self.options.timeout is not None
+
     def __enter__(self) -> UnitOfWork:
         work = self.work = self.coordinator.work_of(self.outer)
+        if isinstance(self.outer, AwaitedTransaction) and self.waits_to_begin():
+            self.outer.require_bridge_or_thread("A block with a savepoint or a timeout, inside a unit of coroutines,")
         wanted = self.options.isolation
         if wanted is not None and wanted != work.isolation:
             raise InvalidUse(
@@ -373,12 +448,15 @@ class Joined(Part):
     def _give_time_back(self) -> None:
         try:
             self.work.set_deadline(*self._time_before)
-        except DBAPIError:
+        except (DBAPIError, PendingRollbackError):
             log.debug("A statement failed in the inner unit, so that its time limit could not be lifted", exc_info=True)
 
 
 class Nested(Joined):
     """Be a part of the unit that is under way, inside a savepoint: a failure undoes this part only."""
+
+    def waits_to_begin(self) -> bool:
+        return True
 
     def begin(self) -> UnitOfWork:
         before = self.work.last_savepoint()
@@ -399,6 +477,7 @@ class Nested(Joined):
             raise
 
     def _roll_back(self) -> None:
+        self.work.note_deadline(*self._time_before)  # the block's own time may be over, and that must not keep it from this
         try:
             self._savepoint.rollback()
             if self._across_databases is not None:
@@ -430,8 +509,8 @@ PARTS: dict[Propagation, tuple[type[Part], type[Part]]] = {
 }
 
 
-def part_for(coordinator: Coordinator, options: Options) -> Part:
+def part_for(coordinator: Coordinator, options: Options, *, asynchronous: bool = False) -> Part:
     """Return the part that a block with these options plays, here and now."""
     outer = current(coordinator.manager)
     inside, outside = PARTS[options.propagation]
-    return (outside if outer is None else inside)(coordinator, options, outer)
+    return (outside if outer is None else inside)(coordinator, options, outer, asynchronous)

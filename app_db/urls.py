@@ -6,12 +6,15 @@ Nothing here raises for a URL it can't use: the error would quote it. What is wr
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeGuard
 
 from pydantic import SecretStr, SerializationInfo
 from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError
+
+from app_db.errors import InvalidUse
 
 # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -32,12 +35,13 @@ _DEFAULT_DRIVERS = {
 _PACKAGES = {  # by driver: the module it is, what to pip install for it
     "psycopg": ("psycopg", "'psycopg[binary]'"),
     "psycopg2": ("psycopg2", "psycopg2-binary"),
-    "asyncpg": ("asyncpg", "asyncpg"),
+    "asyncpg": ("asyncpg", "'app-db[asyncpg]'"),
     "pymysql": ("pymysql", "PyMySQL"),
     "mysqldb": ("MySQLdb", "mysqlclient"),
     "aiomysql": ("aiomysql", "aiomysql"),
-    "asyncmy": ("asyncmy", "asyncmy"),
-    "aiosqlite": ("aiosqlite", "aiosqlite"),
+    "asyncmy": ("asyncmy", "'app-db[asyncmy]'"),
+    "aiosqlite": ("aiosqlite", "'app-db[asyncio]'"),
+    "aioodbc": ("aioodbc", "aioodbc"),
     "oracledb": ("oracledb", "oracledb"),
     "pyodbc": ("pyodbc", "pyodbc"),
 }
@@ -59,16 +63,58 @@ def parse_url(text: str) -> URL | None:
     return url.set(drivername=with_driver(url.drivername))
 
 
-def dialect_of(url: URL) -> type[Dialect] | str:
-    """Return the dialect of a URL, or a sentence that says what has to be installed to have it."""
+_FOR_COROUTINES = {  # psycopg and oracledb serve both
+    "psycopg2": "asyncpg",
+    "pg8000": "asyncpg",
+    "pysqlite": "aiosqlite",
+    "pymysql": "asyncmy",
+    "mysqldb": "asyncmy",
+    "pyodbc": "aioodbc",
+}
+_FOR_THREADS = {
+    "asyncpg": "psycopg",
+    "aiosqlite": "pysqlite",
+    "asyncmy": "pymysql",
+    "aiomysql": "pymysql",
+    "aioodbc": "pyodbc",
+}
+
+
+def for_coroutines(url: URL) -> URL:
+    """Return the URL with the driver by which coroutines reach the same database."""
+    return _with_other_driver(url, _FOR_COROUTINES)
+
+
+def for_threads(url: URL) -> URL:
+    """Return the URL with the driver by which threads reach the same database."""
+    return _with_other_driver(url, _FOR_THREADS)
+
+
+def _with_other_driver(url: URL, others: dict[str, str]) -> URL:
+    other = others.get(url.get_driver_name())
+    return url if other is None else url.set(drivername=f"{url.get_backend_name()}+{other}")
+
+
+def dialect_of(url: URL, *, asynchronous: bool = False) -> type[Dialect] | str:
+    """Return the dialect of a URL, or a sentence that says what is wrong with its driver, and what to install."""
     try:
-        dialect = url.get_dialect()
+        dialect = url.get_dialect(_is_async=asynchronous)
     except (ArgumentError, ImportError):  # NoSuchModuleError is an ArgumentError
         return "names a dialect that SQLAlchemy does not have. Check the spelling, or pip install the package of the dialect."
     module, package = _PACKAGES.get(dialect.driver, ("", ""))
     if module and find_spec(module) is None:
         return f"needs a driver that is not installed: pip install {package}"
+    if asynchronous and not dialect.is_async:
+        return f"names the driver {dialect.driver}, which coroutines can't use. Name one that they can."
     return dialect
+
+
+def require_greenlet() -> None:
+    """Raise the error that says what to install unless coroutines can drive synchronous code."""
+    try:
+        import_module("greenlet")  # SQLAlchemy 2.1 installs it only when asked to
+    except ImportError:
+        raise InvalidUse("Coroutines need greenlet, which is not installed", "pip install 'app-db[asyncio]'") from None
 
 
 # ---- showing ----------------------------------------------------------------------------------------------------

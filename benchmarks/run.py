@@ -8,8 +8,17 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-NAMES = ("units", "threads", "two_phase", "imports", "building")
-LIBRARIES = ("SQLAlchemy", "zope.sqlalchemy", "transaction", "dependency-injector", "pydantic-settings", "psycopg")
+NAMES = ("units", "async_units", "threads", "two_phase", "imports", "building")
+LIBRARIES = (
+    "SQLAlchemy",
+    "zope.sqlalchemy",
+    "transaction",
+    "dependency-injector",
+    "pydantic-settings",
+    "psycopg",
+    "asyncpg",
+    "aiosqlite",
+)
 
 
 def main(names: list[str]) -> None:

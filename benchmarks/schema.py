@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from app_db import Connection, DatabaseContainer, DatabaseSettings
@@ -46,16 +47,28 @@ def prepared(url: str, *, pool_size: int = 5) -> Iterator[Shop]:
 def bare_engine(url: str, *, pool_size: int = 5) -> Engine:
     """A plain engine, with what anybody would set for SQLite: WAL, and transactions that really begin."""
     engine = create_engine(url, pool_size=pool_size)
+    _set_up(engine)
+    return engine
+
+
+def bare_async_engine(url: str) -> AsyncEngine:
+    """The same for coroutines."""
+    engine = create_async_engine(url)
+    _set_up(engine.sync_engine)
+    return engine
+
+
+def _set_up(engine: Engine) -> None:
     if engine.dialect.name == "sqlite":
 
         @event.listens_for(engine, "connect")
         def set_up(connection: Any, record: Any) -> None:
             connection.isolation_level = None
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA foreign_keys = ON")
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA journal_mode = WAL")
+            cursor.execute("PRAGMA foreign_keys = ON")
+            cursor.close()
 
         @event.listens_for(engine, "begin")
         def begin(connection: Any) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine

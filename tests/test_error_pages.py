@@ -43,6 +43,7 @@ EXAMPLES: list[AppDbError] = [
     errors.UnitOfWorkEnded("The 'writer' session"),
     errors.ForeignUnitOfWork("The 'writer' session", "the task 'a'", "the task 'b'"),
     errors.AlreadyInUnitOfWork(),
+    errors.AwaitRequired("The 'writer' async session", "Begin its unit of work with `async with container.transaction():`"),
     errors.SessionIsManaged("writer", "commit"),
     errors.SessionIsManaged("writer", "begin"),
     errors.SessionIsManaged("writer", "rollback"),

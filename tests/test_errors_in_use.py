@@ -22,6 +22,7 @@ from app_db import AppDbError, ConnectionSettings, Container, DatabaseSettings, 
 from app_db.errors import (
     AbortedByRecovery,
     AlreadyInUnitOfWork,
+    AwaitRequired,
     CommitUnconfirmed,
     ConnectionNotConfigured,
     ContradictorySettings,
@@ -457,6 +458,22 @@ def test_an_unknown_variable_is_named_with_the_near_one(monkeypatch: pytest.Monk
     with container.transaction():
         container.writer_session().execute(text("SELECT 1"))  # mended without making a new container
     container.shutdown_resources()
+
+
+def test_what_has_to_be_awaited_is_refused_in_a_plain_with_before_anything_is_touched(container: Container) -> None:
+    async def hook() -> None:
+        pytest.fail("ran")
+
+    with container.transaction() as unit:
+        container.writer_session().add(Order(sku="A-1"))
+        with pytest.raises(
+            AwaitRequired, match=r"The 'writer' async session has to be awaited\. Begin its unit of work with `async"
+        ):
+            container.writer_async_session()
+        with pytest.raises(AwaitRequired, match=r"The hook .*hook\(\) has to be awaited\. Begin the unit with `async with`"):
+            unit.on_commit(hook)
+    assert skus(container) == ["A-1"]
+    assert not container.writer_async_engine.is_built  # type: ignore[attr-defined]
 
 
 def test_settings_that_contradict_each_other_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

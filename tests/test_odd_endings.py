@@ -120,9 +120,6 @@ def test_a_block_whose_transaction_was_ended_by_zopes_manager_says_so(sqlite_url
     container.shutdown_resources()
 
 
-async def coroutine_function() -> None: ...
-
-
 def generator_function() -> Iterator[None]:
     yield
 
@@ -131,9 +128,9 @@ async def async_generator_function() -> AsyncIterator[None]:
     yield
 
 
-@pytest.mark.parametrize("function", [coroutine_function, generator_function, async_generator_function])
+@pytest.mark.parametrize("function", [generator_function, async_generator_function])
 def test_what_would_run_after_its_unit_cannot_be_decorated(function: Callable[..., Any]) -> None:
-    with pytest.raises(InvalidUse, match="a generator or a coroutine function"):
+    with pytest.raises(InvalidUse, match="a generator function"):
         transactional(function)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import assert_type
 
 from dependency_injector import containers, providers
@@ -10,6 +11,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import String, insert, select
 from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from app_db import (
@@ -259,6 +261,78 @@ def call_decorated(session: Session) -> None:
     assert_type(Service().method("A-1"), Order | None)
     assert_type(Service.static("A-1"), bool)
     assert_type(Service.of_class(), str)
+
+
+# ---- coroutines ----------------------------------------------------------------------------------------------------------
+
+
+def async_providers(container: Shop) -> None:
+    assert_type(container.writer.async_session(), AsyncSession)
+    assert_type(container.writer.async_scoped_session(), async_scoped_session[AsyncSession])
+    assert_type(container.writer.async_sessionmaker(), async_sessionmaker[AsyncSession])
+    session: AsyncSession = container.writer_async_session()
+    engine: AsyncEngine = container.writer_async_engine()
+    maker: async_sessionmaker[AsyncSession] = container.audit_log_async_sessionmaker()
+    scoped: async_scoped_session[AsyncSession] = container.reader_async_scoped_session()
+    session.add(Order(sku=str((engine, maker, scoped))))
+    container.writer.async_engine.reset()
+
+
+async def async_block(container: Shop, *skus: str) -> list[str]:
+    async with container.transaction(timeout=3) as unit:
+        assert_type(unit, UnitOfWork)
+        unit.on_commit(hook, "committed")
+        unit.adopt()
+        session = container.writer.async_session()
+        await session.execute(insert(Order).values(sku="A-1"))
+        async with container.transaction(propagation="nested"):
+            session.add_all(Order(sku=sku) for sku in skus)
+        return list(await session.scalars(select(Order.sku)))
+
+
+async def hook(what: str) -> None:
+    print(what)
+
+
+async def goes_on_after_an_async_block(container: Shop) -> int:
+    async with container.transaction():
+        number = 1
+    return number + 1
+
+
+@transactional
+async def place_order_async(sku: str, amount: int = 1, session: AsyncSession = Provide[Shop.writer_async_session]) -> Order:
+    order = Order(sku=sku, amount=amount)
+    session.add(order)
+    await session.flush()
+    return order
+
+
+@transactional(propagation="requires_new", attempts=2)
+async def count_async(session: AsyncSession = Provide["writer_async_session"]) -> int:
+    return len((await session.scalars(select(Order))).all())
+
+
+@inject
+async def injected_async(session: AsyncSession = Provide[Application.db.writer_async_session]) -> bool:
+    return session.is_active
+
+
+class AsyncService:
+    @transactional
+    async def method(self, sku: str, session: AsyncSession = Provide[Shop.writer.async_session]) -> Order | None:
+        return await session.get(Order, sku)
+
+
+async def call_async(container: Shop, session: AsyncSession) -> None:
+    assert_type(await place_order_async("A-1"), Order)
+    assert_type(await place_order_async("A-1", amount=2, session=session), Order)
+    assert_type(await count_async(), int)
+    assert_type(await injected_async(), bool)
+    assert_type(await AsyncService().method("A-1"), Order | None)
+    assert_type(await container.transaction(attempts=3).run(async_block, container, "A-2"), list[str])
+    assert_type(container.shutdown_resources(), Awaitable[None])
+    await container.shutdown_resources()
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------------
