@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -51,8 +52,8 @@ demo: $(INSTALLED)  ## show what app_db does, in a fresh directory
 	@cp settings.example.env build/demo/.env
 	@cd build/demo && $(BIN)/python $(CURDIR)/examples/demo.py
 
-test: $(INSTALLED_DEV)  ## run the tests; PYTEST_ARGS goes to pytest
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(INSTALLED_DEV)  ## run the tests in WORKERS processes; PYTEST_ARGS goes to pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: lint types layers docs test  ## everything that must pass
 

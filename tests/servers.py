@@ -369,6 +369,7 @@ class MariaDBServer(Server):
             database=database,
             connect_timeout=10,
             read_timeout=30,
+            ssl_disabled=True,  # PyMySQL reads all certificates of the machine otherwise, for each connection
             autocommit=True,
         )
         with connection, connection.cursor() as cursor:
