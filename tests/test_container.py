@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import inspect
 import sqlite3
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from dependency_injector import containers, providers
 from dependency_injector.wiring import Provide, inject
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from app_db import (
@@ -961,3 +963,120 @@ def test_a_container_that_was_used_and_shut_down_is_collected() -> None:
     kept = use()
     gc.collect()
     assert [reference() for reference in kept] == [None, None]
+
+
+# ---- coroutines ----------------------------------------------------------------------------------------------------------
+
+
+@transactional
+async def insert_awaited(sku: str, session: AsyncSession = Provide[Shop.writer_async_session]) -> AsyncSession:
+    await session.execute(text("INSERT INTO orders VALUES (:sku)"), {"sku": sku})
+    return session
+
+
+@transactional
+async def count_awaited(session: AsyncSession = Provide["writer.async_session"]) -> Any:
+    return await session.scalar(text("SELECT count(*) FROM orders"))
+
+
+@inject
+async def name_awaited(engine: AsyncEngine = Provide["writer_async_engine"]) -> str:
+    return Path(str(engine.url.database)).stem
+
+
+@transactional
+async def by_application_awaited(session: AsyncSession = Provide["db.writer_async_session"]) -> Any:
+    return await session.scalar(text("SELECT 42"))
+
+
+def create_orders(container: Any) -> None:
+    with container.transaction():
+        container.writer_session().execute(text("CREATE TABLE orders (sku TEXT)"))
+
+
+def run(container: Any, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Run a coroutine function in a loop, and dispose what the container has in it."""
+
+    async def main() -> Any:
+        try:
+            return await work()
+        finally:
+            await container.shutdown_resources()
+
+    return asyncio.run(main())
+
+
+def test_coroutine_functions_are_wired_and_share_the_session_of_their_unit(container: Any) -> None:
+    create_orders(container)
+
+    async def work() -> None:
+        async with container.transaction():
+            first = await insert_awaited("A-1")
+            assert await insert_awaited("A-2") is first is container.writer_async_session()
+            assert container.writer_async_session() is container.writer.async_session()
+            assert await count_awaited() == 2
+        assert await insert_awaited("A-3") is not first
+        assert (await count_awaited(), await name_awaited()) == (3, "first")
+
+    run(container, work)
+
+
+def test_an_explicit_session_for_coroutines_is_respected(container: Any) -> None:
+    class Fake:
+        async def scalar(self, statement: object) -> str:
+            return "a fake's answer"
+
+    fake: Any = Fake()
+    assert run(container, lambda: count_awaited(session=fake)) == "a fake's answer"
+    with container.writer_async_session.override(fake):
+        assert run(container, count_awaited) == "a fake's answer"
+
+
+def test_a_coroutine_function_keeps_its_name_and_stays_one() -> None:
+    assert inspect.iscoroutinefunction(insert_awaited)
+    assert list(inspect.signature(insert_awaited).parameters) == ["sku", "session"]
+    assert insert_awaited.__name__ == "insert_awaited"
+
+
+def test_a_copied_a_derived_and_a_nested_container_serve_coroutines_by_strings(
+    settings: DatabaseSettings, wire: Callable[[Any], Any]
+) -> None:
+    create_orders(Shop(settings=settings))
+    for make in (Copied, Wider):
+        made = wire(make(settings=settings))
+        assert run(made, count_awaited) == 0
+        made.unwire()
+    application = wire(cast("Any", Application)())
+    application.db.settings.override(settings)
+    assert run(application.db, by_application_awaited) == 42
+
+
+def test_shutting_down_an_applications_container_awaits_the_engines_in_it(settings: DatabaseSettings) -> None:
+    application = cast("Any", Application)(db=providers.Container(Shop, settings=settings))
+
+    async def main() -> None:
+        assert application.shutdown_resources() is None, "there is nothing to wait for"
+        async with application.db.transaction():
+            await application.db.writer_async_session().execute(text("SELECT 1"))
+        pool = application.db.writer_async_engine().pool
+        assert pool.checkedin() == 1
+        await application.shutdown_resources()
+        assert pool.checkedin() == 0
+        assert not application.db.writer_async_engine.is_built
+
+    asyncio.run(main())
+
+
+def test_what_a_settings_override_changes_reaches_coroutines_after_a_reset(
+    container: Any, settings_of: Callable[..., DatabaseSettings]
+) -> None:
+    async def work() -> None:
+        assert await name_awaited() == "first"
+        with container.settings.override(settings_of("second")):
+            assert await name_awaited() == "first", "what exists stays as it is"
+            container.reset_singletons()
+            assert await name_awaited() == "second"
+        container.reset_singletons()
+        assert await name_awaited() == "first"
+
+    run(container, work)
