@@ -33,25 +33,22 @@ async def to_the_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     context = copy_context()
     task = asyncio.create_task(act(), context=context)
     asyncio._unregister_task(task)  # an ending loop cancels all tasks that it finds; the one that waits for this stays known
-    with _shield_of_anyio():
-        cancelled = await _until_done(task)
-    _take_over(context)
-    if cancelled is None:
-        return task.result()
-    if not task.cancelled() and (error := task.exception()) is not None:
-        cancelled.__context__ = error  # both happened, and the cancellation is what the task has to end by
-    raise cancelled
-
-
-async def _until_done(task: asyncio.Task[Any]) -> asyncio.CancelledError | None:
-    """Wait for a task whoever cancels the calling one meanwhile; return the cancellation."""
-    cancelled = None
-    while not task.done():
-        try:
-            await asyncio.wait((task,))
-        except asyncio.CancelledError as error:
-            cancelled = error
-    return cancelled
+    cancelled = failure = None
+    try:
+        with _shield_of_anyio():
+            while not task.done():
+                try:
+                    await asyncio.wait((task,))
+                except asyncio.CancelledError as error:  # again and again, perhaps
+                    cancelled = error
+        _take_over(context)
+        if cancelled is None:
+            return task.result()
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            cancelled.__context__ = failure  # both happened, and the cancellation is what the task has to end by
+        raise cancelled
+    finally:
+        del task, cancelled, failure  # an error would hold this frame, and this frame the error
 
 
 def _take_over(context: Context) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from enum import Enum
 from functools import cache, partial
@@ -14,7 +15,7 @@ from threading import get_ident
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from app_db.errors import ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkTimeout
@@ -162,6 +163,9 @@ class Branch:
         """Note that the session has begun on `connection`."""
         if connection in self._connections:
             return
+        if self._rolled_back_by is not None:
+            connection.close()  # a thread waited for it while its unit was aborted, and nobody else will return it
+            raise UnitOfWorkEnded(f"The {self.name!r} session")
         info = self._connections[connection] = connection.info
         if self.home.two_phase and not self.read_only:
             self._begin_by_xid(connection)
@@ -337,12 +341,14 @@ class Branch:
             self._data_manager.tx.rollback()
         except BaseException as error:
             log.debug("Rolling back %r failed; its connection is closed instead", self.name, exc_info=True)
-            self.session.invalidate()
+            with suppress(InvalidRequestError):  # a thread is about to get the connection; it is refused and closes that
+                self.session.invalidate()
             if not isinstance(error, Exception):
                 raise
         finally:
-            self._data_manager.abort(self._work.transaction)
-            self._let_go()
+            with suppress(InvalidRequestError):
+                self._data_manager.abort(self._work.transaction)
+                self._let_go()
 
     def flush(self) -> None:
         """Send what is pending."""

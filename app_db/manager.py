@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from threading import get_ident
 from types import TracebackType
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
@@ -42,20 +41,26 @@ class _Process:
 os.register_at_fork(after_in_child=_Process.note_fork)
 
 
-_acting_for: WeakKeyDictionary[Task[Any], Task[Any] | None] = WeakKeyDictionary()
+_acting_for: dict[Task[Any], Task[Any] | None] = {}
 
 
-@contextmanager
-def acting_for(owner: Task[Any] | None) -> Generator[None]:
+class acting_for:  # noqa: N801  # used like a function; `contextmanager` takes longer, and every unit ends in one
     """Let the calling task use what belongs to another one, which waits for it."""
-    task = current_task()
-    if task is None:
-        raise RuntimeError("no task is running")
-    _acting_for[task] = owner
-    try:
-        yield
-    finally:
-        del _acting_for[task]
+
+    __slots__ = ("_owner", "_task")
+
+    def __init__(self, owner: Task[Any] | None) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        task = current_task()
+        if task is None:
+            raise RuntimeError("no task is running")
+        self._task = task
+        _acting_for[task] = self._owner
+
+    def __exit__(self, *_: object) -> None:
+        del _acting_for[self._task]
 
 
 def _is_acting() -> bool:
@@ -222,6 +227,7 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
     def free(self, txn: OwnedTransaction) -> None:
         """Forget a transaction that has ended. Called by the transaction itself, in whichever context that happens."""
         txn.ended = True
+        txn.owner.task = None  # whose error may hold the block, and so the unit: a circle
         if self._current.get() is txn:
             self._current.set(None)
 

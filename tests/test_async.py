@@ -1344,11 +1344,6 @@ def test_one_connection_written_in_both_ways_is_two_transactions_and_the_error_s
 # ---- what is left behind ----------------------------------------------------------------------------------------------
 
 
-def garbage_of(count: int) -> int:
-    """How many objects only the collector could free, in the past."""
-    return count
-
-
 @pytest.mark.parametrize("ending", ["commits", "raises", "nested", "fails to commit", "is cancelled"])
 def test_a_unit_leaves_no_garbage_that_sqlalchemy_would_not(databases: AwaitedDatabases, ending: str) -> None:
     """What only the collector can free grows with the units of a server that is busy."""
