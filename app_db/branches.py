@@ -164,7 +164,7 @@ class Branch:
         if connection in self._connections:
             return
         if self._rolled_back_by is not None:
-            connection.close()  # a thread waited for it while its unit was aborted, and nobody else will return it
+            connection.close()  # as it came too late
             raise UnitOfWorkEnded(f"The {self.name!r} session")
         info = self._connections[connection] = connection.info
         if self.home.two_phase and not self.read_only:

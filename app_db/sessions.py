@@ -372,7 +372,11 @@ def _join_with_object(session: UnitSession, state: object) -> None:
 
 @event.listens_for(UnitSession, "after_begin")
 def _join_with_connection(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
-    branch = _branch_of(session)
+    try:
+        branch = _branch_of(session)
+    except UnitOfWorkError:
+        connection.close()  # a thread waited for it while its unit was aborted, and nobody else will return it
+        raise
     if connection.dialect is not session.home.watched:
         _watch(connection.engine)
         session.home.watched = connection.dialect

@@ -16,7 +16,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pytest
 from sqlalchemy import make_url, text
@@ -133,7 +133,7 @@ class Lag:
     worst = 0.0
     _pause = 0.001
 
-    async def __aenter__(self) -> Lag:
+    async def __aenter__(self) -> Self:
         self._watching = asyncio.create_task(self._watch())
         await asyncio.sleep(0.01)
         self.worst = 0.0

@@ -113,7 +113,7 @@ def test_sessions_of_both_kinds_are_wholly_there_or_wholly_not(
                 await asyncio.sleep(0.005)
                 random.choice(tasks).cancel()
             give_up = time.monotonic() + 5
-            while databases.in_use() and time.monotonic() < give_up:
+            while databases.in_use() and time.monotonic() < give_up:  # noqa: ASYNC110  # nothing tells
                 await asyncio.sleep(0.01)  # a thread that still worked for a unit that was cancelled
             for url in urls.values():
                 assert postgres.open_transactions(database_name(url), within=2.0) == []
