@@ -60,7 +60,7 @@ class acting_for:  # noqa: N801  # used like a function; `contextmanager` takes 
         _acting_for[task] = self._owner
 
     def __exit__(self, *_: object) -> None:
-        del _acting_for[self._task]
+        del _acting_for[self._task], self._task  # or the task and this one would hold each other
 
 
 def _is_acting() -> bool:
