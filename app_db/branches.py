@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,7 +16,7 @@ from threading import get_ident
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from app_db.errors import ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkTimeout
@@ -34,6 +35,9 @@ log = logging.getLogger("app_db")
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+PATIENCE = 10.0
+"""Seconds for which the end of a unit waits until another thread has left one of its sessions."""
 
 BRANCH = "app_db_branch"
 """Key in a DBAPI connection's info: the branch that is using it."""
@@ -78,6 +82,8 @@ class BranchSession(Protocol):
     def dirty(self) -> Any: ...
     @property
     def deleted(self) -> Any: ...
+    @property
+    def is_flushing(self) -> bool: ...
     def is_modified(self, instance: object) -> bool: ...
     def get_transaction(self) -> SessionTransaction | None: ...
     def get_nested_transaction(self) -> SessionTransaction | None: ...
@@ -219,7 +225,7 @@ class Branch:
         connection, dialect = self.connection, self.connection.dialect
         if connection.closed or connection.invalidated or not isinstance(error, dialect.loaded_dbapi.Error):
             return error
-        lost = dialect.is_disconnect(error, connection.connection.driver_connection, None)
+        lost = dialect.is_disconnect(error, connection.connection.dbapi_connection, None)
         wrapped = DBAPIError.instance(
             statement, None, error, dialect.loaded_dbapi.Error, connection_invalidated=lost, dialect=dialect
         )
@@ -338,7 +344,7 @@ class Branch:
         self._rolled_back_by = get_ident()
         try:
             # The rollback comes first: closing alone leaves a transaction open whose COMMIT was refused.
-            self._data_manager.tx.rollback()
+            self._roll_back_transaction()
         except BaseException as error:
             log.debug("Rolling back %r failed; its connection is closed instead", self.name, exc_info=True)
             with suppress(InvalidRequestError):  # a thread is about to get the connection; it is refused and closes that
@@ -349,6 +355,22 @@ class Branch:
             with suppress(InvalidRequestError):
                 self._data_manager.abort(self._work.transaction)
                 self._let_go()
+
+    def _roll_back_transaction(self) -> None:
+        # Another thread may be inside the session: the worker of a coroutine that was cancelled, say. It would go on with a
+        # connection of its own if the session were closed meanwhile.
+        give_up = time.monotonic() + PATIENCE
+        while self.session.is_flushing and time.monotonic() < give_up:
+            time.sleep(0.005)
+        while True:
+            try:
+                self._data_manager.tx.rollback()
+            except IllegalStateChangeError:  # it is waiting for its connection
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(0.005)
+            else:
+                return
 
     def flush(self) -> None:
         """Send what is pending."""
@@ -411,16 +433,16 @@ def off_loop(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     if not in_greenlet():
         return function(*args, **kwargs)
     work = partial(copy_context().run, partial(function, *args, **kwargs))
-    return await_only(asyncio.get_running_loop().run_in_executor(_threads(), work))
+    return await_only(asyncio.get_running_loop().run_in_executor(own_threads(), work))
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
-    """Return threads of our own: those of the event loop may all be waiting for what the unit holds that ends here."""
+def own_threads() -> ThreadPoolExecutor:
+    """Return threads for what blocks: those of the event loop may all be waiting for what the unit holds that ends here."""
     return ThreadPoolExecutor(1000, "app_db")
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)
+os.register_at_fork(after_in_child=own_threads.cache_clear)
 
 
 def say(dbapi_connection: Any, statements: Sequence[str], *, regardless: bool = False) -> None:

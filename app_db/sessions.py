@@ -136,6 +136,11 @@ class UnitSession(Session):
             self.home.make_log()
 
     @property
+    def is_flushing(self) -> bool:
+        """Whether a flush is under way: where another thread asks, that it had better wait."""
+        return bool(self._flushing)
+
+    @property
     def _subject(self) -> str:
         return f"The {self.home.name!r} {'async session' if self.home.asynchronous else 'session'}"
 
