@@ -263,6 +263,7 @@ class PostgresServer(Server):
     folders: ClassVar[Mapping[int, str]] = {16: "pginstall", 18: "pginstall18"}
     defaults: ClassVar[Mapping[str, Setting]] = {
         "max_prepared_transactions": 64,
+        "authentication_timeout": "5s",  # for so long a client that was cancelled while it connected keeps DROP DATABASE waiting
         "max_connections": 200,
         # Nobody pulls the plug on the tests' machine; a killed server has its writes in the kernel all the same.
         "fsync": False,
