@@ -433,20 +433,27 @@ def _guard_endings(dialect: Dialect) -> None:
     send_commit, send_rollback = dialect.do_commit, dialect.do_rollback
 
     def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
-        branch = dbapi_connection.info.get(BRANCH)
+        branch = _branch_on(dbapi_connection)
         if branch is None:
             send_commit(dbapi_connection)
         else:
             branch.send_commit(dbapi_connection, send_commit)
 
     def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
-        branch = dbapi_connection.info.get(BRANCH)
+        branch = _branch_on(dbapi_connection)
         if branch is None:
             send_rollback(dbapi_connection)
         else:
             branch.send_rollback(dbapi_connection, send_rollback)
 
     dialect.do_commit, dialect.do_rollback = do_commit, do_rollback  # type: ignore[method-assign]
+
+
+def _branch_on(dbapi_connection: PoolProxiedConnection) -> Branch | None:
+    try:
+        return dbapi_connection.info.get(BRANCH)
+    except NotImplementedError:  # the dialect is looking around on a connection that is not the pool's yet
+        return None
 
 
 def _before_execute(info: dict[Any, Any], statement: str) -> None:

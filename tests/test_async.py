@@ -1349,6 +1349,7 @@ def test_one_connection_written_in_both_ways_is_two_transactions_and_the_error_s
 def test_a_unit_leaves_no_garbage_that_sqlalchemy_would_not(databases: AwaitedDatabases, ending: str) -> None:
     """What only the collector can free grows with the units of a server that is busy."""
     engine_made: list[Any] = []
+    reached = asyncio.Event()
     databases.put("taken")
 
     async def bare(number: int) -> None:
@@ -1365,6 +1366,7 @@ def test_a_unit_leaves_no_garbage_that_sqlalchemy_would_not(databases: AwaitedDa
                 async with databases.container.transaction(propagation="nested"):
                     await databases.write(f"nested {number}")
             if ending == "is cancelled":
+                reached.set()
                 await asyncio.sleep(60)
 
     async def garbage_of(work: Any, number: int) -> int:
@@ -1372,7 +1374,8 @@ def test_a_unit_leaves_no_garbage_that_sqlalchemy_would_not(databases: AwaitedDa
         for repetition in range(10):
             task = asyncio.create_task(work(10 * number + repetition))
             if ending == "is cancelled" and work is unit:
-                await asyncio.sleep(0.02)
+                await reached.wait()
+                reached.clear()
                 task.cancel()
             await asyncio.wait((task,))
             task.exception() if not task.cancelled() else None

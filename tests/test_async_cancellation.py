@@ -281,7 +281,7 @@ def test_a_cancelled_statement_aborts_its_unit(request: pytest.FixtureRequest, p
     url = url_for(driver, request)
     with opened_awaited(url, driver, each={"pool": {"size": 1, "max_overflow": 0}}) as databases:
         long = (
-            "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 3000000) SELECT count(*) FROM n"
+            "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 1000000) SELECT count(*) FROM n"
             if driver == "aiosqlite"
             else "SELECT pg_sleep(10)"
         )

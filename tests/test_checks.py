@@ -112,9 +112,10 @@ def test_a_table_that_may_be_read_but_not_written_is_told(guest: str, postgres_u
     assert "permission denied" in problems(container_with(writer=guest))["DECISION_LOG"]
 
 
-def test_a_driver_that_is_not_known_to_prepare_is_told(postgres_url: str) -> None:
-    found = problems(container_with(writer=postgres_url, report=postgres_url.replace("psycopg", "asyncpg")))
-    assert found == {"CONNECTIONS__REPORT__TWO_PHASE": "is not there for postgresql+asyncpg."}
+def test_the_driver_of_coroutines_is_checked_by_way_of_that_of_threads(postgres_url: str) -> None:
+    container = container_with(writer=postgres_url, report=postgres_url.replace("psycopg", "asyncpg"))
+    container.check()
+    container.shutdown_resources()
 
 
 def test_sqlite_is_refused_before_that(sqlite_url: str) -> None:

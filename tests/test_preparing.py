@@ -335,7 +335,6 @@ def test_databases_that_are_not_known_to_prepare_have_no_way_to() -> None:
     for driver in (
         "sqlite",
         "sqlite+aiosqlite",
-        "postgresql+asyncpg",
         "postgresql+psycopg2",
         "postgresql",
         "mysql+mysqldb",

@@ -217,4 +217,4 @@ def test_threads_never_share_one(container: Any) -> None:
     finally:
         sys.setswitchinterval(interval)
     assert shared == []
-    assert 1 <= len(idle(container)) <= 8
+    assert len(idle(container)) <= 8
