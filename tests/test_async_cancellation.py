@@ -278,10 +278,10 @@ def test_a_cancelled_rollback_is_finished_first(postgres: PostgresServer, postgr
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_cancelled_statement_aborts_its_unit(request: pytest.FixtureRequest, postgres: PostgresServer, driver: str) -> None:
-    url = url_for(driver, request)
+    url = url_for(driver, request) + ("?timeout=60" if driver == "aiosqlite" else "")  # its thread goes on for a while
     with opened_awaited(url, driver, each={"pool": {"size": 1, "max_overflow": 0}}) as databases:
         long = (
-            "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 1000000) SELECT count(*) FROM n"
+            "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 3000000) SELECT count(*) FROM n"
             if driver == "aiosqlite"
             else "SELECT pg_sleep(10)"
         )
