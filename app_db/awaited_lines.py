@@ -6,6 +6,8 @@ import asyncio
 import selectors
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy.util.concurrency import greenlet_spawn
@@ -18,12 +20,9 @@ K = TypeVar("K")
 class AwaitedLine(ABC):
     """A driver's connection on which a statement is said and its answer awaited."""
 
-    driver_error: type[BaseException]
-    """The base of the driver's errors."""
-
     @abstractmethod
     async def say(self, statement: str) -> Answer:
-        """Say a statement and return the answer. Raises the driver's error where none came."""
+        """Say a statement and return the answer. Whatever is raised means that none came."""
 
     @abstractmethod
     def abandon(self) -> None:
@@ -36,7 +35,6 @@ class AwaitedPostgreSQLLine(AwaitedLine):
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._line = PostgreSQLLine(connection)
-        self.driver_error = self._line.driver_error
 
     async def say(self, statement: str) -> Answer:
         self._line.send(statement)
@@ -50,18 +48,65 @@ class AwaitedPostgreSQLLine(AwaitedLine):
         self._connection.pgconn.finish()  # close() has to be awaited, though it waits for nothing
 
 
-class CursorLine(AwaitedLine):
-    """A connection as SQLAlchemy adapts it, for drivers that take any statement at any time: asyncpg and asyncmy."""
+class AsyncpgLine(AwaitedLine):
+    """asyncpg's connection, as SQLAlchemy adapts it.
+
+    It is spoken to below the adapter, which would take two round trips for a statement, and keep it to be said again.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        self._adapted = connection
+        self._connection = connection.driver_connection
+
+    async def say(self, statement: str) -> Answer:
+        try:
+            answered = await self._connection.execute(statement)
+            self._notice_end()
+            self._refuse_rollback(statement, answered)
+        except Exception as error:  # noqa: BLE001  # the driver's, the socket's: whatever it is, it is the answer
+            self._notice_end()
+            return self._answer(error)
+        return Answer(Outcome.DONE)
+
+    def _notice_end(self) -> None:
+        """Have a transaction be over that has ended by its xid. The next unit would else begin none, and commit as it goes."""
+        if self._connection.is_closed() or not self._connection.is_in_transaction():
+            self._adapted._transaction = self._connection._top_xact = None
+
+    def _refuse_rollback(self, statement: str, answered: str) -> None:
+        if answered == "ROLLBACK" and not statement.startswith("ROLLBACK"):
+            from asyncpg import InFailedSQLTransactionError
+
+            raise InFailedSQLTransactionError(f"the server answered {statement} with ROLLBACK")
+
+    def _answer(self, error: Exception) -> Answer:
+        sqlstate = getattr(error, "sqlstate", None)
+        # 08 is a lost connection, 57P a server that is going away; without any, it is not the server who speaks.
+        unclear = sqlstate is None or sqlstate.startswith(("08", "57P"))
+        try:
+            self._adapted._handle_exception(error)  # raises what the application knows: the adapter's error
+        except Exception as adapted:  # noqa: BLE001
+            error = adapted
+        return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, error)
+
+    def abandon(self) -> None:
+        self._connection.terminate()
+
+
+class AsyncmyLine(AwaitedLine):
+    """asyncmy's connection, as SQLAlchemy adapts it."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self.driver_error = connection.dbapi.Error
 
     async def say(self, statement: str) -> Answer:
         try:
             await greenlet_spawn(self._execute, statement)
-        except self.driver_error as error:
-            return Answer(Outcome.UNKNOWN if self._leaves_open(error) else Outcome.REFUSED, error)
+        except self._connection.dbapi.Error as error:
+            code = error.args[0] if error.args else None
+            # From 2000 on they are the client's own.
+            unclear = not isinstance(code, int) or code in MySQLLine.unclear or 2000 <= code < 3000
+            return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, error)
         return Answer(Outcome.DONE)
 
     def _execute(self, statement: str) -> None:
@@ -69,29 +114,21 @@ class CursorLine(AwaitedLine):
         cursor.execute(statement)
         cursor.close()
 
-    def _leaves_open(self, error: BaseException) -> bool:
-        """Return whether an error leaves open what the server has done."""
-        sqlstate = getattr(error, "sqlstate", None)
-        if sqlstate is not None:  # PostgreSQL's: 08 is a lost connection, 57P a server that is going away
-            return str(sqlstate).startswith(("08", "57P"))
-        code = error.args[0] if error.args else None
-        return not isinstance(code, int) or code in MySQLLine.unclear or 2000 <= code < 3000  # the client's own errors
-
     def abandon(self) -> None:
-        connection = self._connection.driver_connection
-        (getattr(connection, "terminate", None) or connection.close)()
+        self._connection.driver_connection.close()
 
 
 async def exchange_awaited(
-    lines: Mapping[K, tuple[Line | AwaitedLine, Sequence[str]]], *, regardless: bool = False
+    lines: Mapping[K, tuple[Line | AwaitedLine, Sequence[str]]], threads: Executor, *, regardless: bool = False
 ) -> Exchange[K]:
-    """Do what `exchange` does where some lines have to be awaited; those that block do so in a thread."""
+    """Do what `exchange` does where some lines have to be awaited; those that block do so in one of `threads`."""
     blocking = {key: (line, statements) for key, (line, statements) in lines.items() if isinstance(line, Line)}
     awaited = {key: (line, statements) for key, (line, statements) in lines.items() if isinstance(line, AwaitedLine)}
     conversations = asyncio.gather(*(_converse(line, statements, regardless) for line, statements in awaited.values()))
     others: Exchange[K] = Exchange({})
     if blocking:
-        others = await asyncio.to_thread(exchange, blocking, regardless=regardless)
+        loop = asyncio.get_running_loop()
+        others = await loop.run_in_executor(threads, partial(exchange, blocking, regardless=regardless))
     answers = dict(zip(awaited, await conversations, strict=True))
     return Exchange({**others.answers, **answers}, others.interruption)
 
@@ -101,7 +138,7 @@ async def _converse(line: AwaitedLine, statements: Sequence[str], regardless: bo
     for statement in statements:
         try:
             answer = await line.say(statement)
-        except (line.driver_error, OSError, asyncio.CancelledError) as error:  # cancelled: the loop is being shut down
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # none may leave the others behind; the loop may end
             answer = Answer(Outcome.UNKNOWN, error)
         if answer.outcome is Outcome.UNKNOWN:
             line.abandon()

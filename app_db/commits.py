@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.util.concurrency import await_only
 
 from app_db.awaited_lines import AwaitedLine, exchange_awaited
-from app_db.branches import Branch, BranchOffLoop, Stage, off_loop, position
+from app_db.branches import Branch, BranchOffLoop, Stage, off_loop, own_threads, position
 from app_db.decision_places import DecisionPlaces
 from app_db.decisions import DecisionLog, Verdict
 from app_db.errors import (
@@ -286,7 +286,7 @@ class AtomicCommit:
 
 def _exchange(words: dict[Branch, list[str]]) -> Exchange[Branch]:
     if any(branch.home.asynchronous or isinstance(branch, BranchOffLoop) for branch in words):
-        return await_only(exchange_awaited({branch: (_any_line(branch), said) for branch, said in words.items()}))
+        return await_only(exchange_awaited({branch: (_any_line(branch), said) for branch, said in words.items()}, own_threads()))
     return exchange({branch: (_line(branch), said) for branch, said in words.items()})
 
 

@@ -234,14 +234,14 @@ class PostgreSQL(Database):
     def has_ended_transaction(self, connection: Connection) -> bool:
         driver_connection: Any = connection.connection.driver_connection
         if hasattr(driver_connection, "is_in_transaction"):  # asyncpg's, which doesn't tell a failed one from one that goes on
-            return not driver_connection.is_in_transaction()
+            return not _may_be_in_asyncpgs_transaction(driver_connection)
         libpq = getattr(driver_connection, "pgconn", None)
         return libpq is not None and libpq.transaction_status in (self._idle, self._failed)
 
     def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
         driver_connection = _driver_of(dbapi_connection)
         if hasattr(driver_connection, "is_in_transaction"):  # asyncpg's
-            return bool(driver_connection.is_in_transaction())
+            return _may_be_in_asyncpgs_transaction(driver_connection)
         libpq = getattr(driver_connection, "pgconn", None)
         return libpq is None or bool(libpq.transaction_status != self._idle)
 
@@ -436,6 +436,11 @@ def on_execute(engine: Engine, listener: Callable[[dict[Any, Any], str], None]) 
 def _driver_of(dbapi_connection: Any) -> Any:
     """Return the driver's own connection, where SQLAlchemy stands between to make it look synchronous."""
     return dbapi_connection.driver_connection if isinstance(dbapi_connection, AdaptedConnection) else dbapi_connection
+
+
+def _may_be_in_asyncpgs_transaction(driver_connection: Any) -> bool:
+    # Of a connection that was closed it can't be asked; that such a one can't commit or roll back is how it is found out.
+    return bool(driver_connection.is_closed() or driver_connection.is_in_transaction())
 
 
 def hang_up(dbapi_connection: Any) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqlalchemy.exc import DBAPIError
 
-from app_db.awaited_lines import AwaitedLine, AwaitedPostgreSQLLine, CursorLine
+from app_db.awaited_lines import AsyncmyLine, AsyncpgLine, AwaitedLine, AwaitedPostgreSQLLine
 from app_db.lines import Line, MySQLLine, PostgreSQLLine
 from app_db.xids import Xid
 
@@ -79,9 +79,9 @@ class Prepares(ABC):
     def line(self, driver_connection: Any) -> Line:
         """Return a line on the driver's own connection, while nobody else uses that."""
 
+    @abstractmethod
     def awaited_line(self, adapted_connection: Any) -> AwaitedLine:
         """Return a line on a connection of a driver that is awaited, as SQLAlchemy adapts it."""
-        return CursorLine(adapted_connection)
 
     @abstractmethod
     def in_doubt(self, connection: Connection) -> list[InDoubtBranch]:
@@ -132,7 +132,7 @@ class PostgreSQLPrepares(Prepares):
     def awaited_line(self, adapted_connection: Any) -> AwaitedLine:
         driver_connection = adapted_connection.driver_connection
         has_libpq = hasattr(driver_connection, "pgconn")
-        return AwaitedPostgreSQLLine(driver_connection) if has_libpq else super().awaited_line(adapted_connection)
+        return AwaitedPostgreSQLLine(driver_connection) if has_libpq else AsyncpgLine(adapted_connection)
 
     def in_doubt(self, connection: Connection) -> list[InDoubtBranch]:
         rows = connection.exec_driver_sql(
@@ -182,6 +182,9 @@ class MySQLPrepares(Prepares):
 
     def line(self, driver_connection: Any) -> Line:
         return MySQLLine(driver_connection)
+
+    def awaited_line(self, adapted_connection: Any) -> AwaitedLine:
+        return AsyncmyLine(adapted_connection)
 
     def in_doubt(self, connection: Connection) -> list[InDoubtBranch]:
         return [InDoubtBranch(xid) for xid in self._listed(connection)]

@@ -181,10 +181,10 @@ class Application:
             if not outcome.killed:
                 return
 
-    def ask_at_every_step(self, name: str, meanwhile: Callable[[], object]) -> Iterator[Outcome]:
+    def ask_at_every_step(self, name: str, meanwhile: Callable[[], object], **options: Any) -> Iterator[Outcome]:
         """Run units that wait at the first step, at the second, ... while something else happens, up to one that needn't."""
         for step in count():
-            outcome = self.run(f"{name} {step:03}", ask_at=step, meanwhile=meanwhile)
+            outcome = self.run(f"{name} {step:03}", ask_at=step, meanwhile=meanwhile, **options)
             yield outcome
             if not outcome.asked:
                 return
@@ -308,6 +308,25 @@ class Steps:
             self.around(line, "send", _sending)
             self._watch_answers(line)
         self.around(import_module("app_db.branches"), "say", _saying)
+        self._watch_awaited_lines()
+
+    def _watch_awaited_lines(self) -> None:
+        for line in import_module("app_db.awaited_lines").AwaitedLine.__subclasses__():
+            self._around_awaited(line, "say", _sending)
+
+    def _around_awaited(self, owner: Any, name: str, describe: Callable[..., str]) -> None:
+        """Do what `around` does with a coroutine function."""
+        function = getattr(owner, name)
+
+        @wraps(function)
+        async def counted(*args: Any, **kwargs: Any) -> Any:
+            what = describe(*args, **kwargs) if self.armed else ""
+            self.reach(f"before {what}")
+            result = await function(*args, **kwargs)
+            self.reach(f"after {what}")
+            return result
+
+        setattr(owner, name, counted)
 
     def _watch_answers(self, line: Any) -> None:
         """Make a step before an answer is first looked for, and one when it is there."""
@@ -376,6 +395,42 @@ def _commit(container: DatabaseContainer, unit: str, steps: Steps) -> None:
         steps.armed = True
 
 
+def _commit_awaited(container: DatabaseContainer, unit: str, steps: Steps) -> None:
+    """Do the same in a coroutine."""
+    _run_awaited(container, unit, steps, _written(container))
+
+
+def _commit_mixed(container: DatabaseContainer, unit: str, steps: Steps) -> None:
+    """Do the same in a coroutine that has a thread write to every second database."""
+    _run_awaited(container, unit, steps, _written(container)[::2])
+
+
+def _run_awaited(container: DatabaseContainer, unit: str, steps: Steps, awaited: Sequence[str]) -> None:
+    import asyncio
+
+    from items import Item
+
+    async def main() -> None:
+        try:
+            async with container.transaction():
+                for name in _written(container):
+                    if name in awaited:
+                        session = getattr(container, f"{name}_async_session")()
+                        session.add(Item(name=unit))
+                        await session.flush()
+                    else:
+                        session = getattr(container, f"{name}_session")()
+                        session.add(Item(name=unit))
+                        await asyncio.to_thread(session.flush)
+                steps.armed = True
+        finally:
+            disposal: Any = container.shutdown_resources()
+            if disposal is not None:
+                await disposal
+
+    asyncio.run(main())
+
+
 def _commit_by_hand(container: DatabaseContainer, unit: str, steps: Steps) -> None:
     """Do the same as people do it who know the statements, and keep no decision."""
     from sqlalchemy import text
@@ -395,7 +450,7 @@ def _commit_by_hand(container: DatabaseContainer, unit: str, steps: Steps) -> No
             connection.exec_driver_sql(f"COMMIT PREPARED '{unit} {name}'")
 
 
-WAYS = {"app_db": _commit, "by hand": _commit_by_hand}
+WAYS = {"app_db": _commit, "awaited": _commit_awaited, "mixed": _commit_mixed, "by hand": _commit_by_hand}
 
 
 def _written(container: DatabaseContainer) -> list[str]:
@@ -474,7 +529,8 @@ def _serve(settings: dict[str, Any], warm: bool) -> NoReturn:
 
 
 def _main() -> None:
-    for module in ("pymysql", *(f"sqlalchemy.dialects.{name}" for name in ("mysql", "postgresql", "sqlite")), "app_db", "items"):
+    drivers = ("pymysql", "psycopg", "asyncio", "asyncpg", "asyncmy", "aiosqlite", "sqlalchemy.ext.asyncio")
+    for module in (*drivers, *(f"sqlalchemy.dialects.{name}" for name in ("mysql", "postgresql", "sqlite")), "app_db", "items"):
         import_module(module)
     while True:
         heard = _hear()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 
 from app_db.decision_file import FileLog
@@ -43,13 +44,14 @@ class Layout:
 class Scene:
     """Databases of a layout, and the settings of an application that uses them."""
 
-    def __init__(self, layout: Layout, servers: dict[str, Server], directory: Path) -> None:
+    def __init__(self, layout: Layout, servers: dict[str, Server], directory: Path, drivers: str = "") -> None:
         self._servers = servers
         self._directory = directory
         self._stack = ExitStack()
         self.sites = dict(zip("abcd", map(self._site, layout.kinds.split()), strict=False))
         connections: dict[str, object] = {
-            name: {"url": site.url, **({} if site.server is None else {"two_phase": "true"})} for name, site in self.sites.items()
+            name: {"url": _by_way_of(drivers, number, site), **({} if site.server is None else {"two_phase": "true"})}
+            for number, (name, site) in enumerate(self.sites.items())
         }
         self.log_file: Path | None = None
         self.log_site: Site | None = None
@@ -114,6 +116,16 @@ class Scene:
         assert left_in(self.all_sites()) == []
         application.settle(keep=0)
         assert self.decided_to_commit() == []
+
+
+def _by_way_of(drivers: str, number: int, site: Site) -> str:
+    """The URL of a site, with one of the drivers, which take turns."""
+    if not drivers or site.server is None:
+        return site.url
+    url = make_url(site.url)
+    turns = drivers.split()
+    named = url.set(drivername=f"{url.get_backend_name()}+{turns[number % len(turns)]}")
+    return named.difference_update_query(["ssl_disabled"]).render_as_string(hide_password=False)
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +231,50 @@ def test_the_databases_agree_wherever_the_first_commit_of_all_was_killed(
         assert outcomes[-1].committed, outcomes[-1].message
 
 
+# ---- clients that await are killed --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """A layout that coroutines write to by way of these drivers, threads taking part or not."""
+
+    layout: Layout
+    drivers: str
+    way: str = "awaited"
+
+    def __str__(self) -> str:
+        return f"{self.layout}-{self.drivers.replace(' ', '-')}-{self.way}"
+
+
+AWAITED = [
+    Awaited(Layout("postgresql other", "a"), "psycopg"),
+    Awaited(Layout("postgresql other", "other"), "asyncpg"),
+    Awaited(Layout("postgresql other", "file"), "psycopg asyncpg"),
+    Awaited(Layout("postgresql sqlite", "file"), "asyncpg"),
+    Awaited(Layout("mariadb mariadb", "file"), "asyncmy"),
+    Awaited(Layout("postgresql other postgresql other", "c"), "asyncpg"),
+    Awaited(Layout("postgresql other postgresql sqlite", "postgresql"), "psycopg asyncpg"),
+    Awaited(Layout("postgresql other postgresql", "file"), "psycopg asyncpg", "mixed"),
+]
+
+
+@pytest.mark.parametrize("awaited", AWAITED, ids=str)
+def test_the_databases_agree_wherever_in_its_commit_a_client_that_awaits_was_killed(
+    awaited: Awaited, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
+) -> None:
+    with (
+        Scene(awaited.layout, servers, tmp_path, awaited.drivers) as scene,
+        zygote.application(scene.settings) as application,
+    ):
+        outcomes = [application.run("before", way=awaited.way), *application.die_at_every_step("unit", way=awaited.way)]
+        assert outcomes[0].committed, outcomes[0].message
+        assert outcomes[-1].committed, outcomes[-1].message
+        assert any(step.startswith("before sending") for step in outcomes[-1].steps), "no step was counted on a line"
+        scene.wait_for_servers()
+        assert left_in(scene.all_sites(), within=0) != [], "there is nothing to recover"
+        scene.check_after_recovery(application, outcomes)
+
+
 # ---- servers are killed -------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +308,29 @@ def test_the_databases_agree_wherever_in_a_commit_a_server_was_killed(  # noqa: 
         scene.wait_for_servers()
         # While a server is away, nobody can tell it; one that is back is told by the committer itself.
         assert back == "at once" or left_in(scene.all_sites(), within=0) != [], "there is nothing to recover"
+        scene.check_after_recovery(application, outcomes)
+
+
+@pytest.mark.parametrize(
+    ("awaited", "victims", "back"),
+    [
+        (Awaited(Layout("postgresql other", "file"), "psycopg asyncpg"), "postgresql other", "at once"),
+        (Awaited(Layout("postgresql other", "a"), "asyncpg"), "other", "afterwards"),
+    ],
+    ids=str,
+)
+def test_the_databases_agree_wherever_in_a_commit_that_is_awaited_a_server_was_killed(  # noqa: PLR0917  # pytest gives them by name
+    awaited: Awaited, victims: str, back: str, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
+) -> None:
+    unlucky = [servers[name] for name in victims.split()]
+    with Scene(awaited.layout, servers, tmp_path, awaited.drivers) as scene, zygote.application(scene.settings) as application:
+        outcomes = [application.run("before", way=awaited.way)]
+        for outcome in application.ask_at_every_step("unit", kill(unlucky, back), way=awaited.way):
+            outcomes.append(outcome)
+            for server in unlucky:
+                server.start()
+        assert outcomes[-1].committed, outcomes[-1].message
+        scene.wait_for_servers()
         scene.check_after_recovery(application, outcomes)
 
 

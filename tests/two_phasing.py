@@ -25,6 +25,7 @@ from app_db import DatabaseSettings, container_of
 from app_db.decisions import Decision
 from app_db.lines import Exchange, exchange
 from app_db.recovery import Settlement
+from app_db.urls import for_threads
 from app_db.xids import Xid
 from applications import Application, Base, Settings
 from servers import MariaDBServer, PostgresServer
@@ -57,7 +58,8 @@ class TwoPhaseApplication(Application):
         )
         self.connections = tuple(given)
         self.container = container_of(*given)(settings=settings)
-        self._plain = {name: create_engine(settings.connection(name).sqlalchemy_url(), poolclass=NullPool) for name in given}
+        urls = {name: for_threads(settings.connection(name).sqlalchemy_url()) for name in given}
+        self._plain = {name: create_engine(url, poolclass=NullPool) for name, url in urls.items()}
         for name, own in given.items():
             if "mirror" not in own:
                 Base.metadata.create_all(self._plain[name])
