@@ -94,15 +94,16 @@ def retire(engine: Engine) -> None:
     engine.dispose()
 
 
-def retire_async(engine: AsyncEngine, loop: AbstractEventLoop | None) -> None:
+def retire_async(engine: AsyncEngine, loop: AbstractEventLoop | None, *, may_run: bool = True) -> None:
     """Do the same with an engine of coroutines, in its own event loop, where that is still there.
 
-    Where this is called inside a running loop, it doesn't wait for another one, which may be waiting for this one.
+    Where this is called inside a running loop, it doesn't wait for another one, which may be waiting for this one. A loop that
+    stands still is run for it, unless that is for another thread to do, which may be closing the loop (`may_run`).
     """
     _retired.add(engine.sync_engine)
     here = _get_running_loop()
     try:
-        if loop is None or loop.is_closed():
+        if loop is None or loop.is_closed() or not (may_run or loop.is_running()):
             _hang_up(engine.sync_engine)
         elif here is None and not loop.is_running():
             loop.run_until_complete(engine.dispose())
@@ -128,7 +129,7 @@ async def dispose_awaited(engines: Iterable[tuple[AsyncEngine, AbstractEventLoop
             _retired.add(engine.sync_engine)
             await engine.dispose()
         else:
-            await to_thread(retire_async, engine, loop)
+            await to_thread(retire_async, engine, loop, may_run=False)
 
 
 def _dispose_in(loop: AbstractEventLoop, engine: AsyncEngine) -> Event:
