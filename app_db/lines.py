@@ -218,6 +218,8 @@ class PostgreSQLLine(Line):
     confusion. Its commit() and rollback() do nothing where libpq knows that the transaction has ended.
     """
 
+    _done = (1, 2)  # libpq's PGRES_COMMAND_OK and PGRES_TUPLES_OK
+
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         import psycopg
 
@@ -262,21 +264,26 @@ class PostgreSQLLine(Line):
                 self._libpq.notify_handler(notification)
 
     def _answer(self) -> Answer:
-        from psycopg import errors
-        from psycopg.pq import DiagnosticField, ExecStatus
-
         result, self._result = self._result, None  # no interruption shall take it for the answer to the next statement
+        if result is None or result.status not in self._done:
+            return self._bad_answer(result)
+        if result.command_status == b"ROLLBACK" and not self._statement.startswith("ROLLBACK"):
+            from psycopg.errors import InFailedSqlTransaction
+
+            # How the server answers COMMIT and PREPARE TRANSACTION where a statement had failed, or nothing had begun.
+            return Answer(Outcome.REFUSED, InFailedSqlTransaction(f"the server answered {self._statement} with ROLLBACK"))
+        return _DONE
+
+    def _bad_answer(self, result: PGresult | None) -> Answer:
+        from psycopg import errors
+        from psycopg.pq import DiagnosticField
+
         if result is None:
             return Answer(Outcome.UNKNOWN, errors.OperationalError("the answer got lost"))
-        if result.status not in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
-            # Whoever is being shut down says FATAL, and may have done by then what was asked.
-            refused = result.error_field(DiagnosticField.SEVERITY_NONLOCALIZED) == b"ERROR"
-            error = errors.error_from_result(result, encoding=self._connection.info.encoding)
-            return Answer(Outcome.REFUSED if refused else Outcome.UNKNOWN, error)
-        if result.command_status == b"ROLLBACK" and not self._statement.startswith("ROLLBACK"):
-            # How the server answers COMMIT and PREPARE TRANSACTION where a statement had failed, or nothing had begun.
-            return Answer(Outcome.REFUSED, errors.InFailedSqlTransaction(f"the server answered {self._statement} with ROLLBACK"))
-        return _DONE
+        # Whoever is being shut down says FATAL, and may have done by then what was asked.
+        refused = result.error_field(DiagnosticField.SEVERITY_NONLOCALIZED) == b"ERROR"
+        error = errors.error_from_result(result, encoding=self._connection.info.encoding)
+        return Answer(Outcome.REFUSED if refused else Outcome.UNKNOWN, error)
 
     def abandon(self) -> None:
         self._connection.close()
