@@ -1345,6 +1345,7 @@ def test_one_connection_written_in_both_ways_is_two_transactions_and_the_error_s
 # ---- what is left behind ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("databases", ["psycopg"], indirect=True)
 @pytest.mark.parametrize("ending", ["commits", "raises", "nested", "is cancelled"])
 def test_a_unit_leaves_no_garbage_that_sqlalchemy_would_not(databases: AwaitedDatabases, ending: str) -> None:
     """What only the collector can free grows with the units of a server that is busy."""
