@@ -18,11 +18,11 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import Column, Double, Engine, MetaData, String, Table, Text, inspect
-from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.schema import CreateTable
 
@@ -131,21 +131,28 @@ _TABLE = "app_db_decisions"
 _ID_ROW = "log"
 """The key of the row that holds the log's id. No unit's id is as short."""
 
+
 # MySQL compares text without regard to case unless told otherwise, and its default engine may be one without transactions.
-_table = Table(
-    _TABLE,
-    MetaData(),
-    Column(
-        "unit",
-        String(32).with_variant(mysql.VARCHAR(32, charset="ascii", collation="ascii_bin"), "mysql", "mariadb"),
-        primary_key=True,
-    ),
-    Column("verdict", String(8), nullable=False),
-    Column("branches", Text, nullable=False),
-    Column("decided_at", Double, nullable=False),
-    mysql_engine="InnoDB",
-    mariadb_engine="InnoDB",
-)
+@cache
+def _table() -> Table:
+    from sqlalchemy.dialects import mysql  # imported where a table is made: it takes longer than all of app_db's own modules
+
+    return Table(
+        _TABLE,
+        MetaData(),
+        Column(
+            "unit",
+            String(32).with_variant(mysql.VARCHAR(32, charset="ascii", collation="ascii_bin"), "mysql", "mariadb"),
+            primary_key=True,
+        ),
+        Column("verdict", String(8), nullable=False),
+        Column("branches", Text, nullable=False),
+        Column("decided_at", Double, nullable=False),
+        mysql_engine="InnoDB",
+        mariadb_engine="InnoDB",
+    )
+
+
 _COLUMNS = "unit, verdict, branches, decided_at"
 
 _DURABLE = (
@@ -286,7 +293,7 @@ class TableLog:
             elif engine.dialect.name in ("mysql", "mariadb"):
                 connection.exec_driver_sql(f"SET SESSION lock_wait_timeout = {wait}, innodb_lock_wait_timeout = {wait}")
             if not inspect(connection).has_table(_TABLE):  # IF NOT EXISTS takes the right to create one
-                connection.execute(CreateTable(_table, if_not_exists=True))
+                connection.execute(CreateTable(_table(), if_not_exists=True))
             connection.exec_driver_sql(_insert_id(new_log_id()))
 
     def _insert(self, decision: Decision, on: Engine | Connection, lock_wait: str = "") -> str:
