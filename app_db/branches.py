@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
-from app_db.errors import ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkTimeout
+from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkTimeout
 from app_db.preparing import Prepares, Settling
 from app_db.statements import Effect, effect_of, lifts_read_only, transaction_verb
 
@@ -77,14 +77,9 @@ class BranchSession(Protocol):
     branch: Branch | None
 
     @property
-    def new(self) -> Any: ...
-    @property
-    def dirty(self) -> Any: ...
-    @property
-    def deleted(self) -> Any: ...
+    def has_unflushed(self) -> bool: ...
     @property
     def is_flushing(self) -> bool: ...
-    def is_modified(self, instance: object) -> bool: ...
     def get_transaction(self) -> SessionTransaction | None: ...
     def get_nested_transaction(self) -> SessionTransaction | None: ...
     def begin_nested(self) -> SessionTransaction: ...
@@ -148,6 +143,13 @@ class Branch:
     def can_prepare(self) -> bool:
         """Whether it can be prepared, so that others may commit together with it."""
         return self.home.two_phase and self.home.prepares is not None and len(self._connections) == 1
+
+    @property
+    def prepares(self) -> Prepares:
+        """How its database prepares. Raises InvalidUse where it doesn't."""
+        if self.home.prepares is None:
+            raise InvalidUse(f"The connection {self.name!r} can't be prepared", "Set its two_phase to false")
+        return self.home.prepares
 
     @property
     def xid(self) -> Xid:
@@ -242,19 +244,18 @@ class Branch:
         """Send COMMIT, in whatever form the transaction was begun; nothing, where it was ended by its xid."""
         self.refuse_foreign_commit()
         if self.stage is Stage.ACTIVE:
-            if self._begun_by_xid and self.home.prepares is not None:
-                say(dbapi_connection, self.home.prepares.commit_unprepared(self.xid))
+            if self._begun_by_xid:
+                say(dbapi_connection, self.prepares.commit_unprepared(self.xid))
             else:
                 plainly(dbapi_connection)
         self.committed = True  # what fails from here on fails afterwards
 
     def send_rollback(self, dbapi_connection: Any, plainly: Callable[[Any], None]) -> None:
         """Send ROLLBACK, in whatever form the transaction was begun; nothing, where it is ended by its xid."""
-        if self._begun_by_xid and self.home.prepares is not None:
-            if self.stage is Stage.ACTIVE:
-                say(dbapi_connection, self.home.prepares.roll_back_unprepared(self.xid), regardless=True)
-        else:
+        if not self._begun_by_xid:
             plainly(dbapi_connection)
+        elif self.stage is Stage.ACTIVE:
+            say(dbapi_connection, self.prepares.roll_back_unprepared(self.xid), regardless=True)
 
     def has_lost_transaction(self) -> bool:
         """Return whether the database would answer COMMIT with a rollback."""
@@ -281,12 +282,6 @@ class Branch:
         self._is_flushed_for_good = True
 
     @property
-    def has_unflushed(self) -> bool:
-        """Whether something was changed that no flush has reached."""
-        session = self.session
-        return bool(session.new or session.deleted or any(session.is_modified(instance) for instance in session.dirty))
-
-    @property
     def driver_connection(self) -> Any:
         """The driver's own connection."""
         return self.connection.connection.driver_connection
@@ -300,10 +295,9 @@ class Branch:
 
     def settle_elsewhere(self, *, commit: bool) -> bool:
         """End by its xid, on another connection, a branch that did not answer. Return whether its database knows by now."""
-        prepares = self.home.prepares
         try:
             with self.connection.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                return prepares is not None and prepares.settle(connection, self.xid, commit=commit) is not Settling.HELD
+                return self.prepares.settle(connection, self.xid, commit=commit) is not Settling.HELD
         except Exception:
             log.warning("%r could not be reached a second time, and is left to recovery", self.name, exc_info=True)
             return False

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.util.concurrency import await_only
@@ -31,9 +31,6 @@ from app_db.errors import (
 from app_db.lines import Answer, Exchange, Line, Outcome, exchange
 from app_db.statements import Effect
 from app_db.xids import log_of
-
-if TYPE_CHECKING:
-    from app_db.preparing import Prepares
 
 log = logging.getLogger("app_db")
 
@@ -60,7 +57,7 @@ def flush_for_good(branches: Sequence[Branch]) -> None:
     """Do all that precedes COMMIT on every branch: a listener may write where nothing was written, or have a session join."""
     for branch in branches:  # of which there may be more by then
         branch.flush_for_good()
-    late = next((branch.name for branch in branches if branch.has_unflushed), None)
+    late = next((branch.name for branch in branches if branch.session.has_unflushed), None)
     if late is not None:
         raise InvalidUse(
             f"A listener to before_commit changed objects of the {late!r} session after their last flush",
@@ -173,7 +170,7 @@ class AtomicCommit:
     # -- prepare
 
     def _prepare(self) -> None:
-        words = {branch: _prepares(branch).prepare(branch.xid) for branch in self._prepared}
+        words = {branch: branch.prepares.prepare(branch.xid) for branch in self._prepared}
         if self._last is not None:
             words |= self._words_of_decision(self._last)
         for branch in self._prepared:
@@ -277,7 +274,7 @@ class AtomicCommit:
 
     def _has_heard(self, branch: Branch, answer: Answer, commit: bool) -> bool:
         branch.stage = Stage.ENDED
-        if answer.outcome is Outcome.DONE or (answer.error is not None and _prepares(branch).is_missing(answer.error)):
+        if answer.outcome is Outcome.DONE or (answer.error is not None and branch.prepares.is_missing(answer.error)):
             return True
         log.warning("%r did not answer when it was told how the unit ends", branch.name, exc_info=answer.error)
         branch.abandon()
@@ -292,21 +289,13 @@ def _exchange(words: dict[Branch, list[str]]) -> Exchange[Branch]:
 
 def _any_line(branch: Branch) -> Line | AwaitedLine:
     if branch.home.asynchronous:
-        return _prepares(branch).awaited_line(branch.connection.connection.dbapi_connection)
+        return branch.prepares.awaited_line(branch.connection.connection.dbapi_connection)
     return _line(branch)
 
 
 def _line(branch: Branch) -> Line:
-    return _prepares(branch).line(branch.driver_connection)
+    return branch.prepares.line(branch.driver_connection)
 
 
 def _words_of_end(branch: Branch, commit: bool) -> list[str]:
-    prepares = _prepares(branch)
-    return prepares.commit_prepared(branch.xid) if commit else prepares.roll_back_prepared(branch.xid)
-
-
-def _prepares(branch: Branch) -> Prepares:
-    prepares = branch.home.prepares
-    if prepares is None:
-        raise InvalidUse(f"The connection {branch.name!r} can't be prepared", "Set its two_phase to false")
-    return prepares
+    return branch.prepares.commit_prepared(branch.xid) if commit else branch.prepares.roll_back_prepared(branch.xid)

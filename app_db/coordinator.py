@@ -96,10 +96,8 @@ class Work:
 
     def xid_for(self, branch: Branch) -> Xid:
         """Return the name by which a database is to know a branch of this unit."""
-        for name in (
-            branch.name,
-            *(f"{branch.name}.{number}" for number in range(2, 10)),
-        ):  # several sessions may use one database
+        numbered = (f"{branch.name}.{number}" for number in range(2, 10))  # several sessions may use one database
+        for name in (branch.name, *numbered):
             holder = self._named.get(name)
             if holder is None or holder.finished:  # rolled back to a savepoint
                 self._named[name] = branch

@@ -26,6 +26,7 @@ from sqlalchemy import Column, Double, Engine, MetaData, String, Table, Text, in
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.schema import CreateTable
 
+from app_db.errors import code_of
 from app_db.xids import check_connection_name, check_log_id, check_unit_id, log_id_for, new_log_id
 
 if TYPE_CHECKING:
@@ -400,17 +401,9 @@ def _read_beside_writers(engine: Engine, statement: str) -> list[Any]:
 
 
 def _says_there_is_no_table(error: DBAPIError) -> bool:
-    return _code(error) in ("42P01", 1146) or "no such table" in str(error.orig)
+    return code_of(error) in ("42P01", 1146) or "no such table" in str(error.orig)
 
 
 def _is_worth_repeating(error: DBAPIError) -> bool:
     """Return whether the same may work now: on another connection, or because the database picked a victim."""
-    return error.connection_invalidated or _code(error) in ("40001", "40P01", 1213)
-
-
-def _code(error: DBAPIError) -> object:
-    """Return PostgreSQL's SQLSTATE or MySQL's number of an error."""
-    arguments: tuple[object, ...] = getattr(error.orig, "args", ())
-    if arguments and isinstance(arguments[0], int):
-        return arguments[0]
-    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+    return error.connection_invalidated or code_of(error) in ("40001", "40P01", 1213)

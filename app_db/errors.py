@@ -32,6 +32,14 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0].rstrip('.')}"
 
 
+def code_of(error: BaseException) -> object:
+    """Return PostgreSQL's SQLSTATE or MySQL's number of an error, the driver's or SQLAlchemy's around it."""
+    original: BaseException = getattr(error, "orig", None) or error
+    if original.args and isinstance(original.args[0], int):
+        return original.args[0]
+    return getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
+
+
 class AppDbError(Exception):
     """Base of every error of app_db: `except AppDbError` catches them all."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sqlalchemy.exc import DBAPIError
 
 from app_db.awaited_lines import AsyncmyLine, AsyncpgLine, AwaitedLine, AwaitedPostgreSQLLine
+from app_db.errors import code_of
 from app_db.lines import Line, MySQLLine, PostgreSQLLine
 from app_db.xids import Xid
 
@@ -142,7 +143,7 @@ class PostgreSQLPrepares(Prepares):
         return [InDoubtBranch(xid, at, owner) for gid, at, owner in rows if (xid := Xid.parse(gid)) is not None]
 
     def is_missing(self, error: BaseException) -> bool:
-        return _sqlstate(error) == "42704"
+        return code_of(error) == "42704"
 
     def problem(self, connection: Connection) -> str | None:
         if connection.exec_driver_sql("SHOW max_prepared_transactions").scalar() != "0":
@@ -155,7 +156,7 @@ class PostgreSQLPrepares(Prepares):
     def _settled_otherwise(self, connection: Connection, xid: Xid, error: DBAPIError) -> Settling | None:
         if self.is_missing(error):
             return Settling.MISSING
-        return Settling.HELD if _sqlstate(error) == "55000" else None
+        return Settling.HELD if code_of(error) == "55000" else None
 
 
 class MySQLPrepares(Prepares):
@@ -190,7 +191,7 @@ class MySQLPrepares(Prepares):
         return [InDoubtBranch(xid) for xid in self._listed(connection)]
 
     def is_missing(self, error: BaseException) -> bool:
-        return _code(error) == self._unknown_xid
+        return code_of(error) == self._unknown_xid
 
     def problem(self, connection: Connection) -> str | None:
         dialect: Any = connection.dialect
@@ -210,7 +211,7 @@ class MySQLPrepares(Prepares):
         return None
 
     def _settled_otherwise(self, connection: Connection, xid: Xid, error: DBAPIError) -> Settling | None:
-        if _code(error) == self._rolled_back:
+        if code_of(error) == self._rolled_back:
             # What the server answers to either verdict for a branch that wrote nothing, once the client has gone. It ends by it.
             return Settling.DONE
         if not self.is_missing(error):
@@ -237,12 +238,3 @@ _PREPARES: dict[str, Prepares] = {
 def prepares_of(driver_name: str) -> Prepares | None:
     """Return how the databases of a driver (`postgresql+psycopg`) prepare; None where app_db doesn't know how to."""
     return _PREPARES.get(driver_name)
-
-
-def _sqlstate(error: BaseException) -> str | None:
-    return getattr(getattr(error, "orig", error), "sqlstate", None)
-
-
-def _code(error: BaseException) -> object:
-    original: BaseException = getattr(error, "orig", None) or error
-    return original.args[0] if original.args else None

@@ -84,12 +84,11 @@ class SessionHome:
         """Have the table of decisions made, if there may be one in this SQLite database, before the unit shuts everybody out."""
         if self._dialect != "sqlite":
             return
-        places = self.coordinator.places()
         if self._keeps_decisions is None:
-            self._keeps_decisions = places.may_be_in(self.name)
+            self._keeps_decisions = self.coordinator.places().may_be_in(self.name)
         if self._keeps_decisions:
             try:
-                places.of(self.name).ensure()
+                self.coordinator.places().of(self.name).ensure()
             except Exception:  # the unit may never need it; if it does, it will be told
                 log.debug("The table of decisions in %r could not be made", self.name, exc_info=True)
 
@@ -134,6 +133,11 @@ class UnitSession(Session):
         self._work = work
         if not (self.home.read_only or work.read_only):
             self.home.make_log()
+
+    @property
+    def has_unflushed(self) -> bool:
+        """Whether something was changed that no flush has reached."""
+        return bool(self.new or self.deleted or any(self.is_modified(instance) for instance in self.dirty))
 
     @property
     def is_flushing(self) -> bool:
@@ -393,7 +397,7 @@ def _check_flush(session: UnitSession, context: Any, instances: Any) -> None:
     session.require_unit()  # once it has begun, a flush that fails rolls the owner's transaction back
     work = session._work
     read_only = session.home.read_only or (work is not None and work.read_only)
-    if read_only and (session.new or session.deleted or any(session.is_modified(instance) for instance in session.dirty)):
+    if read_only and session.has_unflushed:
         raise ReadOnlyViolation(session.home.name, "Flushing changed objects", not session.home.read_only)
 
 

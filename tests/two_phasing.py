@@ -85,11 +85,7 @@ class TwoPhaseApplication(Application):
         """The xids of this application that are prepared now."""
         found: set[str] = set()
         for engine in self._plain.values():
-            statement = {
-                "postgresql": "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()",
-                "mysql": "XA RECOVER",
-            }
-            if engine.dialect.name in statement:
+            if engine.dialect.name in PREPARED:
                 with engine.connect() as connection:
                     found |= {str(row[-1]) for row in connection.exec_driver_sql(PREPARED[engine.dialect.name])}
         return sorted(xid for xid in found if (read := Xid.parse(xid)) and read.application == self.application)
