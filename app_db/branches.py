@@ -63,6 +63,8 @@ class BranchedWork(Protocol):
     finishing: bool
     errors_afterwards: list[Exception]
 
+    @property
+    def rehearsal(self) -> object | None: ...
     def xid_for(self, branch: Branch) -> Xid: ...
     @property
     def timed(self) -> bool: ...
@@ -175,7 +177,7 @@ class Branch:
             connection.close()  # as it came too late
             raise UnitOfWorkEnded(f"The {self.name!r} session")
         info = self._connections[connection] = connection.info
-        if self.home.two_phase and not self.read_only:
+        if self.home.two_phase and not self.read_only and self._work.rehearsal is None:
             self._begin_by_xid(connection)
         info[BRANCH] = self
         if self._work.timed:
@@ -273,6 +275,10 @@ class Branch:
         if not self._failures:
             return self.wrote and any(database.has_ended_transaction(connection) for connection in self._connections)
         return any(database.has_lost_transaction(connection, self._failures) for connection in self._connections)
+
+    def check_commit(self, rehearsal: Any) -> None:
+        """Raise what preparing it would, in a test that keeps it from being prepared."""
+        rehearsal.check_commit(self.connection)
 
     def flush_for_good(self) -> None:
         """Do all that precedes COMMIT, the listeners to `before_commit` included; from here on the session refuses SQL."""
@@ -399,6 +405,9 @@ class BranchOffLoop(Branch):
 
     def has_lost_transaction(self) -> bool:
         return off_loop(super().has_lost_transaction)
+
+    def check_commit(self, rehearsal: Any) -> None:
+        off_loop(super().check_commit, rehearsal)
 
     def commit(self) -> None:
         off_loop(super().commit)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.util.concurrency import await_only
@@ -32,10 +32,19 @@ from app_db.lines import Answer, Exchange, Line, Outcome, exchange
 from app_db.statements import Effect
 from app_db.xids import log_of
 
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
 log = logging.getLogger("app_db")
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Rehearsal(Protocol):
+    """What committing asks of an isolated test."""
+
+    def check_commit(self, connection: Connection) -> None: ...
 
 
 class CommittingWork(Protocol):
@@ -46,6 +55,8 @@ class CommittingWork(Protocol):
     errors_afterwards: list[Exception]
     interruption: BaseException | None
 
+    @property
+    def rehearsal(self) -> Rehearsal | None: ...
     @property
     def unit_id(self) -> str: ...
     def name_unit(self, decided_in: DecisionLog) -> str: ...
@@ -74,9 +85,19 @@ def commit_branches(work: CommittingWork) -> None:
         return
     first = waiting.index(written[0])
     _commit_one_by_one(waiting[:first])
-    AtomicCommit(work, written).run()
+    if work.rehearsal is None:
+        AtomicCommit(work, written).run()
+    else:
+        _rehearse_commit(work.rehearsal, written)
     for branch in waiting[first + len(written) :]:
         commit_or_log(branch)
+
+
+def _rehearse_commit(rehearsal: Rehearsal, written: list[Branch]) -> None:
+    """Commit together without preparing, in a test that rolls everything back."""
+    for branch in written:
+        branch.check_commit(rehearsal)
+    _commit_one_by_one(written)
 
 
 def unpreparable(branches: Sequence[Branch]) -> list[Branch]:

@@ -31,9 +31,11 @@ from app_db.manager import retryable
 from app_db.xids import Xid, new_unit_id
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection, Engine
     from transaction import Transaction
 
     from app_db.decisions import DecisionLog
+    from app_db.dialects import Terms
     from app_db.hooks import Hooks
     from app_db.manager import AwaitedTransaction
 
@@ -53,6 +55,8 @@ class Work:
     timed = False
     """Whether the unit has a timeout."""
     hooks: Hooks | None = None
+    outer: Transaction | None = None
+    """The transaction of the unit that waits for this one to end."""
     finishing = False
     """Whether it is the unit that ends transactions now, so that sessions and connections let it."""
     _doomed_by: BaseException | str | None = None
@@ -77,6 +81,11 @@ class Work:
         return self._coordinator.manager
 
     # -- what branches ask
+
+    @property
+    def rehearsal(self) -> Rehearsal | None:
+        """The test, if one is isolated, in which units only seem to commit."""
+        return self._coordinator.rehearsal
 
     @property
     def places(self) -> DecisionPlaces:
@@ -342,8 +351,18 @@ class WorkSavepoint:
             del savepoints[savepoints.index(self) + 1 :]
 
 
+class Rehearsal(Protocol):
+    """What a unit of work asks of an isolated test, in which it only seems to commit."""
+
+    def engine_for_unit(self, engine: Engine, terms: Terms) -> Engine: ...
+    def check_commit(self, connection: Connection) -> None: ...
+
+
 class Coordinator:
     """Finds, under any zope transaction manager, the `Work` of the unit that is under way."""
+
+    rehearsal: Rehearsal | None = None
+    """Set while a test is isolated."""
 
     def __init__(
         self, manager: Any, atomicity: Callable[[], str], application: Callable[[], str], places: Callable[[], DecisionPlaces]

@@ -438,6 +438,58 @@ class HookFailed(CommitError):
         )
 
 
+# ---- tests -------------------------------------------------------------------------------------------------------------
+
+
+class IsolationError(AppDbError):
+    """Base of what goes wrong because a test is isolated, and would not happen outside one."""
+
+
+class CannotIsolate(IsolationError):
+    """What a test is about to do can't be rolled back with it. It was not done."""
+
+    def __init__(self, connection: str, subject: str, advice: str) -> None:
+        super().__init__(connection, subject, advice)
+        self.connection = connection
+        self.subject = subject
+        self.advice = advice
+
+    def __str__(self) -> str:
+        where = f" on {self.connection!r}" if self.connection else ""
+        return f"{self.subject} can't be isolated{where}, and was not done. {self.advice}."
+
+
+class IsolationTimeout(IsolationError):
+    """A unit of work waited for its turn on a connection that the units of an isolated test share, and it did not come."""
+
+    def __init__(self, connection: str, holders: Sequence[str], seconds: float) -> None:
+        super().__init__(connection, holders, seconds)
+        self.connection = connection
+        self.holders = tuple(holders)
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        who = "; ".join(self.holders) or "another one"
+        what = f"A unit of work that uses {self.connection!r}" if self.connection else "A statement"
+        return (
+            f"{what} has waited for {self.seconds:g} s: in an isolated test units run one after the other, and before it comes "
+            f"{who}. Let that end its unit before it waits for this one, run this one inside it, or isolate with more patience."
+        )
+
+
+class IsolationBroken(IsolationError):
+    """An isolated test has left something behind, or something of it was not as it would have been outside a test."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(problems)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            ["When the isolation ended, not everything was as it should be:", *(f"  {each}" for each in self.problems)]
+        )
+
+
 # ---- decision files -----------------------------------------------------------------------------------------------
 
 

@@ -78,11 +78,13 @@ class SessionHome:
             self.prepares = prepares_of(engine.url.drivername)
         if not (work.read_only or work.timed or work.isolation):
             return engine
+        if work.rehearsal is not None:
+            return work.rehearsal.engine_for_unit(engine, work)
         return self.database.engine_for_unit(engine, self.settings, work)
 
     def make_log(self) -> None:
         """Have the table of decisions made, if there may be one in this SQLite database, before the unit shuts everybody out."""
-        if self._dialect != "sqlite":
+        if self._dialect != "sqlite" or self.coordinator.rehearsal is not None:
             return
         if self._keeps_decisions is None:
             self._keeps_decisions = self.coordinator.places().may_be_in(self.name)

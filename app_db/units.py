@@ -306,6 +306,7 @@ class Own(Part):
         options = self.options
         self.transaction = self._begun()
         work = self.work = self.coordinator.new_work(self.transaction)
+        work.outer = self.outer
         work.asynchronous = self.asynchronous
         if options.read_only:
             work.read_only = True

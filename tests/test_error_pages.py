@@ -64,10 +64,14 @@ EXAMPLES: list[AppDbError] = [
     errors.TwoPhaseUnavailable(PROBLEMS),
     errors.DecisionFileDamaged("/srv/decisions", 35, "the line there is not as it was written"),
     errors.DecisionFileFull("/srv/decisions", 1000, 9),
+    errors.CannotIsolate("writer", "A COMMIT sent as SQL", "Use SQLAlchemy's own methods"),
+    errors.IsolationTimeout("writer", ["the thread 'MainThread', which uses 'writer'"], 5.0),
+    errors.IsolationTimeout("", [], 5.0),
+    errors.IsolationBroken(["writer: a connection is still checked out"]),
     errors.HookFailed([ValueError("no mail server"), OSError("disk full")]),
 ]
 
-BASES = {errors.AppDbError, errors.UnitOfWorkError, errors.CommitError}
+BASES = {errors.AppDbError, errors.UnitOfWorkError, errors.CommitError, errors.IsolationError}
 """Never raised themselves: names to catch a family by."""
 
 
@@ -112,7 +116,7 @@ def test_every_error_has_an_example_here() -> None:
 def test_an_error_prints_whole_sentences(error: AppDbError) -> None:
     text = str(error)
     assert not re.search(r"[{}]|\bNone\b|<class|\bobject at 0x", text), text
-    assert text[-1] in ".)" or isinstance(error, errors.SettingsError)
+    assert text[-1] in ".)" or isinstance(error, (errors.SettingsError, errors.IsolationBroken))
 
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)

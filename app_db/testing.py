@@ -1,0 +1,117 @@
+"""Switches for tests: everything rolled back, other settings for a while, throw-away databases."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, suppress
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from dependency_injector import providers
+
+from app_db.container import Connection, DatabaseContainer
+from app_db.errors import ConnectionNotConfigured, InvalidUse, IsolationBroken, did_you_mean
+from app_db.isolation import Isolated, Isolation
+from app_db.manager import current
+
+__all__ = ["Isolation", "isolated"]
+
+
+class isolated:  # noqa: N801  # used like a function
+    """Roll back at the end what is written in the block, on every connection of a container, whoever commits it.
+
+    Within it each database has one connection, in one transaction, that all sessions share: those of threads and of coroutines,
+    and those of connections that lead to the same database. Units of work commit, abort, nest, and are tried again as they are
+    outside; what they have committed, later ones see. They run one after the other; one that waits for another one longer than
+    `patience` seconds raises IsolationTimeout. `connections` names those to isolate, if not all.
+
+    What was left open, or could not be kept apart, is raised as IsolationBroken at the end of a block that raised nothing.
+    In a coroutine it is `async with`. Inside another one it undoes its own part only.
+
+    >>> from app_db import Container, DatabaseSettings
+    >>> from app_db.testing import isolated
+    >>> from sqlalchemy import text
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
+    >>> with container.transaction():
+    ...     _ = container.writer_session().execute(text("CREATE TABLE items (id INTEGER PRIMARY KEY)"))
+    >>> with isolated(container) as isolation:
+    ...     with container.transaction():
+    ...         _ = container.writer_session().execute(text("INSERT INTO items VALUES (1)"))
+    ...     with isolation.session("writer") as session:
+    ...         session.scalar(text("SELECT count(*) FROM items"))
+    1
+    >>> with container.transaction():
+    ...     container.writer_session().scalar(text("SELECT count(*) FROM items"))
+    0
+    """
+
+    def __init__(
+        self, container: DatabaseContainer, connections: Collection[str] | None = None, *, patience: float = 5.0
+    ) -> None:
+        self._container: Any = container
+        self._patience = patience
+        self._connections = _connections_of(container, connections)
+        self._stack = ExitStack()
+        self._isolation: Isolation | None = None
+
+    def __enter__(self) -> Isolation:
+        coordinator = self._container.coordinator()
+        if self._isolation is not None or current(coordinator.manager) is not None:
+            raise InvalidUse("A test is isolated before its first unit of work, and once", "Put `isolated(...)` around the unit")
+        isolation = self._isolation = Isolation(coordinator, self._configured(), self._patience)
+        for name in isolation.names:
+            connection = self._connections[name]
+            self._stack.enter_context(_overriding(connection.engine, partial(isolation.engine, name)))
+            self._stack.enter_context(_overriding(connection.async_engine, partial(isolation.async_engine, name)))
+        self._stack.callback(setattr, coordinator, "rehearsal", coordinator.rehearsal)
+        coordinator.rehearsal = isolation
+        return isolation
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        isolation, self._isolation = self._isolation, None
+        if isolation is None:
+            return
+        try:
+            problems = isolation.end()
+        finally:
+            self._stack.close()
+        if error is None and problems:
+            raise IsolationBroken(problems)
+        if error is not None:
+            for problem in problems:
+                error.add_note(f"app_db: {problem}")
+
+    async def __aenter__(self) -> Isolation:
+        return self.__enter__()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        from app_db.aio import to_the_end
+
+        await to_the_end(self.__exit__, kind, error, trace)
+
+    def _configured(self) -> Iterator[Isolated]:
+        settings = self._container.settings()
+        for name, connection in self._connections.items():
+            with suppress(ConnectionNotConfigured):  # nor does it matter to the application until somebody uses it
+                engines = _unless_overridden(connection.engine), _unless_overridden(connection.async_engine)
+                yield Isolated(name, settings.connection(name), *engines)
+
+
+def _connections_of(container: Any, names: Collection[str] | None) -> dict[str, Any]:
+    """Return the connections of a container, or those that are named."""
+    connections = {name: provider for name, provider in container.providers.items() if isinstance(provider, Connection)}
+    for name in names or ():
+        if name not in connections:
+            advice = f"{did_you_mean(name, connections)} The connections are {', '.join(connections)}".lstrip()
+            raise InvalidUse(f"There is no connection {name!r} to isolate", advice)
+    return {name: provider.container for name, provider in connections.items() if names is None or name in names}
+
+
+def _unless_overridden(provider: Any) -> Any:
+    """Return what gives what a provider gives now, whatever will override it."""
+    return provider.overridden[-1] if provider.overridden else partial(provider._provide, (), {})
+
+
+def _overriding(provider: Any, function: Any) -> Any:
+    return provider.override(providers.Callable(function))
