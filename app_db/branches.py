@@ -278,7 +278,10 @@ class Branch:
 
     def check_commit(self, rehearsal: Any) -> None:
         """Raise what preparing it would, in a test that keeps it from being prepared."""
-        rehearsal.check_commit(self.connection)
+        try:
+            rehearsal.check_commit(self.connection)
+        except Exception as error:
+            raise self.better_error("COMMIT", error) from error
 
     def flush_for_good(self) -> None:
         """Do all that precedes COMMIT, the listeners to `before_commit` included; from here on the session refuses SQL."""

@@ -168,12 +168,13 @@ class _Database:
         self._patience = patience
         self._ready: dict[SharedConnection, AbstractEventLoop | None] = {}
         self._used: SharedConnection | None = None
+        self._reals: dict[AbstractEventLoop | None, Engine] = {}  # of now, even if the container is made to make new ones
         threads, coroutines = for_threads(self._root.url), for_coroutines(self._root.url)
         self._has_twin = has_twin(threads.get_driver_name(), coroutines.get_driver_name())
         self._drivers = threads.get_driver_name(), coroutines.get_driver_name()
 
     def engine(self, name: str) -> Engine:
-        real = self._root.engine()
+        real = self._real(None)
         shared = self._shared(real, None)
         if name not in shared.engines:
             shared.engines[name] = sharing_engine(shared, name, real, **self._terms(name))
@@ -183,8 +184,9 @@ class _Database:
     def async_engine(self, name: str) -> AsyncEngine:
         from sqlalchemy.ext.asyncio import AsyncEngine
 
-        real = self._root.engine() if self._has_twin else self._root.async_engine().sync_engine
-        shared = self._shared(real, None if self._has_twin else _get_running_loop())
+        loop = None if self._has_twin else _get_running_loop()
+        real = self._real(loop)
+        shared = self._shared(real, loop)
         key = (name, "async")
         if key not in shared.engines and self._has_twin:
             shared.engines[key] = async_sharing_engine(shared, name, for_coroutines(real.url), **self._terms(name))
@@ -192,6 +194,11 @@ class _Database:
             shared.engines[key] = AsyncEngine(sharing_engine(shared, name, real, **self._terms(name)))
         engine: AsyncEngine = shared.engines[key]
         return engine
+
+    def _real(self, loop: AbstractEventLoop | None) -> Engine:
+        if loop not in self._reals:
+            self._reals[loop] = self._root.engine() if loop is None else self._root.async_engine().sync_engine
+        return self._reals[loop]
 
     def _terms(self, name: str) -> dict[str, bool]:
         connection = self._connections[name]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.engine.characteristics import ConnectionCharacteristic
+from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only, in_greenlet
@@ -98,9 +100,16 @@ def share(dialect: Any, shared: SharedConnection, close: Callable[[Any], None]) 
     """Have a dialect begin and end transactions, and send statements, as on a connection that is shared."""
     execute, executemany, execute_no_params = dialect.do_execute, dialect.do_executemany, dialect.do_execute_no_params
 
+    def read_at_once(cursor: Any, context: Any) -> None:
+        if shared.kind.reads_at_once or context is None or cursor.description is None:
+            return
+        if not (context.isinsert or context.isupdate or context.isdelete):  # of which SQLAlchemy reads some itself
+            context.cursor_fetch_strategy = FullyBufferedCursorFetchStrategy(cursor, initial_buffer=deque(cursor.fetchall()))
+
     def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         with shared.statement(_sharer_in(context), statement):
             execute(cursor, statement, parameters, context)
+            read_at_once(cursor, context)
 
     def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         with shared.statement(_sharer_in(context), statement):
@@ -109,6 +118,7 @@ def share(dialect: Any, shared: SharedConnection, close: Callable[[Any], None]) 
     def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
         with shared.statement(_sharer_in(context), statement):
             execute_no_params(cursor, statement, context)
+            read_at_once(cursor, context)
 
     dialect.do_execute, dialect.do_executemany, dialect.do_execute_no_params = do_execute, do_executemany, do_execute_no_params
     _share_transactions(dialect, shared)

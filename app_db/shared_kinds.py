@@ -23,6 +23,8 @@ class Kind:
 
     first: tuple[str, ...] = ()
     """What begins a transaction that the driver would begin later."""
+    reads_at_once = True
+    """Whether a result has been read when its statement has been executed, so that later ones can't change it."""
 
     def refuse(self, name: str, statement: str) -> None:
         """Raise when a statement would end the transaction that all share."""
@@ -37,8 +39,8 @@ class Kind:
     def check_deferred(self, say: Callable[..., Any]) -> None:
         """Raise what COMMIT would: the violation of a constraint that is checked only then."""
 
-    def limit(self, statement: str, ask: Callable[[str], Any]) -> str | None:
-        """Return what takes back the limit that a statement sets for the rest of the transaction."""
+    def limit_before(self, statement: str, ask: Callable[[str], Any]) -> str | None:
+        """Return what sets the server's limit for statements as it was, where this statement is about to change it."""
         return None
 
 
@@ -59,7 +61,7 @@ class _PostgreSQL(Kind):
         ]
         say(*checks)
 
-    def limit(self, statement: str, ask: Callable[[str], Any]) -> str | None:
+    def limit_before(self, statement: str, ask: Callable[[str], Any]) -> str | None:
         if not statement.startswith("SET LOCAL statement_timeout"):
             return None
         return f"SET LOCAL statement_timeout = '{ask('SHOW statement_timeout')}'"
@@ -67,6 +69,7 @@ class _PostgreSQL(Kind):
 
 class _MySQL(Kind):
     first = ("START TRANSACTION",)
+    _limit = re.compile(r"SET SESSION (max_statement_time|max_execution_time)")
     _commits = re.compile(
         r"\s*(?:(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES|UNLOCK\s+TABLES|GRANT\b|REVOKE\b"
         r"|ANALYZE\b|OPTIMIZE\b|REPAIR\b|LOAD\s+INDEX|FLUSH\b|SET\s+PASSWORD|SET\s+(?:SESSION\s+)?AUTOCOMMIT|XA\b)",
@@ -83,8 +86,14 @@ class _MySQL(Kind):
                 "Do it before the isolation begins, or take the test out of it",
             )
 
+    def limit_before(self, statement: str, ask: Callable[[str], Any]) -> str | None:
+        changed = self._limit.match(statement)
+        return None if changed is None else f"{changed[0]} = {ask(f'SELECT @@SESSION.{changed[1]}')}"
+
 
 class _SQLite(Kind):
+    reads_at_once = False
+
     def around(self, mark: str, read_only: bool) -> tuple[list[str], list[str], list[str]]:
         if not read_only:
             return [], [], []

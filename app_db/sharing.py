@@ -148,7 +148,9 @@ class SharedConnection:
         """End without an answer from the database, because the event loop that could wait for it is closed."""
         connection, self._connection, self._real, self._turns = self._connection, None, None, None
         if connection is not None:
-            hang_up(connection.connection.dbapi_connection)
+            connection.dialect.do_close = connection.dialect.do_terminate = hang_up  # type: ignore[method-assign]
+            connection.invalidate()
+            connection.close()
         return []
 
     # -- what is said on it
@@ -196,20 +198,19 @@ class SharedConnection:
         if sharer is None or sharer.holder is None or self._turns is None:
             return
         with self._on_the_wire():
-            if commit:
-                self._before_commit(sharer)
+            if commit and sharer.effect >= Effect.MAY_WRITE:
+                self.kind.check_deferred(self._say)
             for mark in self._stack:
                 if mark.sharer is sharer:
                     mark.outcome = commit or sharer.is_clean
             holder, sharer.holder = sharer.holder, None
             try:
                 self._settle()
+                self._give_limit_back(sharer)
             finally:
                 self._turns.leave(holder)
 
-    def _before_commit(self, sharer: Sharer) -> None:
-        if sharer.effect >= Effect.MAY_WRITE:
-            self.kind.check_deferred(self._say)
+    def _give_limit_back(self, sharer: Sharer) -> None:
         if sharer.limit_before is not None:
             statement, sharer.limit_before = sharer.limit_before, None
             self._say(statement)
@@ -256,7 +257,7 @@ class SharedConnection:
             return
         with self._on_the_wire():
             if sharer.limit_before is None:
-                sharer.limit_before = self.kind.limit(text, self._ask)
+                sharer.limit_before = self.kind.limit_before(text, self._ask)
             try:
                 yield
             except BaseException:
