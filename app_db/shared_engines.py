@@ -192,7 +192,15 @@ def async_sharing_engine(shared: SharedConnection, name: str, url: URL, *, at_on
         return _TWINS[_driver_of(dbapi_connection), url.get_driver_name()](dbapi_connection)
 
     engine = create_async_engine(url, async_creator=create, poolclass=NullPool, pool_reset_on_return=None, logging_name=name)
-    share(engine.sync_engine.dialect, shared, close=_let_go)
+    dialect: Any = engine.sync_engine.dialect
+    share(dialect, shared, close=_let_go)
+    look_around = dialect.initialize
+
+    def initialize(connection: Connection) -> None:
+        with shared.on_the_wire():  # all the time: some of what it asks the dialect doesn't hear of
+            look_around(connection)
+
+    dialect.initialize = initialize
     watch_sharers(engine.sync_engine, shared, name, at_once=at_once, read_only=read_only)
     return engine
 

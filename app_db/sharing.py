@@ -98,7 +98,7 @@ class SharedConnection:
 
     def dbapi_connection(self) -> Any:
         """Return the connection as the driver made it. It is opened when this is called first."""
-        with self._on_the_wire():
+        with self.on_the_wire():
             connection = self._connection or self._opened()
             return connection.connection.dbapi_connection
 
@@ -156,7 +156,7 @@ class SharedConnection:
     # -- what is said on it
 
     @contextmanager
-    def _on_the_wire(self) -> Generator[None]:
+    def on_the_wire(self) -> Generator[None]:
         """Keep others from saying something at the same time: threads, and coroutines that wait for an answer."""
         if in_greenlet():
             while not self._wire.acquire(blocking=False):
@@ -186,7 +186,7 @@ class SharedConnection:
         sharer.effect, sharer.failed = Effect.READS, False
         holder = self._turns.enter(sharer.name)
         try:
-            with self._on_the_wire():
+            with self.on_the_wire():
                 self._push(Mark(sharer))
         except BaseException:
             self._turns.leave(holder)
@@ -197,7 +197,7 @@ class SharedConnection:
         """End what is to the sharer a transaction."""
         if sharer is None or sharer.holder is None or self._turns is None:
             return
-        with self._on_the_wire():
+        with self.on_the_wire():
             if commit and sharer.effect >= Effect.MAY_WRITE:
                 self.kind.check_deferred(self._say)
             for mark in self._stack:
@@ -217,23 +217,23 @@ class SharedConnection:
 
     def check_deferred(self) -> None:
         """Raise what a COMMIT would, were it sent now."""
-        with self._on_the_wire():
+        with self.on_the_wire():
             self.kind.check_deferred(self._say)
 
     def savepoint(self, sharer: Sharer, name: str) -> None:
         """Take a savepoint inside the sharer's transaction."""
-        with self._on_the_wire():
+        with self.on_the_wire():
             self._push(Mark(sharer, name))
 
     def release(self, sharer: Sharer, name: str) -> None:
         """Give a savepoint up."""
-        with self._on_the_wire():
+        with self.on_the_wire():
             self._stack[self._index(sharer, name)].outcome = True
             self._settle()
 
     def roll_back_to(self, sharer: Sharer, name: str) -> None:
         """Undo what was done since a savepoint. What others began since is undone with it, and begun again."""
-        with self._on_the_wire():
+        with self.on_the_wire():
             index = self._index(sharer, name)
             mark, later = self._stack[index], [later for later in self._stack[index + 1 :] if later.sharer is not sharer]
             self._say(f"ROLLBACK TO SAVEPOINT {mark.name}", f"RELEASE SAVEPOINT {mark.name}")
@@ -247,15 +247,14 @@ class SharedConnection:
     def statement(self, sharer: Sharer | None, text: str) -> Generator[None]:
         """Let a statement be sent inside the block, if it may be."""
         if sharer is None or self._turns is None:
-            with self._on_the_wire():
-                yield
+            yield  # a dialect that looks around on its first connection, and has the wire for it
             return
         self.kind.refuse(sharer.name, text)
         if sharer.at_once:
-            with self._turns.turn(sharer.name), self._on_the_wire(), self._for_itself(sharer, text):
+            with self._turns.turn(sharer.name), self.on_the_wire(), self._for_itself(sharer, text):
                 yield
             return
-        with self._on_the_wire():
+        with self.on_the_wire():
             if sharer.limit_before is None:
                 sharer.limit_before = self.kind.limit_before(text, self._ask)
             try:
