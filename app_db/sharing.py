@@ -361,6 +361,8 @@ def _say(dbapi_connection: Any, *statements: str) -> Any:
     """Execute statements below SQLAlchemy, and return the rows of the last one."""
     if not statements:
         return None
+    if hasattr(dbapi_connection, "pgconn"):  # psycopg's, which sends them in one go
+        statements = ("; ".join(statements),)
     cursor = dbapi_connection.cursor()
     try:
         for statement in statements:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sqlalchemy import String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -23,7 +24,7 @@ class Order(ShopBase):
     __tablename__ = "orders"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    sku: Mapped[str]
+    sku: Mapped[str] = mapped_column(String(40))
     quantity: Mapped[int]
 
 
@@ -33,7 +34,7 @@ class Movement(WarehouseBase):
     __tablename__ = "movements"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    sku: Mapped[str]
+    sku: Mapped[str] = mapped_column(String(40))
     quantity: Mapped[int]
 
 
@@ -43,4 +44,4 @@ class Entry(LogBase):
     __tablename__ = "entries"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    text: Mapped[str]
+    text: Mapped[str] = mapped_column(String(200))

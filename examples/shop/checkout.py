@@ -1,0 +1,71 @@
+"""What happens when a customer buys: tried again if another one was quicker, confirmed by a letter once it is certain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from dependency_injector.wiring import Provide, inject
+from sqlalchemy.orm import Session
+
+from app_db import UnitOfWork, transactional
+from shop import mail
+from shop.container import Container
+from shop.models import Movement, Order
+from shop.services import OutOfStockError, receive, stock
+
+
+@transactional(attempts=3, backoff=0.01)
+def check_out(
+    customer: str,
+    sku: str,
+    quantity: int,
+    *,
+    session: Session = Provide[Container.writer_session],
+    warehouse: Session = Provide[Container.warehouse_session],
+    unit: UnitOfWork = Provide[Container.unit],
+) -> int:
+    """Sell to a customer, and return the number of the order."""
+    warehouse.add(Movement(sku=sku, quantity=-quantity))
+    if stock(sku) < 0:
+        raise OutOfStockError(sku)
+    order = Order(sku=sku, quantity=quantity)
+    session.add(order)
+    session.flush()
+    unit.on_commit(mail.send, customer, f"Your order {order.id}: {quantity} {sku}.")
+    return order.id
+
+
+@transactional
+def check_out_what_there_is(customer: str, skus: Iterable[str], unit: UnitOfWork = Provide[Container.unit]) -> list[str]:
+    """Sell one of each, as far as there is one, and return what was sold. What is missing costs nobody the rest."""
+    sold: list[str] = []
+    for sku in skus:
+        savepoint = unit.savepoint()
+        try:
+            _sell(sku)
+        except OutOfStockError:
+            savepoint.rollback()
+        else:
+            sold.append(sku)
+    unit.on_commit(mail.send, customer, f"Sold: {', '.join(sold)}.")
+    return sold
+
+
+@inject
+def _sell(
+    sku: str,
+    session: Session = Provide[Container.writer_session],
+    warehouse: Session = Provide[Container.warehouse_session],
+) -> None:
+    session.add(Order(sku=sku, quantity=1))
+    warehouse.add(Movement(sku=sku, quantity=-1))
+    if stock(sku) < 0:
+        raise OutOfStockError(sku)
+
+
+def unload(deliveries: Iterable[tuple[str, int]], workers: int = 4) -> None:
+    """Put a truck's deliveries into the warehouse, several at a time, each in a unit of work of its own."""
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(receive, sku, quantity) for sku, quantity in deliveries]:
+            done.result()
