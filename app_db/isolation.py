@@ -235,7 +235,7 @@ def _end(shared: SharedConnection, loop: AbstractEventLoop | None) -> list[str]:
     if loop is None or not shared.is_open or (in_greenlet() and here is loop):
         return shared.end()
     if loop.is_closed():
-        return shared.hang_up()
+        return shared.end(answers=False)
     if not loop.is_running():
         return loop.run_until_complete(greenlet_spawn(shared.end))
     ending = asyncio.run_coroutine_threadsafe(greenlet_spawn(shared.end), loop)

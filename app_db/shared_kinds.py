@@ -45,6 +45,15 @@ class Kind:
 
 
 class _PostgreSQL(Kind):
+    _prepares = re.compile(r"\s*PREPARE\s+TRANSACTION\b", re.IGNORECASE)
+
+    def refuse(self, name: str, statement: str) -> None:
+        super().refuse(name, statement)
+        if self._prepares.match(statement):
+            raise CannotIsolate(
+                name, "PREPARE TRANSACTION", "Leave it to the unit of work, or take the test out of the isolation"
+            )
+
     def around(self, mark: str, read_only: bool) -> tuple[list[str], list[str], list[str]]:
         back = [f"ROLLBACK TO SAVEPOINT {mark}", f"RELEASE SAVEPOINT {mark}"]
         if read_only:  # which ends with the savepoint

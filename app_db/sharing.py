@@ -104,7 +104,7 @@ class SharedConnection:
 
     def _opened(self) -> Connection:
         if self._real is None:
-            raise CannotIsolate("", "An engine of an isolation that has ended", "Ask the container for the engine again")
+            raise _over("An engine")
         self._claim()
         connection = self._real.connect()
         try:
@@ -120,16 +120,19 @@ class SharedConnection:
             raise
         return connection
 
-    def end(self) -> list[str]:
-        """Roll everything back, return the connection, and say what was not as it should be."""
+    def end(self, *, answers: bool = True) -> list[str]:
+        """Roll everything back, return the connection, and say what was not as it should be.
+
+        Where the event loop is closed that could wait for the database's answers, the connection is closed without them.
+        """
         problems = [_leak(sharer) for sharer in self._checked_out.values()] + self._undone
         connection, self._connection, self._real, self._turns = self._connection, None, None, None
-        if connection is not None:
-            problems += self._roll_back(connection)
         self._stack.clear()
         self._checked_out.clear()
         self._undone.clear()
-        return problems
+        if connection is None:
+            return problems
+        return problems + (self._roll_back(connection) if answers else self._hang_up(connection))
 
     def _roll_back(self, connection: Connection) -> list[str]:
         problems = []
@@ -144,13 +147,10 @@ class SharedConnection:
         connection.close()
         return problems
 
-    def hang_up(self) -> list[str]:
-        """End without an answer from the database, because the event loop that could wait for it is closed."""
-        connection, self._connection, self._real, self._turns = self._connection, None, None, None
-        if connection is not None:
-            connection.dialect.do_close = connection.dialect.do_terminate = hang_up  # type: ignore[method-assign]
-            connection.invalidate()
-            connection.close()
+    def _hang_up(self, connection: Connection) -> list[str]:
+        connection.dialect.do_close = connection.dialect.do_terminate = hang_up  # type: ignore[method-assign]
+        connection.invalidate()
+        connection.close()
         return []
 
     # -- what is said on it
@@ -175,28 +175,35 @@ class SharedConnection:
 
     # -- what a dialect of an engine does that shares it
 
-    def sharer(self, info: dict[Any, Any]) -> Sharer | None:
-        """Return what a connection is to this one, by its info."""
-        return info.get(SHARER)
+    def _turns_of(self, sharer: Sharer) -> Turns:
+        if self._turns is None or not self._has(sharer):
+            raise _over("A connection")
+        return self._turns
+
+    def _has(self, sharer: Sharer) -> bool:
+        """Return whether a sharer is one of now: otherwise the connection that he had is back in its pool, rolled back."""
+        return id(sharer) in self._checked_out
 
     def start(self, sharer: Sharer | None) -> None:
         """Begin what is to the sharer a transaction."""
-        if sharer is None or sharer.at_once or self._turns is None:
+        if sharer is None or sharer.at_once:
             return
+        turns = self._turns_of(sharer)
         sharer.effect, sharer.failed = Effect.READS, False
-        holder = self._turns.enter(sharer.name)
+        holder = turns.enter(sharer.name)
         try:
             with self.on_the_wire():
                 self._push(Mark(sharer))
         except BaseException:
-            self._turns.leave(holder)
+            turns.leave(holder)
             raise
         sharer.holder = holder
 
     def finish(self, sharer: Sharer | None, *, commit: bool) -> None:
         """End what is to the sharer a transaction."""
-        if sharer is None or sharer.holder is None or self._turns is None:
+        if sharer is None or sharer.holder is None or not (commit or self._has(sharer)):
             return
+        turns = self._turns_of(sharer)
         with self.on_the_wire():
             if commit and sharer.effect >= Effect.MAY_WRITE:
                 self.kind.check_deferred(self._say)
@@ -208,7 +215,7 @@ class SharedConnection:
                 self._settle()
                 self._give_limit_back(sharer)
             finally:
-                self._turns.leave(holder)
+                turns.leave(holder)
 
     def _give_limit_back(self, sharer: Sharer) -> None:
         if sharer.limit_before is not None:
@@ -246,12 +253,13 @@ class SharedConnection:
     @contextmanager
     def statement(self, sharer: Sharer | None, text: str) -> Generator[None]:
         """Let a statement be sent inside the block, if it may be."""
-        if sharer is None or self._turns is None:
+        if sharer is None:
             yield  # a dialect that looks around on its first connection, and has the wire for it
             return
         self.kind.refuse(sharer.name, text)
+        turns = self._turns_of(sharer)
         if sharer.at_once:
-            with self._turns.turn(sharer.name), self.on_the_wire(), self._for_itself(sharer, text):
+            with turns.turn(sharer.name), self.on_the_wire(), self._for_itself(sharer, text):
                 yield
             return
         with self.on_the_wire():
@@ -342,8 +350,16 @@ class SharedConnection:
     def check_in(self, info: dict[Any, Any]) -> None:
         """Note that nobody has it any more, and undo what was not committed."""
         sharer = info.pop(SHARER, None)
-        if sharer is not None and self._checked_out.pop(id(sharer), None) is not None:
+        if sharer is None or not self._has(sharer):
+            return
+        try:
             self.finish(sharer, commit=False)
+        finally:
+            self._checked_out.pop(id(sharer), None)
+
+
+def _over(subject: str) -> CannotIsolate:
+    return CannotIsolate("", f"{subject} of an isolation that has ended", "Ask the container for it again")
 
 
 def shared_by(engine: Engine) -> SharedConnection | None:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from contextvars import copy_context
 from typing import Any
 
@@ -459,6 +460,19 @@ def test_an_engine_kept_for_longer_than_the_test_is_refused(new_sqlite_url: Call
         with pytest.raises(CannotIsolate, match="has ended"):
             engine.connect()
         assert app.engine() is not engine
+
+
+def test_what_was_left_open_reaches_nothing_after_the_test(app: Application) -> None:
+    """The connection is back in its pool by then, or another test's."""
+    with pytest.raises(IsolationBroken), isolated(app.container):
+        connection = app.engine().connect()
+        connection.execute(ITEMS.insert().values(name="a"))
+    for ahead in (isolated(app.container), nullcontext()):
+        with ahead:
+            with pytest.raises(CannotIsolate, match="has ended"):
+                connection.execute(ITEMS.insert().values(name="late"))
+            connection.rollback()
+    connection.close()
 
 
 def test_only_the_connections_named_are_isolated(new_sqlite_url: Callable[[], str]) -> None:
