@@ -111,8 +111,10 @@ class SharedConnection:
             connection.begin()
             self._bottom = new_mark()
             self._connection = connection
-            if shared_by(self._real) is None:  # one isolation inside another has a transaction already
+            if shared_by(self._real) is None:
                 self._say(*self.kind.first)
+            else:  # one isolation inside another has a transaction already, and says past that one what it says
+                connection.info[SHARER].effect = Effect.WRITES
             self._say(f"SAVEPOINT {self._bottom}")
         except BaseException:
             self._connection = None
@@ -209,7 +211,7 @@ class SharedConnection:
                 self.kind.check_deferred(self._say)
             for mark in self._stack:
                 if mark.sharer is sharer:
-                    mark.outcome = commit or sharer.is_clean
+                    mark.outcome = commit
             holder, sharer.holder = sharer.holder, None
             try:
                 self._settle()

@@ -137,6 +137,21 @@ def test_savepoints_of_two_sessions_that_began_at_different_times_are_each_kept_
         assert seen(app) == ["a", "c"]
 
 
+def test_a_savepoint_undoes_what_another_session_of_the_database_did_since_and_no_more(
+    new_database_url: Callable[[], str],
+) -> None:
+    """The other one's transaction began inside the savepoint, and has to go on when that is gone."""
+    with running("best_effort", writer=new_database_url(), archive={"mirror": "writer"}) as app, isolated(app.container):
+        with app.unit():
+            inner = app.session().begin_nested()
+            assert app.session("archive").scalars(select(Item.name)).all() == []
+            app.add("undone")
+            inner.rollback()
+            app.add("kept")
+            app.add("archived", "archive")
+        assert seen(app, "archive") == ["archived", "kept"]
+
+
 def test_a_unit_is_tried_again_with_nothing_left_of_the_first_attempt(app: Application) -> None:
     attempts: list[list[str]] = []
 
@@ -630,6 +645,16 @@ def test_an_isolation_inside_another_undoes_its_own_part(app: Application) -> No
             assert seen(app) == ["outer"]
         with outer.session() as session:
             assert session.scalars(select(Item.name)).all() == ["outer"]
+
+
+def test_what_an_outer_isolations_session_writes_inside_an_inner_one_is_undone_with_that_and_said_so(app: Application) -> None:
+    with pytest.raises(IsolationBroken, match="was undone with that"), isolated(app.container) as outer:
+        with isolated(app.container), outer.session() as session:
+            with app.unit():
+                app.add("unit")
+            session.execute(insert(Item).values(name="a"))
+            assert seen(app) == ["a", "unit"]
+        assert seen(app) == []
 
 
 def test_two_hundred_isolations_leave_nothing_in_the_process_or_on_the_server(app: Application) -> None:
