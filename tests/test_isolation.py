@@ -143,13 +143,14 @@ def test_a_savepoint_undoes_what_another_session_of_the_database_did_since_and_n
     """The other one's transaction began inside the savepoint, and has to go on when that is gone."""
     with running("best_effort", writer=new_database_url(), archive={"mirror": "writer"}) as app, isolated(app.container):
         with app.unit():
+            app.add("first")
             inner = app.session().begin_nested()
-            assert app.session("archive").scalars(select(Item.name)).all() == []
+            assert app.session("archive").scalars(select(Item.name)).all() == ["first"]
             app.add("undone")
             inner.rollback()
             app.add("kept")
             app.add("archived", "archive")
-        assert seen(app, "archive") == ["archived", "kept"]
+        assert seen(app, "archive") == ["archived", "first", "kept"]
 
 
 def test_a_unit_is_tried_again_with_nothing_left_of_the_first_attempt(app: Application) -> None:
