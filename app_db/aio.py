@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, copy_context
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from app_db.manager import acting_for
+from app_db.outlasting import begin_unseen, outlast
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,16 +30,10 @@ async def to_the_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
             return await greenlet_spawn(partial(function, *args, **kwargs))
 
     context = copy_context()
-    task = asyncio.create_task(act(), context=context)
-    asyncio._unregister_task(task)  # an ending loop cancels all tasks that it finds; the one that waits for this stays known
+    task = begin_unseen(act(), context=context)
     cancelled = failure = None
     try:
-        with _shield_of_anyio():
-            while not task.done():
-                try:
-                    await asyncio.wait((task,))
-                except asyncio.CancelledError as error:  # again and again, perhaps
-                    cancelled = error
+        cancelled = await outlast(task)
         _take_over(context)
         if cancelled is None:
             return task.result()
@@ -56,9 +49,3 @@ def _take_over(context: Context) -> None:
     for variable, value in context.items():
         if variable.get(None) is not value:
             variable.set(value)
-
-
-def _shield_of_anyio() -> AbstractContextManager[Any]:
-    """Keep a cancelled scope of anyio from cancelling again and again, each time the loop comes around."""
-    anyio = sys.modules.get("anyio")
-    return nullcontext() if anyio is None else anyio.CancelScope(shield=True)

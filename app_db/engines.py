@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from asyncio import AbstractEventLoop, Task, to_thread
+from asyncio import AbstractEventLoop, Task, to_thread, wait
 from asyncio.events import _get_running_loop
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -20,6 +20,7 @@ from sqlalchemy.util.concurrency import await_only
 
 from app_db.dialects import Database, database_of, hang_up
 from app_db.errors import Problem, SettingsError
+from app_db.outlasting import begin_unseen, outlast
 from app_db.urls import dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ _disposing: set[Task[None]] = set()
 
 _LONGEST_DISPOSAL = 10.0
 """Seconds to wait for a loop in another thread, which may be blocked."""
+
+_LONGEST_FAREWELL = 1.0
+"""Seconds for which the end of a loop waits for servers to say good-bye."""
 
 _checked_out: dict[int, Any] = {}  # pool records by their id, for the child of a fork
 _of_parent_process: list[Any] = []
@@ -143,12 +147,32 @@ def _dispose_in(loop: AbstractEventLoop, engine: AsyncEngine) -> Event:
         done.set()
 
     def begin() -> None:
-        task = loop.create_task(engine.dispose())
+        try:  # the last thing that asyncio.run() waits for, after it has cancelled all tasks, are the threads of its executor
+            loop.run_in_executor(None, done.wait, _LONGEST_FAREWELL)
+        except RuntimeError:  # it has done that, too
+            _hang_up(engine.sync_engine)
+            done.set()
+            return
+        task = loop.create_task(_dispose(engine))
         _disposing.add(task)
         task.add_done_callback(finish)
 
     loop.call_soon_threadsafe(begin)
     return done
+
+
+async def _dispose(engine: AsyncEngine) -> None:
+    """Dispose an engine to the end, although the loop ends meanwhile; be cancelled only where that would take too long."""
+    task = begin_unseen(engine.dispose())
+    cancelled = await outlast(task, patience=_LONGEST_FAREWELL)
+    try:
+        if cancelled is not None and not task.done():
+            task.cancel()
+            await wait((task,), timeout=0.1)
+            raise cancelled
+        task.result()
+    finally:
+        del task, cancelled  # as in `outlast`
 
 
 def _hang_up(engine: Engine) -> None:

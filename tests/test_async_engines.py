@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import gc
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -25,9 +26,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
 
 from app_db import ConnectionSettings, Container, DatabaseSettings, PoolSettings
-from app_db.engines import build_async_engine, build_engine
+from app_db.engines import build_async_engine, build_engine, retire_async
 from app_db.errors import InvalidUse, SettingsError
 from app_db.urls import for_coroutines, for_threads
+from proxies import Proxy
 from servers import MariaDBServer, PostgresServer
 
 R = TypeVar("R")
@@ -803,6 +805,114 @@ def test_a_reset_as_the_last_thing_in_a_loop_still_closes_the_connections(contai
 
     asyncio.run(work())
     resources.settle()
+
+
+class SlowlyClosed(sqlite3.Connection):
+    """A connection that takes its time to close, in its thread."""
+
+    closing: ClassVar = threading.Event()
+    closed: ClassVar = threading.Event()
+
+    def close(self) -> None:
+        self.closing.set()
+        time.sleep(0.2)
+        super().close()
+        self.closed.set()
+
+
+@pytest.fixture
+def slow_url(new_sqlite_url: Callable[[], str], caplog: pytest.LogCaptureFixture) -> Iterator[str]:
+    """A database of slowly closed connections: the test has to close them, without a word in the log or from a thread."""
+    SlowlyClosed.closing.clear()
+    SlowlyClosed.closed.clear()
+    yield new_sqlite_url()
+    assert SlowlyClosed.closed.is_set()
+    gc.collect()
+    assert caplog.get_records("call") == []  # pytest itself fails a test in whose threads something was raised
+
+
+def a_while(condition: Callable[[], bool]) -> Iterator[float]:
+    """Small pauses until a condition holds, for at most 10 s."""
+    give_up = time.monotonic() + 10
+    while not condition() and time.monotonic() < give_up:
+        yield 0.002
+
+
+async def connected_slowly(url: str) -> tuple[AsyncEngine, threading.Thread]:
+    """An engine with a connection that is closed slowly, and the thread of another loop, say, that will retire it."""
+    engine = build_async_engine("writer", settings_of(url, connect_args={"factory": SlowlyClosed}))
+    assert await scalar(engine, "SELECT 1") == 1
+    return engine, threading.Thread(target=retire_async, args=(engine, asyncio.get_running_loop()))
+
+
+def test_a_loop_that_ends_lets_a_connection_close_that_another_thread_has_retired(slow_url: str) -> None:
+    async def work() -> threading.Thread:
+        _, thread = await connected_slowly(slow_url)
+        thread.start()
+        for pause in a_while(SlowlyClosed.closing.is_set):
+            await asyncio.sleep(pause)
+        return thread
+
+    thread = asyncio.run(work())  # cancels all tasks in the middle of the closing
+    assert SlowlyClosed.closed.is_set()
+    thread.join(10)
+
+
+def test_so_does_a_loop_that_has_already_cancelled_its_tasks(slow_url: str) -> None:
+    kept: list[Any] = []
+
+    async def lasting() -> AsyncIterator[threading.Thread]:
+        _, thread = await connected_slowly(slow_url)
+        try:
+            yield thread
+        finally:  # asyncio.run() closes generators after tasks
+            thread.start()
+            for pause in a_while(SlowlyClosed.closing.is_set):
+                await asyncio.sleep(pause)
+
+    async def work() -> threading.Thread:
+        kept.append(generator := lasting())
+        return await anext(generator)
+
+    thread = asyncio.run(work())
+    assert SlowlyClosed.closed.is_set()
+    thread.join(10)
+
+
+def test_a_loop_without_an_executor_any_more_hangs_up_at_once(slow_url: str) -> None:
+    async def work() -> threading.Thread:
+        _, thread = await connected_slowly(slow_url)
+        await asyncio.get_running_loop().shutdown_default_executor()  # the last thing that asyncio.run() does
+        thread.start()
+        for pause in a_while(SlowlyClosed.closed.is_set):
+            await asyncio.sleep(pause)
+        return thread
+
+    loop = asyncio.new_event_loop()
+    thread = loop.run_until_complete(work())
+    loop.close()
+    thread.join(10)
+
+
+def test_a_server_that_does_not_say_good_bye_holds_up_the_end_of_a_loop_for_a_moment_only(
+    postgres: PostgresServer, new_url: Callable[[str], str], resources: Resources
+) -> None:
+    with Proxy(postgres) as proxy:
+        settings = settings_of(proxy.url(new_url("postgresql+asyncpg")))
+
+        async def work() -> None:
+            engine = build_async_engine("writer", settings)
+            assert await scalar(engine, "SELECT 1") == 1
+            silenced = proxy.lose("request", to=rb"^X\x00\x00\x00\x04", then="stall")
+            retire_async(engine, asyncio.get_running_loop())
+            for pause in a_while(lambda: silenced.happened):
+                await asyncio.sleep(pause)
+            assert silenced.happened
+
+        start = time.monotonic()
+        asyncio.run(work())
+        assert 1 <= time.monotonic() - start < 9
+        resources.settle()
 
 
 def test_two_loops_that_reset_at_once_do_not_wait_for_each_other(container: Any, resources: Resources) -> None:

@@ -27,6 +27,7 @@ LAYERS = {
     "statements": 0,
     "xids": 0,
     "lines": 0,
+    "outlasting": 0,
     "preparing": 1,
     "decision_places": 1,
     "dialects": 1,
