@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,11 @@ def test_recoveries_that_take_the_living_for_dead_never_roll_back_what_somebody_
     assert seen["refused"].get("AbortedByRecovery", 0) > 0, "they never met"
 
 
+@pytest.mark.timeout(300)
 def test_without_recovery_the_same_leaves_something_wrong() -> None:
-    seen = run("--kills", "60", "--without-recovery")
-    assert seen["wrong"]["prepared or locked"] > 0, seen
-    assert seen["wrong"]["divergences"] > 0, seen
+    wrong: Counter[str] = Counter()
+    for _ in range(5):  # a kill meets the moments that matter by chance
+        wrong.update(run("--kills", "60", "--without-recovery")["wrong"])
+        if wrong["prepared or locked"] and wrong["divergences"]:
+            return
+    pytest.fail(f"kills at random have shown nothing: {dict(wrong)}")
