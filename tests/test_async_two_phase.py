@@ -24,8 +24,8 @@ from app_db.manager import retryable
 from applications import DEFER_UNIQUENESS, Item, Settings
 from async_applications import Boom, Lag, with_driver
 from proxies import Loss, Proxy
-from servers import PostgresServer, fresh_database
-from two_phasing import Databases, TwoPhaseApplication, kill_backend, listening_to_postgres, without
+from servers import PostgresServer
+from two_phasing import TwoPhaseApplication, kill_backend, listening_to_postgres, without
 
 T = TypeVar("T")
 
@@ -102,18 +102,6 @@ def awaiting(driver: str, decision_log: str | None = None, **connections: Settin
         assert app.leftovers() == []
     finally:
         app.container.shutdown_resources()
-
-
-@pytest.fixture(scope="module")
-def databases(postgres: PostgresServer) -> Iterator[Databases]:
-    databases = Databases(postgres)
-    yield databases
-    databases.close()
-
-
-@pytest.fixture
-def new_postgres_url(databases: Databases) -> NewUrl:
-    return databases.factory()
 
 
 @pytest.fixture(params=["psycopg", "asyncpg"])
@@ -608,7 +596,7 @@ def test_200_units_over_two_clusters_half_of_which_raise(
     other = new_postgres()
     pool = {"pool": {"size": 10, "max_overflow": 0, "timeout": 60}}
     with ExitStack() as stack:
-        urls = [server.url(stack.enter_context(fresh_database(server, "many"))) for server in (postgres, other)]
+        urls = [server.url(stack.enter_context(server.lend_database())) for server in (postgres, other)]
         app = stack.enter_context(
             awaiting(
                 driver, f"file:{tmp_path}/log", **{name: {"url": url, **pool} for name, url in zip(NAMES, urls, strict=False)}

@@ -30,13 +30,10 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from servers import fresh_database
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -191,8 +188,7 @@ def _new_url(text: str, request: pytest.FixtureRequest, stack: contextlib.ExitSt
         shared: Callable[[], str] = request.getfixturevalue("new_postgres_url")
         return shared
     server = request.getfixturevalue("new_postgres")(settings={wanted["setting"]: wanted["value"]})
-    names = count(1)
-    return lambda: server.url(stack.enter_context(fresh_database(server, f"page_{next(names)}")))
+    return lambda: server.url(stack.enter_context(server.lend_database()))
 
 
 def _modules() -> list[str]:

@@ -22,7 +22,7 @@ from app_db.decision_file import FileLog
 from app_db.decisions import Verdict
 from crashing import Application, Outcome, Settings, Zygote
 from leftovers import Site, left_in, rows_of
-from servers import MariaDBServer, PostgresServer, Server, fresh_database
+from servers import MariaDBServer, PostgresServer, Server
 
 _numbers = count(1)
 
@@ -74,9 +74,7 @@ class Scene:
         if kind == "sqlite":
             return Site(f"sqlite:///{self._directory / f'kill_{next(_numbers)}.db'}?timeout=0.2")
         server = self._servers[kind]
-        url = server.url(self._stack.enter_context(fresh_database(server, f"kill_{next(_numbers)}")))
-        # Else PyMySQL reads all certificates of the machine for each connection, which takes longer than the rest of a unit.
-        return Site(f"{url}?ssl_disabled=true" if kind == "mariadb" else url, server)
+        return Site(server.url(self._stack.enter_context(server.lend_database())), server)
 
     def all_sites(self) -> list[Site]:
         return [*self.sites.values(), *([] if self.log_site is None else [self.log_site])]
@@ -125,7 +123,7 @@ def _by_way_of(drivers: str, number: int, site: Site) -> str:
     url = make_url(site.url)
     turns = drivers.split()
     named = url.set(drivername=f"{url.get_backend_name()}+{turns[number % len(turns)]}")
-    return named.difference_update_query(["ssl_disabled"]).render_as_string(hide_password=False)
+    return named.render_as_string(hide_password=False)
 
 
 @pytest.fixture(scope="module")

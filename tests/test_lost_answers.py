@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 
 from app_db.errors import CommitUnconfirmed, OutcomeUnknown
 from app_db.manager import retryable
 from leftovers import Site, left_in
 from proxies import Fault, Loss, Proxy
-from servers import MariaDBServer, PostgresServer, Server, fresh_database
+from servers import MariaDBServer, PostgresServer, Server
 from two_phasing import TwoPhaseApplication, two_phasing, without
 
 _numbers = count(1)
@@ -149,12 +148,7 @@ class Places:
     def site(self, kind: str, number: int = 0) -> Site:
         if (kind, number) not in self._sites:
             server = self._servers[kind]
-            url = server.url(self._stack.enter_context(fresh_database(server, f"lost_{next(_numbers)}")))
-            # PyMySQL reads all certificates of the machine otherwise, for each connection.
-            habits = {"ssl_disabled": "true"} if kind == "mariadb" else {}
-            self._sites[kind, number] = Site(
-                make_url(url).update_query_dict(habits).render_as_string(hide_password=False), server
-            )
+            self._sites[kind, number] = Site(server.url(self._stack.enter_context(server.lend_database())), server)
         return self._sites[kind, number]
 
     def drop(self) -> None:

@@ -24,7 +24,7 @@ from app_db.lines import Answer, Exchange, Line, Outcome, exchange
 from app_db.preparing import InDoubtBranch, MySQLPrepares, PostgreSQLPrepares, Prepares, Settling, prepares_of
 from app_db.xids import Xid, new_log_id, new_unit_id
 from proxies import Proxy
-from servers import PASSWORD, USER, MariaDBServer, PostgresServer, Server, ServerMissing, fresh_database
+from servers import PASSWORD, USER, MariaDBServer, PostgresServer, Server, ServerMissing
 
 postgresql, mysql = PostgreSQLPrepares(), MySQLPrepares()
 
@@ -132,7 +132,7 @@ def postgres_16() -> Iterator[PostgresServer]:
 @pytest.fixture(params=["postgres", "postgres_16", "mariadb"])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     server: Server = request.getfixturevalue(request.param)
-    with fresh_database(server, f"preparing_{time.monotonic_ns()}") as name, ExitStack() as stack:
+    with server.lend_database() as name, ExitStack() as stack:
         yield Place(server, server.url(name), stack)
 
 

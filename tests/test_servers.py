@@ -55,8 +55,35 @@ def test_fresh_databases_are_empty_and_separate(new_database_url: Callable[[], s
         assert inspect(connection).get_table_names() == []
 
 
+def test_a_database_that_was_lent_is_as_good_as_new_for_the_next_who_asks(server: Server) -> None:
+    with server.lend_database() as first, connected(server.url(first)) as connection:
+        connection.execute(text("CREATE TABLE t (id INTEGER PRIMARY KEY)"))
+        connection.execute(text("CREATE VIEW v AS SELECT id FROM t"))
+        if server.name == "postgresql":
+            connection.execute(text("CREATE SCHEMA s CREATE TABLE u (id INTEGER PRIMARY KEY)"))
+            connection.execute(text(f"ALTER DATABASE {first} SET statement_timeout = '7s'"))
+        connection.commit()
+    with server.lend_database() as second, connected(server.url(second)) as connection:
+        assert (second == first) == (server.name == "postgresql")  # which takes long to make one
+        looked = inspect(connection)
+        assert [*looked.get_table_names(), *looked.get_view_names()] == []
+        assert "s" not in looked.get_schema_names()
+        if server.name == "postgresql":
+            assert connection.scalar(text("SHOW statement_timeout")) == "0"
+        connection.execute(text("CREATE TABLE t (id INTEGER PRIMARY KEY)"))
+
+
+def test_nobody_is_lent_a_database_that_somebody_may_still_use(server: Server) -> None:
+    with server.lend_database() as first:
+        engine = create_engine(server.url(first))
+        engine.connect().close()  # and stays in the pool
+    with server.lend_database() as second:
+        assert second != first
+    engine.dispose()
+
+
 def test_a_database_is_dropped_although_it_is_in_use_and_holds_a_prepared_transaction(server: Server) -> None:
-    with servers.fresh_database(server, "in_use") as name, connected(server.url(name)) as connection:
+    with server.lend_database() as name, connected(server.url(name)) as connection:
         connection.execute(text("CREATE TABLE t (id INTEGER PRIMARY KEY)"))
         connection.commit()
         prepared = connection.begin_twophase("shop:1:in_use")
@@ -67,13 +94,13 @@ def test_a_database_is_dropped_although_it_is_in_use_and_holds_a_prepared_transa
         # Somebody else is still there, in the middle of a transaction, when the block drops the database.
         leftover = create_engine(server.url(name)).connect()
         leftover.execute(text("SELECT 1"))
-    assert server.prepared_transactions("in_use") == []
+    assert server.prepared_transactions(name) == []
     leftover.invalidate()
     leftover.close()
 
 
 def test_open_transactions_are_seen_until_they_end(server: Server) -> None:
-    with servers.fresh_database(server, "watched") as name, connected(server.url(name)) as connection:
+    with server.lend_database() as name, connected(server.url(name)) as connection:
         connection.execute(text("CREATE TABLE t (id INTEGER PRIMARY KEY)"))
         connection.commit()
         assert server.open_transactions(name) == []

@@ -17,7 +17,7 @@ from sqlalchemy import make_url
 
 from crashing import Application, Outcome, Settings, Zygote
 from leftovers import Site, left_in, rows_of
-from servers import MariaDBServer, PostgresServer, Server, fresh_database
+from servers import MariaDBServer, PostgresServer, Server
 
 _numbers = count(1)
 
@@ -62,8 +62,8 @@ def hosts(zygotes: list[Zygote], servers: dict[str, Server], kinds: str, log: st
     with ExitStack() as stack:
         shared: dict[str, Site] = {}
         for name, kind in zip("abc", kinds.split(), strict=False):
-            url = servers[kind].url(stack.enter_context(fresh_database(servers[kind], f"hosts_{next(_numbers)}")))
-            shared[name] = Site(f"{url}?ssl_disabled=true" if kind == "mariadb" else url, servers[kind])
+            server = servers[kind]
+            shared[name] = Site(server.url(stack.enter_context(server.lend_database())), server)
         application = f"hosts{next(_numbers)}"
         found: list[Host] = []
         for number, zygote in enumerate(zygotes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,29 +13,12 @@ from sqlalchemy.orm import Session
 from app_db.errors import InvalidUse, NotAtomic
 from applications import Item
 from servers import MariaDBServer, PostgresServer
-from two_phasing import Databases, listening_to_mariadb, listening_to_postgres, sessions_of, two_phasing, without
+from two_phasing import listening_to_mariadb, listening_to_postgres, sessions_of, two_phasing, without
 
 NewUrl = Callable[[], str]
 
 DECISION = "INSERT INTO app_db_decisions"
 PREPARE, COMMIT_PREPARED = "PREPARE TRANSACTION", "COMMIT PREPARED"
-
-
-@pytest.fixture(scope="module")
-def databases(postgres: PostgresServer) -> Iterator[Databases]:
-    databases = Databases(postgres)
-    yield databases
-    databases.close()
-
-
-@pytest.fixture
-def new_postgres_url(databases: Databases) -> NewUrl:
-    return databases.factory()
-
-
-@pytest.fixture
-def postgres_url(new_postgres_url: NewUrl) -> str:
-    return new_postgres_url()
 
 
 def endings(said: list[tuple[str, str]]) -> list[tuple[str, str]]:

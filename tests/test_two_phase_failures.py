@@ -28,7 +28,6 @@ from app_db.manager import retryable
 from applications import DEFER_UNIQUENESS, Item, read_lock
 from servers import PostgresServer
 from two_phasing import (
-    Databases,
     TwoPhaseApplication,
     backend_of,
     between,
@@ -49,23 +48,6 @@ SLOW_COMMIT = (
 """On PostgreSQL: makes PREPARE, or COMMIT, take a second."""
 
 NOTHING: dict[str, list[str]] = {"writer": [], "warehouse": [], "archive": []}
-
-
-@pytest.fixture(scope="module")
-def databases(postgres: PostgresServer) -> Iterator[Databases]:
-    databases = Databases(postgres)
-    yield databases
-    databases.close()
-
-
-@pytest.fixture
-def new_postgres_url(databases: Databases) -> NewUrl:
-    return databases.factory()
-
-
-@pytest.fixture
-def postgres_url(new_postgres_url: NewUrl) -> str:
-    return new_postgres_url()
 
 
 @pytest.fixture(params=["in the writer", "elsewhere", "file"])

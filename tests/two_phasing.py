@@ -11,7 +11,6 @@ open.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,40 +122,6 @@ def two_phasing(
         assert app.leftovers() == []
     finally:
         app.container.shutdown_resources()
-
-
-# ---- databases to use again ------------------------------------------------------------------------------------------
-
-
-class Databases:
-    """Empty PostgreSQL databases, which are emptied and used again: to create one takes longer than most tests."""
-
-    def __init__(self, server: PostgresServer) -> None:
-        self._server = server
-        self._names: list[str] = []
-
-    def factory(self) -> Callable[[], str]:
-        """What gives the URLs of as many as a test asks for."""
-        number = count()
-        return lambda: self._server.url(self._empty(next(number)))
-
-    def close(self) -> None:
-        for name in self._names:
-            self._server.drop_database(name)
-
-    def _empty(self, number: int) -> str:
-        if number == len(self._names):
-            self._names.append(f"two_phase_{os.getpid()}_{next(_databases)}")
-            self._server.create_database(self._names[-1])
-            return self._names[-1]
-        name = self._names[number]
-        for gid in self._server.prepared_transactions(name):
-            self._server.execute(f"ROLLBACK PREPARED '{gid}'", database=name)
-        self._server.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [name])
-        self._server.execute(f'ALTER DATABASE "{name}" RESET ALL')
-        self._server.execute("DROP SCHEMA public CASCADE", database=name)
-        self._server.execute("CREATE SCHEMA public", database=name)
-        return name
 
 
 # ---- what servers have heard ------------------------------------------------------------------------------------------
