@@ -206,9 +206,9 @@ class Application:
 
     def recover(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m app_db recover`, as an operator would."""
-        environment = {**os.environ, **variables(self.settings), "PYTHONPATH": PATHS}
-        command = [sys.executable, "-m", "app_db", "recover", "--grace", "0", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        from commands import app_db
+
+        return app_db("recover", "--grace", "0", *arguments, environment=variables(self.settings))
 
 
 def variables(settings: Settings, prefix: str = "APP_DB") -> dict[str, str]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
+import commands
 from app_db import cli
 from app_db.decisions import Verdict
 from app_db.recovery import BranchInDoubt, BranchState, Settlement, UnitInDoubt
@@ -24,6 +22,7 @@ from stranded import Scene, stranded
 NewUrl = Callable[[], str]
 
 ROOT = Path(__file__).parents[1]
+
 NOWHERE = "postgresql+psycopg://app_db:s3cr3t@127.0.0.1:1/nowhere"
 SECRETS = (PASSWORD, quote(PASSWORD), quote(PASSWORD, safe=""), "s3cr3t")
 
@@ -39,17 +38,12 @@ class Done:
         return self.out.splitlines()
 
 
-def app_db(*arguments: str, scene: Scene | None = None, environment: Mapping[str, str] = MappingProxyType({})) -> Done:
+def app_db(
+    *arguments: str, scene: Scene | None = None, environment: Mapping[str, str] = MappingProxyType({}), afresh: bool = False
+) -> Done:
     """Run the command line in a process of its own, with the settings of a scene."""
     given = {} if scene is None else variables(scene.given)
-    done = subprocess.run(
-        [sys.executable, "-m", "app_db", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **given, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = commands.app_db(*arguments, environment={**given, **environment}, afresh=afresh)
     assert "Traceback" not in done.stdout + done.stderr
     for secret in SECRETS:
         assert secret not in done.stdout + done.stderr
@@ -67,7 +61,7 @@ def scene(new_postgres_url: NewUrl) -> Iterator[Scene]:
 
 
 def test_where_nothing_is_in_doubt_that_is_said(scene: Scene) -> None:
-    done = app_db("recover", scene=scene)
+    done = app_db("recover", scene=scene, afresh=True)
     assert (done.code, done.err) == (0, "")
     assert done.lines == [f"Nothing of {scene.settings.application!r} is in doubt."]
 
@@ -292,7 +286,7 @@ def shop(tmp_path: Path) -> Path:
 def test_a_container_may_be_named(name: str, shop: Path, scene: Scene) -> None:
     """The class declares the writer only, and the settings have two connections."""
     unit = scene.prepare(scene.new_unit(), "writer", "warehouse")
-    done = app_db("recover", "--grace", "0", "--container", name, scene=scene)
+    done = app_db("recover", "--grace", "0", "--container", name, scene=scene, afresh=name == "shop")
     assert (done.code, done.err) == (0, "")
     assert unit in done.out
     assert scene.prepared("writer") == scene.prepared("warehouse") == []
