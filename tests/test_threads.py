@@ -143,7 +143,7 @@ def test_engines_that_are_replaced_under_way_leave_nothing_behind(
 
     monkeypatch.setattr(app_db.container, "build_engine", build_and_note)
     with opened({"writer": postgres_url}, each={"pool": POOL}, application="crowd") as databases:
-        crowd = Crowd(databases, UNITS)
+        crowd = Crowd(databases, UNITS // 4)  # each engine has its connections to make
         done = threading.Event()
 
         def replace() -> None:
