@@ -14,6 +14,7 @@ those tests fail instead.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sqlite3
@@ -46,6 +47,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # PyMySQL reads all certificates that the machine trusts, for each connection. Nobody here has one to show.
     os.environ["SSL_CERT_FILE"] = os.environ["SSL_CERT_DIR"] = os.devnull
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector, which some tests call, thousands of tests and modules that are there to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> list[str]:
