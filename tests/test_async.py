@@ -34,7 +34,7 @@ from app_db.errors import (
     UnitOfWorkEnded,
     UnitOfWorkTimeout,
 )
-from async_applications import DRIVERS, AwaitedDatabases, Boom, Lag, make_commits_slow, opened_awaited, url_for
+from async_applications import DRIVERS, PATIENCE, AwaitedDatabases, Boom, Lag, make_commits_slow, opened_awaited, url_for
 from items import Item, database_name
 from servers import PostgresServer
 from test_propagation import CASES, LONG, Outcome, Row
@@ -481,7 +481,7 @@ def test_a_statement_is_stopped_when_the_units_time_is_over(databases: AwaitedDa
             async with databases.container.transaction(timeout=0.3):
                 await databases.write("a")
                 await databases.say(long)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 2.8
         with pytest.raises(UnitOfWorkTimeout):
             async with databases.container.transaction(timeout=0.05):
                 await databases.write("b")
@@ -596,7 +596,7 @@ def test_the_pause_between_attempts_does_not_keep_the_loop(databases: AwaitedDat
         random.seed(2)
         async with Lag() as lag:
             await databases.container.transaction(attempts=4, backoff=0.2).run(work)
-        assert lag.worst < 0.1
+        assert lag.worst < PATIENCE
 
     databases.run(main)
 
@@ -1116,9 +1116,6 @@ def test_tasks_cannot_share_zopes_transaction(sqlite_url: str, ran: list[Any]) -
 
 
 # ---- the loop goes on -------------------------------------------------------------------------------------------------
-
-PATIENCE = 0.12
-"""Seconds the loop may be late on a busy machine. What is looked for takes half a second."""
 
 
 def test_a_slow_commit_keeps_nobody_else(on_postgresql: AwaitedDatabases) -> None:

@@ -740,8 +740,8 @@ def outcomes(came: Exchange[int]) -> list[str]:
 def test_statements_of_several_lines_run_at_the_same_time(place: Place) -> None:
     lines = lines_to(place, 4)
     begun = time.monotonic()
-    came = exchange({number: (line, [sleep(place, 0.15), sleep(place, 0.15)]) for number, line in lines.items()})
-    assert 0.3 <= time.monotonic() - begun < 0.9, "and not 1.2 s"
+    came = exchange({number: (line, [sleep(place, 0.25), sleep(place, 0.25)]) for number, line in lines.items()})
+    assert 0.5 <= time.monotonic() - begun < 1.5, "and not 2 s"
     assert came.all_done
     assert came.interruption is None
 
@@ -749,8 +749,8 @@ def test_statements_of_several_lines_run_at_the_same_time(place: Place) -> None:
 def test_a_line_goes_on_while_another_still_waits_for_its_first_answer(place: Place) -> None:
     slow, quick = lines_to(place, 2).values()
     begun = time.monotonic()
-    came = exchange({0: (slow, [sleep(place, 0.4)]), 1: (quick, [sleep(place, 0.1)] * 4)})
-    assert time.monotonic() - begun < 0.7
+    came = exchange({0: (slow, [sleep(place, 0.8)]), 1: (quick, [sleep(place, 0.2)] * 4)})
+    assert time.monotonic() - begun < 1.4, "and not 1.6 s"
     assert came.all_done
 
 
@@ -869,7 +869,7 @@ def test_who_does_not_answer_in_time_is_unknown_and_abandoned(place: Place) -> N
     came = exchange(
         {0: (place.prepares.line(slow), [sleep(place, 2)]), 1: (place.prepares.line(quick), [sleep(place, 0)])}, timeout=0.2
     )
-    assert 0.2 <= time.monotonic() - begun < 1
+    assert 0.2 <= time.monotonic() - begun < 1.8, "and not 2 s"
     assert outcomes(came) == ["unknown", "done"]
     assert isinstance(came.answers[0].error, TimeoutError)
     assert (is_closed(slow), is_closed(quick)) == (True, False)
@@ -882,7 +882,7 @@ def test_pymysqls_own_read_timeout_holds(my: Place) -> None:
         driver_connection = connection.connection.driver_connection
         begun = time.monotonic()
         answer = my.say(driver_connection, "DO SLEEP(3)")
-        assert 0.3 <= time.monotonic() - begun < 1.5
+        assert 0.3 <= time.monotonic() - begun < 2.8, "and not 3 s"
         assert answer.outcome is Outcome.UNKNOWN
         assert isinstance(answer.error, pymysql.err.OperationalError)
         assert answer.error.args[0] == 2013
@@ -917,7 +917,7 @@ def test_after_an_interruption_patience_ends(place: Place) -> None:
             },
             patience=0.4,
         )
-    assert 0.4 <= time.monotonic() - begun < 1.5
+    assert 0.4 <= time.monotonic() - begun < 2.8, "and not 3 s"
     assert outcomes(came) == ["unknown", "done", "refused"]
     assert isinstance(came.interruption, KeyboardInterrupt)
     assert came.answers[0].error is came.interruption
@@ -931,7 +931,7 @@ def test_a_second_interruption_ends_the_wait_at_once(place: Place) -> None:
         came = exchange(
             {0: (place.prepares.line(slow), [sleep(place, 5)]), 1: (place.prepares.line(quick), [sleep(place, 0.1)])}, patience=30
         )
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 4, "and not 5 s"
     assert outcomes(came) == ["unknown", "done"]
     assert isinstance(came.interruption, KeyboardInterrupt)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -37,14 +36,14 @@ def connected(url: str) -> Iterator[psycopg.Connection]:
         connection.close()  # its own `with` would commit
 
 
-def median_ms(connection: psycopg.Connection, statement: bytes = b"SELECT 1", calls: int = 60) -> float:
-    """Milliseconds a statement takes."""
+def least_ms(connection: psycopg.Connection, statement: bytes = b"SELECT 1", calls: int = 300) -> float:
+    """Milliseconds a statement takes when nobody else keeps the machine busy for a moment."""
     times = []
     for _ in range(calls):
         began = time.perf_counter()
         connection.pgconn.exec_(statement)
         times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1000
+    return min(times) * 1000
 
 
 def rows(url: str) -> list[int]:
@@ -143,20 +142,22 @@ def test_it_ends_with_its_block_and_with_the_test_process(postgres: PostgresServ
 @pytest.mark.parametrize("rtt", [1.0, 5.0])
 def test_a_round_trip_takes_what_was_asked_for_and_little_more(rtt: float, postgres: PostgresServer, postgres_url: str) -> None:
     with Proxy(postgres, rtt=rtt) as proxy, connected(postgres_url) as direct, connected(proxy.url(postgres_url)) as proxied:
-        # The best of a few: other tests may be running beside this one.
-        added = min(median_ms(proxied) - median_ms(direct) for _ in range(5))
-    assert rtt <= added <= rtt + 0.5
+        added = least_ms(proxied) - least_ms(direct)
+    assert rtt - 0.05 <= added <= rtt + 0.5
 
 
 def test_connections_wait_side_by_side(postgres: PostgresServer, postgres_url: str) -> None:
     with Proxy(postgres, rtt=20) as proxy, connected(proxy.url(postgres_url)) as one, connected(proxy.url(postgres_url)) as other:
-        began = time.perf_counter()
-        for connection in (one, other):
-            connection.pgconn.send_query(b"SELECT 1")
-        for connection in (one, other):
-            while connection.pgconn.get_result() is not None:
-                pass
-        assert 0.020 <= time.perf_counter() - began < 0.036
+        took: list[float] = []
+        for _ in range(10):  # others may keep the machine busy for a moment
+            began = time.perf_counter()
+            for connection in (one, other):
+                connection.pgconn.send_query(b"SELECT 1")
+            for connection in (one, other):
+                while connection.pgconn.get_result() is not None:
+                    pass
+            took.append(time.perf_counter() - began)
+        assert 0.020 <= min(took) < 0.036
 
 
 # ---- losses -------------------------------------------------------------------------------------------------------------
