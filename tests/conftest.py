@@ -27,7 +27,7 @@ from typing import TypeVar
 
 import pytest
 
-from servers import MariaDBServer, PostgresServer, Server, ServerMissing, Setting, available
+from servers import MariaDBServer, PostgresServer, Server, ServerMissing, Setting, available, quick_tempdir
 
 S = TypeVar("S", bound=Server)
 
@@ -45,6 +45,8 @@ def pytest_configure() -> None:
     # The tests of interruptions are to be interrupted where the shell has told its background jobs to ignore that, too.
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # SQLite and files of decisions wait for the disk, which is of no use to those who kill processes and pull no plug.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(quick_tempdir()))
     # PyMySQL reads all certificates that the machine trusts, for each connection. Nobody here has one to show.
     os.environ["SSL_CERT_FILE"] = os.environ["SSL_CERT_DIR"] = os.devnull
 

@@ -95,7 +95,7 @@ class Server(ABC):
         self.host = "127.0.0.1"
         self.port = _free_port()
         self.owner = _unprivileged()
-        self.directory = Path(tempfile.mkdtemp(prefix=f"app_db-{self.name}-", dir=_quick_tempdir(self.owner)))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"app_db-{self.name}-", dir=quick_tempdir(self.owner)))
         self.directory.chmod(0o700)
         self._give(self.directory)
         self.data = self.directory / "data"
@@ -248,7 +248,7 @@ class Server(ABC):
             self._run("cp", "-a", _beginnings[self._kind], self.data)
             return
         self._initialise()
-        copies = _directory_until_exit("beginnings", _quick_tempdir(self.owner))
+        copies = _directory_until_exit("beginnings", quick_tempdir(self.owner))
         self._give(copies)
         self._run("cp", "-a", self.data, copies / "data")
         _beginnings[self._kind] = copies / "data"
@@ -643,8 +643,8 @@ def _reachable_tempdir(owner: pwd.struct_passwd | None) -> Path:
     raise ServerMissing(f"none of {', '.join(map(str, candidates))} can be entered by {owner.pw_name if owner else 'us'}")
 
 
-def _quick_tempdir(owner: pwd.struct_passwd | None) -> Path:
-    """Where files are kept in memory, if there is room; nobody executes any there. Servers make thousands."""
+def quick_tempdir(owner: pwd.struct_passwd | None = None) -> Path:
+    """Where files are kept in memory, if there is room and a user may enter; nobody executes any there."""
     memory = Path("/dev/shm")
     usable = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= ENOUGH_MEMORY
     if usable and (owner is None or _may_enter(memory, owner)):
