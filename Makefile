@@ -53,7 +53,7 @@ demo: $(INSTALLED)  ## show what app_db does, in a fresh directory
 	@cd build/demo && $(BIN)/python $(CURDIR)/examples/demo.py
 
 test: $(INSTALLED_DEV)  ## run the tests in WORKERS processes; PYTEST_ARGS goes to pytest
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 check: lint types layers docs test  ## everything that must pass
 
