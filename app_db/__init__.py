@@ -8,6 +8,7 @@ from app_db import errors
 from app_db.container import Connection, ConnectionContainer, Container, DatabaseContainer, container_of
 from app_db.errors import AppDbError
 from app_db.manager import ContextTransactionManager, retryable
+from app_db.models import connection_of, metadata_of, orm_base
 from app_db.settings import ConnectionSettings, DatabaseSettings, PoolSettings, SessionSettings
 from app_db.transactions import Transaction, transactional
 from app_db.units import Propagation, UnitOfWork
@@ -26,8 +27,11 @@ __all__ = [
     "SessionSettings",
     "Transaction",
     "UnitOfWork",
+    "connection_of",
     "container_of",
     "errors",
+    "metadata_of",
+    "orm_base",
     "retryable",
     "transactional",
 ]

@@ -135,6 +135,43 @@ class ConnectionNotConfigured(AppDbError, LookupError):
         )
 
 
+class UnknownModel(AppDbError, LookupError):
+    """A model, table or statement belongs to no connection, or to one that the container does not declare."""
+
+    def __init__(self, subject: str, known: Sequence[str], connection: str | None = None) -> None:
+        super().__init__(subject, known, connection)
+        self.subject = subject
+        self.known = tuple(known)
+        self.connection = connection
+
+    def __str__(self) -> str:
+        if self.connection is None:
+            return (
+                f"No connection is known for {self.subject}. Derive the model from `orm_base('NAME')`, or put the table into "
+                f"`metadata_of('NAME')`. Names in use are: {_listed(self.known)}."
+            )
+        return (
+            f"The container has no connection for {self.subject}, which belongs to {self.connection!r}."
+            f"{did_you_mean(self.connection, self.known)} Declare `{self.connection} = Connection()` in the container, or give "
+            f"the model another base. There are: {_listed(self.known)}."
+        )
+
+
+class SpansDatabases(AppDbError):
+    """A statement names tables of several connections. `places` has a table of each: its name, and the connection's."""
+
+    def __init__(self, places: Sequence[tuple[str, str]]) -> None:
+        super().__init__(places)
+        self.places = tuple(places)
+
+    def __str__(self) -> str:
+        tables = " and ".join(f"the table {table!r} of {connection!r}" for table, connection in self.places)
+        return (
+            f"One statement can't reach several databases, and this one names {tables}. Ask each of them with a statement of its "
+            "own, and combine what they answer in Python."
+        )
+
+
 class NotWired(AppDbError):
     """A function was called whose `Provide[...]` defaults nobody has replaced."""
 

@@ -35,7 +35,15 @@ from app_db.errors import (
 from app_db.sources import DELIMITER, PREFIX, Finding, Group, Origin, Reading, variable_for
 from app_db.urls import UNREADABLE_URL, URL_PARTS, dialect_of, dumped, masked, parse_url, revealed, with_driver
 
-__all__ = ["ConnectionSettings", "DatabaseIdentity", "DatabaseSettings", "Origin", "PoolSettings", "SessionSettings"]
+__all__ = [
+    "ConnectionSettings",
+    "DatabaseIdentity",
+    "DatabaseSettings",
+    "Origin",
+    "PoolSettings",
+    "SessionSettings",
+    "is_connection_name",
+]
 
 _DATABASE_FIELDS = ("url", *URL_PARTS, "password_provider", "connect_args")
 """The settings that say which database a connection uses; the others say how. A mirror has none of its own."""
@@ -75,6 +83,15 @@ _Url = Annotated[SecretStr, BeforeValidator(revealed)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Query = Annotated[dict[str, str], BeforeValidator(revealed), PlainSerializer(dumped)]
 _ConnectArgs = Annotated[dict[str, Any], BeforeValidator(revealed), PlainSerializer(dumped)]
+
+CONNECTION_NAME_RULE = "a lower-case Python identifier without '__'"
+
+
+def is_connection_name(name: object) -> bool:
+    """Return whether a connection can have this name: CONNECTION_NAME_RULE says which names are."""
+    matches = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*_?", name) is not None
+    return matches and not iskeyword(str(name))
+
 
 # ---- the models -------------------------------------------------------------------------------------------------
 
@@ -313,8 +330,8 @@ def _validation_error(validate: Callable[..., None], values: dict[str, Any]) -> 
 def _findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]:
     """Yield what pydantic can't see: settings that exclude each other, and connections that lead nowhere."""
     for name, connection in settings.connections.items():
-        if re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*_?", name) is None or iskeyword(name):
-            message = "a connection's name must be a lower-case Python identifier without '__'."
+        if not is_connection_name(name):
+            message = f"a connection's name must be {CONNECTION_NAME_RULE}."
             yield SettingsError, Problem(variable_for(("connections", name)), message)
         for field, message in (*_contradictions_of_use(connection), *_contradictions_of_database(connection)):
             yield _contradiction(name, field, message)

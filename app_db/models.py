@@ -1,0 +1,188 @@
+"""Declarative bases and metadata by connection name: a model knows the name of its connection, and never an engine.
+
+The name stands in the `info` of the MetaData that a model's table is in, under `CONNECTION`, and everything else reads it
+there. A MetaData of the application's own with that key does as well as one of `metadata_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Column, MetaData, Table, inspect
+from sqlalchemy.orm import DeclarativeBase, InstanceState, Mapper, QueryableAttribute
+from sqlalchemy.orm.util import AliasedInsp
+from sqlalchemy.sql.ddl import BaseDDLElement
+from sqlalchemy.sql.elements import ClauseElement, ColumnClause
+from sqlalchemy.sql.functions import next_value
+from sqlalchemy.sql.lambdas import LambdaElement
+
+from app_db.errors import InvalidUse, SpansDatabases, UnknownModel
+from app_db.settings import CONNECTION_NAME_RULE, is_connection_name
+
+CONNECTION = "app_db_connection"
+"""The key in a MetaData's `info` under which the name of its connection stands."""
+
+# ---- what a model is made from ----------------------------------------------------------------------------------------
+
+_metadata: dict[str, MetaData] = {}
+
+
+def metadata_of(name: str = "writer", *, naming_convention: Mapping[str, Any] | None = None) -> MetaData:
+    """Return the one MetaData of this process for the tables of the connection `name`.
+
+    Settings need not be there yet. A naming convention holds for all who ask for that name, and has to be given before there are
+    tables.
+
+    >>> from app_db import metadata_of
+    >>> metadata_of("warehouse") is metadata_of("warehouse")
+    True
+    """
+    known = _metadata.get(name) or _metadata.setdefault(_checked(name), MetaData(info={CONNECTION: name}))
+    if naming_convention is not None:
+        _agree(name, known, naming_convention)
+    return known
+
+
+def _checked(name: str) -> str:
+    if not is_connection_name(name):
+        raise InvalidUse(f"A connection can't be called {name!r}", f"Its name must be {CONNECTION_NAME_RULE}")
+    return name
+
+
+def _agree(name: str, known: MetaData, naming_convention: Mapping[str, Any]) -> None:
+    wanted = MetaData(naming_convention=dict(naming_convention)).naming_convention
+    if known.naming_convention == wanted:
+        return
+    if known.naming_convention != MetaData().naming_convention:
+        problem = f"Two different naming conventions were given for the tables of {name!r}"
+        raise InvalidUse(problem, "Give one of them, in the place that is imported first")
+    if known.tables:
+        problem = f"A naming convention was given for the tables of {name!r} when there were some without it already"
+        raise InvalidUse(problem, "Give it to the first orm_base() or metadata_of() of that name")
+    known.naming_convention = wanted
+
+
+class _OrmBase:
+    """Beside DeclarativeBase in a base of `orm_base`: lets a class below it that declares nothing be a base, too."""
+
+    if TYPE_CHECKING:
+        __abstract__: bool
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        if DeclarativeBase not in cls.__bases__ and _declares_nothing(cls):
+            cls.__abstract__ = True
+        super().__init_subclass__(**arguments)
+
+
+_SAYS_WHAT_A_TABLE_IS = frozenset({"__annotations__", "__annotate__", "__annotate_func__", "__table__", "__tablename__"})
+
+
+def _declares_nothing(base: type[Any]) -> bool:
+    inherits = any(hasattr(base, name) for name in ("__table__", "__tablename__", "__mapper__"))
+    return not inherits and not any(_is_declared(name, value) for name, value in vars(base).items())
+
+
+def _is_declared(name: str, value: object) -> bool:
+    return name in _SAYS_WHAT_A_TABLE_IS or isinstance(value, Column) or hasattr(value, "_attribute_options")
+
+
+def orm_base(name: str = "writer", *, naming_convention: Mapping[str, Any] | None = None) -> type[DeclarativeBase]:
+    """Return a new declarative base, for models of the connection `name`. All bases of one name share `metadata_of(name)`.
+
+    >>> from app_db import connection_of, orm_base
+    >>> from sqlalchemy.orm import Mapped, mapped_column
+    >>> class Base(orm_base("archive")):
+    ...     pass
+    >>> class Letter(Base):
+    ...     __tablename__ = "letters"
+    ...     id: Mapped[int] = mapped_column(primary_key=True)
+    >>> connection_of(Letter)
+    'archive'
+
+    mypy takes no call for a base class. For mypy, the same is said so:
+
+        class Base(DeclarativeBase):
+            metadata = metadata_of("archive")
+    """
+    metadata = metadata_of(name, naming_convention=naming_convention)
+    return type("Base", (_OrmBase, DeclarativeBase), {"metadata": metadata, "__doc__": f"The base of models of {name!r}."})
+
+
+# ---- which connection a model is of -------------------------------------------------------------------------------------
+
+
+def connection_of(subject: object) -> str:
+    """Return the name of the connection that `subject` belongs to: a model, what is made of models, or a statement.
+
+    That is a mapped class, its instance, mapper, alias or attribute; a table, alias, subquery or column; a MetaData or
+    declarative base; a statement. Tables without a connection (temporary ones, say) count for nothing beside others. Raises
+    UnknownModel when nothing in it has a connection, and SpansDatabases when tables of several are in it.
+    """
+    metadata = _metadata_at_hand(subject)
+    names = [] if metadata is None else [metadata.info[CONNECTION]] if CONNECTION in metadata.info else []
+    return names[0] if names else _only_connection(subject)
+
+
+def _metadata_at_hand(subject: Any) -> MetaData | None:
+    """Return the MetaData of what is a table or mapped to one: no statement, which has to be looked through."""
+    if isinstance(subject, ClauseElement):
+        return subject.metadata if isinstance(subject, Table) else None
+    described = inspect(subject, raiseerr=False)
+    if isinstance(described, QueryableAttribute):
+        described = described.parent
+    if isinstance(described, AliasedInsp | InstanceState):
+        described = described.mapper
+    found = described.local_table if isinstance(described, Mapper) else subject
+    metadata = getattr(found, "metadata", found)
+    return metadata if isinstance(metadata, MetaData) else None
+
+
+def _only_connection(subject: Any) -> str:
+    found: dict[str, str] = {}  # the first table of each connection
+    for table in _tables_in(subject):
+        if CONNECTION in table.metadata.info:
+            found.setdefault(table.metadata.info[CONNECTION], getattr(table, "fullname", table.name))
+    if len(found) > 1:
+        raise SpansDatabases([(table, connection) for connection, table in found.items()])
+    if not found:
+        raise UnknownModel(_described(subject), sorted(_metadata))
+    return next(iter(found))
+
+
+def _tables_in(subject: Any) -> Iterator[Any]:
+    """Yield what in a statement has a MetaData: tables and sequences, also in subqueries and behind columns."""
+    remaining, seen = [subject], set[int]()
+    while remaining:
+        element = remaining.pop()
+        while not isinstance(element, ClauseElement) and hasattr(element, "__clause_element__"):
+            element = element.__clause_element__()
+        if id(element) in seen:
+            continue
+        seen.add(id(element))
+        if isinstance(getattr(element, "metadata", None), MetaData):
+            yield element
+        else:
+            remaining += _parts_of(element)
+
+
+def _parts_of(element: Any) -> Iterable[Any]:
+    if isinstance(element, ColumnClause):
+        return () if element.table is None else (element.table,)
+    if isinstance(element, LambdaElement):
+        return (element._resolved,)
+    if isinstance(element, BaseDDLElement):
+        made = getattr(element, "element", None)
+        return (getattr(made, "table", made),)  # an index or a constraint has one
+    if isinstance(element, next_value):
+        return (element.sequence,)
+    return element.get_children() if isinstance(element, ClauseElement) else ()
+
+
+def _described(subject: Any) -> str:
+    """Return how an error calls a subject. The text of a statement may hold what is secret, and is left out."""
+    if isinstance(subject, Table):
+        return f"the table {subject.fullname!r}"
+    if isinstance(subject, ClauseElement):
+        return f"a statement ({type(subject).__name__})"
+    return f"the model {subject.__name__ if isinstance(subject, type) else type(subject).__name__}"
