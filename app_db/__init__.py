@@ -8,7 +8,7 @@ from app_db import errors
 from app_db.container import Connection, ConnectionContainer, Container, DatabaseContainer, container_of
 from app_db.errors import AppDbError
 from app_db.manager import ContextTransactionManager, retryable
-from app_db.models import connection_of, metadata_of, orm_base
+from app_db.models import Reflected, connection_of, metadata_of, orm_base
 from app_db.settings import ConnectionSettings, DatabaseSettings, PoolSettings, SessionSettings
 from app_db.transactions import Transaction, transactional
 from app_db.units import Propagation, UnitOfWork
@@ -24,6 +24,7 @@ __all__ = [
     "DatabaseSettings",
     "PoolSettings",
     "Propagation",
+    "Reflected",
     "SessionSettings",
     "Transaction",
     "UnitOfWork",

@@ -17,9 +17,11 @@ from app_db.checks import check
 from app_db.coordinator import build_coordinator
 from app_db.decision_places import DecisionPlaces, build_decision_places
 from app_db.engines import build_async_engine, build_engine, dispose_awaited, retire, retire_async
-from app_db.errors import InvalidUse, UnknownConnection
+from app_db.errors import InvalidUse, UnknownConnection, UnknownModel
 from app_db.manager import ContextTransactionManager
+from app_db.models import connection_of, described
 from app_db.recovery import Recovery, build_recovery
+from app_db.reflection import ReflectedSchema, connections_in, reflect, reflect_schema
 from app_db.sessions import SessionHome, build_scoped_session, build_sessionmaker
 from app_db.settings import DatabaseSettings
 from app_db.transactions import Transaction, build_transaction, build_unit
@@ -152,8 +154,8 @@ class AsyncEngineProvider(providers.ThreadSafeSingleton[Any]):
 class Lifecycle(providers.Resource[None]):
     """What `init_resources()` and `shutdown_resources()` do, of a database container or of one around it.
 
-    The first checks that two-phase commit can work, where a connection wants it, and recovers, where the settings say so; it
-    makes no engine otherwise. The second disposes all engines.
+    The first checks that two-phase commit can work, where a connection wants it, and recovers and reflects models, where the
+    settings say so; it makes no engine otherwise. The second disposes all engines.
     """
 
     @property
@@ -161,11 +163,13 @@ class Lifecycle(providers.Resource[None]):
         return self.args[0]().decision_places().in_use or any(engine.is_built for engine in self._engines())
 
     def init(self) -> None:
-        """Check, and recover what the last crash left, if `recover_at_start` is set."""
+        """Check; recover what the last crash left, if `recover_at_start` is set; reflect models, if `reflect_at_start` is."""
         container = self.args[0]()
         container.check()
         if container.settings().recover_at_start:
             container.recovery().settle()
+        if container.settings().reflect_at_start:
+            container.reflect()
 
     def is_async_mode_enabled(self) -> bool:
         """Whether `shutdown_resources()` has to be awaited: where a running loop has engines."""
@@ -295,6 +299,30 @@ class ConnectionContainer(containers.DeclarativeContainer):
     async_session = providers.Callable(_current_async_session, async_scoped_session)
 
 
+# ---- what a model names ---------------------------------------------------------------------------------------------
+
+
+def _session_of(container: DatabaseContainer | None, subject: object) -> Session:
+    """Return the unit's session of the connection that a model, table or statement belongs to."""
+    session: Session = _provider_of(container, "session", subject)()
+    return session
+
+
+def _async_session_of(container: DatabaseContainer | None, subject: object) -> AsyncSession:
+    session: AsyncSession = _provider_of(container, "async_session", subject)()
+    return session
+
+
+def _provider_of(container: DatabaseContainer | None, kind: str, subject: object) -> Callable[[], Any]:
+    container = _require_instance(container, f"{kind}_of")
+    name = connection_of(subject)
+    try:
+        provider: Callable[[], Any] = container.providers[f"{name}_{kind}"]
+    except KeyError:
+        raise UnknownModel(described(subject), connections_in(container), name) from None
+    return provider
+
+
 class Connection(providers.Container[ConnectionContainer]):
     """A named database of a container: `writer = Connection()` provides `writer.session`, and `writer_session` beside it.
 
@@ -363,8 +391,10 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
     """What an application subclasses, with a `Connection()` for every database.
 
     `settings` come from the environment, unless an instance is given others. `transaction` makes a unit of work for `with`,
-    with the options of `transactional`, and `unit` is the one under way. `transaction_manager` follows the context; give the
-    instance `transaction.manager` to share zope's own. Engines are made at first use, and `shutdown_resources()` disposes them.
+    with the options of `transactional`, and `unit` is the one under way; `session_of(Model)` is its session of the model's
+    connection. `reflect` fills reflected models, and `reflect_schema` reads all tables of a schema.
+    `transaction_manager` follows the context; give the instance `transaction.manager` to share zope's own. Engines are made at
+    first use, and `shutdown_resources()` disposes them.
     """
 
     instance_type = _DatabaseInstance
@@ -379,6 +409,10 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
     lifecycle = Lifecycle(None, database_container)
     transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, coordinator)
     unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, coordinator)
+    session_of: providers.Provider[Session] = providers.Callable(_session_of, database_container)
+    async_session_of: providers.Provider[AsyncSession] = providers.Callable(_async_session_of, database_container)
+    reflect: providers.Provider[None] = providers.Callable(reflect, database_container)
+    reflect_schema: providers.Provider[ReflectedSchema] = providers.Callable(reflect_schema, database_container)
 
     if TYPE_CHECKING:
 

@@ -172,6 +172,64 @@ class SpansDatabases(AppDbError):
         )
 
 
+class NotReflected(AppDbError, AttributeError):
+    """A reflected model was used before it was filled from its database."""
+
+    def __init__(self, model: str, connection: str) -> None:
+        super().__init__(model, connection)
+        self.model = model
+        self.connection = connection
+
+    def __str__(self) -> str:
+        return (
+            f"The model {self.model} has no columns yet: it gets them from the database of {self.connection!r}. Call "
+            "`container.reflect()` once at start-up, after the modules of the models were imported."
+        )
+
+
+@dataclass(frozen=True)
+class Unreflectable:
+    """A model that can't be filled from its database, and why."""
+
+    model: str
+    table: str
+    connection: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.model}: the table {self.table!r} of {self.connection!r} {self.problem}."
+
+
+class CannotReflect(AppDbError):
+    """Reflected models can't be filled from their databases. `models` lists all of them; those not listed were filled."""
+
+    def __init__(self, models: Sequence[Unreflectable]) -> None:
+        super().__init__(models)
+        self.models = tuple(models)
+
+    def __str__(self) -> str:
+        count = len(self.models)
+        head = "A model can't be reflected:" if count == 1 else f"{count} models can't be reflected:"
+        return "\n".join([head, *(f"  {model}" for model in self.models)])
+
+
+class UnknownTable(AppDbError, AttributeError, KeyError):
+    """A reflected schema was asked for a table that was not there when it was read."""
+
+    def __init__(self, table: str, connection: str, known: Sequence[str]) -> None:
+        super().__init__(table, connection, known)
+        self.table = table
+        self.connection = connection
+        self.known = tuple(known)
+
+    def __str__(self) -> str:
+        return (
+            f"The schema that was read from {self.connection!r} has no table {self.table!r}."
+            f"{did_you_mean(self.table, self.known)} It has: {_listed(self.known)}. If the table is new, call "
+            "`container.reflect_schema()` again."
+        )
+
+
 class NotWired(AppDbError):
     """A function was called whose `Provide[...]` defaults nobody has replaced."""
 

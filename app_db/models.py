@@ -7,17 +7,22 @@ there. A MetaData of the application's own with that key does as well as one of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from types import new_class
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from weakref import WeakSet
 
 from sqlalchemy import Column, MetaData, Table, inspect
+from sqlalchemy.ext.declarative import DeferredReflection
 from sqlalchemy.orm import DeclarativeBase, InstanceState, Mapper, QueryableAttribute
+from sqlalchemy.orm.decl_api import DeclarativeAttributeIntercept
 from sqlalchemy.orm.util import AliasedInsp
+from sqlalchemy.sql.cache_key import HasCacheKey
 from sqlalchemy.sql.ddl import BaseDDLElement
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 from sqlalchemy.sql.functions import next_value
 from sqlalchemy.sql.lambdas import LambdaElement
 
-from app_db.errors import InvalidUse, SpansDatabases, UnknownModel
+from app_db.errors import InvalidUse, NotReflected, SpansDatabases, UnknownModel
 from app_db.settings import CONNECTION_NAME_RULE, is_connection_name
 
 CONNECTION = "app_db_connection"
@@ -87,8 +92,12 @@ def _is_declared(name: str, value: object) -> bool:
     return name in _SAYS_WHAT_A_TABLE_IS or isinstance(value, Column) or hasattr(value, "_attribute_options")
 
 
-def orm_base(name: str = "writer", *, naming_convention: Mapping[str, Any] | None = None) -> type[DeclarativeBase]:
+def orm_base(
+    name: str = "writer", *, naming_convention: Mapping[str, Any] | None = None, reflected: bool = False
+) -> type[DeclarativeBase]:
     """Return a new declarative base, for models of the connection `name`. All bases of one name share `metadata_of(name)`.
+
+    The models of a `reflected` base get their columns from the database: see `Reflected`.
 
     >>> from app_db import connection_of, orm_base
     >>> from sqlalchemy.orm import Mapped, mapped_column
@@ -106,7 +115,74 @@ def orm_base(name: str = "writer", *, naming_convention: Mapping[str, Any] | Non
             metadata = metadata_of("archive")
     """
     metadata = metadata_of(name, naming_convention=naming_convention)
-    return type("Base", (_OrmBase, DeclarativeBase), {"metadata": metadata, "__doc__": f"The base of models of {name!r}."})
+    bases = (_OrmBase, Reflected, DeclarativeBase) if reflected else (_OrmBase, DeclarativeBase)
+    attributes = {"metadata": metadata, "__doc__": f"The base of models of {name!r}."}
+    base: type[DeclarativeBase] = new_class("Base", bases, exec_body=lambda namespace: namespace.update(attributes))
+    return base
+
+
+# ---- models that are filled from the database -------------------------------------------------------------------------
+
+REFLECTED = "app_db_reflected"
+"""The key in a table's `info` that says that the table is somebody else's to create: it was, or will be, reflected."""
+
+_unreflected: WeakSet[type[Any]] = WeakSet()
+
+
+class _ReflectedMeta(DeclarativeAttributeIntercept):
+    """Makes what is asked of a model before it was reflected one clear error. Type checkers take any attribute for a column."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if cls in _unreflected and not name.startswith("_"):
+            raise _not_reflected(cls)
+        raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+
+    if not TYPE_CHECKING:  # who would take the arguments of this for those of the model
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            if _unreflected and cls in _unreflected:
+                raise _not_reflected(cls)
+            return super().__call__(*args, **kwargs)
+
+
+class Reflected(DeferredReflection, metaclass=_ReflectedMeta):
+    """Beside DeclarativeBase in a base: its models declare `__tablename__`, and get their columns from the live database.
+
+    `container.reflect()` does that. Columns that the class declares win over those of the database.
+
+        class Base(Reflected, DeclarativeBase):
+            metadata = metadata_of("warehouse")
+    """
+
+    if TYPE_CHECKING:
+        metadata: ClassVar[MetaData]  # DeclarativeBase's
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        table = None if "__abstract__" in vars(cls) else getattr(cls, "__table__", None)
+        if table is not None:
+            table.info[REFLECTED] = True
+            _unreflected.add(cls)
+
+    @classmethod
+    def _sa_raise_deferred_config(cls) -> NoReturn:
+        raise _not_reflected(cls)
+
+
+def _not_reflected(model: type[Any]) -> NotReflected:
+    return NotReflected(model.__name__, _connection_in(model.metadata) or "")
+
+
+def unreflected_models(name: str) -> list[type[Reflected]]:
+    """Return the models of a connection that wait for being reflected."""
+    return [model for model in _unreflected if _connection_in(model.metadata) == name]
+
+
+def note_reflected(models: Iterable[type[Reflected]]) -> None:
+    """Note that models are mapped now."""
+    _unreflected.difference_update(models)
 
 
 # ---- which connection a model is of -------------------------------------------------------------------------------------
@@ -120,8 +196,17 @@ def connection_of(subject: object) -> str:
     UnknownModel when nothing in it has a connection, and SpansDatabases when tables of several are in it.
     """
     metadata = _metadata_at_hand(subject)
-    names = [] if metadata is None else [metadata.info[CONNECTION]] if CONNECTION in metadata.info else []
-    return names[0] if names else _only_connection(subject)
+    if metadata is None:
+        return _connection_of_parts(subject)
+    name = _connection_in(metadata)
+    if name is None:
+        raise UnknownModel(described(subject), sorted(_metadata))
+    return name
+
+
+def _connection_in(metadata: MetaData) -> str | None:
+    name: str | None = metadata.info.get(CONNECTION)
+    return name
 
 
 def _metadata_at_hand(subject: Any) -> MetaData | None:
@@ -138,15 +223,33 @@ def _metadata_at_hand(subject: Any) -> MetaData | None:
     return metadata if isinstance(metadata, MetaData) else None
 
 
+_MOST_STATEMENTS = 1000
+_of_statements: dict[Any, str] = {}
+
+
+def _connection_of_parts(subject: Any) -> str:
+    """Return the connection of a statement, which is looked through only once for all that differ in their parameters alone."""
+    caching = subject._generate_cache_key() if isinstance(subject, HasCacheKey) else None  # SQLAlchemy needs it anyway, later
+    if caching is None:
+        return _only_connection(subject)
+    name = _of_statements.get(caching.key)
+    if name is None:
+        if len(_of_statements) >= _MOST_STATEMENTS:
+            _of_statements.clear()
+        name = _of_statements[caching.key] = _only_connection(subject)
+    return name
+
+
 def _only_connection(subject: Any) -> str:
     found: dict[str, str] = {}  # the first table of each connection
     for table in _tables_in(subject):
-        if CONNECTION in table.metadata.info:
-            found.setdefault(table.metadata.info[CONNECTION], getattr(table, "fullname", table.name))
+        name = _connection_in(table.metadata)
+        if name is not None:
+            found.setdefault(name, getattr(table, "fullname", table.name))
     if len(found) > 1:
         raise SpansDatabases([(table, connection) for connection, table in found.items()])
     if not found:
-        raise UnknownModel(_described(subject), sorted(_metadata))
+        raise UnknownModel(described(subject), sorted(_metadata))
     return next(iter(found))
 
 
@@ -179,7 +282,7 @@ def _parts_of(element: Any) -> Iterable[Any]:
     return element.get_children() if isinstance(element, ClauseElement) else ()
 
 
-def _described(subject: Any) -> str:
+def described(subject: Any) -> str:
     """Return how an error calls a subject. The text of a statement may hold what is secret, and is left out."""
     if isinstance(subject, Table):
         return f"the table {subject.fullname!r}"

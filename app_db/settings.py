@@ -251,6 +251,7 @@ class DatabaseSettings(BaseSettings):
     atomicity: Literal["strict", "best_effort"] = "strict"
     decision_log: _DecisionLog | None = None
     recover_at_start: bool = False
+    reflect_at_start: bool = False
 
     _origins: tuple[Origin, ...] = PrivateAttr(default=())
 

@@ -35,6 +35,8 @@ from typing import Any
 
 import pytest
 
+from app_db import models
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if path.exists() and "_build" not in path.parts
@@ -141,7 +143,8 @@ def module_of(page: Path) -> Iterator[types.ModuleType]:
     name = "page_" + re.sub(r"\W+", "_", page.stem.lower())
     module = types.ModuleType(name)
     module.__file__ = str(page)
-    environment, known = dict(os.environ), set(sys.modules)
+    environment, known, metadata = dict(os.environ), set(sys.modules), dict(models._metadata)
+    models._metadata.clear()  # each page is a process of its own, as far as it knows
     sys.modules[name] = module
     linecache.checkcache(str(page))
     try:
@@ -155,6 +158,8 @@ def module_of(page: Path) -> Iterator[types.ModuleType]:
                 del sys.modules[other]
         os.environ.clear()
         os.environ.update(environment)
+        models._metadata.clear()
+        models._metadata.update(metadata)
 
 
 def _shut_down(value: Any) -> None:

@@ -49,6 +49,7 @@ LAYERS = {
     "health": 3,
     "routing": 3,
     "recovery": 3,
+    "reflection": 3,
     "checks": 3,
     "container": 4,
     "pytest_plugin": 5,

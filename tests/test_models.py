@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from dependency_injector import containers, providers
 from sqlalchemy import (
     Column,
     ForeignKey,
@@ -43,8 +46,8 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.schema import CreateIndex, CreateTable, Index
 
-from app_db import connection_of, metadata_of, orm_base
-from app_db.errors import InvalidUse, SpansDatabases, UnknownModel
+from app_db import Connection, DatabaseContainer, DatabaseSettings, connection_of, container_of, metadata_of, orm_base
+from app_db.errors import InvalidUse, NoUnitOfWork, SpansDatabases, UnknownModel
 from app_db.models import CONNECTION
 
 
@@ -354,3 +357,97 @@ def test_a_statement_about_two_databases_is_refused(make: Callable[[], Any]) -> 
         connection_of(make())
     assert set(caught.value.places) == {("m_orders", "shop"), ("m_sales", "warehouse")}
     assert all(repr(word) in str(caught.value) for word in ("m_orders", "m_sales", "shop", "warehouse"))
+
+
+# ---- the session of a model -------------------------------------------------------------------------------------------
+
+
+class Shop(DatabaseContainer):
+    shop = Connection()
+    warehouse = Connection()
+
+
+@pytest.fixture
+def settings(new_sqlite_url: Callable[[], str]) -> DatabaseSettings:
+    return DatabaseSettings(connections={"shop": {"url": new_sqlite_url()}, "warehouse": {"url": new_sqlite_url()}})
+
+
+@pytest.fixture
+def container(settings: DatabaseSettings) -> Iterator[Shop]:
+    container = Shop(settings=settings)
+    ShopBase.metadata.create_all(container.shop_engine())
+    WarehouseBase.metadata.create_all(container.warehouse_engine())
+    yield container
+    container.shutdown_resources()
+
+
+def test_a_models_session_is_the_units_session_of_its_connection(container: Shop) -> None:
+    with container.transaction():
+        assert container.session_of(Order) is container.shop_session() is container.shop.session()
+        assert container.session_of(Sale(id=1)) is container.warehouse_session()
+        assert container.session_of(select(func.count()).select_from(Sale)) is container.warehouse_session()
+        container.session_of(Order).add(Order(id=1, sku="a"))
+    with container.transaction():
+        assert container.session_of(Order).get_one(Order, 1).sku == "a"
+    with pytest.raises(NoUnitOfWork):
+        container.session_of(Order)
+
+
+def test_coroutines_have_the_session_of_a_model(container: Shop) -> None:
+    pytest.importorskip("aiosqlite")
+
+    async def main() -> None:
+        async with container.transaction():
+            assert container.async_session_of(Order) is container.shop_async_session()
+            container.async_session_of(Order).add(Order(id=2, sku="b"))
+        async with container.transaction():
+            assert (await container.async_session_of(Order).get_one(Order, 2)).sku == "b"
+        await container.shutdown_resources()
+
+    asyncio.run(main())
+
+
+def test_session_of_survives_what_containers_survive(container: Shop, settings: DatabaseSettings) -> None:
+    given = providers.Object(settings)
+
+    class Narrower(Shop):
+        settings = given
+
+    @containers.copy(Shop)
+    class Copied(Shop):
+        settings = given
+
+    class Application(containers.DeclarativeContainer):
+        db = providers.Container(Shop, settings=settings)
+
+    application: Any = Application()
+    for made in (Narrower(), Copied(), application.db(), copy.deepcopy(container)):
+        with made.transaction():
+            session = made.session_of(Order)
+            assert session is made.shop_session()
+            assert session.scalars(select(Order)).all() == []
+        made.shutdown_resources()
+    with container.transaction():
+        stand_in = object()
+        with container.shop_session.override(providers.Object(stand_in)):
+            assert container.session_of(Order) is stand_in
+        assert container.session_of(Order) is container.shop_session()
+
+
+def test_a_model_of_a_connection_that_the_container_has_not_is_named(settings: DatabaseSettings) -> None:
+    container = container_of("shop", "ware_house")(settings=settings)
+    with container.transaction(), pytest.raises(UnknownModel) as caught:
+        container.session_of(Sale)
+    assert (caught.value.connection, caught.value.known) == ("warehouse", ("shop", "ware_house"))
+    assert str(caught.value).startswith(
+        "The container has no connection for the model Sale, which belongs to 'warehouse'. Did you mean 'ware_house'?"
+    )
+    with pytest.raises(UnknownModel):
+        container.session_of(text("SELECT 1"))
+    with pytest.raises(InvalidUse, match="container class"):
+        Shop.session_of(Order)
+
+
+def test_no_connection_takes_the_name_of_a_verb() -> None:
+    with pytest.raises(InvalidUse, match="can't be called 'reflect'"):
+        container_of("reflect")
