@@ -13,6 +13,7 @@ from dependency_injector import containers, providers
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from app_db.bootstrapping import async_bootstrap, bootstrap
 from app_db.checks import check
 from app_db.coordinator import build_coordinator
 from app_db.decision_places import DecisionPlaces, build_decision_places
@@ -22,6 +23,7 @@ from app_db.manager import ContextTransactionManager
 from app_db.models import connection_of, described
 from app_db.recovery import Recovery, build_recovery
 from app_db.reflection import ReflectedSchema, connections_in, reflect, reflect_schema
+from app_db.schema import create_all, drop_all
 from app_db.sessions import SessionHome, build_scoped_session, build_sessionmaker
 from app_db.settings import DatabaseSettings
 from app_db.transactions import Transaction, build_transaction, build_unit
@@ -392,7 +394,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
 
     `settings` come from the environment, unless an instance is given others. `transaction` makes a unit of work for `with`,
     with the options of `transactional`, and `unit` is the one under way; `session_of(Model)` is its session of the model's
-    connection. `reflect` fills reflected models, and `reflect_schema` reads all tables of a schema.
+    connection. `create_all`, `drop_all`, `reflect`, `reflect_schema` and `bootstrap` make, drop, read and fill tables.
     `transaction_manager` follows the context; give the instance `transaction.manager` to share zope's own. Engines are made at
     first use, and `shutdown_resources()` disposes them.
     """
@@ -413,6 +415,10 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
     async_session_of: providers.Provider[AsyncSession] = providers.Callable(_async_session_of, database_container)
     reflect: providers.Provider[None] = providers.Callable(reflect, database_container)
     reflect_schema: providers.Provider[ReflectedSchema] = providers.Callable(reflect_schema, database_container)
+    create_all: providers.Provider[None] = providers.Callable(create_all, database_container)
+    drop_all: providers.Provider[None] = providers.Callable(drop_all, database_container)
+    bootstrap: providers.Provider[bool] = providers.Callable(bootstrap, database_container)
+    async_bootstrap: providers.Provider[Awaitable[bool]] = providers.Callable(async_bootstrap, database_container)
 
     if TYPE_CHECKING:
 
