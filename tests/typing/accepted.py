@@ -9,10 +9,19 @@ from dependency_injector import containers, providers
 from dependency_injector.wiring import Provide, inject
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from sqlalchemy import String, insert, select
+from sqlalchemy import MetaData, String, Table, insert, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    MappedAsDataclass,
+    Session,
+    mapped_column,
+    relationship,
+    scoped_session,
+    sessionmaker,
+)
 
 from app_db import (
     AppDbError,
@@ -24,11 +33,15 @@ from app_db import (
     DatabaseSettings,
     PoolSettings,
     Propagation,
+    Reflected,
     SessionSettings,
     Transaction,
     UnitOfWork,
+    connection_of,
     container_of,
     errors,
+    metadata_of,
+    orm_base,
     retryable,
     transactional,
 )
@@ -333,6 +346,85 @@ async def call_async(container: Shop, session: AsyncSession) -> None:
     assert_type(await container.transaction(attempts=3).run(async_block, container, "A-2"), list[str])
     assert_type(container.shutdown_resources(), Awaitable[None])
     await container.shutdown_resources()
+
+
+# ---- models --------------------------------------------------------------------------------------------------------------
+
+
+class WarehouseBase(DeclarativeBase):
+    metadata = metadata_of("warehouse", naming_convention={"pk": "pk_%(table_name)s"})
+
+
+class Sale(WarehouseBase):
+    __tablename__ = "sales"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sku: Mapped[str | None]
+
+
+class PointBase(MappedAsDataclass, DeclarativeBase):
+    metadata = metadata_of("points")
+
+
+class Point(PointBase):
+    __tablename__ = "points"
+
+    id: Mapped[int] = mapped_column(primary_key=True, init=False)
+    x: Mapped[int]
+    y: Mapped[int] = mapped_column(default=0)
+
+
+class LegacyBase(Reflected, DeclarativeBase):
+    metadata = metadata_of("legacy")
+
+
+class Customer(LegacyBase):
+    __tablename__ = "customers"
+
+    full_name: Mapped[str] = mapped_column("name")
+    invoices: Mapped[list[Invoice]] = relationship(back_populates="customer")
+
+
+class Invoice(LegacyBase):
+    __tablename__ = "invoices"
+
+    customer: Mapped[Customer] = relationship(back_populates="invoices")
+
+
+def use_models(container: Shop) -> None:
+    assert_type(metadata_of("warehouse"), MetaData)
+    assert_type(orm_base("shop").metadata, MetaData)
+    assert_type(orm_base("shop", naming_convention={"ix": "ix_%(column_0_label)s"}, reflected=True), type[DeclarativeBase])
+    assert_type(connection_of(Sale), str)
+    assert_type(connection_of(select(Sale).where(Sale.id == 1)), str)
+    assert_type(container.session_of(Sale), Session)
+    assert_type(container.session_of(Point(x=1, y=2)).get(Sale, 1), Sale | None)
+    assert_type(container.async_session_of(Sale), AsyncSession)
+
+
+def use_reflected_models(container: Shop) -> None:
+    container.reflect()
+    container.reflect("legacy")
+    customer = Customer(full_name="Ann", born=None)
+    assert_type(customer.full_name, str)
+    assert_type(customer.invoices, list[Invoice])
+    print(customer.born, select(Customer.born).where(Customer.born < 3))
+    tables = container.reflect_schema("legacy", schema="old")
+    assert_type(tables.customers, Table)
+    assert_type(tables["customers"], Table)
+    assert_type(list(tables), list[str])
+
+
+def fill(container: Shop) -> None:
+    container.create_all()
+    container.create_all("warehouse", "legacy")
+    container.drop_all()
+    assert_type(container.bootstrap(), bool)
+    assert_type(container.bootstrap(with_parentheses, on="writer", step="seeds"), bool)
+
+
+async def fill_async(container: Shop) -> None:
+    assert_type(await container.async_bootstrap(count_async, on="writer"), bool)
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------------
