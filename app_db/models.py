@@ -195,10 +195,10 @@ def connection_of(subject: object) -> str:
     declarative base; a statement. Tables without a connection (temporary ones, say) count for nothing beside others. Raises
     UnknownModel when nothing in it has a connection, and SpansDatabases when tables of several are in it.
     """
-    metadata = _metadata_at_hand(subject)
-    if metadata is None:
-        return _connection_of_parts(subject)
-    name = _connection_in(metadata)
+    found = _selectable_of(subject)
+    if not isinstance(found, MetaData | Table):
+        return _connection_of_parts(found)
+    name = _connection_in(found if isinstance(found, MetaData) else found.metadata)
     if name is None:
         raise UnknownModel(described(subject), sorted(_metadata))
     return name
@@ -209,18 +209,18 @@ def _connection_in(metadata: MetaData) -> str | None:
     return name
 
 
-def _metadata_at_hand(subject: Any) -> MetaData | None:
-    """Return the MetaData of what is a table or mapped to one: no statement, which has to be looked through."""
+def _selectable_of(subject: Any) -> Any:
+    """Return what a model is mapped to, most often its table, and the metadata of a base. All else is itself."""
     if isinstance(subject, ClauseElement):
-        return subject.metadata if isinstance(subject, Table) else None
+        return subject
     described = inspect(subject, raiseerr=False)
     if isinstance(described, QueryableAttribute):
         described = described.parent
     if isinstance(described, AliasedInsp | InstanceState):
         described = described.mapper
-    found = described.local_table if isinstance(described, Mapper) else subject
-    metadata = getattr(found, "metadata", found)
-    return metadata if isinstance(metadata, MetaData) else None
+    if isinstance(described, Mapper):
+        return described.local_table
+    return getattr(subject, "metadata", subject) if isinstance(subject, type) else subject
 
 
 _MOST_STATEMENTS = 1000

@@ -23,6 +23,8 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    inspect,
+    join,
     lambda_stmt,
     literal_column,
     select,
@@ -87,6 +89,22 @@ class Sale(WarehouseBase):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     order_id: Mapped[int]
+
+
+class OrderLine(ShopBase):  # mapped to a join
+    __table__ = orders_and_lines = join(Order.__table__, Line.__table__)
+
+    id = column_property(orders_and_lines.c.m_orders_id, orders_and_lines.c.m_lines_order_id)
+    line_id = orders_and_lines.c.m_lines_id
+
+
+class Sku(ShopBase):  # mapped to a subquery
+    __table__ = select(Order.sku, func.count().label("orders")).group_by(Order.sku).subquery()
+    __mapper_args__ = {"primary_key": [__table__.c.sku]}  # noqa: RUF012
+
+
+class Foreign(ShopBase):  # its base says one connection, and its table another
+    __table__ = Table("m_foreign", metadata_of("warehouse"), Column("id", Integer, primary_key=True))
 
 
 stranger = Table("strangers", MetaData(), Column("id", Integer, primary_key=True))
@@ -241,6 +259,11 @@ BELONG_TO_SHOP: dict[str, Callable[[], Any]] = {
     "instance": lambda: Order(id=1),
     "joined inheritance": lambda: UrgentOrder,
     "mapper": lambda: Order.__mapper__,
+    "model of a join": lambda: OrderLine,
+    "instance of a model of a join": OrderLine,
+    "model of a subquery": lambda: Sku,
+    "attribute of a model of a subquery": lambda: inspect(Sku).attrs.orders.class_attribute,
+    "select of a model of a subquery": lambda: select(Sku),
     "table": lambda: orders,
     "metadata": lambda: metadata_of("shop"),
     "base": lambda: ShopBase,
@@ -324,6 +347,20 @@ def test_what_has_no_connection_is_unknown(make: Callable[[], Any]) -> None:
         connection_of(make())
     assert {"shop", "warehouse"} <= set(caught.value.known)
     assert "secret" not in str(caught.value)
+
+
+def test_a_models_table_counts_and_not_its_base() -> None:
+    for subject in (Foreign, Foreign(id=1), aliased(Foreign), inspect(Foreign).attrs.id.class_attribute, select(Foreign)):
+        assert connection_of(subject) == "warehouse"
+
+
+def test_statements_are_told_apart_however_alike_they_are() -> None:
+    """What was found out about one statement is used for others of the same form: the form holds the tables themselves."""
+    same_name = Table("m_orders", metadata_of("warehouse"), Column("id", Integer, primary_key=True))
+    for _ in range(2):
+        assert connection_of(select(orders.c.id).where(orders.c.id == 1)) == "shop"
+        assert connection_of(select(same_name.c.id).where(same_name.c.id == 2)) == "warehouse"
+    metadata_of("warehouse").remove(same_name)
 
 
 def test_an_unknown_model_is_named() -> None:
