@@ -11,7 +11,7 @@ from types import new_class
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from weakref import WeakSet
 
-from sqlalchemy import Column, MetaData, Table, inspect
+from sqlalchemy import Column, MetaData, Sequence, Table, inspect
 from sqlalchemy.ext.declarative import DeferredReflection
 from sqlalchemy.orm import DeclarativeBase, InstanceState, Mapper, QueryableAttribute
 from sqlalchemy.orm.decl_api import DeclarativeAttributeIntercept
@@ -243,9 +243,9 @@ def _connection_of_parts(subject: Any) -> str:
 def _only_connection(subject: Any) -> str:
     found: dict[str, str] = {}  # the first table of each connection
     for table in _tables_in(subject):
-        name = _connection_in(table.metadata)
+        name = None if table.metadata is None else _connection_in(table.metadata)  # a sequence may have none
         if name is not None:
-            found.setdefault(name, getattr(table, "fullname", table.name))
+            found.setdefault(name, table.fullname if isinstance(table, Table) else table.name)
     if len(found) > 1:
         raise SpansDatabases([(table, connection) for connection, table in found.items()])
     if not found:
@@ -253,8 +253,8 @@ def _only_connection(subject: Any) -> str:
     return next(iter(found))
 
 
-def _tables_in(subject: Any) -> Iterator[Any]:
-    """Yield what in a statement has a MetaData: tables and sequences, also in subqueries and behind columns."""
+def _tables_in(subject: Any) -> Iterator[Table | Sequence]:
+    """Yield the tables and sequences in a statement, also those in subqueries and behind columns."""
     remaining, seen = [subject], set[int]()
     while remaining:
         element = remaining.pop()
@@ -263,7 +263,7 @@ def _tables_in(subject: Any) -> Iterator[Any]:
         if id(element) in seen:
             continue
         seen.add(id(element))
-        if isinstance(getattr(element, "metadata", None), MetaData):
+        if isinstance(element, Table | Sequence):
             yield element
         else:
             remaining += _parts_of(element)

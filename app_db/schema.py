@@ -133,7 +133,7 @@ def _refuse_inside_unit(container: _Container, name: str) -> None:
 
 @contextmanager
 def _changing(engine: Engine) -> Generator[Connection]:
-    """Give a connection that holds the lock of its database. It commits what was done."""
+    """Give a connection that holds the lock of its database, where we know of one. It commits what was done."""
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":
             connection.execution_options(isolation_level="READ COMMITTED")  # in autocommit, the lock would be gone at once

@@ -338,6 +338,7 @@ BELONG_TO_NOBODY: dict[str, Callable[[], Any]] = {
     "string": lambda: "shop",
     "nothing": lambda: None,
     "metadata": MetaData,
+    "sequence": lambda: Sequence("m_free"),
 }
 
 
