@@ -42,7 +42,7 @@ def connections_in(container: _Container, names: Iterable[str] = ()) -> list[str
     declared = [name for name in declared if name in container.providers]
     for name in names:
         if name not in declared:
-            raise UnknownConnection(name, sorted(container.providers))
+            raise UnknownConnection(name, declared)
     return [name for name in declared if name in names] if names else declared
 
 

@@ -93,10 +93,13 @@ def test_other_peoples_tables_stay(database_url: str) -> None:
         container.drop_all()
         assert tables_in(database_url) == {"app_db_decisions", "legacy"}
         with engine.begin() as connection:
-            connection.execute(text("CREATE TABLE missing (id INTEGER PRIMARY KEY, FOREIGN KEY (id) REFERENCES legacy (id))"))
+            connection.execute(text("CREATE TABLE referred_to (id INTEGER PRIMARY KEY)"))
+            connection.execute(
+                text("CREATE TABLE missing (id INTEGER PRIMARY KEY, FOREIGN KEY (id) REFERENCES referred_to (id))")
+            )
         container.reflect()
         container.drop_all()
-        assert tables_in(database_url) == {"app_db_decisions", "legacy", "missing"}
+        assert tables_in(database_url) == {"app_db_decisions", "legacy", "missing", "referred_to"}
         assert legacy(id=1).id == missing(id=1).id
 
 

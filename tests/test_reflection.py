@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import copy
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -307,6 +309,14 @@ def test_all_missing_tables_are_named_in_one_error_and_reflecting_can_be_repeate
         assert [each(id=1).id for each in (customer, invoice, parcel, note)] == [1, 1, 1, 1]
 
 
+def test_a_key_column_that_is_declared_has_to_be_declared_as_one(sqlite_url: str) -> None:
+    execute(sqlite_url, CUSTOMERS)
+    name = new_name()
+    model(orm_base(name, reflected=True), "customers", number=mapped_column("id", Integer))
+    with container_for(name, sqlite_url) as container, pytest.raises(CannotReflect, match="has no primary key; declare"):
+        container.reflect()
+
+
 def test_the_problems_of_all_connections_are_told_at_once(new_sqlite_url: Callable[[], str]) -> None:
     names = [new_name(), new_name(), new_name()]
     urls = [new_sqlite_url() for _ in names]
@@ -463,20 +473,29 @@ def test_coroutines_reflect_in_a_thread(driver: str, request: pytest.FixtureRequ
     asyncio.run(main())
 
 
-def test_a_forked_child_can_reflect_while_its_parent_does(sqlite_url: str) -> None:
-    name = fresh_models(sqlite_url)
-    from app_db import reflection
+FORKING = """
+import os, signal, sys
+from app_db import DatabaseSettings, container_of, orm_base, reflection
 
-    with container_for(name, sqlite_url) as container:
-        with reflection._reflecting:
-            child = os.fork()
-            if child == 0:
-                try:
-                    container.reflect()
-                    os._exit(0)
-                finally:
-                    os._exit(1)
-        assert os.waitpid(child, 0)[1] == 0
+class Customer(orm_base("crm", reflected=True)):
+    __tablename__ = "customers"
+
+container = container_of("crm")(settings=DatabaseSettings(connections={"crm": {"url": sys.argv[1]}}))
+with reflection._reflecting:  # as another thread of the parent would hold it
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        container.reflect()
+        print("reflected", Customer(id=1).id, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_child_can_reflect_while_its_parent_does(sqlite_url: str) -> None:
+    execute(sqlite_url, CUSTOMERS)
+    command = [sys.executable, "-c", FORKING, sqlite_url]
+    assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout == "reflected 1\n"
 
 
 # ---- schemas ----------------------------------------------------------------------------------------------------------
@@ -524,3 +543,4 @@ def test_a_table_that_the_schema_has_not_is_named(sqlite_url: str) -> None:
     assert tables.get("customer") is None
     assert not hasattr(tables, "customer")
     assert not hasattr(tables, "__wrapped__")
+    assert copy.copy(tables).customers is tables.customers
