@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from types import new_class
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
-from weakref import WeakSet
 
 from sqlalchemy import Column, MetaData, Sequence, Table, inspect
 from sqlalchemy.ext.declarative import DeferredReflection
@@ -126,7 +125,8 @@ def orm_base(
 REFLECTED = "app_db_reflected"
 """The key in a table's `info` that says that the table is somebody else's to create: it was, or will be, reflected."""
 
-_unreflected: WeakSet[type[Any]] = WeakSet()
+_unreflected: set[Any] = set()
+"""A weak set could not be read while another thread imports models."""
 
 
 class _ReflectedMeta(DeclarativeAttributeIntercept):
@@ -140,7 +140,7 @@ class _ReflectedMeta(DeclarativeAttributeIntercept):
     if not TYPE_CHECKING:  # who would take the arguments of this for those of the model
 
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            if _unreflected and cls in _unreflected:
+            if cls in _unreflected:
                 raise _not_reflected(cls)
             return super().__call__(*args, **kwargs)
 
@@ -177,7 +177,7 @@ def _not_reflected(model: type[Any]) -> NotReflected:
 
 def unreflected_models(name: str) -> list[type[Reflected]]:
     """Return the models of a connection that wait for being reflected."""
-    return [model for model in _unreflected if _connection_in(model.metadata) == name]
+    return [model for model in list(_unreflected) if _connection_in(model.metadata) == name]
 
 
 def note_reflected(models: Iterable[type[Reflected]]) -> None:
@@ -213,13 +213,13 @@ def _selectable_of(subject: Any) -> Any:
     """Return what a model is mapped to, most often its table, and the metadata of a base. All else is itself."""
     if isinstance(subject, ClauseElement):
         return subject
-    described = inspect(subject, raiseerr=False)
-    if isinstance(described, QueryableAttribute):
-        described = described.parent
-    if isinstance(described, AliasedInsp | InstanceState):
-        described = described.mapper
-    if isinstance(described, Mapper):
-        return described.local_table
+    known = inspect(subject, raiseerr=False)
+    if isinstance(known, QueryableAttribute):
+        known = known.parent
+    if isinstance(known, AliasedInsp | InstanceState):
+        known = known.mapper
+    if isinstance(known, Mapper):
+        return known.local_table
     return getattr(subject, "metadata", subject) if isinstance(subject, type) else subject
 
 

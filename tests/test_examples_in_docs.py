@@ -144,7 +144,9 @@ def module_of(page: Path) -> Iterator[types.ModuleType]:
     module = types.ModuleType(name)
     module.__file__ = str(page)
     environment, known, metadata = dict(os.environ), set(sys.modules), dict(models._metadata)
+    unreflected = set(models._unreflected)
     models._metadata.clear()  # each page is a process of its own, as far as it knows
+    models._unreflected.clear()
     sys.modules[name] = module
     linecache.checkcache(str(page))
     try:
@@ -160,6 +162,8 @@ def module_of(page: Path) -> Iterator[types.ModuleType]:
         os.environ.update(environment)
         models._metadata.clear()
         models._metadata.update(metadata)
+        models._unreflected.clear()
+        models._unreflected.update(unreflected)
 
 
 def _shut_down(value: Any) -> None:
