@@ -18,7 +18,7 @@ from typing import Any
 
 from dependency_injector.wiring import Provide
 from shop import services
-from shop.container import Container, create_tables
+from shop.container import Container
 from shop.models import Order
 from shop.services import OutOfStockError, ordered, place_order, receive, stock
 from sqlalchemy.orm import Session
@@ -181,7 +181,7 @@ def main() -> None:
 
     print(painted(BOLD, "app_db: sessions by injection, units of work over several databases"))
     container = Container()
-    create_tables(container)
+    container.create_all()  # an application of yours would have Alembic do this
     container.wire(modules=[services, __name__])
 
     show_settings(container)

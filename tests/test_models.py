@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +53,8 @@ from sqlalchemy.schema import CreateIndex, CreateTable, Index
 from app_db import Connection, DatabaseContainer, DatabaseSettings, connection_of, container_of, metadata_of, orm_base
 from app_db.errors import InvalidUse, NoUnitOfWork, SpansDatabases, UnknownModel
 from app_db.models import CONNECTION
+
+ROOT = Path(__file__).parent.parent
 
 
 class ShopBase(DeclarativeBase):
@@ -249,7 +253,7 @@ Base = orm_base("shop")
 class Order(Base):
     __table__ = __import__("sqlalchemy").Table("o", Base.metadata, __import__("sqlalchemy").Column("i", primary_key=True))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)
 
 
 # ---- which connection -------------------------------------------------------------------------------------------------

@@ -1,21 +1,29 @@
-"""What the shop stores. Each database has a declarative base, and so a MetaData, of its own."""
+"""What the shop stores. Each database has a declarative base of its own, which knows the name of its connection."""
 
 from __future__ import annotations
 
 from sqlalchemy import String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from app_db import metadata_of
+
 
 class ShopBase(DeclarativeBase):
     """What is in the database of the connections `writer` and `reader`."""
+
+    metadata = metadata_of("writer")
 
 
 class WarehouseBase(DeclarativeBase):
     """What is in the database of the connection `warehouse`."""
 
+    metadata = metadata_of("warehouse")
+
 
 class LogBase(DeclarativeBase):
     """What is in the database of the connection `log`."""
+
+    metadata = metadata_of("log")
 
 
 class Order(ShopBase):
