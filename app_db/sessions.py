@@ -107,6 +107,9 @@ class UnitSession(Session):
         dispatch: Any = self.dispatch
         for event_name, listeners in dispatch._empty_listeners.items():
             setattr(dispatch, event_name, listeners)
+        # By now CPython 3.11 and 3.12 keep the attributes in a dictionary that shares its keys with those of other sessions, from
+        # which they read at several times the price. SQLAlchemy reads them hundreds of times in a unit.
+        self.__dict__ = dict(self.__dict__)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Any:
         """Return the engine to use. SQLAlchemy asks before all that needs the database, which makes this the place to check."""
