@@ -78,7 +78,10 @@ def flush_for_good(branches: Sequence[Branch]) -> None:
 
 def commit_branches(work: CommittingWork) -> None:
     """Commit all branches: those that were written together, where at most one of them can't be prepared."""
-    waiting = sorted(work.branches, key=position) if len(work.branches) > 1 else [*work.branches]
+    if len(work.branches) < 2:
+        _commit_one_by_one([*work.branches])
+        return
+    waiting = sorted(work.branches, key=position)
     written = [branch for branch in waiting if branch.wrote]
     if len(written) < 2 or len(unpreparable(written)) > 1:
         _commit_one_by_one(waiting)

@@ -303,16 +303,13 @@ class IdleSessions:
         return session
 
     def offer(self, held: list[UnitSession]) -> None:
-        """Take the one session in `held`, which has been committed and closed, unless that could be noticed."""
+        """Take the one session out of `held`, which has been committed and closed, and keep it unless that could be noticed."""
         make = self._make
-        if (
-            make is not None
-            and _references(held) == _NO_OTHERS
-            and getweakrefcount(held[0]) == 1  # SQLAlchemy's, by the session's identity
-            and len(make.idle) < self._most
-            and make.fits(held[0])
-        ):
-            session = held.pop()
+        if make is None or _references(held) != _NO_OTHERS:
+            return
+        session = held.pop()
+        # The one weak reference is SQLAlchemy's, by the session's identity.
+        if getweakrefcount(session) == 1 and len(make.idle) < self._most and make.fits(session):
             _sessions.pop(session.hash_key, None)
             session.bind = session._work = None
             make.idle.append(session)
