@@ -79,12 +79,24 @@ class EngineProvider(providers.ThreadSafeSingleton[Engine]):
 
     def reset(self) -> Any:
         """Retire the engine: its idle connections close now, those in use when their units end."""
-        with self.storage_lock:
-            built, self._built = self._built, None
-            context = super().reset()
+        built = self.taken_away()
         if built is not None:
             retire(built)
-        return context
+        return super().reset()
+
+    def taken_away(self) -> Engine | None:
+        """Give the engine away, if there is one: to be disposed, or to be given back."""
+        with self.storage_lock:
+            built, self._built = self._built, None
+            super().reset()
+        return built
+
+    def give_back(self, engine: Engine | None) -> None:
+        """Take an engine that was given away, and retire the one of the meantime."""
+        with self.storage_lock:
+            meanwhile, self._built = self.taken_away(), engine
+        if meanwhile is not None:
+            retire(meanwhile)
 
     @property
     def is_built(self) -> bool:
@@ -140,6 +152,18 @@ class AsyncEngineProvider(providers.ThreadSafeSingleton[Any]):
             built, self._built = self._engines(), None
             homeless, self._homeless = self._homeless, None
         return [*((engine, loop) for loop, engine in built.items()), *([] if homeless is None else [(homeless, None)])]
+
+    def give_back(self, engines: Iterable[tuple[AsyncEngine, AbstractEventLoop | None]]) -> None:
+        """Take engines that were given away, and retire those of the meantime."""
+        with self.storage_lock:
+            meanwhile = self.taken_away()
+            for engine, loop in engines:
+                if loop is None:
+                    self._homeless = engine
+                else:
+                    self._engines()[loop] = engine
+        for engine, loop in meanwhile:
+            retire_async(engine, loop)
 
     @property
     def is_built(self) -> bool:

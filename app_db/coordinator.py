@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from app_db.decisions import DecisionLog
     from app_db.dialects import Terms
-    from app_db.hooks import Hooks
+    from app_db.hooks import CapturedHooks, Hooks
     from app_db.manager import AwaitedTransaction
 
 log = logging.getLogger("app_db")
@@ -79,6 +79,11 @@ class Work:
     def manager(self) -> Any:
         """The transaction manager whose transaction this is."""
         return self._coordinator.manager
+
+    @property
+    def captures(self) -> list[CapturedHooks]:
+        """Who takes the hooks that would run after a commit: the last of them, if there is one."""
+        return self._coordinator.captures
 
     # -- what branches ask
 
@@ -371,6 +376,7 @@ class Coordinator:
         self.atomicity = atomicity
         self.application = application
         self.places = places
+        self.captures: list[CapturedHooks] = []
 
     def get(self) -> Work:
         """Return the work of the current unit. Raises what the manager raises when there is none."""

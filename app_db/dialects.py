@@ -331,7 +331,7 @@ class SQLite(Database):
     _steps_between_looks = 10_000
 
     def url(self, configured: URL, settings: ConnectionSettings) -> URL:
-        if not _is_memory(configured):
+        if not is_memory(configured):
             return configured
         return configured.set(database=str(_memory_file(settings.database_identity())), query={})
 
@@ -349,7 +349,7 @@ class SQLite(Database):
 
     def _set_up_connections(self, engine: Engine, settings: ConnectionSettings) -> None:
         pragmas = ["PRAGMA foreign_keys = ON"]
-        if _is_memory(settings.sqlalchemy_url()):
+        if is_memory(settings.sqlalchemy_url()):
             pragmas.append("PRAGMA synchronous = OFF")
         if settings.read_only:
             pragmas.append("PRAGMA query_only = ON")
@@ -463,7 +463,8 @@ async def _close(driver_connection: Any) -> None:
     await driver_connection.close()
 
 
-def _is_memory(url: URL) -> bool:
+def is_memory(url: URL) -> bool:
+    """Return whether a SQLite database is in no file of the application's."""
     return url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
 
 

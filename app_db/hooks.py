@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine
-from inspect import isawaitable
+from functools import partial
+from inspect import isawaitable, iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import implementer
 
-from app_db.errors import AwaitRequired
+from app_db.errors import AwaitRequired, HookFailed
 from app_db.manager import suspended
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ Hook = Callable[[], Any]
 class Hooks:
     """The hooks of one unit of work. What on-commit and on-abort hooks raise is kept in `errors`: the outcome stands by then."""
 
-    def __init__(self, transaction: Transaction, manager: Any) -> None:
+    def __init__(self, transaction: Transaction, manager: Any, captures: list[CapturedHooks]) -> None:
         self._transaction = transaction
+        self._captures = captures
         self._manager = manager
         self._before_commit: list[Hook] = []
         self._on_commit: list[Hook] = []
@@ -79,10 +81,19 @@ class Hooks:
 
     def _run_after_commit(self, committed: bool) -> None:
         if committed:
-            self._run(self._on_commit)
+            self._follow_commit()
 
     def _run_after_abort(self) -> None:
-        self._run(self._on_commit if self.has_committed else self._on_abort)
+        if self.has_committed:
+            self._follow_commit()
+        else:
+            self._run(self._on_abort)
+
+    def _follow_commit(self) -> None:
+        if self._captures:
+            self._captures[-1].take(self._on_commit)
+        else:
+            self._run(self._on_commit)
 
     def _run(self, hooks: list[Hook]) -> None:
         with suspended(self._manager):  # the ended transaction is still the current one, and a hook may begin a unit
@@ -100,13 +111,10 @@ class Hooks:
 
     def _call(self, hook: Hook) -> None:
         made = hook()
-        if not isawaitable(made):
-            return
         if not in_greenlet():
-            if isinstance(made, Coroutine):
-                made.close()  # or it would be warned of as never awaited
-            raise AwaitRequired(f"What the hook {hook!r} returned", "Begin the unit with `async with`")
-        await_only(made)
+            _refuse_awaitable(made, hook, "Begin the unit with `async with`")
+        elif isawaitable(made):
+            await_only(made)
 
     # -- what zope asks of a data manager
 
@@ -128,6 +136,104 @@ class Hooks:
     def tpc_vote(self, transaction: Transaction) -> None: ...
     def tpc_finish(self, transaction: Transaction) -> None: ...
     def tpc_abort(self, transaction: Transaction) -> None: ...
+
+
+# ---- hooks that are only noted -----------------------------------------------------------------------------------------
+
+
+class CapturedHook:
+    """A function that would have been called after a commit, and what with. Two are equal when all of it is.
+
+    >>> from app_db.testing import CapturedHook
+    >>> CapturedHook(dict, sku="A-1") == CapturedHook(dict, sku="A-1")
+    True
+    >>> CapturedHook(dict, sku="A-1")
+    dict(sku='A-1')
+    """
+
+    __slots__ = ("args", "function", "kwargs")
+
+    def __init__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+
+    def __call__(self) -> Any:
+        """Call the function, and return what it returns."""
+        return self.function(*self.args, **self.kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CapturedHook):
+            return NotImplemented
+        return (self.function, self.args, self.kwargs) == (other.function, other.args, other.kwargs)
+
+    def __hash__(self) -> int:
+        return hash((self.function, self.args, frozenset(self.kwargs.items())))
+
+    def __repr__(self) -> str:
+        given = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in self.kwargs.items())]
+        name = getattr(self.function, "__qualname__", None) or repr(self.function)
+        return f"{name}({', '.join(given)})"
+
+
+class CapturedHooks(list[CapturedHook]):
+    """The hooks of the units that have committed, in the order in which they would have run."""
+
+    def take(self, hooks: list[Hook]) -> None:
+        """Take the hooks of a unit that has committed."""
+        self.extend(map(_captured, hooks))
+        hooks.clear()
+
+    def run(self) -> None:
+        """Run the hooks, and those of the units that they begin. They are not here any more then.
+
+        All of them run, whatever one raises; HookFailed tells about it afterwards.
+        """
+        for hook in self:
+            if iscoroutinefunction(hook.function):
+                raise AwaitRequired(f"The hook {hook!r}", _AWAIT_THEM)
+        errors: list[Exception] = []
+        while self:
+            hook = self.pop(0)
+            try:
+                _refuse_awaitable(hook(), hook)
+            except Exception as error:
+                log.exception("The hook %r failed", hook)
+                errors.append(error)
+        _tell(errors)
+
+    async def run_awaited(self) -> None:
+        """Do the same in a coroutine, with hooks that may be coroutine functions."""
+        errors: list[Exception] = []
+        while self:
+            hook = self.pop(0)
+            try:
+                made = hook()
+                if isawaitable(made):
+                    await made
+            except Exception as error:
+                log.exception("The hook %r failed", hook)
+                errors.append(error)
+        _tell(errors)
+
+
+_AWAIT_THEM = "Write `await hooks.run_awaited()`"
+
+
+def _captured(hook: Hook) -> CapturedHook:
+    return CapturedHook(hook.func, *hook.args, **hook.keywords) if isinstance(hook, partial) else CapturedHook(hook)
+
+
+def _refuse_awaitable(made: object, hook: object, advice: str = _AWAIT_THEM) -> None:
+    if isawaitable(made):
+        if isinstance(made, Coroutine):
+            made.close()  # or it would be warned of as never awaited
+        raise AwaitRequired(f"What the hook {hook!r} returned", advice)
+
+
+def _tell(errors: list[Exception]) -> None:
+    if errors:
+        raise HookFailed(errors) from errors[0]
 
 
 @implementer(IDataManagerSavepoint)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -271,6 +271,10 @@ class DatabaseSettings(BaseSettings):
         reading.read_variables(os.environ, "environment")
         reading.take((), given, "given in code")
         reading.settle_writer()
+        self._settle(reading)
+
+    def _settle(self, reading: Reading) -> None:
+        """Become what was read, or raise what is wrong with it."""
         # BaseSettings.__init__ is passed over: it would read the variables a second time, drop the nested ones nobody knows
         # without a word, and keep no record of where a value came from.
         while invalid := _validation_error(super(BaseSettings, self).__init__, reading.tree()):
@@ -300,6 +304,15 @@ class DatabaseSettings(BaseSettings):
     def origins(self) -> list[Origin]:
         """Return where each setting that was given came from, sorted by variable, with secrets masked."""
         return list(self._origins)
+
+    def with_connections(self, connections: Mapping[str, ConnectionSettings], **others: Any) -> DatabaseSettings:
+        """Return these settings with all connections replaced, and `others` too, checked as a whole. No variable is read."""
+        given = {field: getattr(self, field) for field in self.model_fields_set}
+        reading = Reading(type(self))
+        reading.take((), {**given, "connections": dict(connections), **others}, "given in code")
+        made = type(self).__new__(type(self))
+        made._settle(reading)
+        return made
 
     def _declared(self, name: str) -> ConnectionSettings | None:
         if name == "reader" and name not in self.connections and "writer" in self.connections:

@@ -1,9 +1,12 @@
-"""Switches for tests: everything rolled back, other settings for a while, throw-away databases."""
+"""Switches for tests: everything rolled back, other settings for a while, throw-away databases, hooks that are only noted.
+
+They are context managers, for every test runner. Under pytest they are fixtures, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -12,10 +15,14 @@ from dependency_injector import providers
 
 from app_db.container import Connection, DatabaseContainer
 from app_db.errors import ConnectionNotConfigured, InvalidUse, IsolationBroken, did_you_mean
+from app_db.hooks import CapturedHook, CapturedHooks
 from app_db.isolation import Isolated, Isolation
 from app_db.manager import current
+from app_db.overrides import Override
+from app_db.settings import DatabaseSettings
+from app_db.throw_away import ThrowAway
 
-__all__ = ["Isolation", "isolated"]
+__all__ = ["CapturedHook", "CapturedHooks", "Isolation", "captured_hooks", "isolated", "overridden", "sqlite"]
 
 
 class isolated:  # noqa: N801  # used like a function
@@ -115,3 +122,80 @@ def _unless_overridden(provider: Any) -> Any:
 
 def _overriding(provider: Any, function: Any) -> Any:
     return provider.override(providers.Callable(function))
+
+
+# ---- other databases ---------------------------------------------------------------------------------------------------
+
+
+def overridden(container: DatabaseContainer, settings: DatabaseSettings | Mapping[str, str]) -> Override:
+    """Give a container other settings for the length of a `with` or `async with` block, and give the block those settings.
+
+    Engines, makers and sessions, for threads and for coroutines, follow at once, whatever existed before or was overridden; and
+    at the end of the block everything is as it was, the same objects as before, and what was made in the meantime is disposed.
+    A unit of work that is under way keeps the sessions that it has.
+
+    `settings` may be a mapping of connections to URLs. Then only the databases of those connections are replaced, and how they
+    are used stays as it is. A wrong name or URL is a SettingsError, and changes nothing.
+
+    >>> from app_db import Container, DatabaseSettings
+    >>> from app_db.testing import overridden
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite:///shop.db"}}))
+    >>> with overridden(container, {"writer": "sqlite:///other.db"}):
+    ...     container.writer_engine().url.database
+    'other.db'
+    >>> container.writer_engine().url.database
+    'shop.db'
+    """
+    return Override(container, settings)
+
+
+def sqlite(container: DatabaseContainer) -> Override:
+    """Give a container throw-away SQLite databases for the length of a `with` or `async with` block.
+
+    Every connection gets a file of its own, which is removed afterwards. Mirrors stay mirrors; a read-only connection to the
+    database of a writable one becomes a mirror of that, and a read-only `reader` one of `writer`. Read-only and autonomous
+    connections stay what they are.
+
+    SQLite can't prepare: connections that are two-phase are not, then, and atomicity becomes `best_effort`, so that units that
+    write to several of them run; they commit one after the other. Isolation levels that SQLite does not have, and what is
+    said to a driver or about connections that idle, are left out.
+
+    >>> from app_db import Container, DatabaseSettings
+    >>> from app_db.testing import sqlite
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "postgresql://shop@db/shop"}}))
+    >>> with sqlite(container):
+    ...     container.writer_engine().name
+    'sqlite'
+    """
+    return ThrowAway(container)
+
+
+# ---- hooks -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def captured_hooks(container: DatabaseContainer) -> Generator[CapturedHooks]:
+    """Note what units of work would call after they have committed, and don't call it: a list of CapturedHook.
+
+    Hooks of units that abort, or of savepoints that are rolled back, are not in it. `run()` of the list calls them,
+    and `await run_awaited()` does in coroutines.
+
+    >>> from app_db import Container, DatabaseSettings
+    >>> from app_db.testing import captured_hooks
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
+    >>> told = []
+    >>> with captured_hooks(container) as hooks, container.transaction() as unit:
+    ...     unit.on_commit(told.append, "A-1")
+    >>> hooks
+    [list.append('A-1')]
+    >>> hooks.run()
+    >>> told
+    ['A-1']
+    """
+    captures = container.coordinator().captures
+    hooks = CapturedHooks()
+    captures.append(hooks)
+    try:
+        yield hooks
+    finally:
+        captures[:] = [other for other in captures if other is not hooks]

@@ -205,7 +205,7 @@ class UnitOfWork:
             advice = "Begin the unit with `async with`, or register a plain function"
             raise AwaitRequired(f"The hook {function.__qualname__}()", advice)
         if work.hooks is None:
-            work.hooks = Hooks(work.transaction, work.manager)
+            work.hooks = Hooks(work.transaction, work.manager, work.captures)
         return work.hooks
 
 
