@@ -76,7 +76,7 @@ docs: $(INSTALLED_DEV)  ## build the documentation into build/docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs build/docs
 	@echo "See build/docs/index.html"
 
-# pytest loads app_db's plugin, and app_db with it, before any plugin of pytest's could start measuring.
+# pytest-cov is there only for the projects whose tests are run by tests of the plugin.
 coverage: $(INSTALLED_DEV)  ## run the tests and print which lines and branches they miss
 	@rm -rf build/coverage && mkdir -p build/coverage
 	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)

@@ -585,6 +585,23 @@ class IsolationBroken(IsolationError):
         )
 
 
+class CannotMakeDatabase(AppDbError):
+    """A database of a worker's own, for tests that run at the same time, could not be made."""
+
+    def __init__(self, connection: str, database: str, reason: str) -> None:
+        super().__init__(connection, database, reason)
+        self.connection = connection
+        self.database = database
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"The database {self.database!r} of a worker's own could not be made for the connection {self.connection!r} "
+            f"({self.reason}). Let the user of that connection make databases, make it beforehand, or give "
+            "each worker another URL and set app_db_worker_databases = false in the configuration of pytest."
+        )
+
+
 # ---- decision files -----------------------------------------------------------------------------------------------
 
 

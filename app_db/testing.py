@@ -5,13 +5,15 @@ They are context managers, for every test runner. Under pytest they are fixtures
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping
+import unittest
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from dependency_injector import providers
+from sqlalchemy import Engine, Table, inspect
 
 from app_db.container import Connection, DatabaseContainer
 from app_db.errors import ConnectionNotConfigured, InvalidUse, IsolationBroken, did_you_mean
@@ -19,10 +21,25 @@ from app_db.hooks import CapturedHook, CapturedHooks
 from app_db.isolation import Isolated, Isolation
 from app_db.manager import current
 from app_db.overrides import Override
+from app_db.row_counts import RowCounts
+from app_db.schema import own_tables, writable
 from app_db.settings import DatabaseSettings
 from app_db.throw_away import ThrowAway
+from app_db.worker_databases import WorkerDatabases
 
-__all__ = ["CapturedHook", "CapturedHooks", "Isolation", "captured_hooks", "isolated", "overridden", "sqlite"]
+__all__ = [
+    "CapturedHook",
+    "CapturedHooks",
+    "IsolatedTestCase",
+    "Isolation",
+    "RowCounts",
+    "captured_hooks",
+    "isolated",
+    "made_tables",
+    "overridden",
+    "sqlite",
+    "worker_databases",
+]
 
 
 class isolated:  # noqa: N801  # used like a function
@@ -170,6 +187,35 @@ def sqlite(container: DatabaseContainer) -> Override:
     return ThrowAway(container)
 
 
+def worker_databases(container: DatabaseContainer, worker: str) -> WorkerDatabases:
+    """Give a container databases of one worker's own, for tests that run in several processes at the same time.
+
+    Within the `with` block, the database of every writable connection is called `<database>_<worker>`. It is made if it is not
+    there, and dropped at the end. Mirrors, and read-only connections to the same database, follow.
+    """
+    return WorkerDatabases(container, worker)
+
+
+@contextmanager
+def made_tables(container: DatabaseContainer) -> Generator[frozenset[str]]:
+    """Make the tables of the models for the length of the block, and give it the names of the connections that had none before.
+
+    Only the tables of those are dropped again.
+    """
+    names = [name for name in writable(container, ()) if not _has_some(container.providers[f"{name}_engine"](), own_tables(name))]
+    container.create_all()
+    try:
+        yield frozenset(names)
+    finally:
+        for name in reversed(names):
+            container.drop_all(name)
+
+
+def _has_some(engine: Engine, tables: Sequence[Table]) -> bool:
+    inspector = inspect(engine)
+    return any(inspector.has_table(table.name, schema=table.schema) for table in tables)
+
+
 # ---- hooks -------------------------------------------------------------------------------------------------------------
 
 
@@ -199,3 +245,29 @@ def captured_hooks(container: DatabaseContainer) -> Generator[CapturedHooks]:
         yield hooks
     finally:
         captures[:] = [other for other in captures if other is not hooks]
+
+
+# ---- unittest ---------------------------------------------------------------------------------------------------------
+
+
+class IsolatedTestCase(unittest.TestCase):
+    """A test case whose tests are isolated: `class TestOrders(IsolatedTestCase)`, with the container in `container`.
+
+    With coroutines it is `class TestOrders(IsolatedTestCase, IsolatedAsyncioTestCase)`. Each test has `self.isolation`, whose
+    `session()` prepares and checks. A `setUp` of its own begins with `super().setUp()`.
+    """
+
+    container: ClassVar[DatabaseContainer]
+    connections: ClassVar[Collection[str] | None] = None
+    """Those to isolate, if not all."""
+    isolation: Isolation
+
+    def setUp(self) -> None:
+        super().setUp()
+        container = getattr(type(self), "container", None)
+        if container is None:
+            raise InvalidUse(
+                f"{type(self).__name__} has no container to isolate",
+                "Write `container = container`, your application's, in the class",
+            )
+        self.isolation = self.enterContext(isolated(container, self.connections))

@@ -7,8 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
+
 from app_db.container import DatabaseContainer
 from app_db.overrides import Override, declared, names_of, place_of, settings_of
+from app_db.schema import own_tables
 from app_db.settings import ConnectionSettings, DatabaseSettings, PoolSettings
 
 
@@ -28,8 +32,27 @@ class ThrowAway(Override):
             self.clean_up()
             raise
 
+    def __enter__(self) -> DatabaseSettings:
+        settings = super().__enter__()
+        try:
+            _make_tables(self.container, settings)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return settings
+
     def clean_up(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _make_tables(container: DatabaseContainer, settings: DatabaseSettings) -> None:
+    """Make the models' tables, those of read-only connections too, whose databases would be empty for ever."""
+    container.create_all()
+    for name, connection in settings.connections.items():
+        tables = own_tables(name)
+        if tables and connection.read_only and connection.mirror is None:
+            engine = create_engine(connection.sqlalchemy_url(), poolclass=NullPool)
+            tables[0].metadata.create_all(engine, tables=tables)
 
 
 _USAGE = ("read_only", "transactional", "statement_timeout", "echo", "session")

@@ -72,6 +72,7 @@ EXAMPLES: list[AppDbError] = [
     errors.TwoPhaseUnavailable(PROBLEMS),
     errors.DecisionFileDamaged("/srv/decisions", 35, "the line there is not as it was written"),
     errors.DecisionFileFull("/srv/decisions", 1000, 9),
+    errors.CannotMakeDatabase("writer", "shop_gw0", "permission denied to create database"),
     errors.CannotIsolate("writer", "A COMMIT sent as SQL", "Use SQLAlchemy's own methods"),
     errors.IsolationTimeout("writer", ["the thread 'MainThread', which uses 'writer'"], 5.0),
     errors.IsolationTimeout("", [], 5.0),

@@ -12,12 +12,15 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "app_db"
+PLUGIN = ROOT / "pytest_app_db.py"
 
 LAYERS = {
     "errors": 0,
@@ -55,8 +58,9 @@ LAYERS = {
     "checks": 3,
     "container": 4,
     "overrides": 5,
+    "row_counts": 5,
     "throw_away": 5,
-    "pytest_plugin": 5,
+    "worker_databases": 5,
     "testing": 5,
     "turns": 1,
     "shared_kinds": 1,
@@ -103,8 +107,11 @@ SIDEWAYS = {
     ("testing", "overrides"): "what tests switch is overridden in one way",
     ("testing", "throw_away"): "throw-away databases are a switch of testing",
     ("throw_away", "overrides"): "they are other settings for a while",
+    ("testing", "worker_databases"): "databases of a worker's own are a switch of testing",
+    ("worker_databases", "overrides"): "they are other settings for a while",
+    ("testing", "row_counts"): "what a test has left is found by counting",
+    ("row_counts", "overrides"): "which connections there are is told there",
     ("cli", "testing"): "the command line shows what testing can do",
-    ("pytest_plugin", "testing"): "the fixtures are those of testing, for pytest",
     ("__main__", "cli"): "python -m app_db is the command line",
 }
 
@@ -131,7 +138,7 @@ ON_DEMAND = {
 }
 """What may be imported inside a function, under TYPE_CHECKING or in a `try`, and never by importing app_db."""
 
-EDGES = {"integrations", "testing", "pytest_plugin", "cli", "__main__"}
+EDGES = {"integrations", "testing", "cli", "__main__"}
 """Rooms that meet a framework, a test runner or a terminal: those may import it."""
 
 
@@ -148,6 +155,8 @@ class Import:
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:
+    if package not in path.parents:
+        return path.stem
     parts = (package.name, *path.relative_to(package).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -296,6 +305,20 @@ def test_integrations_use_public_names_only() -> None:
         if name.startswith("_")
     ]
     assert private == []
+
+
+def test_the_plugin_of_pytest_stands_beside_the_package_and_uses_public_names_on_demand() -> None:
+    found = [found for found in imports_of(PLUGIN) if found.target.partition(".")[0] not in {*sys.stdlib_module_names, "pytest"}]
+    assert [str(eager) for eager in found if not eager.on_demand] == []
+    assert {found.target.partition(".")[0] for found in found} == {"app_db", "sqlalchemy"}
+    names = {(found.target, name) for found in found if found.target.startswith(PACKAGE.name) for name in found.names}
+    public = {module: import_module(module) for module in ("app_db", "app_db.errors", "app_db.testing")}
+    assert [f"{module}.{name}" for module, name in sorted(names) if name not in _listed(public[module])] == []
+
+
+def _listed(module: ModuleType) -> list[str]:
+    listed: list[str] = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+    return listed
 
 
 # ---- the check itself can fail ----------------------------------------------------------------------------------------

@@ -18,14 +18,24 @@ from dependency_injector import providers
 from dependency_injector.wiring import Provide
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
-from app_db import Connection, Container, DatabaseContainer, DatabaseSettings, container_of, transactional
+from app_db import Connection, Container, DatabaseContainer, DatabaseSettings, container_of, metadata_of, transactional
 from app_db.container import KINDS
-from app_db.errors import AwaitRequired, HookFailed, InvalidUse, ReadOnlyViolation, SettingsError
-from app_db.testing import CapturedHook, captured_hooks, overridden, sqlite
+from app_db.errors import AwaitRequired, CannotMakeDatabase, HookFailed, InvalidUse, ReadOnlyViolation, SettingsError
+from app_db.testing import (
+    CapturedHook,
+    RowCounts,
+    captured_hooks,
+    isolated,
+    made_tables,
+    overridden,
+    sqlite,
+    worker_databases,
+)
 from servers import PostgresServer
 
 NOWHERE = "postgresql+psycopg://nobody:hunter2@127.0.0.1:1/nothing"
@@ -227,6 +237,8 @@ def test_engines_of_other_loops_are_put_back_and_disposed_too(container: Contain
     with overridden(container, settings_for(writer=place("meanwhile"))):
         assert loop.run_until_complete(where_async(container)) == "meanwhile"
         assert loop.run_until_complete(_engine_of(container)) is not before[0]
+        assert open_files("meanwhile.db")
+    assert not open_files("meanwhile.db")
     assert [loop.run_until_complete(_engine_of(container)) for loop in (loop, other)] == before
     for each in (loop, other):
         each.run_until_complete(container.shutdown_resources())
@@ -325,6 +337,32 @@ def _backends(request: pytest.FixtureRequest) -> int:
         count = int(connection.scalar(text(query)) or 0)
     engine.dispose()
     return count
+
+
+def test_other_settings_inside_an_isolation_are_not_isolated_and_it_goes_on_afterwards(
+    container: Container, place: Callable[[str], str]
+) -> None:
+    add, count = text("INSERT INTO place VALUES ('z')"), text("SELECT count(*) FROM place")
+
+    def write_and_count() -> int:
+        with container.transaction():
+            container.writer_session().execute(add)
+        with container.transaction(read_only=True):
+            return int(container.writer_session().scalar(count) or 0)
+
+    coordinator = container.coordinator()
+    with isolated(container) as isolation:
+        assert write_and_count() == 2
+        with overridden(container, settings_for(writer=place("meanwhile"))):
+            assert coordinator.rehearsal is None, "units there commit for good, in two phases where they should"
+            assert write_and_count() == 2
+            with isolated(container):
+                assert write_and_count() == 3
+            assert write_and_count() == 3
+        assert coordinator.rehearsal is isolation
+        assert write_and_count() == 3
+    with container.transaction():
+        assert container.writer_session().scalar(count) == 1
 
 
 # ---- other URLs ------------------------------------------------------------------------------------------------------
@@ -487,6 +525,140 @@ def test_a_throw_away_database_is_removed_after_an_error_too() -> None:
     with pytest.raises(LookupError) as caught, sqlite(container) as given:
         raise LookupError(given.connection("writer").sqlalchemy_url().database)
     assert not Path(str(caught.value)).parent.exists()
+
+
+class Facts(DeclarativeBase):
+    metadata = metadata_of("facts")
+
+
+class Fact(Facts):
+    __tablename__ = "testing_facts"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_throw_away_databases_have_the_tables_of_the_models(read_only: bool) -> None:
+    settings = settings_for(facts={"url": NOWHERE, "read_only": read_only})
+    container = container_of("facts")(settings=settings)
+    with sqlite(container), container.transaction():
+        assert container.providers["facts_session"]().query(Fact).count() == 0
+
+
+# ---- what a test has left ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def facts(new_database_url: Callable[[], str]) -> Iterator[DatabaseContainer]:
+    container = container_of("facts")(settings=settings_for(facts=new_database_url()))
+    yield container
+    container.shutdown_resources()
+
+
+def add_fact(container: DatabaseContainer) -> None:
+    with container.transaction():
+        container.providers["facts_session"]().add(Fact())
+
+
+def test_rows_that_were_committed_are_told_by_table_and_deleted_where_the_tables_are_the_tests_own(
+    facts: DatabaseContainer,
+) -> None:
+    with made_tables(facts) as own:
+        assert own == {"facts"}
+        counts = RowCounts(facts)
+        assert counts.differences() == []
+        add_fact(facts)
+        told = "the table 'testing_facts' of 'facts' has 1 row more than before, committed outside the isolation"
+        assert counts.differences() == [told]
+        after = RowCounts(facts)
+        assert counts.differences(own) == [f"{told} (deleted again)"]
+        assert counts.differences(own) == []
+        assert after.differences(own) == [told.replace("more", "fewer")], "there were rows before, which nobody can give back"
+        with isolated(facts):
+            add_fact(facts)
+            inside = RowCounts(facts)
+            add_fact(facts)
+            assert inside.differences(own) == []
+        assert RowCounts(facts, ["facts"]).differences() == counts.differences() == []
+
+
+def test_tables_that_were_there_are_not_dropped(facts: DatabaseContainer) -> None:
+    facts.create_all()
+    with made_tables(facts) as own:
+        assert own == frozenset()
+    add_fact(facts)
+
+
+def test_a_lock_that_a_test_has_left_is_told_and_not_waited_for(new_postgres_url: Callable[[], str]) -> None:
+    container = container_of("facts")(settings=settings_for(facts=new_postgres_url()))
+    container.create_all()
+    counts = RowCounts(container)
+    with container.providers["facts_engine"]().connect() as connection:
+        connection.execute(text("LOCK TABLE testing_facts IN ACCESS EXCLUSIVE MODE"))
+        (told,) = counts.differences()
+    assert told.startswith("the rows of 'facts' can't be counted any more: LockNotAvailable")
+    assert counts.differences() == []
+    container.shutdown_resources()
+
+
+# ---- databases of a worker ---------------------------------------------------------------------------------------------
+
+
+def test_a_worker_has_databases_of_its_own_which_connections_that_read_them_follow(new_database_url: Callable[[], str]) -> None:
+    url = new_database_url()
+    connections: dict[str, Any] = {
+        "writer": url,
+        "audit": {"url": url, "transactional": False},
+        "a_replica": {"url": url, "read_only": True},
+        "mirror": {"mirror": "writer", "read_only": True},
+        "elsewhere": {"url": NOWHERE, "read_only": True},
+        "memory": "sqlite://",
+        "not_declared": NOWHERE,
+    }
+    container = container_of(*(name for name in connections if name != "not_declared"))(settings=settings_for(**connections))
+    before = {name: container.settings().connection(name).sqlalchemy_url() for name in connections}
+    with worker_databases(container, "gw7") as given:
+        after = {name: given.connection(name).sqlalchemy_url() for name in connections}
+        with container.transaction():
+            container.providers["writer_session"]().execute(text("CREATE TABLE t (id INTEGER)"))
+        for name in ("audit", "a_replica", "mirror"):
+            with container.transaction():
+                assert container.providers[f"{name}_session"]().scalar(text("SELECT count(*) FROM t")) == 0
+        assert given.connection("a_replica").read_only
+        assert not given.connection("audit").transactional
+    for name in ("elsewhere", "memory", "not_declared"):
+        assert after[name] == before[name]
+    own = str(after["writer"].database)
+    assert Path(own).name.replace("_gw7", "") == Path(str(before["writer"].database)).name
+    with pytest.raises(DBAPIError), create_engine(after["writer"], poolclass=NullPool).connect() as connection:
+        connection.execute(text("SELECT count(*) FROM t"))  # SQLite makes the file again, empty
+
+
+def test_a_workers_database_that_was_left_is_used_and_dropped(postgres: PostgresServer, new_postgres_url: Any) -> None:
+    url = new_postgres_url()
+    name = url.rpartition("/")[2]
+    postgres.execute(f"CREATE DATABASE {name}_gw7")
+    container = container_of("writer")(settings=settings_for(writer=url))
+    kept = []
+    with worker_databases(container, "gw7"):
+        other = create_engine(postgres.url(f"{name}_gw7"))
+        kept.append(other.connect())  # whoever is still there does not keep it
+    for engine in (create_engine(url, poolclass=NullPool),):
+        with engine.connect() as connection:
+            query = text("SELECT count(*) FROM pg_database WHERE datname = :name")
+            assert connection.scalar(query, {"name": f"{name}_gw7"}) == 0
+    kept[0].invalidate()
+    kept[0].close()
+    other.dispose()
+
+
+def test_a_server_that_is_not_there_is_said_without_a_password() -> None:
+    container = container_of("writer")(settings=settings_for(writer=NOWHERE))
+    before = container.settings()
+    with pytest.raises(CannotMakeDatabase) as caught, worker_databases(container, "gw7"):
+        pass
+    assert (caught.value.connection, caught.value.database) == ("writer", "nothing_gw7")
+    assert "hunter2" not in str(caught.value)
+    assert container.settings() is before
 
 
 # ---- hooks that are only noted ---------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import assert_type
+from unittest import IsolatedAsyncioTestCase
 
 from dependency_injector import containers, providers
 from dependency_injector.wiring import Provide, inject
@@ -44,6 +45,17 @@ from app_db import (
     orm_base,
     retryable,
     transactional,
+)
+from app_db.testing import (
+    CapturedHook,
+    CapturedHooks,
+    IsolatedTestCase,
+    Isolation,
+    captured_hooks,
+    isolated,
+    overridden,
+    sqlite,
+    worker_databases,
 )
 
 
@@ -425,6 +437,47 @@ def fill(container: Shop) -> None:
 
 async def fill_async(container: Shop) -> None:
     assert_type(await container.async_bootstrap(count_async, on="writer"), bool)
+
+
+# ---- testing -------------------------------------------------------------------------------------------------------------
+
+
+def switch(container: Shop) -> None:
+    with overridden(container, settings()) as given:
+        assert_type(given, DatabaseSettings)
+    with overridden(container, {"writer": "sqlite://"}), sqlite(container) as throw_away, worker_databases(container, "gw0"):
+        assert_type(throw_away, DatabaseSettings)
+    with captured_hooks(container) as hooks:
+        assert_type(hooks, CapturedHooks)
+        hooks.run()
+    assert hooks == [CapturedHook(print, "committed", sep="")]
+    with isolated(container, ["writer"], patience=1) as isolation, isolation.session("writer") as session:
+        assert_type(isolation, Isolation)
+        assert_type(session, Session)
+
+
+async def switch_async(container: Shop) -> None:
+    async with overridden(container, settings()) as given, sqlite(container):
+        assert_type(given, DatabaseSettings)
+    with captured_hooks(container) as hooks:
+        await hooks.run_awaited()
+    async with isolated(container) as isolation, isolation.async_session("writer") as session:
+        assert_type(session, AsyncSession)
+
+
+class TestShop(IsolatedTestCase):
+    container = Shop()
+    connections = ("writer",)
+
+    def test_it(self) -> None:
+        assert_type(self.isolation, Isolation)
+
+
+class TestShopAsync(IsolatedTestCase, IsolatedAsyncioTestCase):
+    container = Shop()
+
+    async def test_it(self) -> None:
+        assert_type(self.isolation.names, Sequence[str])
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------------
