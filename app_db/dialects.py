@@ -15,6 +15,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -358,6 +359,9 @@ class SQLite(Database):
         def set_up(dbapi_connection: Any, record: Any) -> None:
             if not settings.read_only:
                 _use_wal(dbapi_connection)
+            elif settings.mirror is not None:
+                with suppress(Exception):  # what it mirrors couldn't, once this one reads; where it can't either, it needn't
+                    _use_wal(dbapi_connection)
             _execute(dbapi_connection, *pragmas)
 
     def _begin_ourselves(self, engine: Engine, statement: str) -> None:

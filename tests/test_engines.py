@@ -58,6 +58,19 @@ def execute(engine: Engine, *statements: str) -> None:
 # ---- SQLite --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_sqlite_file_can_be_written_by_a_unit_that_has_read_it_first(tmp_path: Path) -> None:
+    """A file that somebody else made is not in WAL mode, and can't be put into it while it is read."""
+    file = tmp_path / "made.db"
+    with sqlite3.connect(file) as made:
+        made.execute("CREATE TABLE t (x)")
+    settings = DatabaseSettings(_env_file=None, connections={"writer": {"url": f"sqlite:///{file}"}})
+    container = Container(settings=settings)
+    with container.transaction():
+        assert container.reader_session().execute(text("SELECT x FROM t")).all() == []
+        container.writer_session().execute(text("INSERT INTO t VALUES (1)"))
+    container.shutdown_resources()
+
+
 def test_sqlite_files_are_in_wal_mode_with_foreign_keys_and_a_busy_timeout(
     new_engine: Callable[..., Engine], sqlite_url: str
 ) -> None:
