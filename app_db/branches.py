@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
@@ -164,6 +164,11 @@ class Branch:
     def connection(self) -> Connection:
         """Its connection; a branch that takes part in an atomic commit has exactly one."""
         return next(iter(self._connections))
+
+    @property
+    def connections(self) -> Iterable[Connection]:
+        """All connections that its session has begun on."""
+        return self._connections
 
     @property
     def finished(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -29,6 +30,7 @@ from app_db.errors import (
     TransactionLost,
 )
 from app_db.lines import Answer, Exchange, Line, Outcome, exchange
+from app_db.overlays import Overlay
 from app_db.statements import Effect
 from app_db.xids import log_of
 
@@ -64,11 +66,11 @@ class CommittingWork(Protocol):
     def places(self) -> DecisionPlaces: ...
 
 
-def flush_for_good(branches: Sequence[Branch]) -> None:
-    """Do all that precedes COMMIT on every branch: a listener may write where nothing was written, or have a session join."""
-    for branch in branches:  # of which there may be more by then
-        branch.flush_for_good()
-    late = next((branch.name for branch in branches if branch.session.has_unflushed), None)
+def flush_for_good(overlays: Sequence[Overlay], branches: Sequence[Branch]) -> None:
+    """Do all that precedes COMMIT on every session: a listener may write where nothing was written, or have a session join."""
+    for part in chain[Overlay | Branch](overlays, branches):  # of which there may be more by then
+        part.flush_for_good()
+    late = next((part.name for part in chain[Overlay | Branch](overlays, branches) if part.session.has_unflushed), None)
     if late is not None:
         raise InvalidUse(
             f"A listener to before_commit changed objects of the {late!r} session after their last flush",

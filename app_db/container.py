@@ -23,15 +23,18 @@ from app_db.manager import ContextTransactionManager
 from app_db.models import connection_of, described
 from app_db.recovery import Recovery, build_recovery
 from app_db.reflection import ReflectedSchema, connections_in, reflect, reflect_schema
+from app_db.routing import RoutingHome, RoutingSession, build_routing_session
 from app_db.schema import create_all, drop_all
 from app_db.sessions import SessionHome, build_scoped_session, build_sessionmaker
-from app_db.settings import DatabaseSettings
+from app_db.settings import DatabaseSettings, SessionSettings
 from app_db.transactions import Transaction, build_transaction, build_unit
 from app_db.units import UnitOfWork
 from app_db.urls import require_greenlet
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+
+    from app_db.async_routing import AsyncRoutingSession
 
     DeclarativeMeta = type
 else:
@@ -49,7 +52,9 @@ KINDS = (
 )
 """What every connection provides: `NAME.KIND`, and `NAME_KIND` beside it."""
 
-_PLUMBING = frozenset({"__self__", "coordinator", "database_container", "decision_places", "lifecycle", "name"})
+_PLUMBING = frozenset(
+    {"__self__", "async_routing", "coordinator", "database_container", "decision_places", "lifecycle", "name", "routing"}
+)
 """Providers that no error suggests to anybody."""
 
 
@@ -395,6 +400,42 @@ def _refuse_taken_names(name: str, bases: Iterable[type], attributes: Iterable[s
         )
 
 
+# ---- the session that finds its database --------------------------------------------------------------------------------
+
+
+def _routing_home(container: DatabaseContainer | None, kind: str) -> tuple[RoutingHome, SessionSettings]:
+    container = _require_instance(container, kind)
+    home = RoutingHome(
+        container.coordinator(),
+        container.settings,
+        lambda: [name for name, provider in container.providers.items() if isinstance(provider, Connection)],
+        lambda name: getattr(container, f"{name}_{kind}")(),
+        asynchronous=kind == "async_session",
+    )
+    return home, home.session_settings()
+
+
+def _build_routing(container: DatabaseContainer | None) -> scoped_session[RoutingSession]:
+    return build_routing_session(*_routing_home(container, "session"))
+
+
+def _current_routing_session(scoped: scoped_session[RoutingSession]) -> RoutingSession:
+    session: RoutingSession = scoped.registry()
+    return session
+
+
+def _build_async_routing(container: DatabaseContainer | None) -> async_scoped_session[AsyncRoutingSession]:
+    require_greenlet()
+    from app_db.async_routing import build_async_routing_session
+
+    return build_async_routing_session(*_routing_home(container, "async_session"))
+
+
+def _current_async_routing_session(scoped: async_scoped_session[AsyncRoutingSession]) -> AsyncRoutingSession:
+    session: AsyncRoutingSession = scoped.registry()
+    return session
+
+
 # ---- what an application subclasses -----------------------------------------------------------------------------------
 
 
@@ -418,9 +459,9 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
 
     `settings` come from the environment, unless an instance is given others. `transaction` makes a unit of work for `with`,
     with the options of `transactional`, and `unit` is the one under way; `session_of(Model)` is its session of the model's
-    connection. `create_all`, `drop_all`, `reflect`, `reflect_schema` and `bootstrap` make, drop, read and fill tables.
-    `transaction_manager` follows the context; give the instance `transaction.manager` to share zope's own. Engines are made at
-    first use, and `shutdown_resources()` disposes them.
+    connection. Statements of `session` and, for coroutines, of `async_session` find their connections. `create_all`, `drop_all`,
+    `reflect`, `reflect_schema` and `bootstrap` make, drop, read and fill tables. `transaction_manager` follows the context; give
+    the instance `transaction.manager` to share zope's own. Engines are made at first use; `shutdown_resources()` disposes them.
     """
 
     instance_type = _DatabaseInstance
@@ -443,6 +484,10 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
     drop_all: providers.Provider[None] = providers.Callable(drop_all, database_container)
     bootstrap: providers.Provider[bool] = providers.Callable(bootstrap, database_container)
     async_bootstrap: providers.Provider[Awaitable[bool]] = providers.Callable(async_bootstrap, database_container)
+    routing = providers.ThreadSafeSingleton(_build_routing, database_container)
+    session: providers.Provider[RoutingSession] = providers.Callable(_current_routing_session, routing)
+    async_routing = providers.ThreadSafeSingleton(_build_async_routing, database_container)
+    async_session: providers.Provider[AsyncRoutingSession] = providers.Callable(_current_async_routing_session, async_routing)
 
     if TYPE_CHECKING:
 

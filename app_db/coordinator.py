@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sqlalchemy.exc import PendingRollbackError
@@ -28,6 +29,7 @@ from app_db.errors import (
     UnitOfWorkTimeout,
 )
 from app_db.manager import retryable
+from app_db.overlays import OverlaidSession, Overlay
 from app_db.xids import Xid, new_unit_id
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Work:
         self.transaction = transaction
         self.sessions: dict[str, Any] = {}  # of threads and of coroutines
         self.branches: list[Branch] = []
+        self.overlays: list[Overlay] = []
         self._savepoints: list[WorkSavepoint] = []
         self.errors_afterwards: list[Exception] = []
         self.interruption: BaseException | None = None
@@ -122,9 +125,7 @@ class Work:
 
     def join(self, data_manager: Any) -> None:
         """Take part with a session's data manager."""
-        if not self._joined:
-            self.transaction.join(self)
-            self._joined = True
+        self._take_part()
         session = data_manager.session
         kind = BranchOffLoop if self.asynchronous and not session.home.asynchronous else Branch
         branch = session.branch = kind(self, data_manager, session, session.home)
@@ -132,7 +133,21 @@ class Work:
             cast("AwaitedTransaction", self.transaction).awaits = True
         self.branches.append(branch)
 
+    def _take_part(self) -> None:
+        if not self._joined:
+            self.transaction.join(self)
+            self._joined = True
+
     # -- what sessions ask
+
+    def overlay(self, session: OverlaidSession, transaction: Any, *, asynchronous: bool) -> Overlay:
+        """Take part with a session that uses the connections of the branches."""
+        self._take_part()
+        if asynchronous:
+            cast("AwaitedTransaction", self.transaction).awaits = True
+        overlay = Overlay(session, transaction, blocks_loop=self.asynchronous and not asynchronous)
+        self.overlays.append(overlay)
+        return overlay
 
     def is_open(self, branch: Branch | None = None) -> bool:
         """Return whether a session may begin or go on here; once branches are being committed, only what is one of them may."""
@@ -226,15 +241,17 @@ class Work:
         self._refuse_what_cannot_commit()
 
     def tpc_vote(self, transaction: Transaction) -> None:
-        if len(self.branches) > 1:
-            self._flush()  # what other data managers wrote while they voted
-            self._refuse_what_cannot_commit()
-            flush_for_good(self.branches)
+        if len(self.branches) > 1 or self.overlays:
+            if len(self.branches) > 1:
+                self._flush()  # what other data managers wrote while they voted
+                self._refuse_what_cannot_commit()
+            flush_for_good(self.overlays, self.branches)
             self._refuse_partial_commit()
         self._committing = True
         commit_branches(self)
         self._ended = True
         self.branches.clear()
+        self._end_overlays()
         self._give_sessions_back()
 
     def tpc_finish(self, transaction: Transaction) -> None:
@@ -251,6 +268,11 @@ class Work:
         """
         self.finishing = True
         interruption: BaseException | None = None
+        for overlay in self.overlays:
+            try:
+                overlay.roll_back()
+            except BaseException as error:  # noqa: BLE001  # the same
+                interruption = error
         for branch in sorted(self.branches, key=position):
             try:
                 if branch.home.autonomous and not branch.tried:
@@ -259,6 +281,7 @@ class Work:
             except BaseException as error:  # noqa: BLE001  # raised below, once the other connections are returned as well
                 interruption = error
         self.branches.clear()
+        self.overlays.clear()
         self._named.clear()
         self._savepoints.clear()
         self._joined = False
@@ -269,8 +292,19 @@ class Work:
     def forget(self) -> None:
         """Let go of sessions and branches once the unit has ended."""
         self.branches.clear()
+        self.overlays.clear()
         self._named.clear()
         self.sessions.clear()
+
+    def _end_overlays(self) -> None:
+        """Detach the objects of sessions that used the branches' connections."""
+        for overlay in self.overlays:
+            try:
+                overlay.end()
+            except Exception as error:
+                log.exception("A unit of work has committed, and then a listener of its session failed")
+                self.errors_afterwards.append(error)
+        self.overlays.clear()
 
     def _give_sessions_back(self) -> None:
         """Offer the sessions to units to come."""
@@ -281,7 +315,9 @@ class Work:
 
     def savepoint(self) -> WorkSavepoint:
         """Take a savepoint on every branch that has them."""
-        savepoint = WorkSavepoint(self, [branch for branch in self.branches if branch.has_savepoints])
+        for overlay in self.overlays:  # first: what is pending there is no part of what the savepoint can undo
+            overlay.flush()
+        savepoint = WorkSavepoint(self, [*(branch for branch in self.branches if branch.has_savepoints), *self.overlays])
         self._savepoints.append(savepoint)
         return savepoint
 
@@ -291,19 +327,22 @@ class Work:
 
     # -- how it ends
 
+    def _parts(self) -> Iterable[Overlay | Branch]:
+        return chain(self.overlays, self.branches)
+
     def _flush(self) -> None:
-        for branch in self.branches:  # a flush may make another session join, which this loop then reaches
+        for part in self._parts():  # a flush may make another session join, which this loop then reaches
             try:
-                branch.flush()
+                part.flush()
             except PendingRollbackError as error:  # an earlier flush failed, and its error was swallowed
-                raise TransactionLost(branch.name) from error
+                raise TransactionLost(part.name) from error
 
     def _refuse_what_cannot_commit(self) -> None:
         if self.timed:
             self.refuse_overtime()
-        for branch in self.branches:
-            if branch.has_lost_transaction():
-                raise TransactionLost(branch.name)
+        for part in self._parts():
+            if part.has_lost_transaction():
+                raise TransactionLost(part.name)
         if len(self.branches) > 1:
             self._refuse_partial_commit()
 
@@ -322,29 +361,35 @@ class Work:
 class WorkSavepoint:
     """A savepoint across the branches of a unit of work. It can be rolled back to any number of times, or released once."""
 
-    def __init__(self, work: Work, branches: list[Branch]) -> None:
+    def __init__(self, work: Work, parts: Sequence[Branch | Overlay]) -> None:
         self._work = work
-        self._nested = [(branch, branch.savepoint()) for branch in branches]
+        self._nested = [(part, part.savepoint()) for part in parts]
 
     def rollback(self) -> None:
         """Undo what was done since; sessions that joined since begin anew."""
-        older = [branch for branch, _ in self._nested]
+        older = [part for part, _ in self._nested]
         self._work.finishing = True
+        for overlay in self._work.overlays:
+            if overlay not in older:
+                overlay.roll_back()
         for branch in self._work.branches:
             if branch.has_savepoints and branch not in older:
+                for overlay in self._work.overlays:
+                    overlay.leave(branch.connections)
                 branch.roll_back()
         self._work.finishing = False
+        self._work.overlays[:] = [overlay for overlay in self._work.overlays if not overlay.finished]
         self._work.branches[:] = [branch for branch in self._work.branches if not branch.finished]
-        for branch, nested in reversed(self._nested):
-            branch.roll_back_to(nested)
-        self._nested = [(branch, branch.savepoint()) for branch in older]
+        for part, nested in reversed(self._nested):
+            part.roll_back_to(nested)
+        self._nested = [(part, part.savepoint()) for part in older]
         self._forget_later_ones()
 
     def release(self) -> None:
         """Keep what was done since, and give the savepoint up."""
-        for branch, nested in reversed(self._nested):
+        for part, nested in reversed(self._nested):
             if nested.is_active:
-                branch.release(nested)
+                part.release(nested)
         self._nested = []
         self._forget_later_ones()
         if self in self._work._savepoints:

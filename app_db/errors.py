@@ -375,6 +375,22 @@ class UnitOfWorkTimeout(UnitOfWorkError, TimeoutError):
         )
 
 
+class ReplicaUnavailable(UnitOfWorkError, TransientError):  # type: ignore[misc]  # transaction has no type hints
+    """A replica to which a read was sent could not be reached. The connection whose replica it is was not asked."""
+
+    def __init__(self, connection: str, replica_of: str) -> None:
+        super().__init__(connection, replica_of)
+        self.connection = connection
+        self.replica_of = replica_of
+
+    def __str__(self) -> str:
+        return (
+            f"The connection {self.connection!r}, a replica of {self.replica_of!r}, could not be reached; the cause says why. "
+            f"Start its server; or read from {self.replica_of!r}, in a block of `session.using({self.replica_of!r})` or, in all "
+            f"units, by setting APP_DB_CONNECTIONS__{self.connection.upper()}__REPLICA_OF to nothing."
+        )
+
+
 class InvalidUse(AppDbError):
     """Something of app_db was used in a way that has no meaning; most often options that contradict each other."""
 

@@ -139,9 +139,27 @@ class UnitSession(Session):
         if not (self.home.read_only or work.read_only):
             self.home.make_log()
 
+    def take_part(self) -> None:
+        """Be a part of what the unit of work commits."""
+        _branch_of(self)
+
+    def begin_on(self, connection: Connection) -> None:
+        """Begin on a connection, as a part of the unit of work."""
+        try:
+            branch = _branch_of(self)
+        except UnitOfWorkError:
+            connection.close()  # a thread waited for it while its unit was aborted, and nobody else will return it
+            raise
+        if connection.dialect is not self.home.watched:
+            _watch(connection.engine)
+            self.home.watched = connection.dialect
+        branch.uses(connection)
+
     @property
     def has_unflushed(self) -> bool:
         """Whether something was changed that no flush has reached."""
+        if self._is_clean():  # as most are that are asked, and this says so at once
+            return False
         return bool(self.new or self.deleted or any(self.is_modified(instance) for instance in self.dirty))
 
     @property
@@ -378,20 +396,12 @@ def _require_unit_to_attach(session: UnitSession, state: object) -> None:
 
 @event.listens_for(UnitSession, "after_attach", raw=True)
 def _join_with_object(session: UnitSession, state: object) -> None:
-    _branch_of(session)
+    session.take_part()
 
 
 @event.listens_for(UnitSession, "after_begin")
 def _join_with_connection(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
-    try:
-        branch = _branch_of(session)
-    except UnitOfWorkError:
-        connection.close()  # a thread waited for it while its unit was aborted, and nobody else will return it
-        raise
-    if connection.dialect is not session.home.watched:
-        _watch(connection.engine)
-        session.home.watched = connection.dialect
-    branch.uses(connection)
+    session.begin_on(connection)
 
 
 @event.listens_for(UnitSession, "before_flush")

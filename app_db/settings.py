@@ -148,6 +148,7 @@ class ConnectionSettings(Group):
     password_provider: _ImportString | None = None
     read_only: bool = False
     mirror: str | None = None
+    replica_of: str | None = None
     two_phase: bool = False
     transactional: bool = True
     isolation_level: _IsolationLevel | None = None
@@ -301,6 +302,26 @@ class DatabaseSettings(BaseSettings):
         usage = {field: getattr(own, field) for field in type(own).model_fields if field not in _DATABASE_FIELDS}
         return owner.model_copy(update=usage)
 
+    def replicas(self) -> dict[str, str]:
+        """Return which connections reads may be sent to in place of another one: each with the name of that.
+
+        It is what `replica_of` names; where that isn't set, a read-only connection is the replica of what it mirrors, and
+        `reader` of `writer` where both are databases of one kind. An empty `replica_of` makes it nobody's.
+        """
+        names = {*self.connections, *(["reader"] if self._declared("reader") else [])}
+        found = {name: self._replicated_by(name) for name in sorted(names)}
+        return {name: owner for name, owner in found.items() if owner is not None}
+
+    def _replicated_by(self, name: str) -> str | None:
+        own = self.connection(name)
+        if own.replica_of is not None:
+            return own.replica_of or None
+        mirrored = self._mirrors(name)[-1]
+        owner = mirrored if mirrored != name else "writer" if name == "reader" and "writer" in self.connections else None
+        if owner is None or not own.read_only or self.connection(owner).read_only:
+            return None
+        return owner if _kind(own) == _kind(self.connection(owner)) else None
+
     def origins(self) -> list[Origin]:
         """Return where each setting that was given came from, sorted by variable, with secrets masked."""
         return list(self._origins)
@@ -329,6 +350,11 @@ class DatabaseSettings(BaseSettings):
         return names
 
 
+def _kind(connection: ConnectionSettings) -> str | None:
+    url = connection._url()
+    return None if url is None else url.get_backend_name()
+
+
 # ---- checking the whole -----------------------------------------------------------------------------------------
 
 
@@ -350,6 +376,8 @@ def _findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]
         for field, message in (*_contradictions_of_use(connection), *_contradictions_of_database(connection)):
             yield _contradiction(name, field, message)
         yield from _mirror_findings(settings, name, reading) if connection.mirror else _url_findings(name, connection, reading)
+        if connection.replica_of:
+            yield from _replica_findings(settings, name, connection.replica_of, reading)
         if connection.two_phase:
             yield from _two_phase_findings(settings, name)
     yield from _decision_log_findings(settings)
@@ -370,6 +398,8 @@ def _contradictions_of_use(connection: ConnectionSettings) -> Iterator[tuple[str
         yield "two_phase", "excludes READ_ONLY=true: where nothing is written, nothing can be prepared."
     if connection.read_only and not connection.transactional:
         yield "transactional", "=false excludes READ_ONLY=true: only writes can outlive the unit of work."
+    if connection.replica_of and not connection.read_only:
+        yield "replica_of", "needs READ_ONLY=true: nothing is written to a replica."
     if connection.two_phase and not connection.transactional:
         yield "two_phase", "excludes TRANSACTIONAL=false: a connection that commits by itself can't commit with others."
     if connection.isolation_level == "AUTOCOMMIT":
@@ -414,6 +444,27 @@ def _mirror_findings(settings: DatabaseSettings, name: str, reading: Reading) ->
         others = ", ".join(repr(known) for known in sorted(settings.connections) if known != name) or "none"
         message = f"leads to a connection that is not configured.{hint} Others configured are: {others}."
         yield _contradiction(name, "mirror", message)
+
+
+def _replica_findings(settings: DatabaseSettings, name: str, owner: str, reading: Reading) -> Iterator[Finding]:
+    known = settings._declared(owner)
+    if owner == name:
+        yield _contradiction(name, "replica_of", "names the connection itself. Name the one whose database it copies.")
+    elif known is None and not reading.has_refused(("connections", owner)):
+        others = ", ".join(repr(other) for other in sorted(settings.connections) if other != name) or "none"
+        hint = did_you_mean(owner, settings.connections)
+        message = f"names a connection that is not configured.{hint} Others configured are: {others}."
+        yield _contradiction(name, "replica_of", message)
+    elif known is not None and known.read_only:
+        yield _contradiction(name, "replica_of", f"names {owner!r}, which is read-only. Name the connection that writes.")
+    elif known is not None and None not in (kinds := {_end_kind(settings, name), _end_kind(settings, owner)}) and len(kinds) > 1:
+        yield _contradiction(name, "replica_of", f"names {owner!r}, which is a database of another kind.")
+
+
+def _end_kind(settings: DatabaseSettings, name: str) -> str | None:
+    """Return the kind of database that a connection leads to, where it leads to one."""
+    end = settings._declared(settings._mirrors(name)[-1])
+    return None if end is None else _kind(end)
 
 
 def _url_findings(name: str, connection: ConnectionSettings, reading: Reading) -> Iterator[Finding]:

@@ -94,6 +94,11 @@ def lifts_read_only(statement: str) -> bool:
     return _LIFTS_READ_ONLY.search(statement) is not None
 
 
+def is_harmless(function: str) -> bool:
+    """Return whether a function of that name is known to leave the data alone."""
+    return function.upper() in _HARMLESS
+
+
 @lru_cache(maxsize=2048)
 def effect_of(statement: str) -> Effect:
     """Return what `statement` does. A query that calls a function nobody vouches for may write."""

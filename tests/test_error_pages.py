@@ -57,6 +57,7 @@ EXAMPLES: list[AppDbError] = [
     errors.SessionIsManaged("writer", "rollback"),
     errors.UnitOfWorkDoomed("an inner unit failed with ValueError"),
     errors.UnitOfWorkTimeout(2.5),
+    errors.ReplicaUnavailable("reader", "writer"),
     errors.InvalidUse("attempts=3 was given to an inner unit", "Give it to the outermost one"),
     errors.ReadOnlyViolation("reader", "INSERT"),
     errors.ReadOnlyViolation("writer", "INSERT", whole_unit=True),

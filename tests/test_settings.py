@@ -519,6 +519,61 @@ def test_autocommit_where_a_unit_must_be_able_to_roll_back_is_refused_with_the_w
     assert "writer" in DatabaseSettings().connections
 
 
+# ---- replicas
+
+
+WRITER = {"url": "postgresql://shop@primary/shop"}
+COPY = {"url": "postgresql://shop@replica/shop", "read_only": True}
+
+
+@pytest.mark.parametrize(
+    ("connections", "replicas"),
+    [
+        ({"writer": WRITER}, {"reader": "writer"}),
+        ({"writer": WRITER, "reader": COPY}, {"reader": "writer"}),
+        ({"writer": WRITER, "reader": {"mirror": "writer", "read_only": True}}, {"reader": "writer"}),
+        ({"writer": WRITER, "reader": {"mirror": "writer"}}, {}),
+        ({"writer": WRITER, "reader": {**COPY, "read_only": False}}, {}),
+        ({"writer": WRITER, "reader": {**COPY, "replica_of": ""}}, {}),
+        ({"writer": WRITER, "reader": {"url": "sqlite://", "read_only": True}}, {}),
+        ({"writer": WRITER, "reader": {"url": "sqlite://"}, "copy": {**COPY, "replica_of": "writer"}}, {"copy": "writer"}),
+        ({"writer": WRITER, "copy": COPY}, {"reader": "writer"}),
+        ({"writer": WRITER, "copy": {"mirror": "writer", "read_only": True}}, {"copy": "writer", "reader": "writer"}),
+        ({"writer": WRITER, "copy": {"mirror": "writer", "read_only": True, "replica_of": ""}}, {"reader": "writer"}),
+        ({"dw": WRITER, "copy": {**COPY, "replica_of": "dw"}, "other": {"mirror": "copy", "read_only": True}}, {"copy": "dw"}),
+        ({"writer": WRITER, "dw": WRITER, "reader": {**COPY, "replica_of": "dw"}}, {"reader": "dw"}),
+        ({"writer": {**WRITER, "read_only": True}, "reader": COPY}, {}),
+        ({"log": WRITER, "reader": COPY}, {}),
+    ],
+)
+def test_a_replica_is_what_says_so_what_mirrors_and_the_reader(connections: dict[str, Any], replicas: dict[str, str]) -> None:
+    assert DatabaseSettings(_env_file=None, connections=connections).replicas() == replicas
+
+
+@pytest.mark.parametrize(
+    ("own", "problem"),
+    [
+        ({**COPY, "read_only": False, "replica_of": "writer"}, "needs READ_ONLY=true"),
+        ({**COPY, "replica_of": "writter"}, r"not configured\. Did you mean 'writer'\?"),
+        ({**COPY, "replica_of": "copy"}, "names the connection itself"),
+        ({**COPY, "replica_of": "reader"}, "names 'reader', which is read-only"),
+        ({"url": "sqlite://", "read_only": True, "replica_of": "writer"}, "a database of another kind"),
+    ],
+)
+def test_a_replica_of_what_it_cannot_be_is_refused(own: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ContradictorySettings, match=f"APP_DB_CONNECTIONS__COPY__REPLICA_OF: .*{problem}"):
+        DatabaseSettings(_env_file=None, connections={"writer": WRITER, "copy": own})
+
+
+def test_a_replica_can_be_made_nobodys_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", "sqlite:///writer.db")
+    monkeypatch.setenv("APP_DB_CONNECTIONS__READER__URL", "sqlite:///reader.db")
+    monkeypatch.setenv("APP_DB_CONNECTIONS__READER__READ_ONLY", "true")
+    assert DatabaseSettings().replicas() == {"reader": "writer"}
+    monkeypatch.setenv("APP_DB_CONNECTIONS__READER__REPLICA_OF", "")
+    assert DatabaseSettings().replicas() == {}
+
+
 def test_a_circle_of_mirrors_names_all_of_it(environment: Set) -> None:
     environment(A__MIRROR="b", B__MIRROR="c", C__MIRROR="b")
     problems = refused(ContradictorySettings)
@@ -818,7 +873,11 @@ def every_variable(model: type[BaseModel] = DatabaseSettings, prefix: str = "APP
 @pytest.mark.parametrize("variable", list(every_variable()))
 def test_every_setting_is_in_the_example(variable: str) -> None:
     lines = EXAMPLE.read_text().splitlines()
-    forms = [variable, variable.replace("__WRITER__MIRROR", "__READER__MIRROR")]
+    forms = [
+        variable,
+        variable.replace("__WRITER__MIRROR", "__READER__MIRROR"),
+        variable.replace("__WRITER__REPLICA_OF", "__READER__REPLICA_OF"),
+    ]
     assert any(line.removeprefix("# ").startswith((f"{form}=", f"{form}__")) for line in lines for form in forms)
 
 

@@ -35,6 +35,7 @@ from app_db import (
     PoolSettings,
     Propagation,
     Reflected,
+    RoutingSession,
     SessionSettings,
     Transaction,
     UnitOfWork,
@@ -147,6 +148,30 @@ def use_paths(container: Shop) -> None:
     assert_type(container.writer.sessionmaker(), sessionmaker[Session])
     assert_type(container.writer.scoped_session(), scoped_session[Session])
     assert_type(container.audit_log.session().get(Order, "A-1"), Order | None)
+
+
+def use_the_session_that_finds_its_database(container: Shop) -> None:
+    assert_type(container.session(), RoutingSession)
+    assert_type(container.session().get(Order, "A-1"), Order | None)
+    session: Session = container.session()
+    with container.session().using("reader"):
+        assert_type(session.scalars(select(Order)).one(), Order)
+
+
+async def use_the_async_session_that_finds_its_database(container: Shop) -> None:
+    session: AsyncSession = container.async_session()
+    with container.async_session().using("reader"):
+        assert_type((await session.scalars(select(Order))).one(), Order)
+
+
+@transactional
+def count_orders(session: Session = Provide[Container.session]) -> int:
+    return session.query(Order).count()
+
+
+@transactional
+async def count_orders_awaited(session: AsyncSession = Provide[Container.async_session]) -> int:
+    return len((await session.scalars(select(Order))).all())
 
 
 def use_flat_names(container: Shop) -> None:
