@@ -3,6 +3,7 @@
 | fixture | gives |
 |---|---|
 | `postgres`, `mariadb` | the session's server, shared by all tests: don't stop it |
+| `new_standby` | starts a streaming replica of a PostgreSQL server |
 | `new_postgres`, `new_mariadb` | starts servers of the test's own, to be stopped and killed at will |
 | `postgres_url`, `mariadb_url`, `sqlite_url` | the URL of an empty database, which is the test's own |
 | `new_postgres_url`, `new_mariadb_url`, `new_sqlite_url` | as many of those as the test asks for |
@@ -27,7 +28,7 @@ from typing import TypeVar
 
 import pytest
 
-from servers import MariaDBServer, PostgresServer, Server, ServerMissing, Setting, available, quick_tempdir
+from servers import MariaDBServer, PostgresServer, PostgresStandby, Server, ServerMissing, Setting, available, quick_tempdir
 
 S = TypeVar("S", bound=Server)
 
@@ -128,6 +129,19 @@ def new_postgres() -> Iterator[Callable[..., PostgresServer]]:
             server = _start(lambda: PostgresServer(version, settings=settings))
             stack.callback(server.close)
             return server
+
+        yield new
+
+
+@pytest.fixture
+def new_standby() -> Iterator[Callable[[PostgresServer], PostgresStandby]]:
+    """`new_standby(primary)` starts a streaming replica of a server; all end with the test."""
+    with ExitStack() as stack:
+
+        def new(primary: PostgresServer) -> PostgresStandby:
+            standby = _start(lambda: PostgresStandby(primary))
+            stack.callback(standby.close)
+            return standby
 
         yield new
 

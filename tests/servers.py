@@ -427,6 +427,47 @@ class PostgresServer(Server):
         return command
 
 
+class PostgresStandby(PostgresServer):
+    """A streaming replica of a running PostgreSQL server: it begins as a copy of that, and follows it."""
+
+    def __init__(self, primary: PostgresServer) -> None:
+        self.primary = primary
+        super().__init__(primary.version, settings=primary.settings)
+
+    def pause(self) -> None:
+        """Stand still at what the primary has written so far, whatever it writes from now on."""
+        self.catch_up()
+        self.execute("SELECT pg_wal_replay_pause()")
+        self._wait_for("SELECT pg_get_wal_replay_pause_state() = 'paused'")
+
+    def resume(self) -> None:
+        """Follow the primary again."""
+        self.execute("SELECT pg_wal_replay_resume()")
+
+    def catch_up(self) -> None:
+        """Wait until all is there that the primary has written."""
+        ((position,),) = self.primary.execute("SELECT pg_current_wal_insert_lsn()::text")
+        self._wait_for(f"SELECT pg_last_wal_replay_lsn() >= '{position}'::pg_lsn")
+
+    def _wait_for(self, query: str) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while self.execute(query) != [(True,)]:
+            if time.monotonic() > deadline:
+                raise ServerFailed(self._failure(f"did not come to answer {query}"))
+            time.sleep(0.02)
+
+    def _initialise(self) -> None:
+        self._run(
+            *(self.programs / "pg_basebackup", "--wal-method=stream", "--checkpoint=fast", "--no-sync", "--write-recovery-conf"),
+            *(f"--host={self.primary.host}", f"--port={self.primary.port}", f"--username={USER}", f"--pgdata={self.data}"),
+        )
+
+    def _as_owner(self) -> dict[str, Any]:
+        arguments = super()._as_owner()
+        arguments["env"]["PGPASSWORD"] = PASSWORD  # which --write-recovery-conf writes down
+        return arguments
+
+
 class MariaDBServer(Server):
     """A MariaDB server with a user for the tests that may do everything."""
 
