@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -395,6 +395,35 @@ def _commit(container: DatabaseContainer, unit: str, steps: Steps) -> None:
         steps.armed = True
 
 
+def _commit_routed(container: DatabaseContainer, unit: str, steps: Steps) -> None:
+    """Do the same through the session that finds its database."""
+    with container.transaction():
+        for name in _written(container):
+            container.session().add(_item_of(name)(name=unit))
+        steps.armed = True
+
+
+@cache
+def _item_of(connection: str) -> Any:
+    """A model of the table of items that is in the database of a connection."""
+    from sqlalchemy import MetaData
+    from sqlalchemy.orm import registry
+
+    from items import Item
+
+    table: Any = Item.__table__
+    metadata = MetaData(info={"app_db_connection": connection})
+    model = type("Item", (), {})
+    registry(metadata=metadata).map_imperatively(model, table.to_metadata(metadata))
+    return lambda name: _with(model(), name=name, amount=0)
+
+
+def _with(instance: Any, **values: Any) -> Any:
+    for key, value in values.items():
+        setattr(instance, key, value)
+    return instance
+
+
 def _commit_awaited(container: DatabaseContainer, unit: str, steps: Steps) -> None:
     """Do the same in a coroutine."""
     _run_awaited(container, unit, steps, _written(container))
@@ -450,7 +479,13 @@ def _commit_by_hand(container: DatabaseContainer, unit: str, steps: Steps) -> No
             connection.exec_driver_sql(f"COMMIT PREPARED '{unit} {name}'")
 
 
-WAYS = {"app_db": _commit, "awaited": _commit_awaited, "mixed": _commit_mixed, "by hand": _commit_by_hand}
+WAYS = {
+    "app_db": _commit,
+    "routed": _commit_routed,
+    "awaited": _commit_awaited,
+    "mixed": _commit_mixed,
+    "by hand": _commit_by_hand,
+}
 
 
 def _written(container: DatabaseContainer) -> list[str]:

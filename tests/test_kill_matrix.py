@@ -212,6 +212,19 @@ def test_the_databases_agree_wherever_in_its_commit_a_client_was_killed(
         scene.check_after_recovery(application, outcomes)
 
 
+@pytest.mark.parametrize("layout", [Layout("postgresql other", "a"), Layout("postgresql mariadb sqlite", "file")], ids=str)
+def test_the_databases_agree_wherever_a_client_was_killed_whose_session_finds_its_database(
+    layout: Layout, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
+) -> None:
+    with Scene(layout, servers, tmp_path) as scene, zygote.application(scene.settings) as application:
+        outcomes = [application.run("before", way="routed"), *application.die_at_every_step("unit", way="routed")]
+        assert outcomes[0].committed, outcomes[0].message
+        assert outcomes[-1].committed, outcomes[-1].message
+        scene.wait_for_servers()
+        assert left_in(scene.all_sites(), within=0) != [], "there is nothing to recover"
+        scene.check_after_recovery(application, outcomes)
+
+
 @pytest.mark.parametrize("layout", [Layout("postgresql other", "a"), Layout("postgresql sqlite", "a")], ids=str)
 def test_the_databases_agree_wherever_the_first_commit_of_all_was_killed(
     layout: Layout, zygote: Zygote, clusters: dict[str, Server], tmp_path: Path
