@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-NAMES = ("units", "async_units", "threads", "two_phase", "isolation", "imports", "building")
+NAMES = ("units", "routing", "async_units", "threads", "two_phase", "isolation", "imports", "building")
 LIBRARIES = (
     "SQLAlchemy",
     "zope.sqlalchemy",
