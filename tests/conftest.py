@@ -24,18 +24,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
-from servers import MariaDBServer, PostgresServer, PostgresStandby, Server, ServerMissing, Setting, available, quick_tempdir
+from installing import install
+from requiring import REQUIRED, started
+from servers import MariaDBServer, PostgresServer, PostgresStandby, Server, Setting, available, quick_tempdir
 
-S = TypeVar("S", bound=Server)
-
-REQUIRE_SERVERS = "APP_DB_TEST_REQUIRE_SERVERS"
 DATABASES = ("sqlite", "postgresql", "mariadb")
 
-_servers_required = os.environ.get(REQUIRE_SERVERS, "") not in ("", "0")
 _numbers = count(1)
 
 
@@ -69,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     terminalreporter.section("servers that did not run", sep="!", red=True, bold=True)
     for name, what in missing.items():
-        verb = "failed" if _servers_required else "were skipped"
+        verb = "failed" if REQUIRED else "were skipped"
         terminalreporter.write_line(f"{name}: {what}. The tests that need it {verb}.", red=True)
 
 
@@ -92,30 +89,16 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # ---- servers --------------------------------------------------------------------------------------------------------
 
 
-def _start(make: Callable[[], S]) -> S:
-    try:
-        server = make()
-    except ServerMissing as missing:
-        if _servers_required:
-            pytest.fail(f"{missing}; {REQUIRE_SERVERS} is set", pytrace=False)
-        pytest.skip(str(missing))
-    try:
-        return server.start()
-    except BaseException:
-        server.close()
-        raise
-
-
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
-    server = _start(PostgresServer)
+    server = started(PostgresServer)
     yield server
     server.close()
 
 
 @pytest.fixture(scope="session")
 def mariadb() -> Iterator[MariaDBServer]:
-    server = _start(MariaDBServer)
+    server = started(MariaDBServer)
     yield server
     server.close()
 
@@ -126,7 +109,7 @@ def new_postgres() -> Iterator[Callable[..., PostgresServer]]:
     with ExitStack() as stack:
 
         def new(version: int = 18, *, settings: Mapping[str, Setting] | None = None) -> PostgresServer:
-            server = _start(lambda: PostgresServer(version, settings=settings))
+            server = started(lambda: PostgresServer(version, settings=settings))
             stack.callback(server.close)
             return server
 
@@ -139,7 +122,7 @@ def new_standby() -> Iterator[Callable[[PostgresServer], PostgresStandby]]:
     with ExitStack() as stack:
 
         def new(primary: PostgresServer) -> PostgresStandby:
-            standby = _start(lambda: PostgresStandby(primary))
+            standby = started(lambda: PostgresStandby(primary))
             stack.callback(standby.close)
             return standby
 
@@ -152,11 +135,20 @@ def new_mariadb() -> Iterator[Callable[..., MariaDBServer]]:
     with ExitStack() as stack:
 
         def new(*, settings: Mapping[str, Setting] | None = None) -> MariaDBServer:
-            server = _start(lambda: MariaDBServer(settings=settings))
+            server = started(lambda: MariaDBServer(settings=settings))
             stack.callback(server.close)
             return server
 
         yield new
+
+
+# ---- the wheel ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which the wheel is installed, without what it depends on."""
+    return install(tmp_path_factory.mktemp("installed"))
 
 
 # ---- databases ------------------------------------------------------------------------------------------------------

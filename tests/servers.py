@@ -456,6 +456,9 @@ class PostgresStandby(PostgresServer):
                 raise ServerFailed(self._failure(f"did not come to answer {query}"))
             time.sleep(0.02)
 
+    def _begin(self) -> None:
+        self._initialise()  # each is the copy of another primary
+
     def _initialise(self) -> None:
         self._run(
             *(self.programs / "pg_basebackup", "--wal-method=stream", "--checkpoint=fast", "--no-sync", "--write-recovery-conf"),

@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 
@@ -20,11 +19,11 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
+from installing import ROOT
+from requiring import need
 from servers import MariaDBServer, PostgresServer
 
 pytest_plugins = ["pytester"]
-
-ROOT = Path(__file__).parent.parent
 
 SHOP = """
     from app_db import Connection, DatabaseContainer, orm_base, transactional
@@ -79,25 +78,6 @@ CONFTEST = """
 
 HELD_OFF = ("asyncio", "randomly", "pytest_cov", "hypothesispytest", "xdist", "timeout")
 """Plugins that a project uses only if it asks for them."""
-
-
-def need(*modules: str) -> None:
-    for module in modules:
-        if find_spec(module) is None:
-            pytest.skip(f"{module} is not installed: `pip install --group test` does that")
-
-
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which the wheel is installed, without what it depends on."""
-    need("hatchling")
-    place = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    no_more = ["--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([*pip, "wheel", *no_more, "--wheel-dir", place / "wheel", ROOT], check=True, timeout=110)
-    (wheel,) = (place / "wheel").iterdir()
-    subprocess.run([*pip, "install", *no_more[:2], "--target", place / "site", wheel], check=True, timeout=110)
-    return place / "site"
 
 
 class Project:

@@ -15,6 +15,7 @@ from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from app_db import errors
+from requiring import started
 from routed import Item, RoutedApplication, routed
 from servers import PostgresServer, PostgresStandby
 
@@ -23,13 +24,11 @@ DATABASE = "shop"
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[PostgresServer, PostgresStandby]]:
-    from conftest import _start
-
     with ExitStack() as stack:
-        primary = _start(PostgresServer)
+        primary = started(PostgresServer)
         stack.callback(primary.close)
         primary.create_database(DATABASE)
-        standby = _start(lambda: PostgresStandby(primary))
+        standby = started(lambda: PostgresStandby(primary))
         stack.callback(standby.close)
         yield primary, standby
 
