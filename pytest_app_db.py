@@ -276,28 +276,9 @@ def app_db_session(request: pytest.FixtureRequest, app_db_isolation: Isolation |
 def app_db_async_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> Generator[AsyncSession]:
     """The same for tests that are coroutines."""
     isolation = _require(app_db_isolation, request)
-    session = _async_session(isolation, _default(isolation))
+    session = isolation.async_session(_default(isolation))
     yield session
     session.sync_session.close()  # which has nothing to say to the database, whose event loop may be closed by now
-
-
-def _async_session(isolation: Isolation, name: str) -> AsyncSession:
-    """Return a session that asks for its engine in the event loop of the test, which does not run yet."""
-    from sqlalchemy.engine import Engine
-    from sqlalchemy.ext.asyncio import AsyncSession
-    from sqlalchemy.orm import Session
-
-    class InItsLoop(Session):
-        engine: Engine | None = None
-
-        def get_bind(self, *args: Any, **arguments: Any) -> Engine:
-            if self.engine is None:
-                engine = isolation.async_engine(name).sync_engine
-                self.engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-            return self.engine
-
-    isolation.session(name)  # or the error would come later
-    return AsyncSession(sync_session_class=InItsLoop, expire_on_commit=False)
 
 
 def _require(isolation: Isolation | None, request: pytest.FixtureRequest) -> Isolation:

@@ -25,6 +25,8 @@ from sqlalchemy.engine import AdaptedConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util.concurrency import await_only
 
+from app_db.urls import is_memory
+
 if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.engine import Connection, Engine, ExecutionContext
@@ -465,11 +467,6 @@ def hang_up(dbapi_connection: Any) -> None:
 
 async def _close(driver_connection: Any) -> None:
     await driver_connection.close()
-
-
-def is_memory(url: URL) -> bool:
-    """Return whether a SQLite database is in no file of the application's."""
-    return url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
 
 
 def _execute(dbapi_connection: Any, *statements: str) -> None:

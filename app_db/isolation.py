@@ -8,7 +8,7 @@ from asyncio.events import _get_running_loop
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -48,16 +48,6 @@ class Isolated:
     async_engine: Callable[[], AsyncEngine]
 
     @property
-    def place(self) -> object:
-        """What is equal for all connections to the same database, whoever logs in and by whichever driver."""
-        url = self.settings.sqlalchemy_url()
-        if url.get_backend_name() != "sqlite":
-            return url.get_backend_name(), url.host, url.port, url.database
-        if url.database in (None, "", ":memory:"):
-            return self.settings.database_identity()
-        return str(Path(str(url.database)).absolute())
-
-    @property
     def at_once(self) -> bool:
         """Whether its statements are each for themselves, without a transaction around them."""
         return database_of(self.url.get_backend_name()).isolation_level(self.settings) == "AUTOCOMMIT"
@@ -75,7 +65,7 @@ class Isolation:
         self._turns = Turns(self._units, patience)
         by_place: dict[object, list[Isolated]] = {}
         for connection in connections:
-            by_place.setdefault(connection.place, []).append(connection)
+            by_place.setdefault(connection.settings.place, []).append(connection)
         self._databases = {
             connection.name: database
             for group in by_place.values()
@@ -105,10 +95,12 @@ class Isolation:
         return Session(self._of(name).engine(name).execution_options(**_AT_ONCE), expire_on_commit=False)
 
     def async_session(self, name: str = "writer") -> AsyncSession:
-        """Return the same for coroutines."""
+        """Return the same for coroutines. It belongs to the event loop in which it is used first, which need not run yet."""
         from sqlalchemy.ext.asyncio import AsyncSession
 
-        return AsyncSession(self._of(name).async_engine(name).execution_options(**_AT_ONCE), expire_on_commit=False)
+        database = self._of(name)
+        engine = cache(lambda: database.async_engine(name).sync_engine.execution_options(**_AT_ONCE))
+        return AsyncSession(sync_session_class=_InItsLoop, engine=engine, expire_on_commit=False)
 
     def _of(self, name: str) -> _Database:
         if name not in self._databases:
@@ -155,6 +147,17 @@ class Isolation:
         with suppress(Exception):  # one of coroutines, whose sessions are left to themselves
             transaction.abort()
         return [f"a unit of work is still under way, in {getattr(transaction, 'owner', 'this thread')}"]
+
+
+class _InItsLoop(Session):
+    """A session that asks for its engine when it needs one: that of coroutines is one of their event loop."""
+
+    def __init__(self, *, engine: Callable[[], Engine], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._engine = engine
+
+    def get_bind(self, *args: Any, **arguments: Any) -> Engine:
+        return self._engine()
 
 
 class _Database:

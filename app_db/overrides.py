@@ -15,7 +15,6 @@ from dependency_injector import providers
 
 from app_db.container import KINDS, AsyncEngineProvider, Connection, DatabaseContainer, EngineProvider
 from app_db.coordinator import Rehearsal
-from app_db.dialects import is_memory
 from app_db.engines import dispose_awaited
 from app_db.errors import InvalidUse, NothingConfigured, Problem, SettingsError, did_you_mean
 from app_db.settings import ConnectionSettings, DatabaseSettings
@@ -236,11 +235,3 @@ def with_url(connection: ConnectionSettings | None, url: str) -> ConnectionSetti
         replaced |= {"connect_args", "password_provider"}  # meant for another kind of database
     kept = {field: getattr(connection, field) for field in connection.model_fields_set if field not in replaced}
     return ConnectionSettings(**kept, url=url)
-
-
-def place_of(settings: DatabaseSettings, name: str) -> tuple[object, ...] | None:
-    """Return what tells the database of a connection from others; None for one that is in memory, and nobody else's."""
-    url = settings.connection(name).sqlalchemy_url()
-    if url.get_backend_name() == "sqlite" and is_memory(url):
-        return None
-    return url.get_backend_name(), url.host, url.port, url.database

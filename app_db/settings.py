@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from keyword import iskeyword
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PrivateAttr, SecretStr, ValidationError
@@ -33,7 +34,7 @@ from app_db.errors import (
     did_you_mean,
 )
 from app_db.sources import DELIMITER, PREFIX, Finding, Group, Origin, Reading, variable_for
-from app_db.urls import UNREADABLE_URL, URL_PARTS, dialect_of, dumped, masked, parse_url, revealed, with_driver
+from app_db.urls import UNREADABLE_URL, URL_PARTS, dialect_of, dumped, is_memory, masked, parse_url, revealed, with_driver
 
 __all__ = [
     "ConnectionSettings",
@@ -168,6 +169,14 @@ class ConnectionSettings(Group):
     def database_identity(self) -> DatabaseIdentity:
         """Return the object that is the same for a connection, its mirrors and all copies of them."""
         return self._identity
+
+    @property
+    def place(self) -> object:
+        """What is equal for all connections to the same database, whoever logs in and by whichever driver."""
+        url = self.sqlalchemy_url()
+        if url.get_backend_name() != "sqlite":
+            return url.get_backend_name(), url.host, url.port, url.database
+        return self._identity if is_memory(url) else str(Path(str(url.database)).absolute())
 
     def sqlalchemy_url(self) -> URL:
         """Return the URL to connect to, password included. Raises SettingsError when there is none or it can't be read."""

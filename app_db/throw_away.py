@@ -11,7 +11,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
 from app_db.container import DatabaseContainer
-from app_db.overrides import Override, declared, names_of, place_of, settings_of
+from app_db.overrides import Override, declared, names_of, settings_of
 from app_db.schema import own_tables
 from app_db.settings import ConnectionSettings, DatabaseSettings, PoolSettings
 
@@ -94,7 +94,7 @@ def _twin_of(name: str, connection: ConnectionSettings, settings: DatabaseSettin
     """Return the writable connection whose database a read-only one reads: its own would be empty for ever."""
     if settings is None or not connection.read_only:
         return None
-    place = place_of(settings, name)
+    place = settings.connection(name).place
     writable = {other: one for other, one in settings.connections.items() if not (one.read_only or one.mirror)}
-    twins = sorted(other for other in writable if place is not None and place_of(settings, other) == place)
+    twins = sorted(other for other in writable if settings.connection(other).place == place)
     return "writer" if name == "reader" and "writer" in writable else next(iter(twins), None)

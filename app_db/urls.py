@@ -117,6 +117,13 @@ def require_greenlet() -> None:
         raise InvalidUse("Coroutines need greenlet, which is not installed", "pip install 'app-db[asyncio]'") from None
 
 
+def is_memory(url: URL) -> bool:
+    """Return whether a database is SQLite's, and in no file of the application's."""
+    if url.get_backend_name() != "sqlite":
+        return False
+    return url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
+
+
 # ---- showing ----------------------------------------------------------------------------------------------------
 
 MASK = "***"

@@ -14,8 +14,9 @@ from sqlalchemy.exc import DBAPIError
 from app_db.container import DatabaseContainer
 from app_db.engines import build_engine
 from app_db.errors import CannotMakeDatabase, SettingsError, in_one_line
-from app_db.overrides import Override, connections_of, place_of, with_url
+from app_db.overrides import Override, connections_of, with_url
 from app_db.settings import ConnectionSettings, DatabaseSettings
+from app_db.urls import is_memory
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -51,8 +52,14 @@ def _written_places(container: DatabaseContainer, settings: DatabaseSettings) ->
     places: dict[object, list[str]] = {}
     owners = {settings._mirrors(name)[-1] for name in connections_of(container)}
     for name in sorted(owners.intersection(settings.connections), key=lambda name: (settings.connections[name].read_only, name)):
-        places.setdefault(place_of(settings, name), []).append(name)
-    return [names for place, names in places.items() if place is not None and not settings.connections[names[0]].read_only]
+        places.setdefault(settings.connection(name).place, []).append(name)
+    return [
+        names for names in places.values() if not (settings.connections[names[0]].read_only or _in_memory(settings, names[0]))
+    ]
+
+
+def _in_memory(settings: DatabaseSettings, name: str) -> bool:
+    return is_memory(settings.connection(name).sqlalchemy_url())
 
 
 def _of_worker(name: str, url: URL, worker: str) -> URL:
