@@ -14,6 +14,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from app_db.bootstrapping import async_bootstrap, bootstrap
+from app_db.borrowing import BorrowingHome, build_async_borrowing_sessionmaker, build_borrowing_sessionmaker
 from app_db.checks import check
 from app_db.coordinator import build_coordinator
 from app_db.decision_places import DecisionPlaces, build_decision_places
@@ -286,13 +287,34 @@ def _build_async_sessionmaker(
     from app_db.async_sessions import AsyncSessionHome, build_async_sessionmaker
 
     settings = container.settings().connection(name)
+    lender = _lender_of(container, name)
+    if lender is not None:
+        borrowing = _borrowing_home(container, name, lender, "async_session")
+        return build_async_borrowing_sessionmaker(borrowing, settings.session)
     return build_async_sessionmaker(AsyncSessionHome(name, settings, container.coordinator(), lambda: engine().sync_engine))
 
 
 def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: Callable[[], Engine]) -> sessionmaker[Any]:
     container = _require_instance(container, name)
     settings = container.settings().connection(name)
+    lender = _lender_of(container, name)
+    if lender is not None:
+        return build_borrowing_sessionmaker(_borrowing_home(container, name, lender, "session"), settings.session)
     return build_sessionmaker(SessionHome(name, settings, container.coordinator(), engine))
+
+
+def _lender_of(container: DatabaseContainer, name: str) -> str | None:
+    """Return the connection in whose transaction this one takes part, if it has none of its own."""
+    return container.settings().lenders(_names_in(container)).get(name)
+
+
+def _borrowing_home(container: DatabaseContainer, name: str, lender: str, kind: str) -> BorrowingHome:
+    lent: Callable[[], Any] = container.providers[f"{lender}_{kind}"]
+    return BorrowingHome(name, lender, container.coordinator(), lambda _: lent(), asynchronous=kind == "async_session")
+
+
+def _names_in(container: DatabaseContainer) -> list[str]:
+    return [name for name, provider in container.providers.items() if isinstance(provider, Connection)]
 
 
 def _current_session(scoped: scoped_session[Any]) -> Session:
@@ -408,7 +430,7 @@ def _routing_home(container: DatabaseContainer | None, kind: str) -> tuple[Routi
     home = RoutingHome(
         container.coordinator(),
         container.settings,
-        lambda: [name for name, provider in container.providers.items() if isinstance(provider, Connection)],
+        lambda: _names_in(container),
         lambda name: getattr(container, f"{name}_{kind}")(),
         asynchronous=kind == "async_session",
     )

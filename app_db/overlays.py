@@ -53,6 +53,8 @@ class Overlay:
         self.session = session
         self._transaction = transaction
         self._blocks_loop = blocks_loop
+        self.levels: list[SessionTransaction] = [transaction]
+        """What is the unit's of the session's transactions: in the databases its branches see to those."""
 
     @property
     def name(self) -> str:
@@ -78,15 +80,19 @@ class Overlay:
 
     def savepoint(self) -> SessionTransaction:
         """Flush, and take a savepoint."""
-        return self._wait_for(self.session.begin_nested)
+        savepoint = self._wait_for(self.session.begin_nested)
+        self.levels.append(savepoint)
+        return savepoint
 
     def roll_back_to(self, savepoint: SessionTransaction) -> None:
         """Undo what was done since a savepoint."""
         self._wait_for(savepoint.rollback)
+        del self.levels[self.levels.index(savepoint) :]
 
     def release(self, savepoint: SessionTransaction) -> None:
         """Keep what was done since a savepoint, and give that up."""
         self._wait_for(savepoint.commit)
+        self.levels.remove(savepoint)
 
     def end(self) -> None:
         """Detach the objects, as a session does that has committed."""

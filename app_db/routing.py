@@ -240,7 +240,7 @@ class RoutingSession(UnitSession):
         has_savepoints = session.branch is None or session.branch.has_savepoints
         transaction: Any = self._transaction
         while transaction is not None:
-            if transaction._parent is None or (transaction.nested and not has_savepoints):
+            if (self.overlay and transaction in self.overlay.levels) or (transaction.nested and not has_savepoints):
                 transaction._connections.setdefault(connection, entry)
             transaction = transaction._parent
 

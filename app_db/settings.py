@@ -331,6 +331,27 @@ class DatabaseSettings(BaseSettings):
             return None
         return owner if _kind(own) == _kind(self.connection(owner)) else None
 
+    def lenders(self, names: Iterable[str]) -> dict[str, str]:
+        """Return which of these connections have no transaction of their own in a unit: each with the one whose they share.
+
+        So it is for connections with the same URL whose writes are the unit's to commit. The lender is `writer`, or the first.
+        """
+        groups: dict[object, list[str]] = {}
+        for name in sorted(names, key=lambda name: name != "writer"):
+            key = self._lending_key(name)
+            if key is not None:
+                groups.setdefault(key, []).append(name)
+        return {name: lender for lender, *others in groups.values() for name in others}
+
+    def _lending_key(self, name: str) -> object | None:
+        """Return what is equal for connections that can share a transaction; None for one that can't with any."""
+        if self._declared(self._mirrors(name)[-1]) is None:
+            return None
+        own = self.connection(name)
+        if own.read_only or not own.transactional:
+            return None
+        return own.place, own.sqlalchemy_url(), own.password_provider, own.isolation_level, own.statement_timeout
+
     def origins(self) -> list[Origin]:
         """Return where each setting that was given came from, sorted by variable, with secrets masked."""
         return list(self._origins)
