@@ -846,7 +846,11 @@ def test_shutting_down_closes_the_connections_and_a_later_use_opens_new_ones(
     postgres: PostgresServer, postgres_url: str, wire: Callable[[Any], Any], nested: bool
 ) -> None:
     settings = DatabaseSettings(
-        application="shutdown", connections={name: ConnectionSettings(url=postgres_url) for name in ("writer", "log")}
+        application="shutdown",
+        connections={
+            "writer": ConnectionSettings(url=postgres_url),
+            "log": ConnectionSettings(url=postgres_url, transactional=False),  # or it would borrow the writer's connection
+        },
     )
     around: Any = wire(cast("Any", type(Application))("Nesting", (Application,), {})() if nested else Shop(settings=settings))
     container = around.db if nested else around
