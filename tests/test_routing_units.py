@@ -14,6 +14,7 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError
 from sqlalchemy.orm import Session, object_session
 
 from app_db import RoutingSession, errors
+from app_db.testing import isolated
 from applications import DEFER_UNIQUENESS
 from routed import Base, Fact, Item, RoutedApplication, routed
 from servers import PostgresServer
@@ -608,3 +609,27 @@ def test_what_only_reads_prepares_nothing(new_postgres_url: NewUrl) -> None:
             app.session.add(Fact(name=app.session.scalars(select(Item.name)).one()))
         assert seen == ["commit"]
         assert app.names("warehouse") == ["a"]
+
+
+# ---- in an isolated test ---------------------------------------------------------------------------------------------------
+
+
+def test_what_it_writes_in_an_isolated_test_is_rolled_back_in_every_database(new_database_url: NewUrl) -> None:
+    with routed({"writer": new_database_url(), "warehouse": new_database_url()}) as app:
+        with isolated(app.container):
+            with app.unit():
+                app.session.add_all([Item(name="a"), Fact(name="a")])
+            with pytest.raises(ZeroDivisionError), app.unit():
+                app.session.add_all([Item(name="b"), Fact(name="b")])
+                raise ZeroDivisionError
+            with app.unit() as unit:
+                assert app.session.scalars(select(Item.name)).all() == ["a"]
+                found = app.session.scalars(select(Fact)).one()
+                savepoint = unit.savepoint()
+                found.name = "undone"
+                savepoint.rollback()
+                app.session.add(Item(name="c"))
+                assert sorted(app.session.scalars(select(Item.name))) == ["a", "c"]
+            with app.unit():
+                assert app.session.scalars(select(Fact.name)).all() == ["a"]
+        assert app.names() == app.names("warehouse") == []
