@@ -135,18 +135,22 @@ class Isolation:
 
     def end(self) -> list[str]:
         """Roll everything back, and say what was not as it should be."""
-        problems = self._abort_what_is_open()
+        under_way = self._under_way()
+        for transaction in under_way:
+            with suppress(Exception):  # one of coroutines that nobody here can wait for: its connections are reported, too
+                transaction.abort()
+        problems = [f"a unit of work is still under way, in {who}" for who in under_way.values()]
         for database in set(self._databases.values()):
             problems += database.end()
         return problems
 
-    def _abort_what_is_open(self) -> list[str]:
-        transaction = current(self._coordinator.manager)
-        if transaction is None:
-            return []
-        with suppress(Exception):  # one of coroutines, whose sessions are left to themselves
-            transaction.abort()
-        return [f"a unit of work is still under way, in {getattr(transaction, 'owner', 'this thread')}"]
+    def _under_way(self) -> dict[Any, str]:
+        """Return the transactions of the units that nobody has ended, and in whose hands they are."""
+        found: dict[Any, str] = {holder.units[0]: str(holder) for holder in self._turns.holders() if holder.units}
+        here = current(self._coordinator.manager)
+        if here is not None:
+            found.setdefault(here, str(getattr(here, "owner", "this thread")))
+        return found
 
 
 class _InItsLoop(Session):

@@ -108,16 +108,16 @@ def share(dialect: Any, shared: SharedConnection, close: Callable[[Any], None]) 
 
     def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         with shared.statement(_sharer_in(context), statement):
-            execute(cursor, statement, parameters, context)
+            shared.uncut(execute, cursor, statement, parameters, context)
             read_at_once(cursor, context)
 
     def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         with shared.statement(_sharer_in(context), statement):
-            executemany(cursor, statement, parameters, context)
+            shared.uncut(executemany, cursor, statement, parameters, context)
 
     def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
         with shared.statement(_sharer_in(context), statement):
-            execute_no_params(cursor, statement, context)
+            shared.uncut(execute_no_params, cursor, statement, context)
             read_at_once(cursor, context)
 
     dialect.do_execute, dialect.do_executemany, dialect.do_execute_no_params = do_execute, do_executemany, do_execute_no_params

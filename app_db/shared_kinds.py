@@ -23,6 +23,8 @@ class Kind:
 
     first: tuple[str, ...] = ()
     """What begins a transaction that the driver would begin later."""
+    survives_cancellation = True
+    """Whether drivers for coroutines can use a connection on which they were cancelled while they waited for an answer."""
     reads_at_once = True
     """Whether a result has been read when its statement has been executed, so that later ones can't change it."""
 
@@ -78,6 +80,7 @@ class _PostgreSQL(Kind):
 
 class _MySQL(Kind):
     first = ("START TRANSACTION",)
+    survives_cancellation = False
     _limit = re.compile(r"SET SESSION (max_statement_time|max_execution_time)")
     _commits = re.compile(
         r"\s*(?:(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES|UNLOCK\s+TABLES|GRANT\b|REVOKE\b"
@@ -102,6 +105,7 @@ class _MySQL(Kind):
 
 class _SQLite(Kind):
     reads_at_once = False
+    survives_cancellation = False  # aiosqlite's thread goes on with what was cancelled, past what is said here meanwhile
 
     def around(self, mark: str, read_only: bool) -> tuple[list[str], list[str], list[str]]:
         if not read_only:

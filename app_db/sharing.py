@@ -12,18 +12,23 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from sqlalchemy.util.concurrency import await_only, in_greenlet
+from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from app_db.dialects import hang_up
 from app_db.errors import CannotIsolate, IsolationTimeout, in_one_line
+from app_db.outlasting import begin_unseen, outlast
 from app_db.shared_kinds import kind_of, new_mark
 from app_db.statements import Effect, effect_of
 from app_db.turns import Holder, Turns
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SHARER = "app_db_sharer"
 """Key in a connection's info: what it is to the shared connection."""
@@ -173,7 +178,17 @@ class SharedConnection:
     def _say(self, *statements: str) -> Any:
         if self._connection is None:
             return None
-        return _say(self._connection.connection.dbapi_connection, *statements)
+        return self.uncut(_say, self._connection.connection.dbapi_connection, *statements)
+
+    def uncut(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a function that waits for the database: to its end, where the connection could not be used after less."""
+        if self.kind.survives_cancellation or not in_greenlet():
+            return function(*args, **kwargs)
+        task = begin_unseen(greenlet_spawn(partial(function, *args, **kwargs)))
+        cancelled = await_only(outlast(task))
+        if cancelled is not None:
+            raise cancelled
+        return task.result()
 
     # -- what a dialect of an engine does that shares it
 

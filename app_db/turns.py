@@ -61,6 +61,11 @@ class Turns:
             self._wait()
         return asker
 
+    def holders(self) -> list[Holder]:
+        """Return who has a turn now."""
+        with self._changed:
+            return list(self._holders)
+
     def leave(self, holder: Holder) -> None:
         """Give the turn back."""
         with self._changed:

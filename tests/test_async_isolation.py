@@ -347,7 +347,7 @@ def test_two_loops_are_not_mixed_where_a_connection_belongs_to_one(driver: str, 
 
 def test_a_unit_of_coroutines_left_open_is_reported(shared: AwaitedDatabases) -> None:
     async def main() -> None:
-        with pytest.raises(IsolationBroken, match="still open, in the task"):
+        with pytest.raises(IsolationBroken, match="still under way, in the task"):
             async with isolated(shared.container):
                 await asyncio.create_task(leak())
         async with isolated(shared.container):
@@ -403,3 +403,48 @@ def test_eager_tasks_take_turns_too(databases: AwaitedDatabases) -> None:
             assert await seen(databases) == ["a", "b"]
 
     databases.run(main)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_unit_that_is_cancelled_at_any_step_leaves_nothing_when_it_fails(driver: str, request: pytest.FixtureRequest) -> None:
+    """aiosqlite executes what was cancelled all the same, past what is said on the shared connection meanwhile."""
+    with opened_awaited({"writer": new_urls(request, driver)()}, driver) as databases:
+
+        async def work(name: str) -> None:
+            async with databases.container.transaction():
+                await databases.say("INSERT INTO item VALUES (:name, 0)", name=name)
+                raise Boom
+
+        async def main() -> None:
+            async with isolated(databases.container):
+                for steps in range(40):
+                    task = asyncio.create_task(work(f"{steps:02}"))
+                    for _ in range(steps):
+                        await asyncio.sleep(0)
+                    task.cancel()
+                    with pytest.raises((asyncio.CancelledError, Boom)):
+                        await task
+                    await asyncio.sleep(0.002)
+                    assert await seen(databases) == []
+
+        databases.run(main)
+
+
+def test_a_statement_that_is_cancelled_while_it_runs_leaves_nothing(request: pytest.FixtureRequest) -> None:
+    """asyncmy would take the answer to it for that of the next one."""
+    with opened_awaited({"writer": new_urls(request, "asyncmy")()}, "asyncmy") as databases:
+
+        async def work() -> None:
+            async with databases.container.transaction():
+                await databases.say("INSERT INTO item SELECT 'slow', SLEEP(0.2)")
+
+        async def main() -> None:
+            async with isolated(databases.container):
+                task = asyncio.create_task(work())
+                await asyncio.sleep(0.05)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert await seen(databases) == []
+
+        databases.run(main)

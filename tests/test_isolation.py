@@ -599,7 +599,10 @@ def test_who_waits_in_vain_is_told_for_whom(app: Application) -> None:
 
 
 def test_a_unit_left_open_is_reported_and_aborted(app: Application) -> None:
-    with pytest.raises(IsolationBroken, match="still under way, in thread 'MainThread'"), isolated(app.container):
+    with (
+        pytest.raises(IsolationBroken, match="still under way, in the thread 'MainThread', which uses 'writer'"),
+        isolated(app.container),
+    ):
         app.unit().__enter__()
         app.add("a")
     with isolated(app.container):
