@@ -80,22 +80,24 @@ class EngineProvider(providers.ThreadSafeSingleton[Engine]):
         if engine is None:
             with self.storage_lock:  # or a reset between making it and noting it would never retire it
                 base: Any = super()  # the stubs do not have _provide
-                engine = self._built = base._provide(args, kwargs)
+                engine = self._built = self._built or base._provide(args, kwargs)
         return engine
 
     def reset(self) -> Any:
         """Retire the engine: its idle connections close now, those in use when their units end."""
-        built = self.taken_away()
+        built, context = self._emptied()
         if built is not None:
             retire(built)
-        return super().reset()
+        return context
 
     def taken_away(self) -> Engine | None:
         """Give the engine away, if there is one: to be disposed, or to be given back."""
-        with self.storage_lock:
+        return self._emptied()[0]
+
+    def _emptied(self) -> tuple[Engine | None, Any]:
+        with self.storage_lock:  # both at once, or an engine that only one of them knows would never be retired
             built, self._built = self._built, None
-            super().reset()
-        return built
+            return built, super().reset()
 
     def give_back(self, engine: Engine | None) -> None:
         """Take an engine that was given away, and retire the one of the meantime."""
