@@ -45,6 +45,9 @@ _LONGEST_DISPOSAL = 10.0
 _LONGEST_FAREWELL = 1.0
 """Seconds for which the end of a loop waits for servers to say good-bye."""
 
+_LONGEST_STANDSTILL = 0.5
+"""Seconds to wait for a loop of another thread that does not run: `asyncio.run()` ends its loop in several short runs."""
+
 _checked_out: dict[int, Any] = {}  # pool records by their id, for the child of a fork
 _of_parent_process: list[Any] = []
 
@@ -106,6 +109,8 @@ def retire_async(engine: AsyncEngine, loop: AbstractEventLoop | None, *, may_run
     """
     _retired.add(engine.sync_engine)
     here = _get_running_loop()
+    if loop is not None and not may_run:
+        _wait_while_it_stands_still(loop)
     try:
         if loop is None or loop.is_closed() or not (may_run or loop.is_running()):
             _hang_up(engine.sync_engine)
@@ -123,6 +128,13 @@ def retire_async(engine: AsyncEngine, loop: AbstractEventLoop | None, *, may_run
             _dispose_in(loop, engine)
         else:
             _hang_up(engine.sync_engine)
+
+
+def _wait_while_it_stands_still(loop: AbstractEventLoop) -> None:
+    """Wait until a loop runs on or is closed: what is closed between the last two steps of its end is never told so."""
+    give_up = time.monotonic() + _LONGEST_STANDSTILL
+    while not (loop.is_running() or loop.is_closed()) and time.monotonic() < give_up:
+        time.sleep(0.002)
 
 
 async def dispose_awaited(engines: Iterable[tuple[AsyncEngine, AbstractEventLoop | None]]) -> None:
@@ -143,15 +155,15 @@ def _dispose_in(loop: AbstractEventLoop, engine: AsyncEngine) -> Event:
     def finish(task: Task[None]) -> None:
         _disposing.discard(task)
         if task.cancelled():  # by the end of asyncio.run(), say
-            _hang_up(engine.sync_engine)
-        done.set()
+            Thread(target=_hang_up_at_the_end, args=(loop, engine.sync_engine, done)).start()
+        else:
+            done.set()
 
     def begin() -> None:
         try:  # the last thing that asyncio.run() waits for, after it has cancelled all tasks, are the threads of its executor
             loop.run_in_executor(None, done.wait, _LONGEST_FAREWELL)
         except RuntimeError:  # it has done that, too
-            _hang_up(engine.sync_engine)
-            done.set()
+            Thread(target=_hang_up_at_the_end, args=(loop, engine.sync_engine, done)).start()
             return
         task = loop.create_task(_dispose(engine))
         _disposing.add(task)
@@ -173,6 +185,15 @@ async def _dispose(engine: AsyncEngine) -> None:
         task.result()
     finally:
         del task, cancelled  # as in `outlast`
+
+
+def _hang_up_at_the_end(loop: AbstractEventLoop, engine: Engine, done: Event) -> None:
+    """Hang up when a loop that is ending is closed: what it is told to close in its last moment it may never come to."""
+    give_up = time.monotonic() + _LONGEST_FAREWELL
+    while not loop.is_closed() and time.monotonic() < give_up:
+        time.sleep(0.002)
+    _hang_up(engine)
+    done.set()
 
 
 def _hang_up(engine: Engine) -> None:
