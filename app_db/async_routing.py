@@ -28,11 +28,17 @@ class AsyncRoutingSession(AsyncUnitSession):
         return cast(RoutingSession, self.sync_session).using(name)
 
 
-def build_async_routing_session(home: RoutingHome, settings: SessionSettings) -> async_scoped_session[AsyncRoutingSession]:
-    """Return the proxy that is always the current unit's session for coroutines."""
+def build_async_routing_sessionmaker(home: RoutingHome, settings: SessionSettings) -> async_sessionmaker[AsyncRoutingSession]:
+    """Return the maker of the sessions that coroutines use of a home."""
     arguments: Any = {"home": home, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
     maker = async_sessionmaker(class_=AsyncRoutingSession, **arguments)
     home.idle = NewSessions(maker)
+    return maker
+
+
+def build_async_routing_session(home: RoutingHome, settings: SessionSettings) -> async_scoped_session[AsyncRoutingSession]:
+    """Return the proxy that is always the current unit's session for coroutines."""
+    maker = build_async_routing_sessionmaker(home, settings)
     scoped: async_scoped_session[AsyncRoutingSession] = async_scoped_session(maker, lambda: None)
     scoped.registry = UnitRegistry(maker)
     return scoped

@@ -9,17 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.orm import sessionmaker
-
 from app_db.routes import Route
-from app_db.routing import RoutingHome, RoutingSession
-from app_db.sessions import IdleSessions, NewSessions
+from app_db.routing import RoutingHome
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import async_sessionmaker
-
     from app_db.coordinator import Coordinator
-    from app_db.settings import SessionSettings
 
 
 class _OneWay:
@@ -71,24 +65,3 @@ class BorrowingHome(RoutingHome):
 
 def _no_settings() -> Any:
     raise NotImplementedError  # a home that has only one way asks for none
-
-
-def build_borrowing_sessionmaker(home: BorrowingHome, settings: SessionSettings) -> sessionmaker[RoutingSession]:
-    """Return the maker of the sessions of a connection that borrows."""
-    maker: sessionmaker[Any] = sessionmaker(
-        class_=RoutingSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
-    )
-    home.idle = IdleSessions(maker)
-    return maker
-
-
-def build_async_borrowing_sessionmaker(home: BorrowingHome, settings: SessionSettings) -> async_sessionmaker[Any]:
-    """Return the maker of the sessions that coroutines use on a connection that borrows."""
-    from sqlalchemy.ext.asyncio import async_sessionmaker
-
-    from app_db.async_routing import AsyncRoutingSession
-
-    arguments: Any = {"home": home, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
-    maker = async_sessionmaker(class_=AsyncRoutingSession, **arguments)
-    home.idle = NewSessions(maker)
-    return maker

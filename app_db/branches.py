@@ -73,10 +73,8 @@ class BranchedWork(Protocol):
     def refuse_overtime(self) -> None: ...
 
 
-class BranchSession(Protocol):
-    """What a branch has to know of the session that it is."""
-
-    branch: Branch | None
+class PartSession(Protocol):
+    """What a part of a unit has to know of the session that it is."""
 
     @property
     def has_unflushed(self) -> bool: ...
@@ -86,6 +84,13 @@ class BranchSession(Protocol):
     def get_nested_transaction(self) -> SessionTransaction | None: ...
     def begin_nested(self) -> SessionTransaction: ...
     def flush(self) -> None: ...
+
+
+class BranchSession(PartSession, Protocol):
+    """What a branch has to know of the session that it is."""
+
+    branch: Branch | None
+
     def invalidate(self) -> None: ...
 
 

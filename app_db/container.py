@@ -14,7 +14,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from app_db.bootstrapping import async_bootstrap, bootstrap
-from app_db.borrowing import BorrowingHome, build_async_borrowing_sessionmaker, build_borrowing_sessionmaker
+from app_db.borrowing import BorrowingHome
 from app_db.checks import check
 from app_db.coordinator import build_coordinator
 from app_db.decision_places import DecisionPlaces, build_decision_places
@@ -24,7 +24,7 @@ from app_db.manager import ContextTransactionManager
 from app_db.models import connection_of, described
 from app_db.recovery import Recovery, build_recovery
 from app_db.reflection import ReflectedSchema, connections_in, reflect, reflect_schema
-from app_db.routing import RoutingHome, RoutingSession, build_routing_session
+from app_db.routing import RoutingHome, RoutingSession, build_routing_session, build_routing_sessionmaker
 from app_db.schema import create_all, drop_all
 from app_db.sessions import SessionHome, build_scoped_session, build_sessionmaker
 from app_db.settings import DatabaseSettings, SessionSettings
@@ -291,8 +291,9 @@ def _build_async_sessionmaker(
     settings = container.settings().connection(name)
     lender = _lender_of(container, name)
     if lender is not None:
-        borrowing = _borrowing_home(container, name, lender, "async_session")
-        return build_async_borrowing_sessionmaker(borrowing, settings.session)
+        from app_db.async_routing import build_async_routing_sessionmaker
+
+        return build_async_routing_sessionmaker(_borrowing_home(container, name, lender, "async_session"), settings.session)
     return build_async_sessionmaker(AsyncSessionHome(name, settings, container.coordinator(), lambda: engine().sync_engine))
 
 
@@ -301,13 +302,13 @@ def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: 
     settings = container.settings().connection(name)
     lender = _lender_of(container, name)
     if lender is not None:
-        return build_borrowing_sessionmaker(_borrowing_home(container, name, lender, "session"), settings.session)
+        return build_routing_sessionmaker(_borrowing_home(container, name, lender, "session"), settings.session)
     return build_sessionmaker(SessionHome(name, settings, container.coordinator(), engine))
 
 
 def _lender_of(container: DatabaseContainer, name: str) -> str | None:
     """Return the connection in whose transaction this one takes part, if it has none of its own."""
-    return container.settings().lenders(_names_in(container)).get(name)
+    return container.settings().lender_of(name, container.providers)
 
 
 def _borrowing_home(container: DatabaseContainer, name: str, lender: str, kind: str) -> BorrowingHome:

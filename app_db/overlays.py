@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
-from app_db.branches import PATIENCE, off_loop
+from app_db.branches import PATIENCE, PartSession, off_loop
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -23,21 +23,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class OverlaidSession(Protocol):
+class OverlaidSession(PartSession, Protocol):
     """What an overlay has to know of the session that it is."""
 
     overlay: Overlay | None
     last_used: str
     _transaction: SessionTransaction | None
 
-    @property
-    def has_unflushed(self) -> bool: ...
-    @property
-    def is_flushing(self) -> bool: ...
-    def get_transaction(self) -> SessionTransaction | None: ...
-    def get_nested_transaction(self) -> SessionTransaction | None: ...
-    def begin_nested(self) -> SessionTransaction: ...
-    def flush(self) -> None: ...
     def close(self) -> None: ...
     def forget(self) -> None: ...
 

@@ -252,12 +252,18 @@ def _no_bind() -> InvalidUse:
     )
 
 
-def build_routing_session(home: RoutingHome, settings: SessionSettings) -> scoped_session[RoutingSession]:
-    """Return the proxy that is always the current unit's session."""
+def build_routing_sessionmaker(home: RoutingHome, settings: SessionSettings) -> sessionmaker[RoutingSession]:
+    """Return the maker of the sessions of a home."""
     maker: sessionmaker[Any] = sessionmaker(
         class_=RoutingSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
     )
     home.idle = IdleSessions(maker)
+    return maker
+
+
+def build_routing_session(home: RoutingHome, settings: SessionSettings) -> scoped_session[RoutingSession]:
+    """Return the proxy that is always the current unit's session."""
+    maker = build_routing_sessionmaker(home, settings)
     scoped: scoped_session[RoutingSession] = scoped_session(maker)
     scoped.registry = UnitRegistry(maker)
     return scoped

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib import import_module
 from keyword import iskeyword
 from pathlib import Path
@@ -264,6 +264,7 @@ class DatabaseSettings(BaseSettings):
     reflect_at_start: bool = False
 
     _origins: tuple[Origin, ...] = PrivateAttr(default=())
+    _lending: tuple[object, dict[str, list[str]]] | None = PrivateAttr(default=None)
 
     def __init__(
         self,
@@ -331,26 +332,29 @@ class DatabaseSettings(BaseSettings):
             return None
         return owner if _kind(own) == _kind(self.connection(owner)) else None
 
-    def lenders(self, names: Iterable[str]) -> dict[str, str]:
+    def lenders(self, names: Collection[str]) -> dict[str, str]:
         """Return which of these connections have no transaction of their own in a unit: each with the one whose they share.
 
         So it is for connections with the same URL whose writes are the unit's to commit. The lender is `writer`, or the first.
         """
-        groups: dict[object, list[str]] = {}
-        for name in sorted(names, key=lambda name: name != "writer"):
-            key = self._lending_key(name)
-            if key is not None:
-                groups.setdefault(key, []).append(name)
-        return {name: lender for lender, *others in groups.values() for name in others}
+        found = {name: self.lender_of(name, names) for name in names}
+        return {name: lender for name, lender in found.items() if lender is not None}
 
-    def _lending_key(self, name: str) -> object | None:
-        """Return what is equal for connections that can share a transaction; None for one that can't with any."""
-        if self._declared(self._mirrors(name)[-1]) is None:
-            return None
-        own = self.connection(name)
-        if own.read_only or not own.transactional:
-            return None
-        return own.place, own.sqlalchemy_url(), own.password_provider, own.isolation_level, own.statement_timeout
+    def lender_of(self, name: str, names: Collection[str]) -> str | None:
+        """Return the one of these connections whose transaction `name` shares, if it has none of its own."""
+        known = self._lending
+        if known is None or known[0] is not self.connections:  # a copy's may be others
+            known = self._lending = self.connections, self._lending_groups()
+        lender = next((other for other in known[1].get(name, ()) if other in names), name)
+        return None if lender == name else lender
+
+    def _lending_groups(self) -> dict[str, list[str]]:
+        groups: dict[object, list[str]] = {}
+        for name in sorted(self.connections, key=lambda name: name != "writer"):
+            own = self.connections[name]
+            if not own.read_only and own.transactional:
+                groups.setdefault(_lending_key(own if own.mirror is None else self.connection(name)), []).append(name)
+        return {name: group for group in groups.values() for name in group}
 
     def origins(self) -> list[Origin]:
         """Return where each setting that was given came from, sorted by variable, with secrets masked."""
@@ -378,6 +382,13 @@ class DatabaseSettings(BaseSettings):
             if names.count(connection.mirror) > 1:
                 break
         return names
+
+
+def _lending_key(own: ConnectionSettings) -> object:
+    """Return what is equal for connections that can share a transaction."""
+    url = own.sqlalchemy_url()
+    memory = own.database_identity() if is_memory(url) else None  # of which each has its own, with the same URL
+    return url, memory, own.password_provider, own.isolation_level, own.statement_timeout
 
 
 def _kind(connection: ConnectionSettings) -> str | None:

@@ -88,7 +88,6 @@ SIDEWAYS = {
     ("coordinator", "overlays"): "sessions without a branch end with the unit, too",
     ("commits", "overlays"): "they are flushed like the branches",
     ("overlays", "branches"): "they wait for threads, and off the loop, as branches do",
-    ("borrowing", "async_routing"): "and so do coroutines' sessions",
     ("borrowing", "routing"): "a session that borrows is one that finds its database where there is only one",
     ("async_routing", "routing"): "a session of coroutines is one of threads, awaited",
     ("commits", "branches"): "it is branches that commit",
