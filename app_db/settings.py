@@ -211,9 +211,10 @@ class ConnectionSettings(Group):
         return variable_for(("connections", self._identity.name, field))
 
     def _url(self) -> URL | None:
-        if self._read_url is None:
-            self._read_url = self._read()
-        return self._read_url
+        url = self._read_url  # pydantic is slow to find what is private, so it is asked once
+        if url is None:
+            url = self._read_url = self._read()
+        return url
 
     def _read(self) -> URL | None:
         if self.url is not None:
@@ -306,6 +307,8 @@ class DatabaseSettings(BaseSettings):
         own = self._declared(name)
         if own is None:
             raise ConnectionNotConfigured(name, sorted(self.connections))
+        if own.mirror is None:
+            return own
         owner = self._declared(self._mirrors(name)[-1])
         if owner is None or owner is own:
             return own
@@ -353,7 +356,7 @@ class DatabaseSettings(BaseSettings):
         for name in sorted(self.connections, key=lambda name: name != "writer"):
             own = self.connections[name]
             if not own.read_only and own.transactional:
-                groups.setdefault(_lending_key(own if own.mirror is None else self.connection(name)), []).append(name)
+                groups.setdefault(_lending_key(self.connection(name)), []).append(name)
         return {name: group for group in groups.values() for name in group}
 
     def origins(self) -> list[Origin]:
