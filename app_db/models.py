@@ -21,8 +21,8 @@ from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 from sqlalchemy.sql.functions import next_value
 from sqlalchemy.sql.lambdas import LambdaElement
 
+from app_db.connection_settings import CONNECTION_NAME_RULE, is_connection_name
 from app_db.errors import InvalidUse, NotReflected, SpansDatabases, UnknownModel
-from app_db.settings import CONNECTION_NAME_RULE, is_connection_name
 
 CONNECTION = "app_db_connection"
 """The key in a MetaData's `info` under which the name of its connection stands."""

@@ -228,7 +228,7 @@ def with_url(connection: ConnectionSettings | None, url: str) -> ConnectionSetti
     if connection is None:
         return ConnectionSettings(url=url)
     replaced = {"url", "mirror", *URL_PARTS}
-    before, after = connection._url(), parse_url(url)
+    before, after = connection.read_url(), parse_url(url)
     if after is not None and after.password is not None:
         replaced.add("password_provider")
     if before is None or after is None or before.get_backend_name() != after.get_backend_name():

@@ -14,224 +14,44 @@ Secrets are `SecretStr` here and `***` wherever something is shown.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from importlib import import_module
-from keyword import iskeyword
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PrivateAttr, SecretStr, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from sqlalchemy.engine import URL, Dialect
+from sqlalchemy.engine import Dialect
 
+from app_db.connection_settings import (
+    DATABASE_FIELDS,
+    ConnectionSettings,
+    PoolSettings,
+    SessionSettings,
+    contradiction,
+    findings_of,
+    matching,
+)
 from app_db.errors import (
     ConnectionNotConfigured,
     ContradictorySettings,
     NothingConfigured,
     Problem,
-    SettingsError,
     did_you_mean,
 )
-from app_db.sources import DELIMITER, PREFIX, Finding, Group, Origin, Reading, variable_for
-from app_db.urls import UNREADABLE_URL, URL_PARTS, dialect_of, dumped, is_memory, masked, parse_url, revealed, with_driver
+from app_db.sources import DELIMITER, PREFIX, Finding, Origin, Reading, variable_for
+from app_db.urls import dialect_of, is_memory
 
 __all__ = [
     "ConnectionSettings",
-    "DatabaseIdentity",
     "DatabaseSettings",
     "Origin",
     "PoolSettings",
     "SessionSettings",
-    "is_connection_name",
 ]
 
-_DATABASE_FIELDS = ("url", *URL_PARTS, "password_provider", "connect_args")
-"""The settings that say which database a connection uses; the others say how. A mirror has none of its own."""
-
-# ---- what a value must be ---------------------------------------------------------------------------------------
-
-
-def _matching(pattern: str, requirement: str) -> AfterValidator:
-    compiled = re.compile(pattern, re.ASCII)
-
-    def check(value: str) -> str:
-        if compiled.fullmatch(value) is None:
-            raise ValueError(requirement)
-        return value
-
-    return AfterValidator(check)
-
-
-def _isolation_level(value: object) -> object:
-    return value.strip().upper().replace("_", " ") if isinstance(value, str) else value
-
-
-_IMPORT_STRING = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
-_ImportString = Annotated[str, _matching(_IMPORT_STRING, "must have the form module:function")]
-_PoolClass = Annotated[
-    str, _matching(f"queue|null|static|{_IMPORT_STRING}", "must be queue, null, static or have the form module:Class")
-]
 _Application = Annotated[
-    str, _matching(r"[A-Za-z][A-Za-z0-9_-]{0,15}", "must begin with a letter and have at most 16 letters, digits, '_' or '-'")
+    str, matching(r"[A-Za-z][A-Za-z0-9_-]{0,15}", "must begin with a letter and have at most 16 letters, digits, '_' or '-'")
 ]
-_DecisionLog = Annotated[str, _matching(r"[a-z][a-z0-9_]*|file:.+", "must be the name of a connection, or file: and a path")]
-_IsolationLevel = Annotated[
-    Literal["AUTOCOMMIT", "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"],
-    BeforeValidator(_isolation_level),
-]
-_Url = Annotated[SecretStr, BeforeValidator(revealed)]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Query = Annotated[dict[str, str], BeforeValidator(revealed), PlainSerializer(dumped)]
-_ConnectArgs = Annotated[dict[str, Any], BeforeValidator(revealed), PlainSerializer(dumped)]
-
-CONNECTION_NAME_RULE = "a lower-case Python identifier without '__'"
-
-
-def is_connection_name(name: object) -> bool:
-    """Return whether a connection can have this name: CONNECTION_NAME_RULE says which names are."""
-    matches = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*_?", name) is not None
-    return matches and not iskeyword(str(name))
-
-
-# ---- the models -------------------------------------------------------------------------------------------------
-
-
-class DatabaseIdentity:
-    """Stands for the one database behind a connection and its mirrors. All copies of it are the same object."""
-
-    __slots__ = ("__weakref__", "name")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __copy__(self) -> DatabaseIdentity:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DatabaseIdentity:
-        return self
-
-
-class PoolSettings(Group):
-    """How many connections are kept, and for how long. Times are seconds."""
-
-    size: int = Field(default=5, ge=1)
-    max_overflow: int = Field(default=10, ge=-1)
-    timeout: _Finite = Field(default=30.0, ge=0)
-    recycle: _Finite | None = Field(default=None, gt=0)
-    alive_window: _Finite = Field(default=30.0, ge=0)
-    use_lifo: bool = True
-    class_: _PoolClass | None = Field(default=None, validation_alias="class", serialization_alias="class")
-
-
-class SessionSettings(Group):
-    """How the sessions of a connection behave."""
-
-    autoflush: bool = True
-    expire_on_commit: bool = True
-
-
-class ConnectionSettings(Group):
-    """One named connection: which database it is, by `url`, by its parts or by `mirror`, and how it is used.
-
-    By itself it is a value, and may contradict itself: the `DatabaseSettings` that it becomes a part of know its name, and refuse
-    it with an error that names the variable to change.
-    """
-
-    url: _Url | None = None
-    driver: str | None = None
-    host: str | None = None
-    port: int | None = Field(default=None, ge=1, le=65535)
-    user: str | None = None
-    password: SecretStr | None = None
-    database: str | None = None
-    query: _Query = Field(default_factory=dict)
-    password_provider: _ImportString | None = None
-    read_only: bool = False
-    mirror: str | None = None
-    replica_of: str | None = None
-    two_phase: bool = False
-    transactional: bool = True
-    isolation_level: _IsolationLevel | None = None
-    statement_timeout: _Finite | None = Field(default=None, gt=0)
-    echo: bool = False
-    pool: PoolSettings = Field(default_factory=PoolSettings)
-    session: SessionSettings = Field(default_factory=SessionSettings)
-    connect_args: _ConnectArgs = Field(default_factory=dict)
-
-    _read_url: URL | None = PrivateAttr(default=None)
-    _identity: DatabaseIdentity = PrivateAttr(default_factory=lambda: DatabaseIdentity("name"))  # DatabaseSettings knows better
-
-    if TYPE_CHECKING:  # type checkers would ask for SecretStr where a plain string does
-
-        def __init__(self, **given: Any) -> None: ...
-
-    def database_identity(self) -> DatabaseIdentity:
-        """Return the object that is the same for a connection, its mirrors and all copies of them."""
-        return self._identity
-
-    @property
-    def place(self) -> object:
-        """What is equal for all connections to the same database, whoever logs in and by whichever driver."""
-        url = self.sqlalchemy_url()
-        if url.get_backend_name() != "sqlite":
-            return url.get_backend_name(), url.host, url.port, url.database
-        return self._identity if is_memory(url) else str(Path(str(url.database)).absolute())
-
-    def sqlalchemy_url(self) -> URL:
-        """Return the URL to connect to, password included. Raises SettingsError when there is none or it can't be read."""
-        url = self._url()
-        if url is None:
-            raise SettingsError([Problem(self.variable("url"), UNREADABLE_URL)])
-        return url
-
-    @property
-    def masked_url(self) -> str:
-        """The URL as it may be shown."""
-        return masked(self.sqlalchemy_url())
-
-    def load_password_provider(self) -> Callable[[], str]:
-        """Import and return the function that is asked for a password for each new DBAPI connection."""
-        variable = self.variable("password_provider")
-        if self.password_provider is None:
-            raise SettingsError([Problem(variable, "is not set.")])
-        module, _, attribute = self.password_provider.partition(":")
-        try:
-            provider: Any = import_module(module)
-            for name in attribute.split("."):
-                provider = getattr(provider, name)
-        except (ImportError, AttributeError) as error:
-            raise SettingsError([Problem(variable, f"can't be imported ({type(error).__name__}).")]) from error
-        if not callable(provider):
-            raise SettingsError([Problem(variable, "does not name a function.")])
-        return cast("Callable[[], str]", provider)
-
-    def variable(self, field: str) -> str:
-        """Return the environment variable that sets a field of this connection."""
-        return variable_for(("connections", self._identity.name, field))
-
-    def _url(self) -> URL | None:
-        url = self._read_url  # pydantic is slow to find what is private, so it is asked once
-        if url is None:
-            url = self._read_url = self._read()
-        return url
-
-    def _read(self) -> URL | None:
-        if self.url is not None:
-            return parse_url(self.url.get_secret_value())
-        if self.driver is None:
-            return None
-        return URL.create(
-            with_driver(self.driver),
-            username=self.user,
-            password=None if self.password is None else self.password.get_secret_value(),
-            host=self.host,
-            port=self.port,
-            database=self.database,
-            query=self.query,
-        )
-
-
+_DecisionLog = Annotated[str, matching(r"[a-z][a-z0-9_]*|file:.+", "must be the name of a connection, or file: and a path")]
 _FROM_CONFIG: Any = object()
 _PREPARING_DRIVERS = frozenset({"psycopg", "asyncpg", "pymysql", "asyncmy"})
 _LONGEST_TWO_PHASE_NAME = 22
@@ -293,7 +113,7 @@ class DatabaseSettings(BaseSettings):
             if not reading.reject(invalid):
                 raise reading.error()
         for name, connection in self.connections.items():
-            connection._identity = DatabaseIdentity(name)
+            connection.become(name)
         reading.problems += _findings(self, reading)
         if reading.problems:
             raise reading.error()
@@ -312,7 +132,7 @@ class DatabaseSettings(BaseSettings):
         owner = self._declared(self._mirrors(name)[-1])
         if owner is None or owner is own:
             return own
-        usage = {field: getattr(own, field) for field in type(own).model_fields if field not in _DATABASE_FIELDS}
+        usage = {field: getattr(own, field) for field in type(own).model_fields if field not in DATABASE_FIELDS}
         return owner.model_copy(update=usage)
 
     def replicas(self) -> dict[str, str]:
@@ -395,7 +215,7 @@ def _lending_key(own: ConnectionSettings) -> object:
 
 
 def _kind(connection: ConnectionSettings) -> str | None:
-    url = connection._url()
+    url = connection.read_url()
     return None if url is None else url.get_backend_name()
 
 
@@ -414,12 +234,9 @@ def _validation_error(validate: Callable[..., None], values: dict[str, Any]) -> 
 def _findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]:
     """Yield what pydantic can't see: settings that exclude each other, and connections that lead nowhere."""
     for name, connection in settings.connections.items():
-        if not is_connection_name(name):
-            message = f"a connection's name must be {CONNECTION_NAME_RULE}."
-            yield SettingsError, Problem(variable_for(("connections", name)), message)
-        for field, message in (*_contradictions_of_use(connection), *_contradictions_of_database(connection)):
-            yield _contradiction(name, field, message)
-        yield from _mirror_findings(settings, name, reading) if connection.mirror else _url_findings(name, connection, reading)
+        yield from findings_of(name, connection, reading)
+        if connection.mirror:
+            yield from _mirror_findings(settings, name, reading)
         if connection.replica_of:
             yield from _replica_findings(settings, name, connection.replica_of, reading)
         if connection.two_phase:
@@ -432,77 +249,31 @@ def _findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]
         yield NothingConfigured, Problem(variable, message)
 
 
-def _contradiction(name: str, field: str, message: str) -> Finding:
-    return ContradictorySettings, Problem(variable_for(("connections", name, field)), message)
-
-
-def _contradictions_of_use(connection: ConnectionSettings) -> Iterator[tuple[str, str]]:
-    """Yield the settings of how a connection is used that exclude another one: the field, and what it excludes and why."""
-    if connection.read_only and connection.two_phase:
-        yield "two_phase", "excludes READ_ONLY=true: where nothing is written, nothing can be prepared."
-    if connection.read_only and not connection.transactional:
-        yield "transactional", "=false excludes READ_ONLY=true: only writes can outlive the unit of work."
-    if connection.replica_of and not connection.read_only:
-        yield "replica_of", "needs READ_ONLY=true: nothing is written to a replica."
-    if connection.two_phase and not connection.transactional:
-        yield "two_phase", "excludes TRANSACTIONAL=false: a connection that commits by itself can't commit with others."
-    if connection.isolation_level == "AUTOCOMMIT":
-        if connection.two_phase:
-            yield "two_phase", "excludes ISOLATION_LEVEL=AUTOCOMMIT: what is committed at once can't be prepared."
-        elif connection.transactional and not connection.read_only:
-            message = "can't be AUTOCOMMIT on a connection that is writable and transactional: a unit of work there could not be "
-            yield "isolation_level", message + "rolled back. Set TRANSACTIONAL=false, READ_ONLY=true or another level."
-
-
-def _contradictions_of_database(connection: ConnectionSettings) -> Iterator[tuple[str, str]]:
-    """Yield the settings of which database it is that exclude another one, as `_contradictions_of_use` does."""
-    if connection.mirror is not None:
-        if own := _given(connection, _DATABASE_FIELDS):
-            yield "mirror", f"excludes {_upper(own)}: a mirror uses the database of another connection. Unset one side."
-        return
-    parts = _given(connection, URL_PARTS)
-    if connection.url is not None and parts:
-        yield "url", f"excludes {_upper(parts)}: give the URL or its parts."
-    if connection.url is None and parts and connection.driver is None:
-        yield "driver", "is not set, but other parts of the URL are. Set it, for example to postgresql+psycopg."
-    if connection.password_provider and (url := connection._url()) is not None and url.password is not None:
-        place = "PASSWORD" if connection.url is None else "URL"
-        yield "password_provider", f"excludes a password in {place}: say it in one place."
-
-
-def _given(connection: ConnectionSettings, fields: Iterable[str]) -> list[str]:
-    return [field for field in fields if getattr(connection, field) not in (None, {})]
-
-
-def _upper(fields: Iterable[str]) -> str:
-    return ", ".join(field.upper() for field in fields)
-
-
 def _mirror_findings(settings: DatabaseSettings, name: str, reading: Reading) -> Iterator[Finding]:
     *passed, last = settings._mirrors(name)
     if last in passed:
         circle = " → ".join([*passed, last])
-        yield _contradiction(name, "mirror", f"leads in a circle: {circle}. Give one of them a URL.")
+        yield contradiction(name, "mirror", f"leads in a circle: {circle}. Give one of them a URL.")
     elif settings._declared(last) is None and not reading.has_refused(("connections", last)):
         hint = did_you_mean(last, settings.connections)
         others = ", ".join(repr(known) for known in sorted(settings.connections) if known != name) or "none"
         message = f"leads to a connection that is not configured.{hint} Others configured are: {others}."
-        yield _contradiction(name, "mirror", message)
+        yield contradiction(name, "mirror", message)
 
 
 def _replica_findings(settings: DatabaseSettings, name: str, owner: str, reading: Reading) -> Iterator[Finding]:
     known = settings._declared(owner)
     if owner == name:
-        yield _contradiction(name, "replica_of", "names the connection itself. Name the one whose database it copies.")
+        yield contradiction(name, "replica_of", "names the connection itself. Name the one whose database it copies.")
     elif known is None and not reading.has_refused(("connections", owner)):
         others = ", ".join(repr(other) for other in sorted(settings.connections) if other != name) or "none"
         hint = did_you_mean(owner, settings.connections)
         message = f"names a connection that is not configured.{hint} Others configured are: {others}."
-        yield _contradiction(name, "replica_of", message)
+        yield contradiction(name, "replica_of", message)
     elif known is not None and known.read_only:
-        yield _contradiction(name, "replica_of", f"names {owner!r}, which is read-only. Name the connection that writes.")
+        yield contradiction(name, "replica_of", f"names {owner!r}, which is read-only. Name the connection that writes.")
     elif known is not None and None not in (kinds := {_end_kind(settings, name), _end_kind(settings, owner)}) and len(kinds) > 1:
-        yield _contradiction(name, "replica_of", f"names {owner!r}, which is a database of another kind.")
+        yield contradiction(name, "replica_of", f"names {owner!r}, which is a database of another kind.")
 
 
 def _end_kind(settings: DatabaseSettings, name: str) -> str | None:
@@ -511,36 +282,21 @@ def _end_kind(settings: DatabaseSettings, name: str) -> str | None:
     return None if end is None else _kind(end)
 
 
-def _url_findings(name: str, connection: ConnectionSettings, reading: Reading) -> Iterator[Finding]:
-    path = ("connections", name)
-    variable = reading.name_of((*path, "driver" if connection.url is None else "url"))
-    url = connection._url()
-    if url is not None:
-        dialect = dialect_of(url)
-        if isinstance(dialect, str):
-            yield SettingsError, Problem(variable, dialect)
-    elif connection.url is not None:
-        yield SettingsError, Problem(variable, UNREADABLE_URL)
-    elif not _given(connection, URL_PARTS) and not reading.has_refused(path):
-        message = f"is not set. Set it, for example to sqlite:///{name}.db, or set DRIVER and the other parts, or MIRROR."
-        yield _contradiction(name, "url", message)
-
-
 def _two_phase_findings(settings: DatabaseSettings, name: str) -> Iterator[Finding]:
-    url = settings.connection(name)._url()
+    url = settings.connection(name).read_url()
     dialect = None if url is None else dialect_of(url)
     if url is None or not isinstance(dialect, type):
         return
     if dialect.do_prepare_twophase is Dialect.do_prepare_twophase:
         message = f"needs a database that can prepare a transaction, as PostgreSQL and MySQL can, and {dialect.name} can't."
-        yield _contradiction(name, "two_phase", message)
+        yield contradiction(name, "two_phase", message)
     elif url.get_driver_name() not in _PREPARING_DRIVERS:
         known = " and ".join(sorted(_PREPARING_DRIVERS))
         message = f"is not there for the driver {url.get_driver_name()}. Use one of {known}."
-        yield _contradiction(name, "two_phase", message)
+        yield contradiction(name, "two_phase", message)
     if len(name) > _LONGEST_TWO_PHASE_NAME:
         message = f"needs a connection whose name has at most {_LONGEST_TWO_PHASE_NAME} characters: it is part of every xid."
-        yield _contradiction(name, "two_phase", message)
+        yield contradiction(name, "two_phase", message)
 
 
 def _decision_log_findings(settings: DatabaseSettings) -> Iterator[Finding]:
