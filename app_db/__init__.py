@@ -9,10 +9,11 @@ from app_db.container import Connection, ConnectionContainer, Container, Databas
 from app_db.errors import AppDbError
 from app_db.manager import ContextTransactionManager, retryable
 from app_db.models import Reflected, connection_of, metadata_of, orm_base
+from app_db.options import Propagation
 from app_db.routing import RoutingSession
 from app_db.settings import ConnectionSettings, DatabaseSettings, PoolSettings, SessionSettings
 from app_db.transactions import Transaction, transactional
-from app_db.units import Propagation, UnitOfWork
+from app_db.units import UnitOfWork
 
 __all__ = [
     "AppDbError",

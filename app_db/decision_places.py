@@ -12,7 +12,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
-from app_db.decisions import DecisionLog, TableLog
+from app_db.decision_table import TableLog
+from app_db.decisions import DecisionLog
 from app_db.engines import build_engine
 from app_db.errors import InvalidUse
 from app_db.settings import FILE, ConnectionSettings, DatabaseSettings

@@ -13,8 +13,9 @@ from typing import Any
 
 from dependency_injector import providers
 
-from app_db.container import KINDS, AsyncEngineProvider, Connection, DatabaseContainer, EngineProvider
+from app_db.container import KINDS, Connection, DatabaseContainer
 from app_db.coordinator import Rehearsal
+from app_db.engine_providers import AsyncEngineProvider, EngineProvider
 from app_db.engines import dispose_awaited
 from app_db.errors import InvalidUse, NothingConfigured, Problem, SettingsError, did_you_mean
 from app_db.settings import ConnectionSettings, DatabaseSettings

@@ -19,7 +19,9 @@ from transaction.interfaces import NoTransaction
 
 from app_db.coordinator import Coordinator, build_coordinator
 from app_db.errors import InvalidUse, NotWired, NoUnitOfWork
-from app_db.units import Options, Part, Propagation, UnitOfWork, options_from, part_for
+from app_db.options import Options, Propagation, options_from
+from app_db.parts import Part, part_for
+from app_db.units import UnitOfWork
 
 P = ParamSpec("P")
 R = TypeVar("R")

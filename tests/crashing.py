@@ -505,7 +505,7 @@ def _run(container: DatabaseContainer, unit: str, die_at: int | None, ask_at: in
 
 
 def _logs() -> tuple[Any, ...]:
-    return import_module("app_db.decisions").TableLog, import_module("app_db.decision_file").FileLog
+    return import_module("app_db.decision_table").TableLog, import_module("app_db.decision_file").FileLog
 
 
 def _settle(container: DatabaseContainer, keep: float | None, patience: float | None) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from app_db import decision_file
 from app_db.decision_file import FileLog
-from app_db.decisions import DecisionLog, TableLog, Verdict
+from app_db.decision_table import TableLog
+from app_db.decisions import DecisionLog, Verdict
 from app_db.engines import build_engine
 from app_db.settings import DatabaseSettings
 from app_db.xids import new_unit_id

@@ -17,7 +17,8 @@ from sqlalchemy import NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from app_db import DatabaseContainer, DatabaseSettings, commits, container_of
-from app_db.decisions import TableLog, Verdict
+from app_db.decision_table import TableLog
+from app_db.decisions import Verdict
 from app_db.errors import AbortedByRecovery
 from app_db.recovery import KEEP_ABORTS, KEEP_COMMITS, BranchInDoubt, BranchState, Settlement, UnitInDoubt
 from app_db.xids import Xid, new_log_id, new_unit_id

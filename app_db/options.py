@@ -1,0 +1,88 @@
+"""What a block of code asks of its unit of work. Impossible combinations are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from app_db.errors import InvalidUse, did_you_mean
+
+
+class Propagation(StrEnum):
+    """What a unit of work does where another is under way, and where none is. The values serve as well: `"nested"`."""
+
+    REQUIRED = "required"
+    """Join it; else begin one."""
+    REQUIRES_NEW = "requires_new"
+    """Begin one of its own, while the other waits."""
+    NESTED = "nested"
+    """Join it inside a savepoint; else begin one."""
+    MANDATORY = "mandatory"
+    """Join it; else raise NoUnitOfWork."""
+    SUPPORTS = "supports"
+    """Join it; else run without."""
+    NOT_SUPPORTED = "not_supported"
+    """Run without, while it waits."""
+    NEVER = "never"
+    """Raise AlreadyInUnitOfWork; else run without."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a block asks of its unit of work. Impossible combinations are refused here."""
+
+    propagation: Propagation = Propagation.REQUIRED
+    read_only: bool = False
+    isolation: str | None = None
+    timeout: float | None = None
+    attempts: int = 1
+    backoff: float = 0.05
+    commit_on: tuple[type[BaseException], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise InvalidUse(f"attempts={self.attempts} leaves no attempt", "Give 1 or more")
+        if self.timeout is not None and self.timeout <= 0:
+            raise InvalidUse(f"timeout={self.timeout} leaves no time", "Give seconds above 0, or None for no limit")
+        if self.isolation is not None and self.isolation not in _ISOLATION_LEVELS:
+            raise InvalidUse(f"There is no isolation level {self.isolation!r}", f"Use one of {', '.join(_ISOLATION_LEVELS)}")
+        if self.backoff < 0:
+            raise InvalidUse(f"backoff={self.backoff} is negative", "Give the seconds to wait before the second attempt, at most")
+        if self.attempts > 1 and self.propagation not in _MAY_BEGIN_A_UNIT:
+            raise InvalidUse(
+                f"attempts={self.attempts} can't be with propagation={self.propagation.value!r}, "
+                "which never begins a unit of its own",
+                "Put attempts on the outermost unit",
+            )
+
+
+_ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
+_MAY_BEGIN_A_UNIT = frozenset({Propagation.REQUIRED, Propagation.REQUIRES_NEW, Propagation.NESTED})
+
+
+def options_from(
+    propagation: Propagation | str = Propagation.REQUIRED,
+    *,
+    isolation: str | None = None,
+    commit_on: type[BaseException] | Iterable[type[BaseException]] = (),
+    **others: Any,
+) -> Options:
+    """Return the options that an application gave, in the forms in which it may give them."""
+    known = [field.name for field in fields(Options)]
+    for name in others:
+        if name not in known:
+            advice = f"{did_you_mean(name, known)} The options are {', '.join(known)}".lstrip()
+            raise InvalidUse(f"There is no option {name!r}", advice)
+    try:
+        how = Propagation(propagation)
+    except ValueError:
+        names = ", ".join(mode.value for mode in Propagation)
+        raise InvalidUse(f"There is no propagation {propagation!r}", f"Use one of {names}") from None
+    return Options(
+        how,
+        isolation=None if isolation is None else isolation.upper().replace("_", " "),
+        commit_on=(commit_on,) if isinstance(commit_on, type) else tuple(commit_on),
+        **others,
+    )
