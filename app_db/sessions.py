@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet, getweakrefcount
+from weakref import getweakrefcount
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -21,9 +21,9 @@ from sqlalchemy.util import ScopedRegistry
 from transaction.interfaces import NoTransaction
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
-from app_db.branches import BRANCH, Branch
+from app_db.branches import Branch
 from app_db.coordinator import Coordinator, Work
-from app_db.dialects import database_of, on_execute
+from app_db.dialects import database_of
 from app_db.errors import (
     ForeignUnitOfWork,
     InvalidUse,
@@ -35,11 +35,11 @@ from app_db.errors import (
 )
 from app_db.manager import Owner
 from app_db.preparing import prepares_of
+from app_db.watching import watch
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Dialect, Engine, ExceptionContext
+    from sqlalchemy.engine import Connection, Dialect, Engine
     from sqlalchemy.orm import SessionTransaction
-    from sqlalchemy.pool import PoolProxiedConnection
 
     from app_db.settings import ConnectionSettings
 
@@ -65,7 +65,7 @@ class SessionHome:
         self.two_phase = settings.two_phase
         self._keeps_decisions: bool | None = None
         self.idle: IdleSessions | NewSessions | None = None
-        self.watched: Dialect | None = None  # the last one passed to `_watch`, which spares asking for it at each beginning
+        self.watched: Dialect | None = None  # the last one passed to `watch`, which spares asking for it at each beginning
 
     def engine_for(self, work: Work) -> Engine:
         """Return the engine as it stands now, with the options of a unit of work.
@@ -151,7 +151,7 @@ class UnitSession(Session):
             connection.close()  # a thread waited for it while its unit was aborted, and nobody else will return it
             raise
         if connection.dialect is not self.home.watched:
-            _watch(connection.engine)
+            watch(connection.engine)
             self.home.watched = connection.dialect
         branch.uses(connection)
 
@@ -430,60 +430,3 @@ def _branch_of(session: UnitSession) -> Branch:
         join_transaction(session, STATUS_CHANGED, manager)
         return cast(Branch, session.branch)
     return branch
-
-
-_watched: WeakSet[Dialect] = WeakSet()
-
-
-def _watch(engine: Engine) -> None:
-    """Listen to what an engine executes. Done at first use, so that an engine that overrides ours is listened to as well."""
-    if engine.dialect not in _watched:
-        _watched.add(engine.dialect)
-        _guard_endings(engine.dialect)
-        on_execute(engine, _before_execute)
-        event.listen(engine, "handle_error", _handle_error)
-
-
-def _guard_endings(dialect: Dialect) -> None:
-    """Have the branch that uses a connection decide what COMMIT and ROLLBACK are, and refuse a COMMIT that is not its unit's."""
-    send_commit, send_rollback = dialect.do_commit, dialect.do_rollback
-
-    def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
-        branch = _branch_on(dbapi_connection)
-        if branch is None:
-            send_commit(dbapi_connection)
-        else:
-            branch.send_commit(dbapi_connection, send_commit)
-
-    def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
-        branch = _branch_on(dbapi_connection)
-        if branch is None:
-            send_rollback(dbapi_connection)
-        else:
-            branch.send_rollback(dbapi_connection, send_rollback)
-
-    dialect.do_commit, dialect.do_rollback = do_commit, do_rollback  # type: ignore[method-assign]
-
-
-def _branch_on(dbapi_connection: PoolProxiedConnection) -> Branch | None:
-    try:
-        return dbapi_connection.info.get(BRANCH)
-    except NotImplementedError:  # the dialect is looking around on a connection that is not the pool's yet
-        return None
-
-
-def _before_execute(info: dict[Any, Any], statement: str) -> None:
-    branch = info.get(BRANCH)
-    if branch is not None:
-        branch.before_statement(statement)
-
-
-def _handle_error(context: ExceptionContext) -> None:
-    connection = context.connection
-    if connection is None or context.is_disconnect or connection.invalidated or connection.closed:
-        return
-    branch = connection.info.get(BRANCH)
-    if branch is not None:
-        better = branch.statement_failed(context.original_exception)
-        if better is not None:
-            raise better from context.original_exception
