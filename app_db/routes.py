@@ -44,6 +44,7 @@ class Routes:
             owner: [name for name in names if self._owners.get(name) == owner] for owner in set(self._owners.values())
         }
         self._default = self._find_default()
+        self._lenders = settings.lenders(names)
         self._strict = frozenset(name for name in names if _is_strict(settings, name))
         self._turn = count()
         self._routes: LRUCache[Any, Route] = LRUCache(1000)
@@ -80,6 +81,10 @@ class Routes:
     def is_replica(self, name: str) -> bool:
         """Return whether a connection stands in for another one."""
         return name in self._owners
+
+    def branch_of(self, name: str) -> str:
+        """Return whose branch of a unit what goes to `name` is a part of: of the connection whose transaction it shares."""
+        return self._lenders.get(name, name)
 
     def may_lag_behind(self, name: str) -> bool:
         """Return whether reads of a unit that may write can go to replicas of `name`, which its isolation can't include."""

@@ -204,7 +204,8 @@ class RoutingSession(UnitSession):
 
     def _reader_of(self, routes: Routes, name: str, reads: bool) -> str:
         work: Any = self._work
-        if not (work.read_only or (reads and routes.may_lag_behind(name) and not self._must_see_writes(work, name))):
+        lags = reads and routes.may_lag_behind(name) and not self._must_see_writes(work, routes.branch_of(name))
+        if not (work.read_only or lags):
             return name
         replica = self._replicas.get(name)
         if replica is None:

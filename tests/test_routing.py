@@ -464,6 +464,20 @@ def test_a_warehouse_has_readers_as_well(new_sqlite_url: NewUrl) -> None:
             assert app.session.scalars(select(Fact.name).order_by(Fact.name)).all() == ["a", "b"]
 
 
+@pytest.mark.parametrize("writes", ["session", "warehouse_session", "writer_session"])
+def test_what_the_unit_wrote_in_a_transaction_that_is_shared_is_not_read_from_a_replica(
+    writes: str, new_sqlite_url: NewUrl
+) -> None:
+    url = new_sqlite_url()
+    copy = {"url": new_sqlite_url(), "read_only": True, "replica_of": "warehouse"}
+    with routed({"writer": url, "warehouse": url, "warehouse_copy": copy}, names=()) as app:
+        app.put("copy", on="warehouse_copy")
+        with app.unit():
+            assert app.session.scalars(select(Fact.name)).all() == ["copy"]
+            getattr(app.container, writes)().execute(insert(Fact).values(name="a"))
+            assert app.session.scalars(select(Fact.name)).all() == ["a"]
+
+
 def test_text_goes_to_the_only_connection_that_is_no_replica(new_sqlite_url: NewUrl) -> None:
     copy = {"url": new_sqlite_url(), "read_only": True, "replica_of": "warehouse"}
     with routed({"warehouse": new_sqlite_url(), "warehouse_copy": copy}, names=()) as app, app.unit():
