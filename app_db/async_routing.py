@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
 
 from app_db.async_sessions import AsyncUnitSession
-from app_db.routing import RoutingHome, RoutingSession
+from app_db.routing import OverlaidHome, RoutingHome, RoutingSession
 from app_db.sessions import NewSessions, UnitRegistry
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class AsyncRoutingSession(AsyncUnitSession):
         return cast(RoutingSession, self.sync_session).using(name)
 
 
-def build_async_routing_sessionmaker(home: RoutingHome, settings: SessionSettings) -> async_sessionmaker[AsyncRoutingSession]:
+def build_async_routing_sessionmaker(home: OverlaidHome, settings: SessionSettings) -> async_sessionmaker[AsyncRoutingSession]:
     """Return the maker of the sessions that coroutines use of a home."""
     arguments: Any = {"home": home, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
     maker = async_sessionmaker(class_=AsyncRoutingSession, **arguments)

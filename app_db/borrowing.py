@@ -6,11 +6,10 @@ itself, and other databases might commit half of it. So one lends its connection
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from app_db.routes import Route
-from app_db.routing import RoutingHome
+from app_db.routing import Holders, OverlaidHome
 
 if TYPE_CHECKING:
     from app_db.coordinator import Coordinator
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 class _OneWay:
     """Routes that all lead to one connection."""
-
-    has_default = True
 
     def __init__(self, lender: str) -> None:
         self.default = lender
@@ -34,9 +31,6 @@ class _OneWay:
     def is_replica(self, name: str) -> bool:
         return False
 
-    def may_lag_behind(self, name: str) -> bool:
-        return False
-
     def next_replica(self, name: str) -> str:
         return self.default
 
@@ -47,21 +41,10 @@ class _OneWay:
         return self._route
 
 
-class BorrowingHome(RoutingHome):
+class BorrowingHome(OverlaidHome):
     """What the sessions of one connection have in common that borrow the connection of another one's session."""
 
-    def __init__(
-        self, name: str, lender: str, coordinator: Coordinator, session_of: Callable[[str], Any], *, asynchronous: bool = False
-    ) -> None:
-        super().__init__(coordinator, _no_settings, lambda: (lender,), session_of, asynchronous=asynchronous)
+    def __init__(self, name: str, lender: str, coordinator: Coordinator, holders: Holders) -> None:
+        super().__init__(coordinator, holders)
         self.name = name
-        self._one_way: Any = _OneWay(lender)
-
-    @property
-    def routes(self) -> Any:
-        """Where statements go: to the lender."""
-        return self._one_way
-
-
-def _no_settings() -> Any:
-    raise NotImplementedError  # a home that has only one way asks for none
+        self.routes = _OneWay(lender)

@@ -24,7 +24,7 @@ from app_db.preparing import Prepares, Settling
 from app_db.statements import Effect, effect_of, lifts_read_only, transaction_verb
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, RootTransaction
     from sqlalchemy.orm import SessionTransaction
     from transaction import Transaction
 
@@ -80,10 +80,11 @@ class PartSession(Protocol):
     def has_unflushed(self) -> bool: ...
     @property
     def is_flushing(self) -> bool: ...
-    def get_transaction(self) -> SessionTransaction | None: ...
+    def get_transaction(self) -> SessionTransaction | RootTransaction | None: ...
     def get_nested_transaction(self) -> SessionTransaction | None: ...
     def begin_nested(self) -> SessionTransaction: ...
     def flush(self) -> None: ...
+    def flush_for_good(self) -> None: ...
 
 
 class BranchSession(PartSession, Protocol):
@@ -179,6 +180,10 @@ class Branch:
     def finished(self) -> bool:
         return self._data_manager.tx is None
 
+    def go_on_with(self, data_manager: Any) -> None:
+        """Be the branch of another session from now on, in the transaction that is under way."""
+        self._data_manager, self.session = data_manager, data_manager.session
+
     def uses(self, connection: Connection) -> None:
         """Note that the session has begun on `connection`."""
         if connection in self._connections:
@@ -271,7 +276,7 @@ class Branch:
 
     def has_lost_transaction(self) -> bool:
         """Return whether the database would answer COMMIT with a rollback."""
-        transaction: SessionTransaction | None = self._data_manager.tx
+        transaction: SessionTransaction | RootTransaction | None = self._data_manager.tx
         if transaction is None:
             return False
         nested = self.session.get_nested_transaction()
@@ -295,9 +300,7 @@ class Branch:
 
     def flush_for_good(self) -> None:
         """Do all that precedes COMMIT, the listeners to `before_commit` included; from here on the session refuses SQL."""
-        transaction: Any = self.session.get_transaction()
-        # The public prepare() is for sessions that prepare by themselves, one after the other.
-        transaction._prepare_impl()
+        self.session.flush_for_good()
         self._is_flushed_for_good = True
 
     @property

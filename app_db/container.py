@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dependency_injector import containers, providers
@@ -21,9 +22,9 @@ from app_db.manager import ContextTransactionManager
 from app_db.models import connection_of, described
 from app_db.recovery import Recovery, build_recovery
 from app_db.reflection import ReflectedSchema, connections_in, reflect, reflect_schema
-from app_db.routing import RoutingHome, RoutingSession, build_routing_session, build_routing_sessionmaker
+from app_db.routing import Holders, RoutingHome, RoutingSession, build_routing_session, build_routing_sessionmaker
 from app_db.schema import create_all, drop_all
-from app_db.sessions import SessionHome, build_scoped_session, build_sessionmaker
+from app_db.sessions import SessionHome, UnitRegistry, build_scoped_session, build_sessionmaker
 from app_db.settings import DatabaseSettings, SessionSettings
 from app_db.transactions import Transaction, build_transaction, build_unit
 from app_db.units import UnitOfWork
@@ -186,8 +187,21 @@ def _lender_of(container: DatabaseContainer, name: str) -> str | None:
 
 
 def _borrowing_home(container: DatabaseContainer, name: str, lender: str, kind: str) -> BorrowingHome:
-    lent: Callable[[], Any] = container.providers[f"{lender}_{kind}"]
-    return BorrowingHome(name, lender, container.coordinator(), lambda _: lent(), asynchronous=kind == "async_session")
+    return BorrowingHome(name, lender, container.coordinator(), _holders(container, kind))
+
+
+def _holders(container: DatabaseContainer, kind: str) -> Holders:
+    return Holders(partial(_session_on, container, kind), partial(_holder_on, container), kind == "async_session")
+
+
+def _session_on(container: DatabaseContainer, kind: str, name: str) -> Any:
+    return getattr(container, f"{name}_{kind}")()
+
+
+def _holder_on(container: DatabaseContainer, name: str) -> Any:
+    session = getattr(container, f"{name}_session")
+    registry = getattr(container, f"{name}_scoped_session")().registry
+    return registry.holder() if isinstance(registry, UnitRegistry) and not session.overridden else session()
 
 
 def _names_in(container: DatabaseContainer) -> list[str]:
@@ -304,13 +318,7 @@ def _refuse_taken_names(name: str, bases: Iterable[type], attributes: Iterable[s
 
 def _routing_home(container: DatabaseContainer | None, kind: str) -> tuple[RoutingHome, SessionSettings]:
     container = _require_instance(container, kind)
-    home = RoutingHome(
-        container.coordinator(),
-        container.settings,
-        lambda: _names_in(container),
-        lambda name: getattr(container, f"{name}_{kind}")(),
-        asynchronous=kind == "async_session",
-    )
+    home = RoutingHome(container.coordinator(), _holders(container, kind), container.settings, lambda: _names_in(container))
     return home, home.session_settings()
 
 

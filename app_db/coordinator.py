@@ -69,7 +69,7 @@ class Work:
 
     def __init__(self, transaction: Transaction, coordinator: Coordinator) -> None:
         self.transaction = transaction
-        self.sessions: dict[str, Any] = {}  # of threads and of coroutines
+        self.sessions: dict[str, Any] = {}  # of threads and of coroutines, or what stands for those that nobody has asked for
         self.branches: list[Branch] = []
         self.overlays: list[Overlay] = []
         self._savepoints: list[WorkSavepoint] = []
@@ -127,6 +127,9 @@ class Work:
         """Take part with a session's data manager."""
         self._take_part()
         session = data_manager.session
+        if session.branch is not None and not session.branch.finished:
+            session.branch.go_on_with(data_manager)
+            return
         kind = BranchOffLoop if self.asynchronous and not session.home.asynchronous else Branch
         branch = session.branch = kind(self, data_manager, session, session.home)
         if session.home.asynchronous:

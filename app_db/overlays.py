@@ -59,8 +59,7 @@ class Overlay:
 
     def flush_for_good(self) -> None:
         """Do all that precedes the commit, the listeners to `before_commit` included; from here on the session refuses SQL."""
-        prepare: Any = self._transaction
-        self._wait_for(prepare._prepare_impl)
+        self._wait_for(self.session.flush_for_good)
         self._is_flushed_for_good = True
 
     def has_lost_transaction(self) -> bool:

@@ -35,7 +35,7 @@ class Route(NamedTuple):
 
 
 class Routes:
-    """The connections of a container, and which of them stand in for which."""
+    """The connections of a container, and which of them are replicas of which."""
 
     def __init__(self, settings: DatabaseSettings, names: Sequence[str]) -> None:
         self._names = names
@@ -79,7 +79,7 @@ class Routes:
         return self._owners.get(name, name)
 
     def is_replica(self, name: str) -> bool:
-        """Return whether a connection stands in for another one."""
+        """Return whether a connection is a replica of another one."""
         return name in self._owners
 
     def branch_of(self, name: str) -> str:

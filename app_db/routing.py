@@ -1,7 +1,8 @@
 """One session a unit of work whose statements find their databases: by the models they name, and by whether they write.
 
 It has no connection of its own. A statement that goes to the connection `writer` is sent on that of the unit's `writer_session`,
-and so is a part of that branch of the unit; the unit flushes, rolls back and ends this session around its branches (`Overlay`).
+or of what stands for that while nobody has asked for it (`StandIn`), and so is a part of that branch of the unit; the unit
+flushes, rolls back and ends this session around its branches (`Overlay`).
 """
 
 from __future__ import annotations
@@ -26,30 +27,70 @@ if TYPE_CHECKING:
     from app_db.coordinator import Coordinator, Work
     from app_db.overlays import Overlay
     from app_db.settings import DatabaseSettings
+    from app_db.stand_ins import StandIn
 
 
-class RoutingHome:
+class Holders(NamedTuple):
+    """Where the connections of the unit's sessions are found, by name."""
+
+    session_of: Callable[[str], Any]
+    """The unit's session, of threads or of coroutines."""
+    holder_of: Callable[[str], Any]
+    """The session, or what stands for it while nobody has asked for it."""
+    asynchronous: bool = False
+
+
+class OverlaidHome:
+    """What sessions have in common that use the connections of others."""
+
+    read_only = False
+    autonomous = False
+    has_stand_ins = False
+    name: str
+    routes: Any
+    """Where statements go: `Routes`, or what answers as they do."""
+
+    def __init__(self, coordinator: Coordinator, holders: Holders) -> None:
+        self.coordinator = coordinator
+        self.asynchronous = holders.asynchronous
+        self.idle: IdleSessions | NewSessions | None = None
+        self._holders = holders
+
+    def session_of(self, name: str) -> UnitSession:
+        """Return the unit's session of a connection, the one that threads use of a coroutines' one."""
+        session: Any = self._holders.session_of(name)
+        found: UnitSession = session.sync_session if self.asynchronous else session
+        return found
+
+    def holder_of(self, name: str) -> UnitSession | StandIn:
+        """Return what holds the connection of the unit's session: that, or what stands for it while nobody has asked for it."""
+        found: UnitSession | StandIn = self.session_of(name) if self.asynchronous else self._holders.holder_of(name)
+        return found
+
+    def engine_for(self, work: Work) -> None:
+        """Return no engine. Coroutines may only use it in a unit that they can end."""
+        if self.asynchronous and not work.asynchronous:
+            raise AwaitRequired("The async session", "Begin its unit of work with `async with container.transaction():`")
+
+    def make_log(self) -> None:
+        """Leave that to the sessions of the connections."""
+
+
+class RoutingHome(OverlaidHome):
     """What the sessions of one container have in common that find their databases."""
 
     name = "session"
-    read_only = False
-    autonomous = False
 
     def __init__(
         self,
         coordinator: Coordinator,
+        holders: Holders,
         settings: Callable[[], DatabaseSettings],
         names: Callable[[], Sequence[str]],
-        session_of: Callable[[str], Any],
-        *,
-        asynchronous: bool = False,
     ) -> None:
-        self.coordinator = coordinator
-        self.asynchronous = asynchronous
-        self.idle: IdleSessions | NewSessions | None = None
+        super().__init__(coordinator, holders)
         self._settings = settings
         self._names = names
-        self._session_of = session_of
         self._routes: tuple[DatabaseSettings, Routes] | None = None
 
     @property
@@ -65,20 +106,6 @@ class RoutingHome:
         settings, routes = self._settings(), self.routes
         return settings.connection(routes.default).session if routes.has_default else SessionSettings()
 
-    def session_of(self, name: str) -> UnitSession:
-        """Return the unit's session of a connection, the one that threads use of a coroutines' one."""
-        session: Any = self._session_of(name)
-        found: UnitSession = session.sync_session if self.asynchronous else session
-        return found
-
-    def engine_for(self, work: Work) -> None:
-        """Return no engine. Coroutines may only use it in a unit that they can end."""
-        if self.asynchronous and not work.asynchronous:
-            raise AwaitRequired("The async session", "Begin its unit of work with `async with container.transaction():`")
-
-    def make_log(self) -> None:
-        """Leave that to the sessions of the connections."""
-
 
 class _NoTransaction:
     """Stands where SQLAlchemy expects a transaction to roll back: it is the branch's, and the unit rolls it back."""
@@ -90,18 +117,18 @@ _ITS_BRANCHES: Any = _NoTransaction()
 
 
 class _InUse(NamedTuple):
-    """A connection that a session uses, as long as neither its own transaction nor that of the session it is of is another."""
+    """A connection that a session uses, as long as neither its own transaction nor that of who holds it is another."""
 
     connection: Connection
-    session: UnitSession
+    holder: UnitSession | StandIn
     its_transaction: Any
     own_transaction: Any
 
     def stands(self, own_transaction: Any) -> bool:
-        """Return whether it can be used again without asking the session it is of, which begins savepoints when it is asked."""
+        """Return whether it can be used again without asking its holder: a session begins savepoints when it is asked."""
         return (
             own_transaction is self.own_transaction
-            and self.session._transaction is self.its_transaction
+            and self.holder._transaction is self.its_transaction
             and self.its_transaction is not None
             and self.its_transaction.is_active
         )
@@ -116,7 +143,7 @@ class RoutingSession(UnitSession):
 
     home: Any
 
-    def __init__(self, *args: Any, home: RoutingHome, **arguments: Any) -> None:
+    def __init__(self, *args: Any, home: OverlaidHome, **arguments: Any) -> None:
         super().__init__(*args, home=cast(Any, home), **arguments)
         self.overlay: Overlay | None = None
         self.last_used = ""
@@ -223,22 +250,22 @@ class RoutingSession(UnitSession):
         if known is not None and known.stands(self._transaction):
             return known.connection
         self.take_part()
-        session = self.home.session_of(name) if known is None else known.session
+        holder = self.home.holder_of(name)
         try:
-            connection = session.connection()
+            connection: Connection = holder.connection()
         except (DBAPIError, OSError) as error:  # a unit's own timeout is an OSError, too
             routes: Routes = self.home.routes
             if routes.is_replica(name) and not isinstance(error, AppDbError):
                 raise ReplicaUnavailable(name, routes.owner(name)) from error
             raise
-        self._use(connection, session)
-        self._in_use[name] = _InUse(connection, session, session._transaction, self._transaction)
+        self._use(connection, holder)
+        self._in_use[name] = _InUse(connection, holder, holder._transaction, self._transaction)
         return connection
 
-    def _use(self, connection: Connection, session: UnitSession) -> None:
+    def _use(self, connection: Connection, holder: UnitSession | StandIn) -> None:
         """Have SQLAlchemy take `connection` for one that this session has begun on already."""
         entry = (connection, _ITS_BRANCHES, False, False)
-        has_savepoints = session.branch is None or session.branch.has_savepoints
+        has_savepoints = holder.branch is None or holder.branch.has_savepoints
         transaction: Any = self._transaction
         while transaction is not None:
             if (self.overlay and transaction in self.overlay.levels) or (transaction.nested and not has_savepoints):
@@ -253,7 +280,7 @@ def _no_bind() -> InvalidUse:
     )
 
 
-def build_routing_sessionmaker(home: RoutingHome, settings: SessionSettings) -> sessionmaker[RoutingSession]:
+def build_routing_sessionmaker(home: OverlaidHome, settings: SessionSettings) -> sessionmaker[RoutingSession]:
     """Return the maker of the sessions of a home."""
     maker: sessionmaker[Any] = sessionmaker(
         class_=RoutingSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, cast
@@ -35,10 +36,11 @@ from app_db.errors import (
 )
 from app_db.manager import Owner
 from app_db.preparing import prepares_of
+from app_db.stand_ins import StandIn
 from app_db.watching import watch
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Dialect, Engine
+    from sqlalchemy.engine import Connection, Dialect, Engine, RootTransaction
     from sqlalchemy.orm import SessionTransaction
 
     from app_db.settings import ConnectionSettings
@@ -51,6 +53,8 @@ class SessionHome:
 
     asynchronous = False
     """Whether its drivers wait by way of the event loop."""
+    has_stand_ins = True
+    """Whether something may stand for a session that nobody has asked for."""
 
     def __init__(self, name: str, settings: ConnectionSettings, coordinator: Coordinator, engine: Callable[[], Engine]) -> None:
         self.name = name
@@ -81,6 +85,12 @@ class SessionHome:
         if work.rehearsal is not None:
             return work.rehearsal.engine_for_unit(engine, work)
         return self.database.engine_for_unit(engine, self.settings, work)
+
+    def watch(self, connection: Connection) -> None:
+        """Listen to what is executed on a connection."""
+        if connection.dialect is not self.watched:
+            watch(connection.engine)
+            self.watched = connection.dialect
 
     def make_log(self) -> None:
         """Have the table of decisions made, if there may be one in this SQLite database, before the unit shuts everybody out."""
@@ -150,10 +160,22 @@ class UnitSession(Session):
         except UnitOfWorkError:
             connection.close()  # a thread waited for it while its unit was aborted, and nobody else will return it
             raise
-        if connection.dialect is not self.home.watched:
-            watch(connection.engine)
-            self.home.watched = connection.dialect
+        self.home.watch(connection)
         branch.uses(connection)
+
+    def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None:
+        """Go on with a branch whose transaction has begun, as if this session had begun it."""
+        own: Any = self._autobegin_t()
+        self.bind = connection.engine
+        own._connections[connection] = own._connections[connection.engine] = (connection, transaction, True, True)
+        self.branch = branch
+        _join(self)
+
+    def flush_for_good(self) -> None:
+        """Do all that precedes COMMIT, the listeners to `before_commit` included."""
+        transaction: Any = self.get_transaction()
+        # The public prepare() is for sessions that prepare by themselves, one after the other.
+        transaction._prepare_impl()
 
     @property
     def has_unflushed(self) -> bool:
@@ -303,6 +325,14 @@ class IdleSessions:
     def __init__(self, maker: sessionmaker[UnitSession]) -> None:
         self._maker = maker
         self._make: _Make | None = None
+        self._arguments = dict(maker.kw)
+        dispatch: Any = maker().dispatch
+        self._listeners = {name: dispatch._empty_listeners[name].parent_listeners for name in OF_TRANSACTIONS}
+
+    @property
+    def nobody_looks(self) -> bool:
+        """Whether a session without objects has no effect: it is made as app_db makes it, and has no listeners but app_db's."""
+        return self._listeners == OF_TRANSACTIONS and self._maker.kw == self._arguments
 
     def get(self) -> UnitSession:
         """Return a session for a unit of work that begins to use one."""
@@ -326,7 +356,7 @@ class IdleSessions:
         if make is None or _references(held) != _NO_OTHERS:
             return
         session = held.pop()
-        # The one weak reference is SQLAlchemy's, by the session's identity.
+        # The one weak reference is SQLAlchemy's, by the session's identity. What stands for a session has none, and isn't kept.
         if getweakrefcount(session) == 1 and len(make.idle) < self._most and make.fits(session):
             _sessions.pop(session.hash_key, None)
             session.bind = session._work = None
@@ -336,11 +366,16 @@ class IdleSessions:
 class NewSessions:
     """The same interface where sessions are not used again."""
 
+    nobody_looks = False
+
     def __init__(self, maker: Callable[[], Any]) -> None:
         self.get = maker
 
     def offer(self, held: list[Any]) -> None:
         """Let go of it."""
+
+
+_NO_SESSION = (type(None), StandIn)
 
 
 class UnitRegistry(ScopedRegistry[Any]):
@@ -354,23 +389,39 @@ class UnitRegistry(ScopedRegistry[Any]):
 
     def __call__(self) -> Any:
         work = self._work()
-        session = work.sessions.get(self._key)
-        if session is None:
-            made = self._idle.get()
-            made.enter(work)
-            session = work.sessions.setdefault(self._key, made)  # threads of one unit get one session
-        return session
+        found = work.sessions.get(self._key)
+        return self._made_for(work) if found is None or type(found) is StandIn else found
+
+    def _made_for(self, work: Work) -> Any:
+        made = self._idle.get()
+        made.enter(work)
+        found = work.sessions.setdefault(self._key, made)  # threads of one unit get one session
+        if type(found) is StandIn:
+            found = work.sessions[self._key] = found.give_way_to(made)
+        return found
+
+    def holder(self) -> Any:
+        """Return what holds the connection in the unit: its session, or what stands for that while nobody has asked for it."""
+        work = self._work()
+        found = work.sessions.get(self._key)
+        if found is None and self._home.has_stand_ins and self._idle.nobody_looks:
+            found = work.sessions.setdefault(self._key, StandIn(self._home, work, self))
+        return self() if found is None else found
 
     def has(self) -> bool:
-        return self._key in self._work().sessions
+        return type(self._work().sessions.get(self._key)) not in _NO_SESSION
 
     def set(self, obj: Any) -> None:
         work = self._work()
         obj.enter(work)
+        before = work.sessions.get(self._key)
+        if type(before) is StandIn:
+            before.give_way_to(obj)
         work.sessions[self._key] = obj
 
     def clear(self) -> None:
-        self._work().sessions.pop(self._key, None)
+        if self.has():
+            self._work().sessions.pop(self._key, None)
 
     def _work(self) -> Work:
         try:
@@ -424,9 +475,25 @@ def _branch_of(session: UnitSession) -> Branch:
     """Return the branch that the session is, which it becomes by joining."""
     branch = session.branch
     if branch is None or branch.finished:
-        # Of zope.sqlalchemy's listeners only the joining is needed: the others notice writes, and these sessions join as
-        # changed. Listening to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
-        manager: Any = session.home.coordinator  # it has what zope.sqlalchemy asks of a manager
-        join_transaction(session, STATUS_CHANGED, manager)
+        _join(session)
         return cast(Branch, session.branch)
     return branch
+
+
+def _join(session: UnitSession) -> None:
+    # Of zope.sqlalchemy's listeners only the joining is needed: the others notice writes, and these sessions join as
+    # changed. Listening to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
+    manager: Any = session.home.coordinator  # it has what zope.sqlalchemy asks of a manager
+    join_transaction(session, STATUS_CHANGED, manager)
+
+
+OF_TRANSACTIONS: dict[str, deque[Any]] = {
+    "after_begin": deque([_join_with_connection]),
+    "before_commit": deque([_refuse_foreign_commit]),
+    "after_commit": deque(),
+    "after_rollback": deque(),
+    "after_soft_rollback": deque(),
+    "after_transaction_create": deque(),
+    "after_transaction_end": deque(),
+}
+"""The events of which a session is told that has no objects and is sent no statements, and app_db's own listeners to each."""

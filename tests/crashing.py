@@ -397,9 +397,16 @@ def _commit(container: DatabaseContainer, unit: str, steps: Steps) -> None:
 
 def _commit_routed(container: DatabaseContainer, unit: str, steps: Steps) -> None:
     """Do the same through the session that finds its database."""
+    from app_db.stand_ins import StandIn
+
     with container.transaction():
-        for name in _written(container):
-            container.session().add(_item_of(name)(name=unit))
+        items = [_item_of(name)(name=unit) for name in _written(container)]
+        container.session().add_all(items)
+        container.session().flush()
+        held = container.coordinator().get().sessions
+        assert all(isinstance(held[name], StandIn) for name in _written(container)), "a database has a session of its own"
+        for item in items:
+            item.amount = 1
         steps.armed = True
 
 
