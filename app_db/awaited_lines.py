@@ -72,6 +72,8 @@ class AsyncpgLine(AwaitedLine):
         """Have a transaction be over that has ended by its xid. The next unit would else begin none, and commit as it goes."""
         if self._connection.is_closed() or not self._connection.is_in_transaction():
             self._adapted._transaction = self._connection._top_xact = None
+            if hasattr(self._adapted, "_started"):  # before SQLAlchemy 2.1, which asks for the transaction itself
+                self._adapted._started = False
 
     def _refuse_rollback(self, statement: str, answered: str) -> None:
         if answered == "ROLLBACK" and not statement.startswith("ROLLBACK"):
