@@ -452,7 +452,7 @@ def _may_be_in_asyncpgs_transaction(driver_connection: Any) -> bool:
 def hang_up(dbapi_connection: Any) -> None:
     """Close a connection of coroutines whose event loop is closed, in a thread in which none runs."""
     driver_connection = _driver_of(dbapi_connection)
-    transport = getattr(driver_connection, "_transport", None)
+    transport = _transport_of(driver_connection)
     if transport is None:
         asyncio.run(_close(driver_connection))  # psycopg's and aiosqlite's can be closed in any loop
         return
@@ -463,6 +463,11 @@ def hang_up(dbapi_connection: Any) -> None:
         if own_socket is not None:
             own_socket.close()
             transport._sock = None
+
+
+def _transport_of(driver_connection: Any) -> Any:
+    writer = getattr(driver_connection, "_writer", None)  # asyncmy's before 0.2.13
+    return getattr(driver_connection, "_transport", None) if writer is None else writer.transport
 
 
 async def _close(driver_connection: Any) -> None:
