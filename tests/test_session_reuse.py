@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import event, select
 from sqlalchemy.orm import Session, object_session
 from sqlalchemy.orm.session import _sessions
+from sqlalchemy.util import immutabledict
 
 from app_db.errors import UnitOfWorkEnded
 from app_db.sessions import IdleSessions
@@ -107,7 +108,7 @@ def bind_mapper(session: Session) -> None:
 
 
 def set_options(session: Any) -> None:
-    session.execution_options = session.execution_options.union({"yield_per": 5})
+    session.execution_options = immutabledict({"yield_per": 5})  # before SQLAlchemy 2.1 they mean nothing, and are refused alike
 
 
 CHANGES: list[Callable[[Any], None]] = [
