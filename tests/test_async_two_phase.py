@@ -26,6 +26,7 @@ from async_applications import PATIENCE, Boom, Lag, with_driver
 from proxies import Loss, Proxy
 from servers import PostgresServer
 from two_phasing import TwoPhaseApplication, kill_backend, listening_to_postgres, without
+from versions import waits_in_tasks
 
 T = TypeVar("T")
 
@@ -418,7 +419,9 @@ def test_a_decision_log_that_is_away_leaves_the_outcome_to_recovery(driver: str,
 
 @pytest.mark.parametrize("by", ["cancel", "timeout"])
 @both_logs
-def test_a_unit_that_is_cancelled_at_any_moment_is_in_all_databases_or_in_none(by: str, app: AwaitedApplication) -> None:
+def test_a_unit_that_is_cancelled_at_any_moment_is_in_all_databases_or_in_none(
+    by: str, driver: str, app: AwaitedApplication
+) -> None:
     committed: set[str] = set()
 
     async def unit(item: str) -> None:
@@ -438,8 +441,8 @@ def test_a_unit_that_is_cancelled_at_any_moment_is_in_all_databases_or_in_none(b
         await asyncio.sleep(after)
         was_under_way = task.cancel()
         await asyncio.wait((task,))
-        assert task.cancelled() == was_under_way
-        return was_under_way
+        assert task.cancelled() == was_under_way or waits_in_tasks(driver)  # which may lose the cancellation, and commits
+        return task.cancelled()
 
     async def main() -> int:
         found = 0

@@ -25,6 +25,7 @@ from app_db.preparing import InDoubtBranch, MySQLPrepares, PostgreSQLPrepares, P
 from app_db.xids import Xid, new_log_id, new_unit_id
 from proxies import Proxy
 from servers import PASSWORD, USER, MariaDBServer, PostgresServer, Server, ServerMissing
+from versions import NOTIFIES_IS_DEAF
 
 postgresql, mysql = PostgreSQLPrepares(), MySQLPrepares()
 
@@ -480,15 +481,24 @@ def test_ddl_is_prepared_on_postgresql(pg: Place) -> None:
         assert connection.exec_driver_sql("SELECT count(*) FROM other").scalar() == 0
 
 
-def test_copies_notices_and_notifications_do_no_harm(pg: Place) -> None:
+deaf = pytest.mark.skipif(
+    NOTIFIES_IS_DEAF, reason="psycopg's notifies() hears nothing of what arrived with an answer before 3.2.4"
+)
+
+
+@pytest.mark.parametrize("heard_by", ["a handler", pytest.param("notifies()", marks=deaf)])
+def test_copies_notices_and_notifications_do_no_harm(pg: Place, heard_by: str) -> None:
     xid = new_xid()
     connection = pg.driver_connection()
     notices: list[str | None] = []
+    heard: list[str] = []
 
     def note(notice: psycopg.errors.Diagnostic) -> None:
         notices.append(notice.message_primary)
 
     connection.add_notice_handler(note)
+    if heard_by == "a handler":
+        connection.add_notify_handler(lambda notification: heard.append(notification.payload))
     execute(connection, "LISTEN bell")
     connection.commit()
     with connection.cursor() as cursor, cursor.copy("COPY items FROM STDIN") as copy:
@@ -499,7 +509,9 @@ def test_copies_notices_and_notifications_do_no_harm(pg: Place) -> None:
     pg.server.execute("NOTIFY bell, 'again'", database=pg.engine.url.database)
     assert pg.say(connection, *postgresql.commit_prepared(xid)) == DONE
     assert notices == ["said on the way"]
-    assert [note.payload for note in connection.notifies(timeout=1, stop_after=2)] == ["rings", "again"]
+    if heard_by == "notifies()":
+        heard.extend(note.payload for note in connection.notifies(timeout=1, stop_after=2))
+    assert heard == ["rings", "again"]
     with connection.cursor() as cursor, cursor.copy("COPY items TO STDOUT") as copy:
         assert list(copy.rows()) == [("1", "a"), ("2", "b")]
 
