@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -299,11 +301,17 @@ for line in sys.stdin:
 """
 
 
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Start a process, which imports app_db from this checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 @contextmanager
 def processes(url: str, number: int) -> Iterator[Callable[..., list[str]]]:
     """Start processes; the function tells them what to do, all at once, and returns what they say."""
-    command = [sys.executable, "-c", PROGRAM, url]
-    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(number)]
+    started = [start(url) for _ in range(number)]
 
     def tell(*what: str) -> list[str]:
         for process, word in zip(started, what * number, strict=False):
@@ -346,11 +354,7 @@ def test_processes_that_bootstrap_at_once_do_it_once(database_url: str) -> None:
 
 
 def test_a_process_that_is_killed_while_it_bootstraps_leaves_that_to_another(database_url: str) -> None:
-    command = [sys.executable, "-c", PROGRAM, database_url, "slow"]
-    with (
-        processes(database_url, 2) as tell,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as victim,
-    ):
+    with processes(database_url, 2) as tell, start(database_url, "slow") as victim:
         assert said(victim) == "ready"
         assert victim.stdin is not None
         victim.stdin.write("bootstrap\n")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -495,7 +497,9 @@ with reflection._reflecting:  # as another thread of the parent would hold it
 def test_a_forked_child_can_reflect_while_its_parent_does(sqlite_url: str) -> None:
     execute(sqlite_url, CUSTOMERS)
     command = [sys.executable, "-c", FORKING, sqlite_url]
-    assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout == "reflected 1\n"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "reflected 1\n"
 
 
 # ---- schemas ----------------------------------------------------------------------------------------------------------
