@@ -14,7 +14,8 @@ R = TypeVar("R")
 
 def begin_unseen(coroutine: Coroutine[Any, Any, R], *, context: Context | None = None) -> asyncio.Task[R]:
     """Begin a task of the running loop that only its starter can cancel, who has to hold it, and to `outlast` it."""
-    task = asyncio.create_task(coroutine, context=context)
+    # Not by the loop's factory: an eager task would begin here, which may be inside a greenlet that is not its own.
+    task = asyncio.Task(coroutine, loop=asyncio.get_running_loop(), context=context)
     asyncio._unregister_task(task)  # an ending loop cancels all tasks that it finds; the one that waits for this stays known
     return task
 
