@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def execute(engine: Engine, *statements: str) -> None:
 def test_a_sqlite_file_can_be_written_by_a_unit_that_has_read_it_first(tmp_path: Path) -> None:
     """A file that somebody else made is not in WAL mode, and can't be put into it while it is read."""
     file = tmp_path / "made.db"
-    with sqlite3.connect(file) as made:
+    with closing(sqlite3.connect(file)) as made:
         made.execute("CREATE TABLE t (x)")
     settings = DatabaseSettings(_env_file=None, connections={"writer": {"url": f"sqlite:///{file}"}})
     container = Container(settings=settings)

@@ -160,7 +160,7 @@ def test_what_code_does_to_the_providers_meanwhile_is_undone(container: Containe
         assert where(container) == "meanwhile"
         container.shutdown_resources()
         assert where(container) == "meanwhile"
-        container.writer_engine.override(create_engine(place("elsewhere")))
+        container.writer_engine.override(create_engine(place("elsewhere"), poolclass=NullPool))
         assert where(container) == "elsewhere"
         container.settings.reset_override()
     assert everything(container) == before
