@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
 
 from app_db.async_sessions import AsyncUnitSession
+from app_db.idle_sessions import NewSessions
 from app_db.routing import OverlaidHome, RoutingHome, RoutingSession
-from app_db.sessions import NewSessions, UnitRegistry
+from app_db.sessions import UnitRegistry
 
 if TYPE_CHECKING:
     from app_db.settings import SessionSettings

@@ -11,7 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_ses
 
 from app_db.coordinator import Work
 from app_db.errors import AwaitRequired
-from app_db.sessions import NewSessions, SessionHome, UnitRegistry, UnitSession
+from app_db.idle_sessions import NewSessions
+from app_db.sessions import SessionHome, UnitRegistry, UnitSession
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine

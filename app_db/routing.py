@@ -15,8 +15,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import scoped_session, sessionmaker
 
 from app_db.errors import AppDbError, AwaitRequired, InvalidUse, ReplicaUnavailable
+from app_db.idle_sessions import IdleSessions, NewSessions
 from app_db.routes import Routes
-from app_db.sessions import IdleSessions, NewSessions, UnitRegistry, UnitSession
+from app_db.sessions import UnitRegistry, UnitSession
 from app_db.settings import SessionSettings
 from app_db.statements import Effect
 

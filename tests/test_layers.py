@@ -50,6 +50,7 @@ LAYERS = {
     "watching": 2,
     "commits": 2,
     "coordinator": 2,
+    "idle_sessions": 1,
     "sessions": 2,
     "async_sessions": 2,
     "options": 3,

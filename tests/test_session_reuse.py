@@ -16,7 +16,7 @@ from sqlalchemy.orm.session import _sessions
 from sqlalchemy.util import immutabledict
 
 from app_db.errors import UnitOfWorkEnded
-from app_db.sessions import IdleSessions
+from app_db.idle_sessions import IdleSessions
 from items import Item, opened
 
 pytestmark = pytest.mark.skipif(

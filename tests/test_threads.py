@@ -16,6 +16,7 @@ from sqlalchemy import Engine, event, exc, select, text
 from sqlalchemy.orm import Session
 
 import app_db.container
+import app_db.engine_providers
 import app_db.engines
 from app_db.errors import ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded
 from items import Databases, Item, checked_out, database_name, opened
@@ -184,7 +185,7 @@ def test_every_engine_that_was_ever_made_is_retired_at_some_reset(databases: Dat
         retire(engine)
 
     monkeypatch.setattr(app_db.container, "build_engine", build_and_note)
-    monkeypatch.setattr(app_db.container, "retire", retire_and_note)
+    monkeypatch.setattr(app_db.engine_providers, "retire", retire_and_note)
     engine = databases.container.writer.engine  # type: ignore[attr-defined]  # its connections are known at run time
     done = threading.Event()
 
