@@ -142,6 +142,8 @@ class PostgreSQL(Database):
     _idle = 0  # libpq's PQTRANS_IDLE
     _failed = 3  # libpq's PQTRANS_INERROR
 
+    _known_psycopgs = ("3.2.", "3.3.")  # to app_db.psycopg_cursors
+
     _words = {"sslmode": "ssl", "connect_timeout": "timeout"}  # noqa: RUF012  # libpq's, and what asyncpg says for them
     _asyncpg_alone = frozenset(
         "statement_cache_size prepared_statement_cache_size prepared_statement_name_func max_cached_statement_lifetime "
@@ -195,6 +197,8 @@ class PostgreSQL(Database):
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         if self.isolation_level(settings) == "AUTOCOMMIT":
             engine.dialect.supports_server_side_cursors = False  # they need a transaction; `yield_per` then fetches at once
+        elif engine.dialect.driver == "psycopg":
+            self._save_a_round_trip(engine)
         parameters: dict[str, str] = {}
         if settings.read_only:
             parameters["default_transaction_read_only"] = "on"
@@ -210,6 +214,17 @@ class PostgreSQL(Database):
             dbapi_connection.autocommit = True  # a rollback would otherwise take the parameters back
             _execute(dbapi_connection, statement)
             dbapi_connection.autocommit = autocommit
+
+    def _save_a_round_trip(self, engine: Engine) -> None:
+        import psycopg
+
+        if not psycopg.__version__.startswith(self._known_psycopgs) or not psycopg.capabilities.has_pipeline():
+            return
+        from app_db.psycopg_cursors import send_begin_along
+
+        @event.listens_for(engine, "connect")
+        def set_cursors(dbapi_connection: Any, record: Any) -> None:
+            send_begin_along(_driver_of(dbapi_connection))
 
     def unit_options(self, settings: ConnectionSettings, terms: Terms) -> dict[str, Any]:
         options = super().unit_options(settings, terms)

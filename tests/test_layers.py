@@ -35,6 +35,7 @@ LAYERS = {
     "preparing": 1,
     "decision_places": 1,
     "dialects": 1,
+    "psycopg_cursors": 0,
     "models": 1,
     "decisions": 1,
     "decision_file": 1,
@@ -167,6 +168,9 @@ ON_DEMAND = {
     "typing_extensions": "for type checkers only",
 }
 """What may be imported inside a function, under TYPE_CHECKING or in a `try`, and never by importing app_db."""
+
+ABOUT_ONE_DRIVER = {"psycopg_cursors": "psycopg"}
+"""Rooms that import a driver, and are themselves imported on demand, where that driver is used."""
 
 EDGES = {"integrations", "testing", "cli", "__main__"}
 """Rooms that meet a framework, a test runner or a terminal: those may import it."""
@@ -316,9 +320,16 @@ def test_the_core_stands_on_its_five_dependencies_and_the_standard_library() -> 
         top = found.target.partition(".")[0]
         name = ".".join(found.target.split(".")[:2]) if top == "zope" else top
         known = top in sys.stdlib_module_names or top == PACKAGE.name or name in FOUNDATIONS
-        if not known and not (found.on_demand and top in ON_DEMAND) and room_of(found.importer) not in EDGES:
+        room = room_of(found.importer)
+        if not known and not (found.on_demand and top in ON_DEMAND) and room not in EDGES and ABOUT_ONE_DRIVER.get(room) != top:
             strangers.append(str(found))
     assert strangers == []
+
+
+def test_what_is_about_one_driver_is_imported_on_demand() -> None:
+    found = [found for found in inner_imports() if room_of(found.target) in ABOUT_ONE_DRIVER]
+    assert {room_of(found.target) for found in found} == set(ABOUT_ONE_DRIVER)
+    assert [str(eager) for eager in found if not eager.on_demand] == []
 
 
 def test_the_root_imports_nothing_but_app_db() -> None:
