@@ -31,6 +31,7 @@ class _Make:
         settings = {name: value for name, value in made.__dict__.items() if name not in _ITS_OWN}
         self.arguments = arguments
         self.idle: list[Any] = []
+        self._kind = type(made)
         self._usable = "info" not in settings  # which is a session's own, and may hold anything
         self._count = len(made.__dict__)
         self._settings_of = itemgetter(*settings)
@@ -44,6 +45,7 @@ class _Make:
         try:
             return (
                 self._usable
+                and type(session) is self._kind
                 and len(state) == self._count
                 and self._settings_of(state) == self._settings
                 and self._listeners_of(state["dispatch"]) == self._no_listeners
@@ -68,6 +70,10 @@ class IdleSessions:
         self._maker = maker
         self._make: _Make | None = None
         self._arguments = dict(maker.kw)
+
+    def are_of(self, maker: object) -> bool:
+        """Return whether this is where the sessions of a maker are kept."""
+        return maker is self._maker
 
     def hear_only(self, listeners: Mapping[str, Collection[Any]]) -> bool:
         """Return whether new ones are made as at first, and nobody but `listeners` hears of these events of theirs."""
@@ -110,6 +116,10 @@ class NewSessions:
 
     def __init__(self, maker: Callable[[], Any]) -> None:
         self.get = maker
+
+    def are_of(self, maker: object) -> bool:
+        """Return whether this is where new sessions of a maker are got."""
+        return maker is self.get
 
     def hear_only(self, listeners: object) -> bool:
         """Say no: it isn't known."""

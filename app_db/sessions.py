@@ -277,7 +277,8 @@ class UnitRegistry(ScopedRegistry[Any]):
     def __init__(self, maker: Any) -> None:
         super().__init__(maker, lambda: None)
         self._home: SessionHome = maker.kw["home"]
-        self._idle = self._home.idle or NewSessions(maker)
+        idle = self._home.idle
+        self._idle = idle if idle is not None and idle.are_of(maker) else NewSessions(maker)
         self._key = f"{self._home.name} (async)" if self._home.asynchronous else self._home.name
 
     def __call__(self) -> Any:

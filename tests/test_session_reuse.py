@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, select
-from sqlalchemy.orm import Session, object_session
+from sqlalchemy.orm import Session, object_session, sessionmaker
 from sqlalchemy.orm.session import _sessions
 from sqlalchemy.util import immutabledict
 
 from app_db.errors import UnitOfWorkEnded
 from app_db.idle_sessions import IdleSessions
+from app_db.sessions import UnitSession
 from items import Item, opened
 
 pytestmark = pytest.mark.skipif(
@@ -48,6 +49,33 @@ def test_a_session_that_nobody_keeps_serves_the_next_unit(container: Any) -> Non
     assert [id(session) for session in idle(container)] == [first]
     assert [serve(container) for _ in range(3)] == [first] * 3
     assert idle(container)[0] not in _sessions.values()  # close_all_sessions() doesn't find it
+
+
+class Special(UnitSession):
+    """A kind of session of the application's own."""
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_maker_that_takes_the_place_of_ours_is_the_one_that_makes_them(container: Any, used_before: bool) -> None:
+    """Even one that is made of ours, and of which the sessions have so much in common."""
+    ours = container.writer_sessionmaker()
+    if used_before:
+        serve(container)
+    own = sessionmaker(class_=Special, **{**ours.kw, "expire_on_commit": False})
+    with container.writer_sessionmaker.override(own):
+        container.writer_scoped_session.reset()
+        for _ in range(2):
+            with container.transaction():
+                session = container.writer_session()
+                assert isinstance(session, Special)
+                assert not session.expire_on_commit
+                session.execute(select(Item))
+            del session
+    container.writer_scoped_session.reset()
+    with container.transaction():
+        session = container.writer_session()
+        assert not isinstance(session, Special)
+        assert session.expire_on_commit
 
 
 def test_only_so_many_wait(container: Any, monkeypatch: pytest.MonkeyPatch) -> None:
