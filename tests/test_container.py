@@ -1045,7 +1045,9 @@ def test_a_coroutine_function_keeps_its_name_and_stays_one() -> None:
 def test_a_copied_a_derived_and_a_nested_container_serve_coroutines_by_strings(
     settings: DatabaseSettings, wire: Callable[[Any], Any]
 ) -> None:
-    create_orders(Shop(settings=settings))
+    maker = Shop(settings=settings)
+    create_orders(maker)
+    maker.shutdown_resources()
     for make in (Copied, Wider):
         made = wire(make(settings=settings))
         assert run(made, count_awaited) == 0
