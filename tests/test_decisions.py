@@ -374,7 +374,7 @@ def test_a_unit_may_be_decided_in_another_log_and_no_longer_here(database_url: s
     aborted = new_unit_id(log.id)
     log.decide(aborted, ABORT, [])
     assert other.decide(aborted, Verdict.MOVED, [elsewhere]) is ABORT
-    for bad in ([], ["writer", elsewhere], ["x'--", "writer"]):
+    for bad in ([], ["warehouse", elsewhere], ["x'--", "writer"]):  # `writer` could be a log's id
         with pytest.raises(ValueError, match="can't be the"):
             log.decide(new_unit_id(log.id), Verdict.MOVED, bad)
 
