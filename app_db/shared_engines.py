@@ -220,8 +220,13 @@ async def _aiosqlite_twin(dbapi_connection: Any) -> Any:
     import aiosqlite
 
     twin: Any = aiosqlite.Connection(lambda: dbapi_connection, 64)
+    twin.create_function = _have_it_already
     getattr(twin, "_thread", twin).daemon = True  # which it was itself before 0.22
     return await twin
+
+
+async def _have_it_already(*arguments: Any, **options: Any) -> None:
+    """Do nothing: SQLAlchemy made its functions when it made the shared connection, and SQLite makes none during a statement."""
 
 
 def _leave_open(dbapi_connection: Any) -> None:

@@ -62,6 +62,30 @@ def seen_by_threads(databases: AwaitedDatabases, connection: str = "writer") -> 
         return sorted(databases.session(connection).scalars(select(Item.name)))
 
 
+def test_connections_may_be_made_while_a_statement_is_executed(shared: AwaitedDatabases) -> None:
+    """The fact guarded: SQLAlchemy makes functions for each SQLite connection, and SQLite makes none during a statement."""
+    counting = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200000) SELECT count(*) FROM n"
+
+    async def count(times: int) -> None:
+        for _ in range(times):
+            async with shared.container.transaction():
+                assert await shared.say(counting) == 200000
+
+    async def connect() -> None:
+        async with shared.awaited_engine().connect():
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        async with isolated(shared.container):
+            await count(1)
+            counter = asyncio.create_task(count(20))
+            while not counter.done():
+                await connect()
+            await counter
+
+    shared.run(main)
+
+
 # ---- units of coroutines -------------------------------------------------------------------------------------------------
 
 
