@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestEr
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkTimeout
+from app_db.forks import after_fork_in_child
 from app_db.preparing import Prepares, Settling
 from app_db.statements import Effect, effect_of, lifts_read_only, transaction_verb
 
@@ -461,7 +461,7 @@ def own_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1000, "app_db")
 
 
-os.register_at_fork(after_in_child=own_threads.cache_clear)
+after_fork_in_child(own_threads.cache_clear)
 
 
 def say(dbapi_connection: Any, statements: Sequence[str], *, regardless: bool = False) -> None:

@@ -10,11 +10,12 @@ import weakref
 import zlib
 from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
-from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+from importlib.util import find_spec
 from pathlib import Path
 
 from app_db.decisions import Decision, Verdict, batches, by_age, made
-from app_db.errors import DecisionFileDamaged, DecisionFileFull
+from app_db.errors import DecisionFileDamaged, DecisionFileFull, InvalidUse
+from app_db.forks import after_fork_in_child
 from app_db.xids import check_log_id, check_unit_id, log_id_for, new_log_id
 
 _FORMAT = "app_db-decisions 1"
@@ -41,6 +42,7 @@ class FileLog:
         max_bytes: int = 16 * 1024 * 1024,
         lock_wait: float = 10.0,
     ) -> None:
+        _require_locks()
         self._path = Path(path).resolve()
         self._application = application
         self.place = f"the file {self._path}"
@@ -219,6 +221,8 @@ class _File:
         """How many bytes a file has that holds only what stands."""
 
     def try_to_lock(self) -> bool:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+
         try:
             flock(self._fd, LOCK_EX | LOCK_NB)
         except BlockingIOError:
@@ -226,6 +230,8 @@ class _File:
         return True
 
     def unlock(self) -> None:
+        from fcntl import LOCK_UN, flock
+
         flock(self._fd, LOCK_UN)
 
     def is_at(self, path: Path) -> bool:
@@ -346,6 +352,15 @@ def _is_whole(line: bytes, checksum: int) -> bool:
     return line[-10:] == b" %08x\n" % zlib.crc32(line[:-10], checksum)
 
 
+def _require_locks() -> None:
+    """Raise an error unless this Python can lock files as Unix does: Windows has no `fcntl`."""
+    if find_spec("fcntl") is None:
+        raise InvalidUse(
+            "A decision file needs the locks of Unix, and this Python has no module fcntl",
+            "Keep the decisions in a table: set APP_DB_DECISION_LOG to the name of a connection",
+        )
+
+
 _HEADING_LENGTH = len(_line(_heading("000000"), 0))
 
 
@@ -374,4 +389,4 @@ def _leave_parents_files() -> None:
         log._leave_to_parent()
 
 
-os.register_at_fork(after_in_child=_leave_parents_files)
+after_fork_in_child(_leave_parents_files)

@@ -6,7 +6,6 @@ Each unit is decided in one of them, and the first characters of its id say in w
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +15,7 @@ from app_db.decision_table import TableLog
 from app_db.decisions import DecisionLog
 from app_db.engines import build_engine
 from app_db.errors import InvalidUse
+from app_db.forks import after_fork_in_child
 from app_db.settings import FILE, ConnectionSettings, DatabaseSettings
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class DecisionPlaces:
         chosen = self._chosen()
         if not chosen.startswith(FILE):
             return self.of(chosen)
-        from app_db.decision_file import FileLog  # needs locks of Unix
+        from app_db.decision_file import FileLog  # most applications have no decision file
 
         path, application = key = chosen.removeprefix(FILE), self._settings().application
         with self._lock:
@@ -155,7 +155,7 @@ def _forget_parents_locks() -> None:
         places._lock = Lock()
 
 
-os.register_at_fork(after_in_child=_forget_parents_locks)
+after_fork_in_child(_forget_parents_locks)
 
 
 class _Container(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import weakref
 from asyncio import AbstractEventLoop, Task, to_thread, wait
@@ -20,6 +19,7 @@ from sqlalchemy.util.concurrency import await_only
 
 from app_db.dialects import Database, database_of, hang_up
 from app_db.errors import Problem, SettingsError
+from app_db.forks import after_fork_in_child
 from app_db.outlasting import begin_unseen, outlast
 from app_db.urls import dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
 
@@ -335,4 +335,4 @@ def _leave_parents_connections() -> None:
         engine.dispose(close=False)
 
 
-os.register_at_fork(after_in_child=_leave_parents_connections)
+after_fork_in_child(_leave_parents_connections)

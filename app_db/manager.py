@@ -25,6 +25,7 @@ from transaction.interfaces import TransientError
 from transaction.weakset import WeakSet
 
 from app_db.errors import AlreadyInUnitOfWork, AwaitRequired, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded, UnitOfWorkError
+from app_db.forks import after_fork_in_child
 from app_db.urls import require_greenlet
 
 
@@ -38,7 +39,7 @@ class _Process:
         cls.generation += 1
 
 
-os.register_at_fork(after_in_child=_Process.note_fork)
+after_fork_in_child(_Process.note_fork)
 
 
 _acting_for: dict[Task[Any], Task[Any] | None] = {}

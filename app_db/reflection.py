@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
@@ -14,6 +13,7 @@ from sqlalchemy.ext.declarative import DeferredReflection
 
 from app_db.dialects import database_of
 from app_db.errors import CannotReflect, UnknownConnection, UnknownTable, Unreflectable
+from app_db.forks import after_fork_in_child
 from app_db.models import CONNECTION, REFLECTED, Reflected, note_reflected, unreflected_models
 
 
@@ -191,4 +191,4 @@ def _forget_parents_lock() -> None:
     _reflecting = Lock()
 
 
-os.register_at_fork(after_in_child=_forget_parents_lock)
+after_fork_in_child(_forget_parents_lock)

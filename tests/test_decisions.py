@@ -554,9 +554,3 @@ def test_a_decision_is_two_round_trips_on_mariadb(mariadb_url: str, new_log: New
 
 def test_a_log_says_where_it_is(sqlite_url: str, new_log: NewLog) -> None:
     assert new_log(sqlite_url).place == "the table app_db_decisions of 'writer'"
-
-
-def test_only_a_file_needs_locks_of_unix() -> None:
-    """Windows has no fcntl."""
-    program = "import sys; sys.modules['fcntl'] = None; import app_db, app_db.container, app_db.cli"
-    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(HERE.parent)}, timeout=30, check=True)

@@ -25,6 +25,7 @@ PLUGIN = ROOT / "pytest_app_db.py"
 LAYERS = {
     "errors": 0,
     "urls": 0,
+    "forks": 0,
     "sources": 1,
     "connection_settings": 1,
     "settings": 1,
