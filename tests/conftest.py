@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -28,7 +29,7 @@ from pathlib import Path
 import pytest
 
 from installing import install
-from requiring import REQUIRED, started
+from requiring import started
 from servers import MariaDBServer, PostgresServer, PostgresStandby, Server, Setting, available, quick_tempdir
 
 DATABASES = ("sqlite", "postgresql", "mariadb")
@@ -60,14 +61,28 @@ def pytest_report_header() -> list[str]:
     return ["databases:", *(f"  {name:<11}{'MISSING, ' if _is_missing(what) else ''}{what}" for name, what in found.items())]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    missing = {name: what for name, what in available().items() if _is_missing(what)}
-    if not missing:
-        return
-    terminalreporter.section("servers that did not run", sep="!", red=True, bold=True)
-    for name, what in missing.items():
-        verb = "failed" if REQUIRED else "were skipped"
-        terminalreporter.write_line(f"{name}: {what}. The tests that need it {verb}.", red=True)
+def pytest_report_teststatus(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
+    """Count what is skipped for want of a server apart, so that pytest does not list hundreds of tests that say the same."""
+    missing = _missing_server(report)
+    return missing and (f"without {missing[0]}", "s", f"SKIPPED ({missing[0]} is missing)")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    """Say in one line for each server that is missing what was skipped, and how to get it, after all else."""
+    yield
+    for reports in list(terminalreporter.stats.values()):
+        if missing := reports and _missing_server(reports[0]):
+            server, why = missing
+            tests = "1 test was" if len(reports) == 1 else f"{len(reports)} tests were"
+            terminalreporter.write_line(f"{tests} skipped, because {server} is missing: {why}", yellow=True, bold=True)
+
+
+def _missing_server(report: object) -> tuple[str, str] | None:
+    """Return which server a test was skipped for, and what is wrong with it, if it was skipped for one."""
+    reason = getattr(report, "skipped", False) and getattr(report, "longrepr", None)
+    found = re.match(r"Skipped: ([\w ]+) is missing: (.*)", reason[2]) if isinstance(reason, tuple) else None
+    return None if found is None else (found[1], found[2])
 
 
 def _is_missing(what: str) -> bool:

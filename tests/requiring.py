@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import NoReturn, TypeVar
 
@@ -31,6 +31,33 @@ def started(make: Callable[[], S]) -> S:
         raise
 
 
+class Servers(Mapping[str, Server]):
+    """Servers by name. Each starts when a test first asks for it; where it is missing, that test alone is skipped."""
+
+    def __init__(self, **makers: Callable[[], Server]) -> None:
+        self._makers = makers
+        self._started: dict[str, Server] = {}
+
+    def __getitem__(self, name: str) -> Server:
+        if name not in self._started:
+            self._started[name] = started(self._makers[name])
+        return self._started[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def close(self) -> None:
+        """End those that were started."""
+        for server in self._started.values():
+            server.close()
+
+
 def need(*modules: str) -> None:
     """Go on only where modules of the group `test` are installed."""
     for module in modules:
@@ -40,5 +67,5 @@ def need(*modules: str) -> None:
 
 def _do_without(problem: str) -> NoReturn:
     if REQUIRED:
-        pytest.fail(f"{problem}; {REQUIRE_SERVERS} is set", pytrace=False)
+        pytest.fail(f"{problem} {REQUIRE_SERVERS} is set, so this is a failure.", pytrace=False)
     pytest.skip(problem)

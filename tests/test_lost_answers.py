@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from app_db.errors import CommitUnconfirmed, OutcomeUnknown
 from app_db.manager import retryable
 from leftovers import Site, left_in
 from proxies import Fault, Loss, Proxy
-from servers import MariaDBServer, PostgresServer, Server
+from servers import PostgresServer, Server
 from two_phasing import TwoPhaseApplication, two_phasing, without
 
 _numbers = count(1)
@@ -127,29 +128,22 @@ CASES = [case for kind in WORDS for case in cases_of(kind)]
 
 
 @pytest.fixture(scope="module")
-def servers(postgres: PostgresServer, mariadb: MariaDBServer) -> dict[str, Server]:
-    return {"postgresql": postgres, "mariadb": mariadb}
-
-
-@pytest.fixture(scope="module")
-def networks(servers: dict[str, Server]) -> Iterator[dict[str, Proxy]]:
+def network_of() -> Iterator[Callable[[Server], Proxy]]:
     with ExitStack() as stack:
-        yield {kind: stack.enter_context(Proxy(server)) for kind, server in servers.items()}
+        yield cache(lambda server: stack.enter_context(Proxy(server)))
 
 
 class Places:
     """Databases with items in them, used by one test after the other for as long as none leaves them in disorder."""
 
-    def __init__(self, servers: dict[str, Server]) -> None:
-        self._servers = servers
+    def __init__(self) -> None:
         self._stack = ExitStack()
-        self._sites: dict[tuple[str, int], Site] = {}
+        self._sites: dict[tuple[Server, int], Site] = {}
 
-    def site(self, kind: str, number: int = 0) -> Site:
-        if (kind, number) not in self._sites:
-            server = self._servers[kind]
-            self._sites[kind, number] = Site(server.url(self._stack.enter_context(server.lend_database())), server)
-        return self._sites[kind, number]
+    def site(self, server: Server, number: int) -> Site:
+        if (server, number) not in self._sites:
+            self._sites[server, number] = Site(server.url(self._stack.enter_context(server.lend_database())), server)
+        return self._sites[server, number]
 
     def drop(self) -> None:
         self._stack.close()
@@ -157,8 +151,8 @@ class Places:
 
 
 @pytest.fixture(scope="module")
-def places(servers: dict[str, Server]) -> Iterator[Places]:
-    places = Places(servers)
+def places() -> Iterator[Places]:
+    places = Places()
     yield places
     places.drop()
 
@@ -220,15 +214,17 @@ class Scene:
 
 
 @pytest.fixture
-def scene(
+def scene(  # noqa: PLR0917  # pytest gives them by name
     case: Case,
     places: Places,
-    networks: dict[str, Proxy],
+    network_of: Callable[[Server], Proxy],
+    postgres: PostgresServer,
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> Iterator[Scene]:
-    direct, other, third = places.site(case.kind, 1), places.site("postgresql", 2), places.site("postgresql", 3)
-    network = networks[case.kind]
+    server: Server = postgres if case.kind == "postgresql" else request.getfixturevalue("mariadb")
+    direct, other, third = places.site(server, 1), places.site(postgres, 2), places.site(postgres, 3)
+    network = network_of(server)
     hit: dict[str, Any] = {"url": network.url(direct.url), **HABITS.get(request.node.originalname, {})}
     urls: dict[str, Any] = {"hit": hit, "other": other.url}
     if case.role in ("last resource", "log"):

@@ -24,7 +24,8 @@ from app_db.lines import Answer, Exchange, Line, Outcome, exchange
 from app_db.preparing import InDoubtBranch, MySQLPrepares, PostgreSQLPrepares, Prepares, Settling, prepares_of
 from app_db.xids import Xid, new_log_id, new_unit_id
 from proxies import Proxy
-from servers import PASSWORD, USER, MariaDBServer, PostgresServer, Server, ServerMissing
+from requiring import started
+from servers import PASSWORD, USER, MariaDBServer, PostgresServer, Server
 from versions import NOTIFIES_IS_DEAF
 
 postgresql, mysql = PostgreSQLPrepares(), MySQLPrepares()
@@ -122,10 +123,7 @@ def execute(connection: Any, *statements: str) -> None:
 
 @pytest.fixture(scope="module")
 def postgres_16() -> Iterator[PostgresServer]:
-    try:
-        server = PostgresServer(16).start()
-    except ServerMissing as missing:
-        pytest.skip(str(missing))
+    server = started(lambda: PostgresServer(16))
     yield server
     server.close()
 

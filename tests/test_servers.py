@@ -215,16 +215,28 @@ WITHOUT_MARIADB = """
 import servers
 
 def missing():
-    raise servers.ServerMissing("no mariadbd here")
+    raise servers.ServerMissing("MariaDB", "no mariadbd here", "Install it.")
 
 servers.mariadb_program = missing
 """
 
 
-@pytest.mark.parametrize(("required", "outcome"), [("", "1 skipped"), ("1", "1 error")])
-def test_a_missing_server_is_announced_and_a_failure_where_it_is_required(tmp_path: Path, required: str, outcome: str) -> None:
+SKIPPING = """
+import pytest
+
+def test_it(mariadb_url): ...
+
+def test_it_again(mariadb_url): ...
+
+def test_another():
+    pytest.skip("it is no weather for this")
+"""
+
+
+@pytest.mark.parametrize("required", ["", "1"])
+def test_a_missing_server_is_announced_in_one_line_and_a_failure_where_it_is_required(tmp_path: Path, required: str) -> None:
     (tmp_path / "without_mariadb.py").write_text(WITHOUT_MARIADB)
-    (tmp_path / "test_it.py").write_text("def test_it(mariadb_url): ...")
+    (tmp_path / "test_it.py").write_text(SKIPPING)
     here = Path(__file__).parent
     (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
     path = [str(here), str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -233,7 +245,7 @@ def test_a_missing_server_is_announced_and_a_failure_where_it_is_required(tmp_pa
         sys.executable,
         "-m",
         "pytest",
-        "-q",
+        "-ra",
         "-p",
         "without_mariadb",
         "-p",
@@ -242,9 +254,26 @@ def test_a_missing_server_is_announced_and_a_failure_where_it_is_required(tmp_pa
         str(tmp_path),
     ]
     report = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert outcome in report.stdout
-    assert report.returncode == (1 if required else 0)
-    assert "mariadb: not found: no mariadbd here." in report.stdout.partition("servers that did not run")[2]
+    *lines, closing = report.stdout.splitlines()
+    assert "mariadb    MISSING, not found: no mariadbd here" in report.stdout.partition("collected")[0]
+    assert "test_it.py:9: it is no weather for this" in report.stdout
+    if required:
+        assert report.returncode == 1
+        assert "1 skipped, 2 errors" in closing
+        assert "no mariadbd here. Install it. APP_DB_TEST_REQUIRE_SERVERS is set, so this is a failure." in report.stdout
+    else:
+        assert report.returncode == 0
+        assert "1 skipped, 2 without MariaDB" in closing
+        assert lines[-1] == "2 tests were skipped, because MariaDB is missing: no mariadbd here. Install it."
+        assert report.stdout.count("Install it.") == 1
+
+
+@pytest.mark.parametrize("name", ["postgresql", "mariadb"])
+def test_a_server_can_be_hidden_from_the_tests(name: str) -> None:
+    environment = {**os.environ, "APP_DB_TEST_WITHOUT": name}
+    said = subprocess.run([sys.executable, servers.__file__], env=environment, capture_output=True, text=True, check=True).stdout
+    assert f"{name}: not found: APP_DB_TEST_WITHOUT={name} hides it" in said
+    assert said.count("hides it") == 1
 
 
 def test_no_setting_of_the_developers_reaches_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
