@@ -2,11 +2,13 @@
 #
 #   make demo       show what app_db does
 #   make test       run the tests: on SQLite, on a real PostgreSQL, and on MariaDB where it is installed
+#   make test-all   run every test, on every server: MariaDB must be installed
 #   make check      lint, types, layers, docs, test
 #   make help       all of the targets
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+SOAK ?=
 WORKERS ?= 2
 
 VENV := .venv
@@ -19,10 +21,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types layers docs coverage bench clean
+.PHONY: help demo test test-all soak check lint format types layers docs coverage bench clean
 
 help:  ## say what the targets do
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 # ---- set-up -----------------------------------------------------------------------------------------------------------
 
@@ -52,8 +54,15 @@ demo: $(INSTALLED)  ## show what app_db does, in a fresh directory
 	@cp settings.example.env build/demo/.env
 	@cd build/demo && $(BIN)/python $(CURDIR)/examples/demo.py
 
-test: $(INSTALLED_DEV)  ## run the tests in WORKERS processes; PYTEST_ARGS goes to pytest
+test: $(INSTALLED_DEV)  ## run the tests in WORKERS processes, in a few minutes; PYTEST_ARGS goes to pytest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# An empty -m takes the place of the one in pyproject.toml, which leaves the exhaustive tests out.
+test-all: $(INSTALLED_DEV)  ## run every test; a server that is missing is a failure
+	APP_DB_TEST_REQUIRE_SERVERS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m '' $(PYTEST_ARGS)
+
+soak: $(INSTALLED_DEV)  ## look for rare mistakes for a long time; SOAK names one program
+	$(BIN)/python tests/soak.py $(SOAK)
 
 check: lint types layers docs test  ## everything that must pass
 
@@ -79,7 +88,7 @@ docs: $(INSTALLED_DEV)  ## build the documentation into build/docs
 # pytest-cov is there only for the projects whose tests are run by tests of the plugin.
 coverage: $(INSTALLED_DEV)  ## run the tests and print which lines and branches they miss
 	@rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest -m '' $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -23,6 +23,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from itertools import count
 from pathlib import Path
 
@@ -54,6 +55,25 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector, which some tests call, thousands of tests and modules that are there to the end."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the cases `exhaustive` that a test's `representative` mark does not name."""
+    unused: set[tuple[str, str]] = set()
+    used: set[tuple[str, str]] = set()
+    for item in items:
+        for mark in item.iter_markers("representative"):
+            case, test = item.callspec.id, item.nodeid.partition("[")[0]  # type: ignore[attr-defined]  # of a Function alone
+            kept = {(test, pattern) for pattern in mark.args if fnmatchcase(case, pattern)}
+            if not kept:
+                item.add_marker("exhaustive")
+            unused |= {(test, pattern) for pattern in mark.args}
+            used |= kept
+    whole = not any("::" in argument for argument in config.args)
+    if whole and (wrong := unused - used):
+        lines = [f"{test} has no case {pattern!r}; its mark `representative` names it" for test, pattern in sorted(wrong)]
+        raise pytest.UsageError(*lines)
 
 
 def pytest_report_header() -> list[str]:

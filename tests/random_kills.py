@@ -3,9 +3,9 @@
     python tests/random_kills.py --kills 1000
 
 Four workers commit units as fast as they can; each worker that is killed is replaced at once. Recoveries are killed, too. At the
-end everybody is killed, recovery runs once more, and both databases are looked at. What was seen is printed as JSON: no count
-of `wrong` may be above 0. With `--without-recovery` some are, or the run has shown nothing. With `--seconds 5 --grace 0` nobody
-is killed, and recoveries take for dead those who are only at work.
+end everybody is killed, recovery runs once more, and both databases are looked at. What was seen is printed as JSON: if a count
+of `wrong` is above 0, the exit status is 1. With `--without-recovery` some are, or the run has shown nothing, and the status is
+0. With `--seconds 5 --grace 0` nobody is killed, and recoveries take for dead those who are only at work.
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ def report(
     }
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
+    """Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=0, help="how long to go on, without killing anybody")
@@ -257,8 +258,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--log", default=CONNECTIONS[0], choices=[*CONNECTIONS, "file"])
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        print(json.dumps(run(parser.parse_args(arguments), directory, stack), indent=2))
+        options = parser.parse_args(arguments)
+        seen = run(options, directory, stack)
+        print(json.dumps(seen, indent=2))
+    return 1 if options.recoveries and any(seen["wrong"].values()) else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -91,6 +91,7 @@ class Tasks:
                 raise Boom
 
 
+@pytest.mark.representative("psycopg")
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_500_tasks_write_exactly_what_their_units_commit(
     request: pytest.FixtureRequest, postgres: PostgresServer, driver: str
@@ -601,6 +602,7 @@ def test_the_pause_between_attempts_does_not_keep_the_loop(databases: AwaitedDat
     databases.run(main)
 
 
+@pytest.mark.exhaustive
 def test_a_locked_file_is_tried_again(sqlite_url: str, ran: list[Any]) -> None:
     with opened_awaited(sqlite_url, "aiosqlite", each={"connect_args": {"timeout": 0.05}}) as databases:
         rival = sqlite3.connect(databases.outside().url.database or "", isolation_level=None)
@@ -1118,6 +1120,7 @@ def test_tasks_cannot_share_zopes_transaction(sqlite_url: str, ran: list[Any]) -
 # ---- the loop goes on -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("asyncpg")
 def test_a_slow_commit_keeps_nobody_else(on_postgresql: AwaitedDatabases) -> None:
     databases = on_postgresql
     make_commits_slow(databases)

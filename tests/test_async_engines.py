@@ -798,6 +798,7 @@ def test_a_reset_inside_the_loop_lets_units_under_way_finish(container: Any, res
     resources.settle()
 
 
+@pytest.mark.representative("postgresql+asyncpg")
 def test_a_reset_as_the_last_thing_in_a_loop_still_closes_the_connections(container: Any, resources: Resources) -> None:
     async def work() -> None:
         await use(container)
@@ -959,6 +960,7 @@ def test_an_overridden_engine_is_used_by_the_next_unit(url: str, new_url: Callab
     asyncio.run(work())
 
 
+@pytest.mark.representative("postgresql+psycopg")
 def test_a_child_of_a_fork_leaves_its_parents_connections_and_loops_alone(url: str) -> None:
     done = run_program(FORKING.format(url=url), "-X", "dev")
     assert done.returncode == 0, done.stderr

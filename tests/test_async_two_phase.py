@@ -142,6 +142,7 @@ def between(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], obje
 # ---- all at once, beside a loop that goes on ---------------------------------------------------------------------------
 
 
+@pytest.mark.representative("asyncpg")
 def test_branches_are_prepared_at_once_and_the_loop_goes_on(driver: str, new_postgres_url: NewUrl, tmp_path: Path) -> None:
     names = ("alpha", "beta", "gamma", "delta")
     with awaiting(driver, f"file:{tmp_path}/decisions", **{name: new_postgres_url() for name in names}) as app:
@@ -161,6 +162,7 @@ def test_branches_are_prepared_at_once_and_the_loop_goes_on(driver: str, new_pos
         assert app.everywhere() == {name: ["a", "before"] for name in names}
 
 
+@pytest.mark.representative("psycopg")
 def test_sessions_of_both_kinds_are_prepared_at_once(driver: str, new_postgres_url: NewUrl, tmp_path: Path) -> None:
     names = ("alpha", "beta", "gamma", "delta")
     with awaiting(driver, f"file:{tmp_path}/decisions", **{name: new_postgres_url() for name in names}) as app:
@@ -184,6 +186,7 @@ def test_sessions_of_both_kinds_are_prepared_at_once(driver: str, new_postgres_u
         assert app.everywhere() == {name: ["a", "before"] for name in names}
 
 
+@pytest.mark.representative("asyncpg")
 def test_a_slow_decision_log_does_not_hold_the_loop_up(driver: str, new_postgres_url: NewUrl) -> None:
     urls: dict[str, Any] = {"writer": new_postgres_url(), "warehouse": new_postgres_url(), "journal": without(new_postgres_url())}
     with awaiting(driver, "journal", **urls) as app:
@@ -284,6 +287,7 @@ def test_the_next_unit_on_a_connection_begins_a_transaction_after_a_two_phase_co
 # ---- what is refused ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("asyncpg-file-archive")
 @pytest.mark.parametrize(("app", "failing"), [("file", "archive"), ("writer", "archive"), ("writer", "writer")], indirect=["app"])
 def test_a_deferred_constraint_leaves_nothing_anywhere(failing: str, app: AwaitedApplication) -> None:
     app.run(*DEFER_UNIQUENESS, on=failing)
@@ -417,6 +421,7 @@ def test_a_decision_log_that_is_away_leaves_the_outcome_to_recovery(driver: str,
 # ---- whoever is cancelled ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("asyncpg-file-timeout", "psycopg-writer-cancel")
 @pytest.mark.parametrize("by", ["cancel", "timeout"])
 @both_logs
 def test_a_unit_that_is_cancelled_at_any_moment_is_in_all_databases_or_in_none(
@@ -489,6 +494,9 @@ def test_a_commit_that_is_cancelled_while_it_prepares_is_finished_first(app: Awa
 # ---- connections that are lost -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative(
+    "asyncpg-writer-writer-in PREPARE", "psycopg-writer-archive-before PREPARE", "psycopg-file-archive-after COMMIT PREPARED"
+)
 @pytest.mark.parametrize("moment", ["before PREPARE", "in PREPARE", "after PREPARE", "after COMMIT PREPARED"])
 @pytest.mark.parametrize(("app", "victim"), [("file", "archive"), ("writer", "archive"), ("writer", "writer")], indirect=["app"])
 def test_a_connection_that_is_lost_leaves_all_or_nothing(
@@ -555,6 +563,7 @@ def test_a_database_that_does_not_confirm_is_told_once(app: AwaitedApplication, 
     assert app.everywhere() == each("a")
 
 
+@pytest.mark.representative("psycopg-PREPARE TRANSACTION-answer-stall", "asyncpg-COMMIT PREPARED-answer-close")
 @pytest.mark.parametrize(("lost", "then"), [("answer", "close"), ("answer", "stall"), ("request", "close")])
 @pytest.mark.parametrize("word", ["PREPARE TRANSACTION", "COMMIT PREPARED"])
 def test_a_word_or_an_answer_that_is_lost_leaves_all_or_nothing_and_a_true_error(  # noqa: PLR0917
@@ -590,6 +599,7 @@ def test_a_word_or_an_answer_that_is_lost_leaves_all_or_nothing_and_a_true_error
 # ---- many at once --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("asyncpg")
 def test_200_units_over_two_clusters_half_of_which_raise(
     driver: str, postgres: PostgresServer, new_postgres: Callable[..., PostgresServer], tmp_path: Path
 ) -> None:

@@ -333,6 +333,7 @@ def said(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+@pytest.mark.representative("postgresql")
 def test_processes_make_and_drop_tables_at_once(database_url: str) -> None:
     with processes(database_url, 3) as tell:
         for _ in range(3):
@@ -343,6 +344,7 @@ def test_processes_make_and_drop_tables_at_once(database_url: str) -> None:
         assert tell("create_all", "drop_all") == ["None"] * 3
 
 
+@pytest.mark.representative("sqlite")
 def test_processes_that_bootstrap_at_once_do_it_once(database_url: str) -> None:
     with processes(database_url, 2) as tell:
         for _ in range(4):
@@ -353,6 +355,7 @@ def test_processes_that_bootstrap_at_once_do_it_once(database_url: str) -> None:
             tell("drop_all")
 
 
+@pytest.mark.representative("postgresql")
 def test_a_process_that_is_killed_while_it_bootstraps_leaves_that_to_another(database_url: str) -> None:
     with processes(database_url, 2) as tell, start(database_url, "slow") as victim:
         assert said(victim) == "ready"

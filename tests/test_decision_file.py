@@ -219,6 +219,7 @@ def test_a_kill_at_any_step_loses_nothing_that_was_acknowledged(state: str, tmp_
     assert tried >= needed
 
 
+@pytest.mark.exhaustive
 def test_random_kills_lose_nothing_that_was_acknowledged(path: Path) -> None:
     chance, standing, uncertain, rewritten = random.Random(7), dict[str, str](), set[str](), set[int]()
     log_id = FileLog(path).id

@@ -104,6 +104,7 @@ def test_threads_that_decide_differently_get_the_same_answer(database_url: str, 
     assert answers == [[log.find(unit) for unit in units]] * 32
 
 
+@pytest.mark.representative("sqlite")
 def test_processes_that_decide_differently_get_the_same_answer(database_url: str, new_log: NewLog) -> None:
     units = [new_unit_id("Log123") for _ in range(25)]
     answers = seen("race", database_url, "6", *units)
@@ -145,6 +146,7 @@ def test_units_that_differ_in_case_only_are_different(database_url: str, new_log
 # ---- inside another transaction ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("postgresql")
 def test_a_decision_under_way_makes_others_wait_no_longer_than_they_are_told_to(database_url: str, new_log: NewLog) -> None:
     log, other = new_log(database_url), new_log(database_url)
     unit = new_unit_id(log.id)
@@ -161,6 +163,7 @@ def test_a_decision_under_way_makes_others_wait_no_longer_than_they_are_told_to(
     assert [decision.branches for decision in other.decisions()] == [("warehouse", "writer")]
 
 
+@pytest.mark.representative("postgresql-*")
 @pytest.mark.parametrize("ends", ["commit", "rollback"])
 def test_all_who_wait_for_a_decision_under_way_get_the_same_answer(ends: str, database_url: str, new_log: NewLog) -> None:
     """InnoDB makes victims of some of those who wait for a row that is rolled back; their turn comes again."""
@@ -237,6 +240,7 @@ def test_threads_that_make_the_log_at_the_same_time_make_one(new_database_url: C
         assert ids == [new_log(url).id] * 8
 
 
+@pytest.mark.representative("postgresql")
 def test_processes_that_make_the_log_at_the_same_time_make_one(database_url: str, new_log: NewLog) -> None:
     ids = seen("create", database_url, "8")
     assert ids == [new_log(database_url).id] * 8
@@ -326,6 +330,7 @@ def test_a_table_that_was_made_by_hand_needs_no_right_to_make_one(
         postgres.execute(f"DROP ROLE {clerk}")
 
 
+@pytest.mark.representative("sqlite")
 def test_who_makes_a_log_waits_for_a_maker_that_was_stopped_no_longer_than_it_is_told_to(
     new_database_url: Callable[[], str], new_engine: NewEngine, new_log: NewLog
 ) -> None:

@@ -545,6 +545,7 @@ AWKWARD = ["p@ss:w/rd %25#?", "quote'\"`", "back\\slash\\n", " spaces around ", 
 AWKWARD += ["%(percent)s %s", "[x]@[::1]", "ünï©ødé ✓"]
 
 
+@pytest.mark.representative("*-p@ss:w/rd %25#?", "provider-100%")
 @pytest.mark.parametrize("password", AWKWARD)
 @pytest.mark.parametrize("by", ["url", "parts", "provider"])
 def test_awkward_passwords_log_in_on_postgresql(
@@ -555,6 +556,7 @@ def test_awkward_passwords_log_in_on_postgresql(
     check_login(new_engine, by, driver="postgresql+psycopg", user=role, password=password, place=place)
 
 
+@pytest.mark.representative("*-p@ss:w/rd %25#?")
 @pytest.mark.parametrize("password", AWKWARD)
 @pytest.mark.parametrize("by", ["url", "parts", "provider"])
 def test_awkward_passwords_log_in_on_mariadb(

@@ -791,6 +791,7 @@ print("all refused")
 """
 
 
+@pytest.mark.exhaustive
 def test_the_refusals_do_not_need_assert_statements(tmp_path: Path) -> None:
     """The fact guarded: zope.sqlalchemy's guards are asserts, so `python -O` commits what they should refuse; ours stay."""
     script = tmp_path / "optimised.py"

@@ -40,6 +40,7 @@ def has_server(url: str) -> bool:
     return not url.startswith("sqlite")
 
 
+@pytest.mark.representative("postgresql-at once")
 @pytest.mark.parametrize("ends", ["at once", "in order"])
 def test_parent_and_child_go_on_with_connections_of_their_own(database_url: str, ends: str) -> None:
     """Parent and child would otherwise speak on one socket; the parent's pooled connection outlives the child's end."""
@@ -55,6 +56,7 @@ def test_parent_and_child_go_on_with_connections_of_their_own(database_url: str,
         assert before != first
 
 
+@pytest.mark.representative("sqlite")
 def test_parent_and_child_commit_side_by_side(database_url: str) -> None:
     seen = run("side_by_side", database_url)
     assert seen["ended"] == 0
@@ -64,6 +66,7 @@ def test_parent_and_child_commit_side_by_side(database_url: str) -> None:
     assert seen["parent"] == seen["child"] == 1  # one connection each, all the time
 
 
+@pytest.mark.representative("postgresql-at once", "sqlite-in order")
 @pytest.mark.parametrize("ends", ["at once", "in order"])
 def test_a_child_forked_in_a_unit_is_refused_there_and_works_in_one_of_its_own(database_url: str, ends: str) -> None:
     seen = run("in_a_unit", database_url, ends)
@@ -71,6 +74,7 @@ def test_a_child_forked_in_a_unit_is_refused_there_and_works_in_one_of_its_own(d
     check_the_unit_was_untouched(seen, database_url)
 
 
+@pytest.mark.representative("postgresql")
 def test_a_child_that_leaves_its_parents_block_without_an_error_is_refused(database_url: str) -> None:
     seen = run("in_a_unit_that_is_left_quietly", database_url)
     assert seen["left"] == "ForeignUnitOfWork"
@@ -99,6 +103,7 @@ def check_the_unit_was_untouched(seen: dict[str, Any], url: str) -> None:
         outside.close()
 
 
+@pytest.mark.representative("postgresql-pool_of_workers_in_a_unit", "sqlite-pool_of_workers")
 @pytest.mark.parametrize("scenario", ["pool_of_workers", "pool_of_workers_in_a_unit"])
 def test_the_workers_of_a_multiprocessing_pool_have_each_their_own_connection(database_url: str, scenario: str) -> None:
     seen = run(scenario, database_url)

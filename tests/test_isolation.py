@@ -657,6 +657,7 @@ def test_what_an_outer_isolations_session_writes_inside_an_inner_one_is_undone_w
         assert seen(app) == []
 
 
+@pytest.mark.representative("sqlite")
 def test_two_hundred_isolations_leave_nothing_in_the_process_or_on_the_server(app: Application) -> None:
     def once() -> None:
         with isolated(app.container) as isolation, isolation.session() as session:

@@ -154,6 +154,7 @@ def rescuer() -> Iterator[Zygote]:
 # ---- the matrix can fail ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("COMMIT")
 @pytest.mark.parametrize("ending", ["ROLLBACK", "COMMIT"])
 def test_without_decisions_no_rule_for_what_is_prepared_is_right(
     ending: str, zygote: Zygote, servers: Servers, tmp_path: Path
@@ -194,6 +195,7 @@ FOUR = [
 ]
 
 
+@pytest.mark.representative("postgresql-other-log-in-a", "sqlite-postgresql-log-in-file", "postgresql-mariadb-log-in-b")
 @pytest.mark.parametrize("layout", TWO + FOUR, ids=str)
 def test_the_databases_agree_wherever_in_its_commit_a_client_was_killed(
     layout: Layout, zygote: Zygote, servers: Servers, tmp_path: Path
@@ -207,6 +209,7 @@ def test_the_databases_agree_wherever_in_its_commit_a_client_was_killed(
         scene.check_after_recovery(application, outcomes)
 
 
+@pytest.mark.representative("postgresql-other-log-in-a")
 @pytest.mark.parametrize("layout", [Layout("postgresql other", "a"), Layout("postgresql mariadb sqlite", "file")], ids=str)
 def test_the_databases_agree_wherever_a_client_was_killed_whose_session_finds_its_database(
     layout: Layout, zygote: Zygote, servers: Servers, tmp_path: Path
@@ -220,6 +223,7 @@ def test_the_databases_agree_wherever_a_client_was_killed_whose_session_finds_it
         scene.check_after_recovery(application, outcomes)
 
 
+@pytest.mark.representative("postgresql-sqlite-log-in-a")
 @pytest.mark.parametrize("layout", [Layout("postgresql other", "a"), Layout("postgresql sqlite", "a")], ids=str)
 def test_the_databases_agree_wherever_the_first_commit_of_all_was_killed(
     layout: Layout, zygote: Zygote, servers: Servers, tmp_path: Path
@@ -264,6 +268,7 @@ AWAITED = [
 ]
 
 
+@pytest.mark.representative("postgresql-other-log-in-other-asyncpg-awaited")
 @pytest.mark.parametrize("awaited", AWAITED, ids=str)
 def test_the_databases_agree_wherever_in_its_commit_a_client_that_awaits_was_killed(
     awaited: Awaited, zygote: Zygote, servers: Servers, tmp_path: Path
@@ -284,6 +289,7 @@ def test_the_databases_agree_wherever_in_its_commit_a_client_that_awaits_was_kil
 # ---- servers are killed -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("postgresql-sqlite-log-in-a-postgresql-afterwards")
 @pytest.mark.parametrize(
     ("layout", "victims", "back"),
     [
@@ -317,6 +323,7 @@ def test_the_databases_agree_wherever_in_a_commit_a_server_was_killed(  # noqa: 
         scene.check_after_recovery(application, outcomes)
 
 
+@pytest.mark.representative("postgresql-other-log-in-a-asyncpg-awaited-other-afterwards")
 @pytest.mark.parametrize(
     ("awaited", "victims", "back"),
     [
@@ -354,6 +361,7 @@ def kill(servers: Sequence[Server], back: str) -> Callable[[], None]:
 # ---- nobody is killed, and recovery takes those that commit for dead ------------------------------------------------------
 
 
+@pytest.mark.representative("postgresql-other-log-in-a-which is not the first")
 @pytest.mark.parametrize(
     ("layout", "first"),
     [

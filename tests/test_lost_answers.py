@@ -255,6 +255,16 @@ HABITS = {
 # ---- what is lost once --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative(
+    "postgresql-branch-PREPARE-log_in_another_branch-answer",
+    "postgresql-branch-COMMIT_PREPARED-log_in_a_table-*",
+    "postgresql-deciding-COMMIT-*-answer",
+    "postgresql-last_resource-COMMIT-log_in_a_file-request",
+    "postgresql-log-INSERT-*-answer",
+    "mariadb-branch-PREPARE-log_in_a_file-answer",
+    "mariadb-branch-COMMIT_PREPARED-log_in_another_branch-request",
+    "mariadb-deciding-COMMIT-*-answer",
+)
 @pytest.mark.parametrize("lost", ["answer", "request"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_is_lost_with_its_connection_leaves_all_or_nothing_and_a_true_error(case: Case, lost: Loss, scene: Scene) -> None:
@@ -267,6 +277,7 @@ def test_what_is_lost_with_its_connection_leaves_all_or_nothing_and_a_true_error
     scene.check("a", ended)
 
 
+@pytest.mark.representative("postgresql-deciding-COMMIT-*-answer", "mariadb-branch-COMMIT_PREPARED-*-request")
 @pytest.mark.parametrize("lost", ["answer", "request"])
 @pytest.mark.parametrize(
     "case",
@@ -316,6 +327,11 @@ def cutting(network: Proxy, fault: Fault) -> Generator[None]:
 # ---- and what is asked afterwards is lost as well -------------------------------------------------------------------------
 
 
+@pytest.mark.representative(
+    "postgresql-branch-PREPARE-log_in_another_branch-answer",
+    "postgresql-deciding-COMMIT-*-request",
+    "mariadb-branch-COMMIT_PREPARED-log_in_a_table-answer",
+)
 @pytest.mark.parametrize("lost", ["answer", "request"])
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.is_of_decision or case.word in ("PREPARE", "COMMIT PREPARED")], ids=str
@@ -333,6 +349,7 @@ def test_a_committer_that_asks_what_became_of_it_in_vain_says_so(case: Case, los
 # ---- and the server hears of it later than the client ---------------------------------------------------------------------
 
 
+@pytest.mark.representative("mariadb-deciding-COMMIT-*-answer")
 @pytest.mark.parametrize("lost", ["answer", "request"])
 @pytest.mark.parametrize(
     "case",

@@ -261,6 +261,7 @@ WAYS = {
 }
 
 
+@pytest.mark.representative("auto-sqlite", "anyio-postgresql+asyncpg")
 @pytest.mark.parametrize(
     ("way", "driver"),
     [
@@ -334,6 +335,7 @@ def test_the_marker_limits_isolation_or_takes_a_test_out_of_it(project: Project)
     assert (project.rows(), project.rows("facts", "sales")) == (1, 2)
 
 
+@pytest.mark.representative("False")
 @pytest.mark.parametrize("workers", [False, True])
 def test_a_wrong_marker_is_a_usage_error(project: Project, workers: bool) -> None:
     project.file(
@@ -409,6 +411,7 @@ def test_urls_of_the_command_line_go_to_whatever_container_the_project_has(proje
     )
 
 
+@pytest.mark.representative("writr=*")
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -587,6 +590,7 @@ def test_each_worker_has_files_of_its_own(project: Project) -> None:
     assert list(project.path.glob("*.db*")) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["postgres", "mariadb"])
 def test_each_worker_has_databases_of_its_own_on_the_server(project: Project, request: pytest.FixtureRequest, kind: str) -> None:
     server: PostgresServer | MariaDBServer = request.getfixturevalue(kind)
@@ -611,6 +615,7 @@ def databases_on(server: PostgresServer | MariaDBServer) -> set[str]:
         return set(connection.scalars(text("SELECT datname FROM pg_database" if is_postgres else "SHOW DATABASES")))
 
 
+@pytest.mark.exhaustive
 def test_a_worker_that_may_make_no_database_is_told_what_to_do(
     project: Project, postgres: PostgresServer, postgres_url: str
 ) -> None:
@@ -629,6 +634,7 @@ def test_a_worker_that_may_make_no_database_is_told_what_to_do(
         postgres.execute("DROP ROLE nobody_much")
 
 
+@pytest.mark.exhaustive
 def test_workers_databases_can_be_switched_off(project: Project) -> None:
     project.file("test_shop.py", WHO)
     project.file("pytest.ini", "[pytest]\napp_db_worker_databases = false\n")
@@ -636,12 +642,14 @@ def test_workers_databases_can_be_switched_off(project: Project) -> None:
     assert names_of_databases(project) == {"shop.db shop.db facts.db"}
 
 
+@pytest.mark.exhaustive
 def test_workers_databases_are_those_of_the_command_lines_urls(project: Project) -> None:
     project.file("test_shop.py", WHO)
     project.run("-n", "1", "--app-db-url", "writer=sqlite:///other.db", plugins=("xdist",)).assert_outcomes(passed=6)
     assert names_of_databases(project) == {"other_gw0.db other_gw0.db facts_gw0.db"}
 
 
+@pytest.mark.exhaustive
 def test_a_fixture_over_the_projects_own_changes_nothing_twice(project: Project) -> None:
     source = """
         import pytest
@@ -710,6 +718,7 @@ CASES = """
 """
 
 
+@pytest.mark.representative("unittest")
 @pytest.mark.parametrize("runner", ["unittest", "pytest"])
 def test_unittest_cases_are_isolated_under_both_runners(project: Project, runner: str) -> None:
     project.make_tables()
@@ -769,6 +778,7 @@ def test_nothing_but_pytest_is_imported_before_a_fixture_is_used(project: Projec
     assert "app_db: " not in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_coverage_sees_what_the_package_does_when_it_is_imported(project: Project) -> None:
     """A plugin inside the package would have it imported before anybody measures."""
     project.file("test_shop.py", "import shop\ndef test_one(app_db_session): shop.place_order()")

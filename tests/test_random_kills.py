@@ -30,7 +30,7 @@ def run(*arguments: str) -> dict[str, Any]:
         timeout=100,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     seen: dict[str, Any] = json.loads(done.stdout)
     return seen
 
@@ -41,6 +41,7 @@ def _needs_postgresql(postgres: object) -> None:
     assert "not found" not in available()["postgresql"]
 
 
+@pytest.mark.representative("--kills 30 *")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -56,6 +57,7 @@ def test_nothing_is_wrong_after_random_kills_with_recovery_running(arguments: tu
     assert seen["acknowledged"] > seen["kills"], seen
 
 
+@pytest.mark.exhaustive
 def test_recoveries_that_take_the_living_for_dead_never_roll_back_what_somebody_commits() -> None:
     seen = run("--seconds", "5", "--recoveries", "2", "--grace", "0", "--log", "file")
     assert set(seen["wrong"].values()) == {0}, seen
@@ -63,6 +65,7 @@ def test_recoveries_that_take_the_living_for_dead_never_roll_back_what_somebody_
     assert seen["refused"].get("AbortedByRecovery", 0) > 0, "they never met"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
 def test_without_recovery_the_same_leaves_something_wrong() -> None:
     wrong: Counter[str] = Counter()

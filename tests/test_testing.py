@@ -286,6 +286,7 @@ def test_an_override_is_entered_once_at_a_time(container: Container, place: Call
         assert where(container) == "meanwhile"
 
 
+@pytest.mark.representative("sqlite")
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_two_hundred_overrides_leave_nothing_behind(request: pytest.FixtureRequest, kind: str) -> None:
     new_url = request.getfixturevalue(f"new_{kind}_url")

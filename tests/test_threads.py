@@ -131,6 +131,7 @@ def test_32_threads_write_exactly_what_their_units_commit(postgres: PostgresServ
         assert postgres.open_transactions(database_name(postgres_url)) == []
 
 
+@pytest.mark.exhaustive
 def test_engines_that_are_replaced_under_way_leave_nothing_behind(
     postgres: PostgresServer, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -438,6 +438,7 @@ def test_prepared_statements_and_connections_go_on_to_be_used(new_postgres_url: 
 LAST = {"none": "", "postgresql": "postgres_url", "mariadb": "mariadb_url", "sqlite": "sqlite_url"}
 
 
+@pytest.mark.representative("postgresql-file-postgresql", "postgresql-journal-none", "postgresql-writer-mariadb")
 @pytest.mark.parametrize(
     ("log", "last"),
     [

@@ -96,6 +96,7 @@ def each(*items: str) -> dict[str, list[str]]:
 # ---- refused at PREPARE ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("in the writer-writer", "elsewhere-warehouse", "file-archive")
 @pytest.mark.parametrize("failing", NOTHING)
 def test_a_deferred_constraint_leaves_nothing_anywhere(failing: str, app: TwoPhaseApplication) -> None:
     app.run(*DEFER_UNIQUENESS, on=failing)
@@ -198,6 +199,7 @@ def test_a_hook_that_fails_afterwards_is_told_as_such(app: TwoPhaseApplication) 
     assert seen(app) == each("a")
 
 
+@pytest.mark.representative("in the writer-*")
 @pytest.mark.parametrize("hook_fails", [False, True])
 def test_a_database_that_does_not_confirm_is_told_once_and_the_unit_is_not_repeated(
     hook_fails: bool, app: TwoPhaseApplication, monkeypatch: pytest.MonkeyPatch
@@ -244,6 +246,12 @@ def test_a_listener_to_the_sessions_after_commit_that_fails_does_not_change_that
 # ---- backends that are terminated ------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative(
+    "in the writer-before PREPARE-writer",
+    "elsewhere-after PREPARE-warehouse",
+    "file-after COMMIT PREPARED-archive",
+    "file-before the commit-writer",
+)
 @pytest.mark.parametrize("victim", NOTHING)
 @pytest.mark.parametrize("moment", ["before the commit", "before PREPARE", "after PREPARE", "after COMMIT PREPARED"])
 def test_a_connection_that_is_lost_leaves_all_or_nothing(
@@ -531,6 +539,7 @@ def connection_ids(app: TwoPhaseApplication) -> set[int]:
         return set(connection.exec_driver_sql("SELECT id FROM information_schema.processlist").scalars())
 
 
+@pytest.mark.representative("writer-after COMMIT", "file-after PREPARE")
 @pytest.mark.parametrize("moment", ["before PREPARE", "after PREPARE", "after COMMIT"])
 @pytest.mark.parametrize("log", ["writer", "archive", "file"])
 def test_on_mariadb_a_connection_that_is_lost_leaves_all_or_nothing(
@@ -570,6 +579,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
         timer.join()
 
 
+@pytest.mark.representative("elsewhere")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interruption_at_any_moment_leaves_all_or_nothing(app: TwoPhaseApplication) -> None:
     chance = random.Random(5)
@@ -600,6 +610,7 @@ def test_an_interruption_at_any_moment_leaves_all_or_nothing(app: TwoPhaseApplic
     assert known <= set(names["writer"])
 
 
+@pytest.mark.representative("in the writer-writer", "file-archive")
 @pytest.mark.parametrize("slow", NOTHING)
 def test_an_interruption_while_a_database_takes_its_time_to_prepare_leaves_all_or_nothing(
     slow: str, app: TwoPhaseApplication
@@ -779,6 +790,7 @@ def test_it_is_the_same_without_assertions_and_in_forked_children(
 # ---- many at once ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
 def test_many_units_at_once_on_two_clusters_are_all_or_nothing(
     new_postgres_url: NewUrl, new_postgres: Callable[..., PostgresServer]
@@ -815,6 +827,7 @@ def test_many_units_at_once_on_two_clusters_are_all_or_nothing(
         assert app.decisions() == []
 
 
+@pytest.mark.representative("writer")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("log", ["writer", "journal", "file", "lite"])
 def test_recoveries_without_any_grace_never_roll_back_what_has_committed(

@@ -95,6 +95,7 @@ def run_without(what: str, program: str) -> str:
     return done.stdout
 
 
+@pytest.mark.representative("forks", "fcntl", "greenlet", "all of these")
 @pytest.mark.parametrize("what", WITHOUT)
 def test_every_module_can_be_imported_and_sqlite_used_without(what: str) -> None:
     assert run_without(what, IMPORT_EVERYTHING + USE_SQLITE) == "['kept']\n"
