@@ -421,7 +421,7 @@ def test_a_decision_log_that_is_away_leaves_the_outcome_to_recovery(driver: str,
 # ---- whoever is cancelled ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.representative("asyncpg-file-timeout", "psycopg-writer-cancel")
+@pytest.mark.representative("asyncpg-file-timeout")
 @pytest.mark.parametrize("by", ["cancel", "timeout"])
 @both_logs
 def test_a_unit_that_is_cancelled_at_any_moment_is_in_all_databases_or_in_none(

@@ -209,7 +209,7 @@ def test_the_databases_agree_wherever_in_its_commit_a_client_was_killed(
         scene.check_after_recovery(application, outcomes)
 
 
-@pytest.mark.representative("postgresql-other-log-in-a")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", [Layout("postgresql other", "a"), Layout("postgresql mariadb sqlite", "file")], ids=str)
 def test_the_databases_agree_wherever_a_client_was_killed_whose_session_finds_its_database(
     layout: Layout, zygote: Zygote, servers: Servers, tmp_path: Path
@@ -323,7 +323,7 @@ def test_the_databases_agree_wherever_in_a_commit_a_server_was_killed(  # noqa: 
         scene.check_after_recovery(application, outcomes)
 
 
-@pytest.mark.representative("postgresql-other-log-in-a-asyncpg-awaited-other-afterwards")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("awaited", "victims", "back"),
     [

@@ -261,7 +261,7 @@ WAYS = {
 }
 
 
-@pytest.mark.representative("auto-sqlite", "anyio-postgresql+asyncpg")
+@pytest.mark.representative("auto-sqlite")
 @pytest.mark.parametrize(
     ("way", "driver"),
     [

@@ -83,7 +83,7 @@ def passed(output: str) -> int:
     return int(found[1]) if found else 0
 
 
-@pytest.mark.representative("sqlite")
+@pytest.mark.exhaustive
 def test_they_pass_in_any_order_and_in_two_processes_and_leave_no_row(shop: Shop) -> None:
     alone = shop.test("-p", "randomly", "-p", "no:xdist")
     together = shop.test("-p", "randomly", "-n", "2")

@@ -84,7 +84,7 @@ def _changed(source: str) -> str:
     return wrong.replace('assert_type(place_order("A-1"), Order)', 'assert_type(place_order("A-1"), str)')
 
 
-@pytest.mark.representative("mypy")
+@pytest.mark.exhaustive
 def test_the_package_and_the_code_of_its_users_are_accepted(found: list[Finding]) -> None:
     assert [finding for finding in found if finding[0] not in ("refused.py", "changed.py")] == []
 
@@ -97,13 +97,13 @@ def test_the_code_of_users_needs_no_ignores() -> None:
         assert source.count("assert_type(") > 20, path
 
 
-@pytest.mark.representative("mypy")
+@pytest.mark.exhaustive
 def test_wrong_code_is_refused_line_by_line(found: list[Finding]) -> None:
     lines = {line for file, line, _ in found if file == "refused.py"}
     assert lines == marked_lines(REFUSED.read_text().splitlines())
 
 
-@pytest.mark.representative("mypy")
+@pytest.mark.exhaustive
 def test_what_the_code_of_users_asserts_about_types_is_checked(found: list[Finding]) -> None:
     """A checker that knew nothing of app_db would accept everything."""
     source = ACCEPTED[0].read_text()
