@@ -10,7 +10,9 @@
 | `database_url`, `new_database_url` | runs the test three times: on SQLite, PostgreSQL and MariaDB |
 
 A server that this machine doesn't have skips its tests, and the report says so at its end. With APP_DB_TEST_REQUIRE_SERVERS=1
-those tests fail instead.
+those tests fail instead. APP_DB_TEST_WITHOUT=mariadb hides a server that the machine has.
+
+The marks `exhaustive`, `representative` and `soak` say what `make test` leaves to `make test-all`: see CONTRIBUTING.md.
 """
 
 from __future__ import annotations

