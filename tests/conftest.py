@@ -67,10 +67,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for mark in item.iter_markers("representative"):
             case, test = item.callspec.id, item.nodeid.partition("[")[0]  # type: ignore[attr-defined]  # of a Function alone
+            unused |= {(test, pattern) for pattern in mark.args}
             kept = {(test, pattern) for pattern in mark.args if fnmatchcase(case, pattern)}
+            if item.get_closest_marker("exhaustive"):
+                continue  # by its fixture, so that it represents nothing
             if not kept:
                 item.add_marker("exhaustive")
-            unused |= {(test, pattern) for pattern in mark.args}
             used |= kept
     whole = not any("::" in argument for argument in config.args)
     if whole and (wrong := unused - used):

@@ -35,6 +35,7 @@ from app_db.errors import (
     UnitOfWorkTimeout,
 )
 from async_applications import DRIVERS, PATIENCE, AwaitedDatabases, Boom, Lag, make_commits_slow, opened_awaited, url_for
+from choosing import mostly
 from items import Item, database_name
 from servers import PostgresServer
 from test_propagation import CASES, LONG, Outcome, Row
@@ -43,13 +44,13 @@ from test_propagation import Boom as InnerBoom
 POSTGRESQL = ("asyncpg", "psycopg")
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=mostly(DRIVERS, exhaustive="psycopg"))
 def databases(request: pytest.FixtureRequest) -> Iterator[AwaitedDatabases]:
     with opened_awaited(url_for(request.param, request), request.param, each={"pool": {"size": 5}}) as databases:
         yield databases
 
 
-@pytest.fixture(params=POSTGRESQL)
+@pytest.fixture(params=mostly(POSTGRESQL, exhaustive="psycopg"))
 def on_postgresql(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[AwaitedDatabases]:
     with opened_awaited(postgres_url, request.param, each={"pool": {"size": 5}}) as databases:
         yield databases
@@ -91,7 +92,7 @@ class Tasks:
                 raise Boom
 
 
-@pytest.mark.representative("psycopg")
+@pytest.mark.representative("asyncpg")
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_500_tasks_write_exactly_what_their_units_commit(
     request: pytest.FixtureRequest, postgres: PostgresServer, driver: str
@@ -292,7 +293,7 @@ def test_an_object_serves_one_block_at_a_time(databases: AwaitedDatabases) -> No
 # ---- propagation ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=mostly(DRIVERS, exhaustive="psycopg"))
 def two_blocks(request: pytest.FixtureRequest) -> Iterator[tuple[AwaitedDatabases, str]]:
     """Databases, and the connection the inner block writes to: SQLite has one writer at a time, so there it is another one."""
     if request.param == "aiosqlite":
@@ -1258,7 +1259,7 @@ def test_a_blocking_function_in_a_thread_joins_its_callers_unit(databases: Await
     assert databases.items() == ["a"]
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=mostly(DRIVERS, exhaustive="psycopg"))
 def two(request: pytest.FixtureRequest) -> Iterator[AwaitedDatabases]:
     """A writer for coroutines, and a log for blocking code."""
     new = request.getfixturevalue("new_sqlite_url" if request.param == "aiosqlite" else "new_postgres_url")

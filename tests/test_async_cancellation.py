@@ -15,6 +15,7 @@ from sqlalchemy import text
 
 from app_db.errors import NoUnitOfWork, UnitOfWorkDoomed
 from async_applications import DRIVERS, AwaitedDatabases, Boom, make_commits_slow, opened_awaited, url_for
+from choosing import mostly
 from items import database_name
 from servers import PostgresServer
 from versions import STRANDS_CONNECTIONS, waits_in_tasks
@@ -33,7 +34,7 @@ def collected() -> Iterator[None]:
         gc.collect()
 
 
-@pytest.fixture(params=["asyncpg", "psycopg"])
+@pytest.fixture(params=mostly(["asyncpg", "psycopg"], exhaustive="psycopg"))
 def slow(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[AwaitedDatabases]:
     """A database whose commits take half a second for each row."""
     with opened_awaited(postgres_url, request.param) as databases:

@@ -29,6 +29,7 @@ from app_db import ConnectionSettings, Container, DatabaseSettings, PoolSettings
 from app_db.engines import build_async_engine, build_engine, retire_async
 from app_db.errors import InvalidUse, SettingsError
 from app_db.urls import for_coroutines, for_threads
+from choosing import mostly
 from proxies import Proxy
 from servers import MariaDBServer, PostgresServer
 
@@ -51,12 +52,12 @@ def new_url(request: pytest.FixtureRequest) -> Callable[[str], str]:
     return new
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=mostly(DRIVERS, exhaustive="postgresql+psycopg"))
 def url(request: pytest.FixtureRequest, new_url: Callable[[str], str]) -> str:
     return new_url(request.param)
 
 
-@pytest.fixture(params=ON_POSTGRESQL)
+@pytest.fixture(params=mostly(ON_POSTGRESQL, exhaustive="postgresql+psycopg"))
 def pg_url(request: pytest.FixtureRequest, new_url: Callable[[str], str]) -> str:
     return new_url(request.param)
 
@@ -960,7 +961,7 @@ def test_an_overridden_engine_is_used_by_the_next_unit(url: str, new_url: Callab
     asyncio.run(work())
 
 
-@pytest.mark.representative("postgresql+psycopg")
+@pytest.mark.representative("postgresql+asyncpg")
 def test_a_child_of_a_fork_leaves_its_parents_connections_and_loops_alone(url: str) -> None:
     done = run_program(FORKING.format(url=url), "-X", "dev")
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ from sqlalchemy import select, text
 from app_db.errors import CannotIsolate, IsolationBroken, IsolationTimeout
 from app_db.testing import isolated
 from async_applications import AwaitedDatabases, Boom, opened_awaited
+from choosing import mostly
 from items import Item
 
 DRIVERS = ("psycopg", "aiosqlite", "asyncpg", "asyncmy")
@@ -33,7 +34,7 @@ def new_urls(request: pytest.FixtureRequest, driver: str) -> Callable[[], str]:
     return found
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=mostly(DRIVERS, exhaustive="psycopg"))
 def databases(request: pytest.FixtureRequest) -> Iterator[AwaitedDatabases]:
     """A writer and a warehouse, by each driver for coroutines. At the end they have to be empty."""
     new_url = new_urls(request, request.param)

@@ -23,6 +23,7 @@ from app_db.errors import AbortedByRecovery, CommitUnconfirmed, OutcomeUnknown
 from app_db.manager import retryable
 from applications import DEFER_UNIQUENESS, Item, Settings
 from async_applications import PATIENCE, Boom, Lag, with_driver
+from choosing import mostly
 from proxies import Loss, Proxy
 from servers import PostgresServer
 from two_phasing import TwoPhaseApplication, kill_backend, listening_to_postgres, without
@@ -102,7 +103,7 @@ def awaiting(driver: str, decision_log: str | None = None, **connections: Settin
         app.container.shutdown_resources()
 
 
-@pytest.fixture(params=["psycopg", "asyncpg"])
+@pytest.fixture(params=mostly(["psycopg", "asyncpg"], exhaustive="psycopg"))
 def driver(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -162,7 +163,7 @@ def test_branches_are_prepared_at_once_and_the_loop_goes_on(driver: str, new_pos
         assert app.everywhere() == {name: ["a", "before"] for name in names}
 
 
-@pytest.mark.representative("psycopg")
+@pytest.mark.representative("asyncpg")
 def test_sessions_of_both_kinds_are_prepared_at_once(driver: str, new_postgres_url: NewUrl, tmp_path: Path) -> None:
     names = ("alpha", "beta", "gamma", "delta")
     with awaiting(driver, f"file:{tmp_path}/decisions", **{name: new_postgres_url() for name in names}) as app:
@@ -495,7 +496,7 @@ def test_a_commit_that_is_cancelled_while_it_prepares_is_finished_first(app: Awa
 
 
 @pytest.mark.representative(
-    "asyncpg-writer-writer-in PREPARE", "psycopg-writer-archive-before PREPARE", "psycopg-file-archive-after COMMIT PREPARED"
+    "asyncpg-writer-writer-in PREPARE", "asyncpg-writer-archive-before PREPARE", "asyncpg-file-archive-after COMMIT PREPARED"
 )
 @pytest.mark.parametrize("moment", ["before PREPARE", "in PREPARE", "after PREPARE", "after COMMIT PREPARED"])
 @pytest.mark.parametrize(("app", "victim"), [("file", "archive"), ("writer", "archive"), ("writer", "writer")], indirect=["app"])
@@ -563,7 +564,7 @@ def test_a_database_that_does_not_confirm_is_told_once(app: AwaitedApplication, 
     assert app.everywhere() == each("a")
 
 
-@pytest.mark.representative("psycopg-PREPARE TRANSACTION-answer-stall", "asyncpg-COMMIT PREPARED-answer-close")
+@pytest.mark.representative("asyncpg-PREPARE TRANSACTION-answer-stall", "asyncpg-COMMIT PREPARED-answer-close")
 @pytest.mark.parametrize(("lost", "then"), [("answer", "close"), ("answer", "stall"), ("request", "close")])
 @pytest.mark.parametrize("word", ["PREPARE TRANSACTION", "COMMIT PREPARED"])
 def test_a_word_or_an_answer_that_is_lost_leaves_all_or_nothing_and_a_true_error(  # noqa: PLR0917

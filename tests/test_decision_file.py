@@ -206,6 +206,7 @@ def test_a_verdict_of_somebody_who_died_before_it_was_on_disk_is_put_there_befor
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("torn", "to rewrite")
 @pytest.mark.parametrize("state", ["new", "plain", "torn", "to rewrite"])
 def test_a_kill_at_any_step_loses_nothing_that_was_acknowledged(state: str, tmp_path: Path) -> None:
     results = seen("killed_at_every_step", str(tmp_path), state)

@@ -23,6 +23,7 @@ from sqlalchemy.pool import NullPool
 from app_db.lines import Answer, Exchange, Line, Outcome, exchange
 from app_db.preparing import InDoubtBranch, MySQLPrepares, PostgreSQLPrepares, Prepares, Settling, prepares_of
 from app_db.xids import Xid, new_log_id, new_unit_id
+from choosing import mostly
 from proxies import Proxy
 from requiring import started
 from servers import PASSWORD, USER, MariaDBServer, PostgresServer, Server
@@ -128,7 +129,7 @@ def postgres_16() -> Iterator[PostgresServer]:
     server.close()
 
 
-@pytest.fixture(params=["postgres", "postgres_16", "mariadb"])
+@pytest.fixture(params=mostly(["postgres", "postgres_16", "mariadb"], exhaustive="postgres_16"))
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     server: Server = request.getfixturevalue(request.param)
     with server.lend_database() as name, ExitStack() as stack:

@@ -179,6 +179,7 @@ def test_what_a_test_commits_is_rolled_back_in_every_database(project: Project) 
     assert (project.rows(), project.rows("facts", "sales")) == (0, 0)
 
 
+@pytest.mark.exhaustive
 def test_what_tests_share_is_made_before_they_are_isolated(project: Project) -> None:
     project.make_tables()
     project.file(
@@ -205,6 +206,7 @@ def test_what_tests_share_is_made_before_they_are_isolated(project: Project) -> 
     assert project.rows() == 2
 
 
+@pytest.mark.exhaustive
 def test_the_session_of_a_test_keeps_nobody_waiting(project: Project) -> None:
     project.file(
         "test_shop.py",
@@ -291,6 +293,7 @@ def test_coroutines_are_isolated(project: Project, request: pytest.FixtureReques
 # ---- the marker -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_marker_limits_isolation_or_takes_a_test_out_of_it(project: Project) -> None:
     project.make_tables()
     project.file(
@@ -374,6 +377,7 @@ def test_without_a_container_the_lines_to_paste_are_shown(project: Project) -> N
     result.stdout.fnmatch_lines(["*Put this into conftest.py:", "*def app_db_container():"])
 
 
+@pytest.mark.exhaustive
 def test_what_is_no_database_container_is_refused(project: Project) -> None:
     project.file("conftest.py", CONFTEST.replace("return shop.container", "return object()"))
     project.file("test_shop.py", "def test_one(app_db_session): pass")
@@ -382,6 +386,7 @@ def test_what_is_no_database_container_is_refused(project: Project) -> None:
     result.stdout.fnmatch_lines(["*app_db_container gave object, which is no container of app_db*"])
 
 
+@pytest.mark.exhaustive
 def test_urls_of_the_command_line_go_to_whatever_container_the_project_has(project: Project) -> None:
     project.set("WRITER__URL", "postgresql://nobody:hunter2@127.0.0.1:1/nothing")
     project.file(
@@ -431,6 +436,7 @@ def test_a_wrong_url_is_a_usage_error_without_a_password(project: Project, given
     assert "hunter2" not in output
 
 
+@pytest.mark.exhaustive
 def test_a_password_is_not_in_the_header(project: Project) -> None:
     project.file("test_shop.py", "def test_one(): pass")
     result = project.run("--app-db-url", "writer=postgresql://u:hunter2@h/d")
@@ -448,6 +454,7 @@ def test_tables_are_made_and_dropped_for_the_session_unless_they_were_there(proj
     assert project.rows() == 0
 
 
+@pytest.mark.exhaustive
 def test_tables_that_come_from_elsewhere_are_the_projects(project: Project) -> None:
     project.file(
         "conftest.py",
@@ -549,6 +556,7 @@ def test_what_a_test_leaves_is_reported_by_its_name_and_does_not_disturb_the_nex
         result.stdout.fnmatch_lines([f"test_shop.py::{name} has left something behind:", f"  {what}*"], consecutive=False)
 
 
+@pytest.mark.exhaustive
 def test_rows_of_tables_that_are_not_the_tests_own_are_left_alone(project: Project) -> None:
     project.make_tables()
     project.file("test_shop.py", LEAKS)
@@ -556,6 +564,7 @@ def test_rows_of_tables_that_are_not_the_tests_own_are_left_alone(project: Proje
     assert project.rows() == 3
 
 
+@pytest.mark.exhaustive
 def test_counting_rows_can_be_switched_off(project: Project) -> None:
     project.make_tables()
     project.file("test_shop.py", LEAKS)
@@ -583,6 +592,7 @@ def names_of_databases(project: Project) -> set[str]:
     return set((project.path / "names").read_text().splitlines())
 
 
+@pytest.mark.exhaustive
 def test_each_worker_has_files_of_its_own(project: Project) -> None:
     project.file("test_shop.py", WHO)
     project.run("-n", "2", plugins=("xdist",)).assert_outcomes(passed=6)
@@ -663,6 +673,7 @@ def test_a_fixture_over_the_projects_own_changes_nothing_twice(project: Project)
     assert names_of_databases(project) == {"shop_gw0.db shop_gw0.db facts_gw0.db"}
 
 
+@pytest.mark.exhaustive
 def test_tests_in_any_order_are_isolated(project: Project) -> None:
     project.file("test_shop.py", WHO.replace("time.sleep(0.2)", "pass"))
     project.run("-p", "randomly", plugins=("randomly",)).assert_outcomes(passed=6)

@@ -9,6 +9,7 @@ import traceback
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import URL
@@ -128,6 +129,7 @@ def test_no_secret_is_shown_of_settings_or_of_their_error(environment: dict[str,
     assert MARKER not in shown(outcome(environment))
 
 
+@pytest.mark.exhaustive
 @many
 @given(environment=st.builds(lambda one, other: {**one, **other}, valid_or_nearly(), broken()))
 def test_an_error_never_shows_a_value_that_was_given(environment: dict[str, str]) -> None:
@@ -162,6 +164,7 @@ def test_a_variable_is_read_or_it_is_an_error(end: str) -> None:
         assert any(problem.variable.startswith(variable) or problem.variable.endswith("__URL") for problem in result.problems)
 
 
+@pytest.mark.exhaustive
 @many
 @given(password=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), user=st.text("ab@:/%", min_size=1))
 def test_every_password_comes_through_parts_and_quoted_urls(password: str, user: str) -> None:

@@ -117,6 +117,7 @@ def backends(postgres: PostgresServer, url: str, application: str) -> int:
     return int(rows[0][0])
 
 
+@pytest.mark.exhaustive
 def test_32_threads_write_exactly_what_their_units_commit(postgres: PostgresServer, postgres_url: str) -> None:
     with opened({"writer": postgres_url}, each={"pool": POOL}) as databases:
         crowded: list[int] = []
