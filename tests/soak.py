@@ -48,9 +48,12 @@ def environment() -> dict[str, str]:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[[], *(program.name for program in PROGRAMS)], metavar="PROGRAM")
+    known = [program.name for program in PROGRAMS]
+    parser.add_argument("names", nargs="*", metavar="PROGRAM", help=f"{', '.join(known)}; without it, all of them")
     parser.add_argument("--tenth", action="store_true", help="a tenth of each")
     options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(known):
+        parser.error(f"there is no program {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     failed = []
     for program in PROGRAMS:
         if options.names and program.name not in options.names:
