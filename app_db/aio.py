@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from sqlalchemy.util.concurrency import greenlet_spawn
 
@@ -21,27 +21,69 @@ async def to_the_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     """Call a synchronous function that ends a transaction, and may wait for coroutines, on behalf of the calling task.
 
     A cancellation of that task waits until the function is done, and is then raised, whatever came of it: a transaction that is
-    left in the middle of its commit is neither there nor gone.
+    left in the middle of its commit is neither there nor gone. So does an exception from a signal handler.
     """
-    owner = asyncio.current_task()
-
-    async def act() -> R:
-        with acting_for(owner):
-            return await greenlet_spawn(partial(function, *args, **kwargs))
-
+    action = _Action(partial(function, *args, **kwargs), asyncio.current_task())
     context = copy_context()
-    task = begin_unseen(act(), context=context)
-    cancelled = failure = None
+    task = cancelled = interruption = None
     try:
-        cancelled = await outlast(task)
+        try:
+            task = begin_unseen(action.run(), context=context)
+            cancelled = await outlast(task)
+        except BaseException as error:
+            if task is None or not action.has_begun or isinstance(error, GeneratorExit):
+                # A coroutine that is being closed can't wait any more.
+                action.is_wanted = False
+                if task is not None:
+                    task.cancel()
+                raise
+            interruption = error
+            cancelled = await outlast(task)
         _take_over(context)
-        if cancelled is None:
-            return task.result()
-        if not task.cancelled() and (failure := task.exception()) is not None:
-            cancelled.__context__ = failure  # both happened, and the cancellation is what the task has to end by
-        raise cancelled
+        if not task.cancelled() and task.exception() is not None:
+            action.error = task.exception()  # it was interrupted before it had called the function, or after
+        stopped_by = interruption or cancelled
+        if stopped_by is not None:
+            if action.error is not None:
+                stopped_by.__context__ = action.error  # both happened, and the task has to end by what stopped it
+            raise stopped_by
+        return action.result()
     finally:
-        del task, cancelled, failure  # an error would hold this frame, and this frame the error
+        del task, cancelled, interruption, action  # an error would hold this frame, and this frame the error
+
+
+class _Action(Generic[R]):
+    """A function that a task of its own calls, and what came of it."""
+
+    is_wanted = True
+    has_begun = False
+    error: BaseException | None = None
+    _result: R
+
+    def __init__(self, function: Callable[[], R], owner: asyncio.Task[Any] | None) -> None:
+        self._function = function
+        self._owner = owner
+
+    async def run(self) -> None:
+        """Call the function. It does not raise: whoever waits for the task may have been interrupted, and not ask."""
+        if not self.is_wanted:
+            return
+        self.has_begun = True
+        try:
+            with acting_for(self._owner):
+                self._result = await greenlet_spawn(self._function)
+        except BaseException as error:  # noqa: BLE001  # raised by `result`
+            self.error = error
+
+    def result(self) -> R:
+        """Return what the function returned, or raise what it raised."""
+        error, self.error = self.error, None
+        if error is None:
+            return self._result
+        try:
+            raise error
+        finally:
+            del error
 
 
 def _take_over(context: Context) -> None:

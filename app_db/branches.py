@@ -20,6 +20,7 @@ from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkTimeout
 from app_db.forks import after_fork_in_child
+from app_db.interruptions import came_from_outside, interrupted
 from app_db.preparing import Prepares, Settling
 from app_db.statements import Effect, effect_of, lifts_read_only, transaction_verb
 
@@ -62,6 +63,7 @@ class BranchedWork(Protocol):
     read_only: bool
     finishing: bool
     errors_afterwards: list[Exception]
+    interruption: BaseException | None
 
     @property
     def rehearsal(self) -> object | None: ...
@@ -112,6 +114,8 @@ class Branch:
     effect = Effect.READS
     committed = False
     """Whether COMMIT was sent and answered."""
+    is_commit_unanswered = False
+    """Whether COMMIT was sent, and how the database answered is not known yet."""
     tried = False
     """Whether it was told to commit: an autonomous one is told once, even if the unit aborts."""
     stage = Stage.ACTIVE
@@ -232,6 +236,15 @@ class Branch:
         if self._work.timed:
             self._work.refuse_overtime()
 
+    def is_interrupted_by(self, error: BaseException) -> bool:
+        """Return whether an exception from outside came while the driver waited, so that the connection has to be closed."""
+        if not self.home.database.waits_for_answers or self._work.rehearsal is not None:
+            return False
+        return any(
+            not (connection.closed or connection.invalidated) and interrupted(error, connection.connection.driver_connection)
+            for connection in self._connections
+        )
+
     def statement_failed(self, error: BaseException) -> BaseException | None:
         """Note that the database refused a statement; return the error that says better what happened, if there is one."""
         self._failures = [*self._failures, error]
@@ -261,11 +274,13 @@ class Branch:
         """Send COMMIT, in whatever form the transaction was begun; nothing, where it was ended by its xid."""
         self.refuse_foreign_commit()
         if self.stage is Stage.ACTIVE:
+            self.is_commit_unanswered = True
             if self._begun_by_xid:
                 say(dbapi_connection, self.prepares.commit_unprepared(self.xid))
             else:
                 plainly(dbapi_connection)
         self.committed = True  # what fails from here on fails afterwards
+        self.is_commit_unanswered = False
 
     def send_rollback(self, dbapi_connection: Any, plainly: Callable[[Any], None]) -> None:
         """Send ROLLBACK, in whatever form the transaction was begun; nothing, where it is ended by its xid."""
@@ -346,9 +361,17 @@ class Branch:
             if not self.committed:
                 raise
             log.exception("The connection %r has committed, and then a listener of its session failed", self.name)
-            self._work.errors_afterwards.append(error)
+            if came_from_outside(error):
+                self._work.interruption = error
+            else:
+                self._work.errors_afterwards.append(error)
             self.roll_back()
         self._let_go()
+
+    def close_if_interrupted(self, error: BaseException) -> None:
+        """Close the connection if the exception that ends the unit came while the driver waited, by a cursor of its own, say."""
+        if self.is_interrupted_by(error):
+            self._close_connections()
 
     def roll_back(self) -> None:
         """Roll back and return the connection to its pool, or close it when it can't be rolled back.
@@ -358,6 +381,8 @@ class Branch:
         if self.finished:
             return
         self._rolled_back_by = get_ident()
+        if self.stage is Stage.PREPARED:
+            self.abandon()  # interrupted before it was told how the unit ends, which recovery finds out
         try:
             # The rollback comes first: closing alone leaves a transaction open whose COMMIT was refused.
             self._roll_back_transaction()
@@ -387,6 +412,39 @@ class Branch:
                 time.sleep(0.005)
             else:
                 return
+
+    def abandon_work(self) -> None:
+        """Give the connection back after an exception from outside, which may have come between two steps of anything.
+
+        It is closed, because the driver may be waiting for an answer to an earlier statement: what is prepared is left to
+        recovery, and what is not is rolled back by the server. Where the driver never waits (SQLite), it is rolled back.
+        """
+        if self.finished:
+            return
+        self._rolled_back_by = get_ident()
+        try:
+            if self._may_be_rolled_back():
+                self._data_manager.tx.rollback()
+            else:
+                self._close_connections()
+        except Exception:
+            log.debug("Rolling back %r failed; its connection is closed instead", self.name, exc_info=True)
+            self._close_connections()
+        with suppress(Exception):
+            self._data_manager.abort(self._work.transaction)
+        self._let_go()
+
+    def _may_be_rolled_back(self) -> bool:
+        if self.home.asynchronous:
+            return False  # nothing can be awaited here
+        return self._work.rehearsal is not None or not self.home.database.waits_for_answers
+
+    def _close_connections(self) -> None:
+        self.stage = Stage.ENDED
+        for connection in self._connections:
+            with suppress(Exception):
+                if not (connection.closed or connection.invalidated):
+                    connection.invalidate()
 
     def flush(self) -> None:
         """Send what is pending."""

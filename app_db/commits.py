@@ -56,6 +56,7 @@ class CommittingWork(Protocol):
     branches: list[Branch]
     errors_afterwards: list[Exception]
     interruption: BaseException | None
+    decided: bool
 
     @property
     def rehearsal(self) -> Rehearsal | None: ...
@@ -122,6 +123,9 @@ def _commit_one_by_one(waiting: list[Branch]) -> None:
         except BaseException as error:
             if branch.wrote and _is_lost(error):
                 raise OutcomeUnknown(branch.name, committed) from error
+            if branch.wrote and branch.is_commit_unanswered and not isinstance(error, DBAPIError):
+                error.add_note(str(OutcomeUnknown(branch.name, committed)))  # an exception from outside goes on as what it is
+                raise
             if committed:
                 partial = PartialCommit(committed, branch.name, [other.name for other in waiting if other.wrote])
                 if isinstance(error, Exception):
@@ -160,14 +164,21 @@ class AtomicCommit:
         """Where something stands about the unit once it is decided."""
 
     def run(self) -> None:
-        """Commit, or raise after everything was rolled back. Once it is decided to commit, nothing is raised any more."""
+        """Commit, or raise after everything was rolled back. Once it is decided to commit, nothing is raised any more.
+
+        An exception from outside may land between any two steps. After `_prepare` only the log knows how the unit ends, so that
+        nothing is rolled back then without having asked it: what is still prepared is left to recovery.
+        """
         try:
             self._apart(self._settle_on_log)
             self._prepare()
-            self._decide()
         except BaseException:
             self._take_back()
             raise
+        refusal = self._decide()
+        if refusal is not None:
+            self._take_back()
+            raise refusal
         self._commit_prepared()
 
     def _apart(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -236,19 +247,22 @@ class AtomicCommit:
 
     # -- decide
 
-    def _decide(self) -> None:
+    def _decide(self) -> BaseException | None:
+        """Decide to commit. Return the reason if it stands that the unit aborts instead."""
         try:
             stands = self._decision_to_commit()
-        except BaseException as error:
-            if isinstance(error, Exception) and self._last is not None and not _is_lost(error):
-                raise  # its database has refused to commit, and so to decide
-            stands = self._settle_doubt(error)
-            if stands is Verdict.ABORT:
-                raise
-            if not isinstance(error, Exception):
-                self._work.interruption = error
-        if stands is Verdict.ABORT:
-            raise AbortedByRecovery(self._work.unit_id)
+        except BaseException as error:  # noqa: BLE001  # returned, or told when the unit has ended
+            if self._last is not None and self._last.committed:
+                stands = Verdict.COMMIT
+            elif self._last is not None and isinstance(error, DBAPIError) and not _is_lost(error):
+                return error  # its database has refused to commit, and so to decide
+            else:
+                stands = self._settle_doubt(error)
+                if stands is Verdict.ABORT:
+                    return error
+            if not isinstance(error, DBAPIError):
+                self._work.interruption = error  # it came from outside, or from a listener; the unit commits all the same
+        return AbortedByRecovery(self._work.unit_id) if stands is Verdict.ABORT else None
 
     def _decision_to_commit(self) -> Verdict:
         if self._last is None:
@@ -275,6 +289,7 @@ class AtomicCommit:
     # -- carry out what was decided
 
     def _commit_prepared(self) -> None:
+        self._work.decided = True
         unconfirmed = [branch.name for branch in self._tell(commit=True)]
         for branch in self._written:
             branch.end_session()

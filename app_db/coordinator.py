@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, cast
+from weakref import ReferenceType, ref
 
 from sqlalchemy.exc import PendingRollbackError
 from transaction.interfaces import IRetryDataManager, ISavepointDataManager
@@ -28,12 +29,14 @@ from app_db.errors import (
     UnitOfWorkDoomed,
     UnitOfWorkTimeout,
 )
+from app_db.liveness import always
 from app_db.manager import retryable
 from app_db.overlays import OverlaidSession, Overlay
 from app_db.xids import Xid, new_unit_id
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.pool import PoolProxiedConnection
     from transaction import Transaction
 
     from app_db.decisions import DecisionLog
@@ -57,10 +60,14 @@ class Work:
     timed = False
     """Whether the unit has a timeout."""
     hooks: Hooks | None = None
+    liveness: Callable[[], object] = staticmethod(always)
+    """Returns None when the block is gone that would have ended the unit."""
     outer: Transaction | None = None
     """The transaction of the unit that waits for this one to end."""
     finishing = False
     """Whether it is the unit that ends transactions now, so that sessions and connections let it."""
+    decided = False
+    """Whether it is certain that the unit commits, in all of its databases, even if this process stops now."""
     _doomed_by: BaseException | str | None = None
     _joined = False
     _committing = False
@@ -76,6 +83,9 @@ class Work:
         self.errors_afterwards: list[Exception] = []
         self.interruption: BaseException | None = None
         self._named: dict[str, Branch] = {}
+        self._checked_out: list[tuple[ReferenceType[PoolProxiedConnection], bool]] = []
+        self.visitors: dict[str, Any] = {}
+        """The thread that takes part in the unit without owning it, if one does."""
         self._coordinator = coordinator
 
     @property
@@ -172,8 +182,8 @@ class Work:
 
     @property
     def has_committed(self) -> bool:
-        """Whether the unit has been committed, whatever fails afterwards."""
-        return self._ended
+        """Whether the unit has been committed, or certainly will be, whatever fails afterwards."""
+        return self._ended or self.decided
 
     def limit(self, timeout: float) -> None:
         """Give the unit at most `timeout` seconds from now on, or what is left of the time that it has."""
@@ -270,6 +280,9 @@ class Work:
         the first session: after that the unit goes on, and sessions join anew.
         """
         self.finishing = True
+        if self._committing and not self._ended:
+            written = [branch for branch in self.branches if branch.wrote]
+            self.decided = self.decided or (bool(written) and all(branch.committed for branch in written))
         interruption: BaseException | None = None
         for overlay in self.overlays:
             try:
@@ -282,6 +295,7 @@ class Work:
                     commit_or_log(branch)
                 branch.roll_back()
             except BaseException as error:  # noqa: BLE001  # raised below, once the other connections are returned as well
+                branch.abandon_work()  # where it was interrupted before it had done so
                 interruption = error
         self.branches.clear()
         self.overlays.clear()
@@ -292,8 +306,44 @@ class Work:
         if interruption is not None:
             raise interruption
 
+    def abandon(self) -> None:
+        """Give back the connections of a unit whose block was torn down, without a word to the databases where one may be lost.
+
+        What was in the middle of something may be anywhere in it, so nothing is asked of the sessions.
+        """
+        for branch in self.branches:
+            branch.abandon_work()
+        self.branches.clear()
+        for overlay in self.overlays:
+            overlay.abandon()
+        self.overlays.clear()
+        self._give_back_connections()
+
+    def note_checkout(self, may_be_rolled_back: bool, connection: PoolProxiedConnection) -> None:
+        """Note a connection that a session has taken out of its pool, and is about to begin a transaction on."""
+        self._checked_out.append((ref(connection), may_be_rolled_back))
+
+    def _give_back_connections(self) -> None:
+        """Give back connections that sessions had taken when they were interrupted, before they could join."""
+        while self._checked_out:
+            reference, may_be_rolled_back = self._checked_out.pop()
+            connection = reference()
+            if connection is None or not connection.is_valid:
+                continue
+            try:
+                if may_be_rolled_back and connection.dbapi_connection is not None:
+                    connection.dbapi_connection.rollback()
+                    connection.close()
+                else:
+                    connection.invalidate()
+            except Exception:
+                log.debug("A connection could not be given back", exc_info=True)
+
     def forget(self) -> None:
         """Let go of sessions and branches once the unit has ended."""
+        if self.branches or self.overlays:
+            self.abandon()  # zope was interrupted before it had asked for the branches to be rolled back
+        self._give_back_connections()
         self.branches.clear()
         self.overlays.clear()
         self._named.clear()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import time
 import weakref
 import zlib
-from collections.abc import Collection, Generator, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from app_db.decisions import Decision, Verdict, batches, by_age, made
 from app_db.errors import DecisionFileDamaged, DecisionFileFull, InvalidUse
 from app_db.forks import after_fork_in_child
+from app_db.liveness import Liveness, LivingLock, WithBlock
 from app_db.xids import check_log_id, check_unit_id, log_id_for, new_log_id
 
 _FORMAT = "app_db-decisions 1"
@@ -49,8 +49,9 @@ class FileLog:
         self._max_bytes = max_bytes
         self._lock_wait = lock_wait
         self._id = ""
-        self._threads = threading.Lock()  # the lock on the file is the process's, and keeps no threads apart
+        self._threads = LivingLock()  # the lock on the file is the process's, and keeps no threads apart
         self._file: _File | None = None
+        self._is_in_use = False
         _logs.add(self)
 
     @property
@@ -132,16 +133,45 @@ class FileLog:
             file.append(line)
             return file
 
-    @contextmanager
-    def _locked(self) -> Generator[_File]:
+    def _locked(self) -> _Locked:
         """Hold the file against all other threads and processes, knowing everything that is in it."""
+        return _Locked(self)
+
+    def _lock(self, user: Liveness) -> _File:
         give_up = time.monotonic() + self._lock_wait
-        with self._threads:
-            try:
-                yield self._lock_and_read(give_up)
-            finally:
-                if self._file is not None:
-                    self._file.unlock()
+        if not self._threads.take(user, self._lock_wait):
+            raise self._too_late()
+        if self._is_in_use:
+            # An exception came between two lines of what follows, the last time. What is known of the file may be half of
+            # what it was to be, and what is written by that would damage it: read it anew.
+            self._forget_file()
+        self._is_in_use = True
+        try:
+            return self._lock_and_read(give_up)
+        except BaseException:
+            self._forget_file()
+            raise
+
+    def _unlock(self, user: Liveness, error: BaseException | None) -> None:
+        if self._file is not None:
+            self._file.unlock()
+        self._is_in_use = error is not None
+        self._threads.leave(user)
+
+    def _let_go(self, user: Liveness) -> None:
+        """Unlock what an exception from outside has kept from being unlocked."""
+        if self._threads.is_held_by(user):
+            self._forget_file()
+            self._threads.leave(user)
+
+    def _too_late(self) -> TimeoutError:
+        problem = f"Others have held the decision file for {self._lock_wait:g} s. Look for a process that was stopped"
+        return TimeoutError(errno.ETIMEDOUT, problem, str(self._path))
+
+    def _forget_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.unlock()
 
     def _lock_and_read(self, give_up: float) -> _File:
         while True:
@@ -166,8 +196,7 @@ class FileLog:
         pause = 0.0002
         while not file.try_to_lock():
             if time.monotonic() > give_up:
-                problem = f"Others have held the decision file for {self._lock_wait:g} s. Look for a process that was stopped"
-                raise TimeoutError(errno.ETIMEDOUT, problem, str(self._path))
+                raise self._too_late()
             time.sleep(pause)
             pause = min(2 * pause, 0.01)
 
@@ -193,8 +222,30 @@ class FileLog:
 
     def _leave_to_parent(self) -> None:
         """Begin afresh in a forked child: it shares its parent's locks on the file, and may have copied a locked lock."""
-        self._threads = threading.Lock()
+        self._threads = LivingLock()
         self._file = None
+
+
+class _Locked(WithBlock):
+    """Holds the file of a log for a block."""
+
+    __slots__ = ("_log", "_user")
+
+    def __init__(self, log: FileLog) -> None:
+        self._log = log
+
+    def __enter__(self) -> _File:
+        self._user = self.liveness_to_enter()
+        self._user.torn = self
+        return self._log._lock(self._user)
+
+    def _leave(self, error: BaseException | None) -> None:
+        self._log._unlock(self._user, error)
+        self._user.torn = None
+
+    def torn_down(self) -> None:
+        """Let others have the file."""
+        self._log._let_go(self._user)
 
 
 class _File:

@@ -72,6 +72,9 @@ class Terms(Protocol):
 class Database:
     """Any database that SQLAlchemy can talk to. Read-only is then only what app_db itself can see and refuse."""
 
+    waits_for_answers = True
+    """Whether its drivers wait for a server, so that an exception in the middle may leave a connection one answer behind."""
+
     def url(self, configured: URL, settings: ConnectionSettings) -> URL:
         """Return the URL to connect to."""
         return configured
@@ -90,6 +93,9 @@ class Database:
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         """Set up what every connection of `engine` needs."""
+
+    def clean_up(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
+        """Take from a connection that is returned to its pool, with no transaction open, what a unit of work has set on it."""
 
     def engine_for_unit(self, engine: Engine, settings: ConnectionSettings, terms: Terms) -> Engine:
         """Return `engine` as a unit of work on other terms than the usual uses it. Pool and dialect stay the same."""
@@ -294,11 +300,10 @@ class MySQL(Database):
                 cursor.execute(self._timeout(settings.statement_timeout, is_mariadb))
             cursor.close()
 
-        @event.listens_for(engine, "checkin")
-        def take_limit_back(dbapi_connection: Any, record: Any) -> None:
-            usual_limit = record.info.pop(_USUAL_LIMIT, None)
-            if usual_limit is not None and dbapi_connection is not None:
-                _execute(dbapi_connection, usual_limit)
+    def clean_up(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
+        usual_limit = info.pop(_USUAL_LIMIT, None)
+        if usual_limit is not None:
+            _execute(dbapi_connection, usual_limit)
 
     def read_only_step(self) -> Callable[[Connection], None]:
         return self._set_read_only
@@ -346,6 +351,8 @@ class MySQL(Database):
 class SQLite(Database):
     """SQLite: WAL, foreign keys, and transactions that begin when app_db says so instead of the driver."""
 
+    waits_for_answers = False
+
     _steps_between_looks = 10_000
 
     def url(self, configured: URL, settings: ConnectionSettings) -> URL:
@@ -359,11 +366,10 @@ class SQLite(Database):
         if settings.statement_timeout is not None:
             self._interrupt_late_statements(engine, settings.statement_timeout)
 
-        @event.listens_for(engine, "checkin")
-        def clean(dbapi_connection: Any, record: Any) -> None:
-            record.info.pop(_DEADLINE, None)
-            if record.info.pop(_READ_ONLY, False) and dbapi_connection is not None:
-                _execute(dbapi_connection, "PRAGMA query_only = OFF")
+    def clean_up(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
+        info.pop(_DEADLINE, None)
+        if info.pop(_READ_ONLY, False):
+            _execute(dbapi_connection, "PRAGMA query_only = OFF")
 
     def _set_up_connections(self, engine: Engine, settings: ConnectionSettings) -> None:
         pragmas = ["PRAGMA foreign_keys = ON"]
@@ -462,6 +468,21 @@ def _driver_of(dbapi_connection: Any) -> Any:
 def _may_be_in_asyncpgs_transaction(driver_connection: Any) -> bool:
     # Of a connection that was closed it can't be asked; that such a one can't commit or roll back is how it is found out.
     return bool(driver_connection.is_closed() or driver_connection.is_in_transaction())
+
+
+def is_left_in_the_middle(dbapi_connection: Any) -> bool:
+    """Return whether a connection of coroutines can't be used again, because an exception from outside came at a bad moment.
+
+    SQLAlchemy's adapter for asyncpg does not know of a transaction when it was interrupted right after BEGIN, and its rollback
+    does nothing then. asyncpg would begin a savepoint for the next unit, whose commit would only release that.
+    """
+    mutex = getattr(dbapi_connection, "_execute_mutex", None)
+    if mutex is not None and mutex.locked():
+        return True  # the next statement would wait without an end
+    driver_connection = _driver_of(dbapi_connection)
+    if not hasattr(driver_connection, "is_in_transaction"):  # asyncpg's
+        return False
+    return _may_be_in_asyncpgs_transaction(driver_connection) or getattr(driver_connection, "_top_xact", None) is not None
 
 
 def hang_up(dbapi_connection: Any) -> None:

@@ -7,6 +7,7 @@ import weakref
 from asyncio import AbstractEventLoop, Task, to_thread, wait
 from asyncio.events import _get_running_loop
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from importlib import import_module
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +18,7 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
 from sqlalchemy.util.concurrency import await_only
 
-from app_db.dialects import Database, database_of, hang_up
+from app_db.dialects import Database, database_of, hang_up, is_left_in_the_middle
 from app_db.errors import Problem, SettingsError
 from app_db.forks import after_fork_in_child
 from app_db.outlasting import begin_unseen, outlast
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.engine import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from sqlalchemy.pool import Pool
+    from sqlalchemy.pool import Pool, PoolProxiedConnection
 
     from app_db.settings import ConnectionSettings, DatabaseSettings
 
@@ -245,8 +246,8 @@ class _Setup:
         if engine is None or self._done:
             return
         self._database.tune(engine, self._connection)
-        _watch_pool(engine, self._connection)  # after what cleans connections up, which a retired engine closes
-        _reset_when_needed(engine, self._database)
+        _watch_pool(engine, self._connection)
+        _clean_up_what_is_returned(engine, self._database)
         self._done = True
 
 
@@ -260,7 +261,7 @@ def _pool_arguments(connection: ConnectionSettings, *, asynchronous: bool) -> di
     arguments: dict[str, Any] = {
         "poolclass": pool_class,
         "pool_recycle": -1 if pool.recycle is None else pool.recycle,
-        "pool_reset_on_return": None,  # `_reset_when_needed` does
+        "pool_reset_on_return": None,  # `_clean_up_what_is_returned` does
     }
     if issubclass(pool_class, QueuePool):
         arguments |= {
@@ -290,6 +291,13 @@ def _pool_class(name: str | None) -> type[Pool]:
     return pool_class
 
 
+told_of_checkout: ContextVar[Callable[[PoolProxiedConnection], None] | None] = ContextVar("app_db.told_of_checkout", default=None)
+"""What is told, once, of the next connection that a pool gives out in this context.
+
+An exception from a signal handler may come before SQLAlchemy has noted that it has begun a transaction on it.
+"""
+
+
 def _watch_pool(engine: Engine, connection: ConnectionSettings) -> None:
     alive_window = connection.pool.alive_window
     dialect = engine.dialect
@@ -304,22 +312,37 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings) -> None:
             except dialect.loaded_dbapi.Error as error:
                 raise InvalidatePoolError from error  # what killed this one has likely killed the others
         _checked_out[id(record)] = record
+        tell = told_of_checkout.get()
+        if tell is not None:
+            told_of_checkout.set(None)
+            tell(proxy)
 
-    @event.listens_for(engine, "checkin")
-    def note_idle(dbapi_connection: Any, record: Any) -> None:
+    @event.listens_for(engine, "invalidate")
+    def forget(dbapi_connection: Any, record: Any, error: BaseException | None) -> None:
         _checked_out.pop(id(record), None)
-        record.info[_IDLE_SINCE] = time.monotonic()
-        if engine in _retired and dbapi_connection is not None:
-            record.invalidate()
 
 
-def _reset_when_needed(engine: Engine, database: Database) -> None:
-    """Roll back a returned connection, but not one that says itself that it has no transaction: that can cost a round trip."""
+def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
+    """Roll back a returned connection, and take from it what its user has set.
+
+    One that says itself that it has no transaction is not rolled back: that can cost a round trip. The event is the one before
+    "checkin": an exception from a signal handler that lands in a listener to that costs the connection its place in the pool.
+    """
 
     @event.listens_for(engine, "reset")
     def reset(dbapi_connection: Any, record: Any, state: Any) -> None:
-        if not state.terminate_only and database.may_be_in_transaction(dbapi_connection):
+        if record is None or state.terminate_only:
+            return
+        if database.may_be_in_transaction(dbapi_connection):
             dbapi_connection.rollback()
+        if is_left_in_the_middle(dbapi_connection):
+            record.invalidate()
+            return
+        database.clean_up(dbapi_connection, record.info)
+        record.info[_IDLE_SINCE] = time.monotonic()
+        _checked_out.pop(id(record), None)
+        if engine in _retired:
+            record.invalidate()
 
 
 def _leave_parents_connections() -> None:

@@ -298,9 +298,33 @@ class ForeignUnitOfWork(UnitOfWorkError):
         self.user = user
 
     def __str__(self) -> str:
+        return f"{self.subject} belongs to {self.owner} and was used from {self.user}. {self._advice()}"
+
+    def _advice(self) -> str:
+        if self.user.startswith("task "):
+            return (
+                "A unit of work belongs to one task. Await the coroutine there instead of making a task of it; or give it "
+                "`propagation='requires_new'`, for a unit of its own, which commits even if this one fails; or call "
+                "`unit.adopt()` in the new task, which takes the unit over."
+            )
+        # A callback of the loop has inherited the unit of the task that registered it. There a plain block is refused as well.
+        options = "propagation='requires_new'" if self.owner.startswith("task ") else ""
+        return f"Begin a unit of work there (`with container.transaction({options}):`) and ask for a session inside it."
+
+
+class UnitOfWorkInUse(UnitOfWorkError):
+    """A thread was to take part in a unit of work in which another thread takes part at the moment."""
+
+    def __init__(self, user: str, other: str) -> None:
+        super().__init__(user, other)
+        self.user = user
+        self.other = other
+
+    def __str__(self) -> str:
         return (
-            f"{self.subject} belongs to {self.owner} and was used from {self.user}. Begin a unit of work there "
-            "(`with container.transaction():`) and ask for a session inside it."
+            f"{self.user} can't take part in the unit of work, because {self.other} is in a block of it. Sessions serve one "
+            "thread at a time: let the threads follow each other, or give the function `propagation='requires_new'` for a unit "
+            "of its own."
         )
 
 

@@ -80,7 +80,16 @@ class Hooks:
             self._call(self._before_commit.pop(0))
 
     def _run_after_commit(self, committed: bool) -> None:
-        if committed:
+        if not committed:
+            return
+        try:
+            self._follow_commit()
+        except BaseException as error:  # noqa: BLE001  # the unit raises it; zope only logs it
+            self.interruption = error
+
+    def run_what_is_left(self) -> None:
+        """Run what was to follow the commit, and was kept from it by an exception from outside, which zope only logs."""
+        if self._on_commit:
             self._follow_commit()
 
     def _run_after_abort(self) -> None:

@@ -216,8 +216,8 @@ class _Database:
         if shared is None:
             shared = _shared.setdefault(real, SharedConnection(real.dialect.name))
         if shared not in self._ready:
-            self._ready[shared] = loop
             shared.begin(real, self._turns, self._patience, lambda: self._claim(shared))
+            self._ready[shared] = loop
         return shared
 
     def _claim(self, shared: SharedConnection) -> None:

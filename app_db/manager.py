@@ -10,12 +10,12 @@ import os
 import threading
 from asyncio import Task, current_task
 from asyncio.events import _get_running_loop  # the public spelling raises where no loop runs, at five times the price
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from threading import get_ident
 from types import TracebackType
 from typing import Any, cast
+from weakref import ref
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
@@ -26,6 +26,7 @@ from transaction.weakset import WeakSet
 
 from app_db.errors import AlreadyInUnitOfWork, AwaitRequired, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded, UnitOfWorkError
 from app_db.forks import after_fork_in_child
+from app_db.liveness import WithBlock, always, gone, tear_down
 from app_db.urls import require_greenlet
 
 
@@ -64,10 +65,6 @@ class acting_for:  # noqa: N801  # used like a function; `contextmanager` takes 
         del _acting_for[self._task], self._task  # or the task and this one would hold each other
 
 
-def _is_acting() -> bool:
-    return _get_running_loop() is not None and current_task() in _acting_for
-
-
 class Owner:
     """The thread, and the asyncio task if there is one, in which something began."""
 
@@ -77,6 +74,10 @@ class Owner:
         loop = _get_running_loop()
         self.task = None if loop is None else current_task(loop)
         self.thread = get_ident()
+
+    def is_this_thread(self) -> bool:
+        """Return whether the calling thread is the one in which it began."""
+        return self.thread == get_ident()
 
     def __str__(self) -> str:
         if self.task is not None:
@@ -88,11 +89,13 @@ class Owner:
 class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no type hints
     """A transaction that knows who began it, so that nobody else uses it. Copied contexts share it."""
 
-    def __init__(self, synchronizers: Any, manager: ContextTransactionManager) -> None:
+    def __init__(self, synchronizers: Any, manager: ContextTransactionManager, liveness: Callable[[], object] = always) -> None:
         super().__init__(synchronizers, manager)
         self.owner = Owner()
         self.ended = False
         self.process = _Process.generation
+        self.liveness = liveness
+        """Returns None when the block is gone that would have ended the transaction."""
 
     def is_usable(self) -> bool:
         """Return whether the transaction is under way, and the calling code may use it.
@@ -100,25 +103,70 @@ class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no
         A task that merely inherited its parent's context may not, and neither may a forked child. Threads without a
         running loop may: they work for the unit's owner, who waits for them.
         """
-        if self.ended or self.process != _Process.generation:
+        if self.ended or self.process != _Process.generation or self.liveness() is None:
             return False
         loop = _get_running_loop()
         if loop is None:
             return True
         task = current_task(loop)
         if self.owner.task is None:
+            if task is None:
+                return True  # a callback of the loop, which no task runs
             self.owner.task = task  # begun where no task ran, and this is the first one to use it
         while task is not self.owner.task and task is not None:
             task = _acting_for.get(task)  # which may itself act for one: a hook's block ends while its unit's does
         return task is not None
 
+    def is_open(self) -> bool:
+        """Return whether the transaction is under way in this process, and the block that began it still runs."""
+        return not self.ended and self.process == _Process.generation and self.liveness() is not None
+
+    def savepoint(self, optimistic: bool = False) -> Savepoint:
+        """Take a savepoint. If that fails, zope has aborted what took part, and the transaction can't commit any more.
+
+        zope says so itself, unless an exception from outside keeps it from that.
+        """
+        try:
+            return super().savepoint(optimistic)
+        except BaseException:
+            if self.status == "Active":
+                self.doom()
+            raise
+
     def refusal(self) -> UnitOfWorkError:
         """Return the error that says why the transaction can't be used here."""
-        if self.ended:
+        if self.ended or self.liveness() is None:
             return UnitOfWorkEnded("The block of a unit of work")
         if self.process != _Process.generation:
             return ForeignUnitOfWork("The unit of work", f"{self.owner} in the parent process", f"process {os.getpid()}")
         return ForeignUnitOfWork("The unit of work", str(self.owner), str(Owner()))
+
+
+class _Suspension:
+    """Stands where a transaction would, in a block that runs as if none were under way."""
+
+    def __init__(self, liveness: Callable[[], object]) -> None:
+        self.liveness = liveness
+        self.ended = False
+
+    def is_open(self) -> bool:
+        return not self.ended and self.liveness() is not None
+
+    def is_usable(self) -> bool:
+        return False
+
+
+class _Entry:
+    """What a context says is current, and what is so when that is over.
+
+    The transaction of a block is found by a weak reference: when the block is torn down, its connections go at once.
+    """
+
+    __slots__ = ("find", "outer")
+
+    def __init__(self, find: Callable[[], OwnedTransaction | _Suspension | None], outer: _Entry | None) -> None:
+        self.find = find
+        self.outer = outer
 
 
 class _Synchronizers(WeakSet):  # type: ignore[misc]  # transaction has no type hints
@@ -146,6 +194,10 @@ class AwaitedTransaction(OwnedTransaction):
 
     def abort(self) -> None:
         self._require_bridge("The abort of the unit of work")
+        super().abort()
+
+    def abort_torn_down(self) -> None:
+        """Abort although nothing can be waited for, after the connections were closed."""
         super().abort()
 
     def savepoint(self, optimistic: bool = False) -> Savepoint:
@@ -177,7 +229,7 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
     def __init__(self) -> None:
         self.explicit = True
         self._synchs = _Synchronizers()
-        self._current: ContextVar[OwnedTransaction | None] = ContextVar("app_db.current_transaction", default=None)
+        self._current: ContextVar[_Entry | None] = ContextVar("app_db.current_transaction", default=None)
 
     @property
     def _txn(self) -> OwnedTransaction | None:
@@ -186,64 +238,115 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
 
     def current(self) -> OwnedTransaction | None:
         """Return the transaction that is under way here, or None: what has ended or is another's doesn't count."""
-        transaction = self._current.get()
-        return transaction if transaction is not None and transaction.is_usable() else None
+        entry = self._standing()
+        found = None if entry is None else entry.find()
+        return cast("OwnedTransaction", found) if found is not None and found.is_usable() else None
+
+    def inherited(self) -> OwnedTransaction | None:
+        """Return the transaction under way of another task, from which the calling code has its context, or None."""
+        entry = self._standing()
+        found = None if entry is None else entry.find()
+        return None if found is None or isinstance(found, _Suspension) or found.is_usable() else found
+
+    def refuse_inherited(self) -> None:
+        """Raise where the transaction that is under way is that of another task, from which the calling one has its context."""
+        found = self.inherited()
+        if found is not None:
+            raise found.refusal()
 
     def get(self) -> OwnedTransaction:
         """Return the transaction that is under way here, or raise the error that says why there is none."""
-        transaction = self._current.get()
-        if transaction is not None and transaction.is_usable():
-            return transaction
-        raise NoUnitOfWork if transaction is None else transaction.refusal()
+        entry = self._current.get()
+        if entry is not None:
+            found = entry.find()
+            if found is not None and found.is_usable():
+                return cast("OwnedTransaction", found)
+            return self._get_outer(entry)
+        raise NoUnitOfWork
+
+    def _get_outer(self, inner: _Entry) -> OwnedTransaction:
+        entry = self._standing() or inner
+        found = entry.find()
+        if found is None:
+            raise UnitOfWorkEnded("The block of a unit of work")
+        if isinstance(found, _Suspension):
+            raise NoUnitOfWork
+        if found.is_usable():
+            return found
+        raise found.refusal()
+
+    def _standing(self) -> _Entry | None:
+        """Return the innermost entry of this context that is not over."""
+        entry = self._current.get()
+        while entry is not None:
+            found = entry.find()
+            if found is not None:
+                if found.is_open():
+                    return entry
+                tear_down(found.liveness)
+            entry = entry.outer
+        return None
 
     def begin(self) -> OwnedTransaction:
-        """Begin a transaction and make it the current one of this context."""
-        return self._begin(OwnedTransaction)
-
-    def begin_awaited(self) -> OwnedTransaction:
-        """Begin a transaction that coroutines end, and make it the current one of this context."""
-        require_greenlet()
-        return self._begin(AwaitedTransaction)
-
-    def _begin(self, kind: type[OwnedTransaction]) -> OwnedTransaction:
+        """Begin a transaction and make it the current one of this context. It lasts until it is ended."""
         under_way = self.current()
         if under_way is not None:
             if under_way.status != "Commit failed":
                 raise AlreadyInUnitOfWork
             under_way.abort()
-        transaction = kind(self._synchs, self)
-        self._current.set(transaction)
-        if self._synchs:
-
-            def announce(synchronizer: Any) -> None:
-                synchronizer.newTransaction(transaction)
-
-            try:
-                self._synchs.map(announce)
-            except BaseException:
-                transaction.abort()
-                raise
+        transaction = OwnedTransaction(self._synchs, self)
+        self._current.set(_Entry(lambda: transaction, self._standing()))
+        self._announce(transaction)
         return transaction
+
+    def prepare_block(self, liveness: Callable[[], object], *, awaited: bool) -> OwnedTransaction:
+        """Return the transaction of a block, for `begin_block` to begin: the block has it before anything is begun."""
+        if awaited:
+            require_greenlet()
+        return (AwaitedTransaction if awaited else OwnedTransaction)(self._synchs, self, liveness)
+
+    def begin_block(self, transaction: OwnedTransaction) -> None:
+        """Make the transaction of a block the current one of this context; the one that was waits."""
+        self._current.set(_Entry(ref(transaction), self._standing()))
+        self._announce(transaction)
+
+    def _announce(self, transaction: OwnedTransaction) -> None:
+        if not self._synchs:
+            return
+        try:
+            self._synchs.map(lambda synchronizer: synchronizer.newTransaction(transaction))
+        except BaseException:
+            transaction.abort()
+            raise
 
     def free(self, txn: OwnedTransaction) -> None:
         """Forget a transaction that has ended. Called by the transaction itself, in whichever context that happens."""
         txn.ended = True
-        txn.owner.task = None  # whose error may hold the block, and so the unit: a circle
-        if self._current.get() is txn:
-            self._current.set(None)
+        txn.liveness = gone  # which may hold the block, and so the unit: a circle
+        txn.owner.task = None  # whose error may hold the block as well
+        self._leave(txn)
+
+    def _leave(self, what: OwnedTransaction | _Suspension) -> None:
+        entry = self._current.get()
+        if entry is not None and entry.find() is what:
+            self._current.set(entry.outer)
 
     def resume(self, transaction: OwnedTransaction) -> None:
         """Make a transaction the current one here that began in another context, as a generator's may have."""
         if not transaction.is_usable():
             raise transaction.refusal()
-        self._current.set(transaction)
+        self._current.set(_Entry(ref(transaction), self._standing()))
 
     def adopt(self, transaction: OwnedTransaction) -> None:
-        """Make a transaction the current one here, and the calling task its owner, which it will be alone from now on."""
-        if transaction.ended or transaction.process != _Process.generation:
+        """Make a transaction the current one here, and the calling task its owner, which it will be alone from now on.
+
+        The block that began it may be gone by now: the transaction lasts until it is ended.
+        """
+        if not transaction.is_open():
             raise transaction.refusal()
         transaction.owner = Owner()
-        self._current.set(transaction)
+        transaction.liveness = always
+        self._current.set(_Entry(lambda: transaction, self._standing()))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
@@ -258,21 +361,17 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
     def _retryable(self, error_type: type[BaseException], error: BaseException) -> bool:
         return retryable(error) or bool(super()._retryable(error_type, error))
 
-    @contextmanager
-    def suspended(self) -> Generator[None]:
-        """Run a block as if no transaction were under way, then take up the one that was."""
-        waiting = self._current.get()
-        token = self._current.set(None)
-        try:
-            yield
-        finally:
-            try:
-                self._current.reset(token)
-            except ValueError:
-                # The block ends in another context. In that of a task that acts for its owner the unit is taken up all the same;
-                # to any other, such as that of whoever closes a generator, it means nothing.
-                if _is_acting():
-                    self._current.set(waiting)
+    def suspend(self, liveness: Callable[[], object]) -> Callable[[], None]:
+        """Have no transaction be under way here. Return what takes up the one that was; so does the end of `liveness`."""
+        suspension = _Suspension(liveness)
+        self._current.set(_Entry(lambda: suspension, self._standing()))
+
+        def resume() -> None:
+            suspension.ended = True
+            suspension.liveness = gone
+            self._leave(suspension)
+
+        return resume
 
 
 def current(manager: Any) -> Transaction | None:
@@ -299,19 +398,41 @@ def regain(manager: Any, transaction: Transaction) -> None:
     manager.resume(cast("OwnedTransaction", transaction))
 
 
-@contextmanager
-def suspended(manager: Any) -> Generator[None]:
-    """Run a block as if no transaction were under way under any zope manager, then take up the one that was."""
+def suspend(manager: Any, liveness: Callable[[], object]) -> Callable[[], None]:
+    """Have no transaction be under way under any zope manager, and return what takes up the one that was."""
     if isinstance(manager, ContextTransactionManager):
-        with manager.suspended():
-            yield
-        return
+        return manager.suspend(liveness)
     inner = getattr(manager, "manager", manager)  # the thread-local manager keeps a plain one for each thread
     transaction, inner._txn = inner._txn, None
-    try:
-        yield
-    finally:
+
+    def resume() -> None:
         inner._txn = transaction
+
+    return resume
+
+
+class suspended(WithBlock):  # noqa: N801  # used like a function
+    """Run a block as if no transaction were under way under any zope manager, then take up the one that was."""
+
+    __slots__ = ("_manager", "_resume")
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self._resume: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        liveness = self.liveness_to_enter()
+        liveness.torn = self
+        self._resume = suspend(self._manager, liveness)
+
+    def _leave(self, error: BaseException | None) -> None:
+        self.torn_down()
+
+    def torn_down(self) -> None:
+        """Take up the transaction that was under way."""
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            resume()
 
 
 # ---- what is worth another attempt --------------------------------------------------------------------------------

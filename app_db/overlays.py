@@ -111,6 +111,15 @@ class Overlay:
         finally:
             self._close()
 
+    def abandon(self) -> None:
+        """Let go of everything after an exception from outside, which may have come between two steps of the session."""
+        try:
+            for transaction in self._transactions():
+                transaction._connections.clear()
+            self._close()
+        except Exception:
+            log.debug("A session could not be closed when its unit of work was torn down", exc_info=True)
+
     def leave(self, connections: Iterable[Connection]) -> None:
         """Let go of connections that are about to be rolled back as a whole, the savepoints on them included."""
         for transaction in self._transactions():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import event
@@ -21,6 +22,7 @@ from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 from app_db.branches import Branch
 from app_db.coordinator import Coordinator, Work
 from app_db.dialects import database_of
+from app_db.engines import told_of_checkout
 from app_db.errors import (
     ForeignUnitOfWork,
     InvalidUse,
@@ -83,6 +85,13 @@ class SessionHome:
             return work.rehearsal.engine_for_unit(engine, work)
         return self.database.engine_for_unit(engine, self.settings, work)
 
+    def note_next_checkout(self, work: Work) -> None:
+        """Have the unit know of the connection that its session is about to take. In an isolated test it is everybody's."""
+        if work.rehearsal is not None:
+            return
+        may_be_rolled_back = not (self.asynchronous or self.database.waits_for_answers)
+        told_of_checkout.set(partial(work.note_checkout, may_be_rolled_back))
+
     def watch(self, connection: Connection) -> None:
         """Listen to what is executed on a connection."""
         if connection.dialect is not self.watched:
@@ -121,6 +130,8 @@ class UnitSession(Session):
     def get_bind(self, *args: Any, **arguments: Any) -> Any:
         """Return the engine to use. SQLAlchemy asks before all that needs the database, which makes this the place to check."""
         self.require_unit()
+        if self.branch is None and self._work is not None:
+            self.home.note_next_checkout(self._work)
         return super().get_bind(*args, **arguments)
 
     def require_unit(self) -> None:

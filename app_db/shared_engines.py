@@ -107,18 +107,24 @@ def share(dialect: Any, shared: SharedConnection, close: Callable[[Any], None]) 
             context.cursor_fetch_strategy = FullyBufferedCursorFetchStrategy(cursor, initial_buffer=deque(cursor.fetchall()))
 
     def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        with shared.statement(_sharer_in(context), statement):
+        def send() -> None:
             shared.uncut(execute, cursor, statement, parameters, context)
             read_at_once(cursor, context)
 
+        shared.statement(_sharer_in(context), statement, send)
+
     def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        with shared.statement(_sharer_in(context), statement):
+        def send() -> None:
             shared.uncut(executemany, cursor, statement, parameters, context)
 
+        shared.statement(_sharer_in(context), statement, send)
+
     def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
-        with shared.statement(_sharer_in(context), statement):
+        def send() -> None:
             shared.uncut(execute_no_params, cursor, statement, context)
             read_at_once(cursor, context)
+
+        shared.statement(_sharer_in(context), statement, send)
 
     dialect.do_execute, dialect.do_executemany, dialect.do_execute_no_params = do_execute, do_executemany, do_execute_no_params
     _share_transactions(dialect, shared)
@@ -158,6 +164,12 @@ def watch_sharers(engine: Engine, shared: SharedConnection, name: str, *, at_onc
     @event.listens_for(engine, "checkout")
     def check_out(dbapi_connection: Any, record: Any, proxy: Any) -> None:
         shared.check_out(record.info, name, at_once=at_once, read_only=read_only)
+
+    @event.listens_for(engine, "reset")
+    def check_in_early(dbapi_connection: Any, record: Any, state: Any) -> None:
+        # SQLAlchemy goes on to the event below when an exception from a signal handler lands here, but not when it lands there.
+        if record is not None and state.asyncio_safe:
+            shared.check_in(record.info)
 
     @event.listens_for(engine, "checkin")
     def check_in(dbapi_connection: Any, record: Any) -> None:

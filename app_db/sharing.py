@@ -7,22 +7,21 @@ the sharing ends. Units of work can't overlap on one connection: they take turns
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
-from app_db.dialects import hang_up
-from app_db.errors import CannotIsolate, IsolationTimeout, in_one_line
+from app_db.dialects import database_of, hang_up
+from app_db.errors import CannotIsolate, in_one_line
+from app_db.interruptions import interrupted
 from app_db.outlasting import begin_unseen, outlast
 from app_db.shared_kinds import kind_of, new_mark
 from app_db.statements import Effect, effect_of
-from app_db.turns import Holder, Turns
+from app_db.turns import Holder, OnTheWire, Turns, Wire
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
@@ -81,7 +80,7 @@ class SharedConnection:
         self.kind = kind_of(dialect)
         self.engines: dict[Any, Any] = {}
         """The engines that share it, as whoever made them files them. They last, and with them what they have compiled."""
-        self._wire = threading.Lock()
+        self._wire = Wire()
         self._real: Engine | None = None
         self._turns: Turns | None = None
         self._patience = 0.0
@@ -111,8 +110,9 @@ class SharedConnection:
         if self._real is None:
             raise _over("An engine")
         self._claim()
-        connection = self._real.connect()
+        connection: Connection | None = None
         try:
+            connection = self._real.connect()
             connection.begin()
             self._bottom = new_mark()
             self._connection = connection
@@ -123,7 +123,8 @@ class SharedConnection:
             self._say(f"SAVEPOINT {self._bottom}")
         except BaseException:
             self._connection = None
-            connection.close()
+            if connection is not None:
+                connection.close()
             raise
         return connection
 
@@ -162,18 +163,9 @@ class SharedConnection:
 
     # -- what is said on it
 
-    @contextmanager
-    def on_the_wire(self) -> Generator[None]:
+    def on_the_wire(self) -> OnTheWire:
         """Keep others from saying something at the same time: threads, and coroutines that wait for an answer."""
-        if in_greenlet():
-            while not self._wire.acquire(blocking=False):
-                await_only(asyncio.sleep(0.001))
-        elif not self._wire.acquire(timeout=self._patience or -1):
-            raise IsolationTimeout("", ["a statement of another thread or task, which has had no answer yet"], self._patience)
-        try:
-            yield
-        finally:
-            self._wire.release()
+        return OnTheWire(self._wire, self._patience)
 
     def _say(self, *statements: str) -> Any:
         if self._connection is None:
@@ -210,6 +202,7 @@ class SharedConnection:
         holder = turns.enter(sharer.name)
         try:
             with self.on_the_wire():
+                self._settle()  # what an interruption kept from being carried out
                 self._push(Mark(sharer))
         except BaseException:
             turns.leave(holder)
@@ -267,41 +260,53 @@ class SharedConnection:
             for other in later:
                 self._push(other)
 
-    @contextmanager
-    def statement(self, sharer: Sharer | None, text: str) -> Generator[None]:
-        """Let a statement be sent inside the block, if it may be."""
+    def statement(self, sharer: Sharer | None, text: str, send: Callable[[], None]) -> None:
+        """Send a statement, if it may be sent."""
         if sharer is None:
-            yield  # a dialect that looks around on its first connection, and has the wire for it
+            send()  # a dialect that looks around on its first connection, and has the wire for it
             return
         self.kind.refuse(sharer.name, text)
         turns = self._turns_of(sharer)
         if sharer.at_once:
-            with turns.turn(sharer.name), self.on_the_wire(), self._for_itself(sharer, text):
-                yield
+            with turns.turn(sharer.name), self.on_the_wire():
+                self._send_for_itself(sharer, text, send)
             return
         with self.on_the_wire():
             if sharer.limit_before is None:
                 sharer.limit_before = self.kind.limit_before(text, self._ask)
             try:
-                yield
-            except BaseException:
+                send()
+            except BaseException as error:
                 sharer.failed = True
+                self._close_if_interrupted(error)
                 raise
             sharer.effect = max(sharer.effect, effect_of(text))
 
-    @contextmanager
-    def _for_itself(self, sharer: Sharer, text: str) -> Generator[None]:
+    def _send_for_itself(self, sharer: Sharer, text: str, send: Callable[[], None]) -> None:
         before, after, after_failure = self.kind.around(new_mark(), sharer.read_only)
         self._say(*before)
         try:
-            yield
-        except BaseException:
+            send()
+        except BaseException as error:
+            self._close_if_interrupted(error)
             with suppress(Exception):  # the failure itself is what has to be known
                 self._say(*after_failure)
             raise
         self._say(*after)
         if effect_of(text) is Effect.WRITES:
             self._keep({sharer.name})
+
+    def _close_if_interrupted(self, error: BaseException) -> None:
+        """Close the connection if an exception from outside came while the driver waited: the test can only fail then.
+
+        Otherwise the next statement would get the answer to this one.
+        """
+        connection = self._connection
+        if connection is None or not database_of(connection.dialect.name).waits_for_answers or in_greenlet():
+            return
+        driver_connection = connection.connection.driver_connection
+        if driver_connection is not None and isinstance(error, Exception) and interrupted(error, driver_connection):
+            driver_connection.close()
 
     def _ask(self, question: str) -> Any:
         return self._say(question)[0][0]
@@ -326,15 +331,17 @@ class SharedConnection:
 
     def _carry_out(self, first: int) -> None:
         ended = self._stack[first:]
-        del self._stack[first:]
         mark, held = ended[0], set[str]().union(*(each.holds for each in ended))
+        if not mark.outcome:
+            self._say(f"ROLLBACK TO SAVEPOINT {mark.name}")  # which may be said again if this is interrupted now
+        del self._stack[first:]
         if mark.outcome:
             self._say(f"RELEASE SAVEPOINT {mark.name}")
             if mark.asked_for is None and mark.sharer.effect is Effect.WRITES:
                 held.add(mark.sharer.name)
             self._keep(held)
         else:
-            self._say(f"ROLLBACK TO SAVEPOINT {mark.name}", f"RELEASE SAVEPOINT {mark.name}")
+            self._say(f"RELEASE SAVEPOINT {mark.name}")
             self._note_undone(held)
 
     def _keep(self, committed: Iterable[str]) -> None:
@@ -366,13 +373,15 @@ class SharedConnection:
 
     def check_in(self, info: dict[Any, Any]) -> None:
         """Note that nobody has it any more, and undo what was not committed."""
-        sharer = info.pop(SHARER, None)
-        if sharer is None or not self._has(sharer):
+        sharer = info.get(SHARER)
+        if sharer is None:
             return
         try:
-            self.finish(sharer, commit=False)
+            if self._has(sharer):
+                self.finish(sharer, commit=False)
         finally:
             self._checked_out.pop(id(sharer), None)
+        del info[SHARER]
 
 
 def _over(subject: str) -> CannotIsolate:

@@ -27,6 +27,7 @@ class StandInHome(Home, Protocol):
 
     def engine_for(self, work: Work) -> Engine: ...
     def make_log(self) -> None: ...
+    def note_next_checkout(self, work: Work) -> None: ...
     def watch(self, connection: Connection) -> None: ...
 
 
@@ -96,6 +97,7 @@ class StandIn:
     def _begin(self) -> Connection:
         if not (self.home.read_only or self._work.read_only):
             self.home.make_log()
+        self.home.note_next_checkout(self._work)
         connection = self.home.engine_for(self._work).connect()
         try:
             begun = _DataManager(self, connection)

@@ -5,6 +5,7 @@ They are context managers, for every test runner. Under pytest they are fixtures
 
 from __future__ import annotations
 
+import logging
 import unittest
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +20,7 @@ from app_db.container import Connection, DatabaseContainer
 from app_db.errors import ConnectionNotConfigured, InvalidUse, IsolationBroken, did_you_mean
 from app_db.hooks import CapturedHook, CapturedHooks
 from app_db.isolation import Isolated, Isolation
+from app_db.liveness import WithBlock
 from app_db.manager import current
 from app_db.overrides import Override
 from app_db.row_counts import RowCounts
@@ -26,6 +28,8 @@ from app_db.schema import own_tables, writable
 from app_db.settings import DatabaseSettings
 from app_db.throw_away import ThrowAway
 from app_db.worker_databases import WorkerDatabases
+
+_log = logging.getLogger("app_db")
 
 __all__ = [
     "CapturedHook",
@@ -42,7 +46,7 @@ __all__ = [
 ]
 
 
-class isolated:  # noqa: N801  # used like a function
+class isolated(WithBlock):  # noqa: N801  # used like a function
     """Roll back at the end what is written in the block, on every connection of a container, whoever commits it.
 
     Within it each database has one connection, in one transaction, that all sessions share: those of threads and of coroutines,
@@ -83,6 +87,8 @@ class isolated:  # noqa: N801  # used like a function
         coordinator = self._container.coordinator()
         if self._isolation is not None or current(coordinator.manager) is not None:
             raise InvalidUse("A test is isolated before its first unit of work, and once", "Put `isolated(...)` around the unit")
+        self._liveness = self.liveness_to_enter()
+        self._liveness.torn = self
         isolation = self._isolation = Isolation(coordinator, self._configured(), self._patience)
         for name in isolation.names:
             connection = self._connections[name]
@@ -92,19 +98,26 @@ class isolated:  # noqa: N801  # used like a function
         coordinator.rehearsal = isolation
         return isolation
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        isolation, self._isolation = self._isolation, None
-        if isolation is None:
-            return
-        try:
-            problems = isolation.end()
-        finally:
-            self._stack.close()
+    def _leave(self, error: BaseException | None) -> None:
+        problems = self._end()
+        self._liveness.torn = None
         if error is None and problems:
             raise IsolationBroken(problems)
         if error is not None:
             for problem in problems:
                 error.add_note(f"app_db: {problem}")
+
+    def _end(self) -> list[str]:
+        isolation, self._isolation = self._isolation, None
+        try:
+            return [] if isolation is None else isolation.end()
+        finally:
+            self._stack.close()
+
+    def torn_down(self) -> None:
+        """End the isolation, whose `with` statement is gone without having left it."""
+        for problem in self._end():
+            _log.warning("An isolated test was torn down: %s", problem)
 
     async def __aenter__(self) -> Isolation:
         return self.__enter__()
@@ -112,7 +125,7 @@ class isolated:  # noqa: N801  # used like a function
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         from app_db.aio import to_the_end
 
-        await to_the_end(self.__exit__, kind, error, trace)
+        await to_the_end(self._leave, error)
 
     def _configured(self) -> Iterator[Isolated]:
         settings = self._container.settings()

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from functools import update_wrapper, wraps
-from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast, overload
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -17,10 +16,11 @@ from dependency_injector import providers
 from dependency_injector.wiring import Provide, inject
 from transaction.interfaces import NoTransaction
 
+from app_db.blocks import Block
 from app_db.coordinator import Coordinator, build_coordinator
 from app_db.errors import InvalidUse, NotWired, NoUnitOfWork
 from app_db.options import Options, Propagation, options_from
-from app_db.parts import Part, part_for
+from app_db.parts import Part
 from app_db.units import UnitOfWork
 
 P = ParamSpec("P")
@@ -28,52 +28,25 @@ R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Transaction:
+class Transaction(Block):
     """A unit of work to be: for `with`, for `async with`, and `run(function)` for one that may take several attempts.
 
     It commits what was written through the container's sessions when the block ends, and rolls all of it back when the block
     raises. One object serves one block at a time; `container.transaction()` makes them.
     """
 
-    __slots__ = ("_coordinator", "_options", "_part")
+    __slots__ = ()
 
-    def __init__(self, coordinator: Coordinator, options: Options) -> None:
-        self._coordinator = coordinator
-        self._options = options
-        self._part: Part | None = None
-
-    def __enter__(self) -> UnitOfWork:
-        part = self._part_to_enter(asynchronous=False)
-        unit = part.__enter__()
-        self._part = part
-        return unit
-
-    async def __aenter__(self) -> UnitOfWork:
-        part = self._part_to_enter(asynchronous=True)
-        unit = await part.__aenter__()
-        self._part = part
-        return unit
-
-    def _part_to_enter(self, *, asynchronous: bool) -> Part:
+    def _enter(self, *, asynchronous: bool) -> Part:
         if self._options.attempts > 1:
             raise InvalidUse(
                 "A `with` block can't be run again, so it can't have attempts",
                 "Put the block in a function and decorate it with @transactional(attempts=...), or use "
                 "container.transaction(...).run(function)",
             )
-        if self._part is not None:
+        if self.part is not None:
             raise InvalidUse("This transaction object is in use already", "Call container.transaction() for every block")
-        return part_for(self._coordinator, self._options, asynchronous=asynchronous)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        part, self._part = self._part, None
-        if part is not None:
-            part.__exit__(kind, error, trace)
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        part, self._part = self._part, None
-        if part is not None:
-            await part.__aexit__(kind, error, trace)
+        return super()._enter(asynchronous=asynchronous)
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call `function` in the unit of work, again while attempts are left when it fails for a reason that may pass.
@@ -84,12 +57,12 @@ class Transaction:
             return cast("R", self._run_awaited(function, *args, **kwargs))
         attempt = 1
         while True:
-            part = part_for(self._coordinator, self._options)
+            block = Block(self._coordinator, self._options)
             try:
-                with part:
+                with block:
                     return function(*args, **kwargs)
             except Exception:
-                if attempt >= self._options.attempts or not part.may_pass:
+                if attempt >= self._options.attempts or not block.may_pass:
                     raise
             time.sleep(self._pause_after(attempt))
             attempt += 1
@@ -97,12 +70,12 @@ class Transaction:
     async def _run_awaited(self, function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
         attempt = 1
         while True:
-            part = part_for(self._coordinator, self._options, asynchronous=True)
+            block = Block(self._coordinator, self._options)
             try:
-                async with part:
+                async with block:
                     return await function(*args, **kwargs)
             except Exception:
-                if attempt >= self._options.attempts or not part.may_pass:
+                if attempt >= self._options.attempts or not block.may_pass:
                     raise
             await asyncio.sleep(self._pause_after(attempt))
             attempt += 1

@@ -66,6 +66,10 @@ def _handle_error(context: ExceptionContext) -> None:
         return
     branch = connection.info.get(BRANCH)
     if branch is not None:
+        if branch.is_interrupted_by(context.original_exception):
+            context.is_disconnect = True  # has SQLAlchemy close the connection
+            context.invalidate_pool_on_disconnect = False  # the pool's others are as they were
+            return
         better = branch.statement_failed(context.original_exception)
         if better is not None:
             raise better from context.original_exception

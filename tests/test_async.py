@@ -908,7 +908,7 @@ def test_a_full_pool_makes_the_unit_fail_and_the_next_works(on_postgresql: Await
     with opened_awaited(postgres_url, "asyncpg", each={"pool": pool}) as databases:
 
         async def second() -> None:
-            async with databases.container.transaction():
+            async with databases.container.transaction(propagation="requires_new"):
                 await databases.write("second")
 
         async def main() -> None:

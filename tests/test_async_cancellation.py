@@ -335,7 +335,7 @@ def test_whoever_waits_for_a_connection_can_be_cancelled(request: pytest.Fixture
 
         async def main() -> None:
             async def waits() -> None:
-                async with databases.container.transaction():
+                async with databases.container.transaction(propagation="requires_new"):
                     await databases.write("b")
 
             async with databases.container.transaction():

@@ -323,11 +323,14 @@ def test_greenlet_spawn_sees_the_unit(one: AwaitedDatabases) -> None:
 # ---- units of their own -----------------------------------------------------------------------------------------------
 
 
-def test_a_task_that_inherited_a_unit_may_begin_one_of_its_own(one: AwaitedDatabases) -> None:
+def test_a_task_that_inherited_an_open_unit_may_not_begin_one_of_its_own_without_a_word(one: AwaitedDatabases) -> None:
     async def child(name: str) -> None:
-        async with one.container.transaction():
+        with pytest.raises(ForeignUnitOfWork, match=r"(?s)Await the coroutine.*requires_new.*unit\.adopt"):
+            async with one.container.transaction():
+                await one.write(name)
+        async with one.container.transaction(propagation="requires_new"):
             await one.write(name)
-        assert await see(one) == "none"
+        assert await see(one) == "refused"
 
     async def main() -> None:
         with pytest.raises(Boom):
@@ -498,7 +501,7 @@ def test_a_generator_left_to_the_end_of_its_loop_ends_its_unit(postgres: Postgre
 
 
 def test_a_coroutine_that_is_closed_ends_its_unit(postgres: PostgresServer, postgres_url: str) -> None:
-    """It can't wait for that. What is awaited on its behalf goes on."""
+    """It can't wait for that, so the connection is closed instead of being rolled back."""
     with opened_awaited(postgres_url, "asyncpg") as databases:
 
         async def work() -> None:
@@ -517,8 +520,7 @@ def test_a_coroutine_that_is_closed_ends_its_unit(postgres: PostgresServer, post
             await asyncio.sleep(0.2)
             coroutine: Any = task.get_coro()
             steps.close()
-            with pytest.raises(RuntimeError):
-                coroutine.close()  # "ignored GeneratorExit": it waits
+            coroutine.close()
             for _ in range(100):
                 if not databases.in_use():
                     break

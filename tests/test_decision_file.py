@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from app_db.decision_file import FileLog
 from app_db.decisions import Verdict
 from app_db.errors import DecisionFileDamaged, DecisionFileFull
 from app_db.xids import new_unit_id
+from interrupting import Interrupter, Interruption, Mode
 
 HERE = Path(__file__).parent
 COMMIT, ABORT = Verdict.COMMIT, Verdict.ABORT
@@ -447,3 +450,34 @@ def test_what_is_no_unit_is_refused(path: Path, unit: str) -> None:
             use()
     with pytest.raises(ValueError, match="can't be the connection of an xid"):
         log.decide("x" * 22, COMMIT, ["no name"])
+
+
+# ---- interruptions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # Python swallows what comes in a weakref's callback
+@pytest.mark.parametrize("kind", Interruption)
+def test_an_interruption_at_any_line_of_a_decision_damages_nothing(
+    tmp_path: Path, often_rewritten: None, kind: type[BaseException]
+) -> None:
+    for number in count(1):
+        path = tmp_path / str(number)
+        log, other = FileLog(path, lock_wait=1.0), FileLog(path, lock_wait=1.0)
+        units = [new_unit_id(log.id) for _ in range(12)]
+        for unit in units[:8]:  # some of which are written anew by the next one
+            log.decide(unit, COMMIT, ["a" * 20, "b" * 20])
+        log.forget(units[1:8])
+        interrupter = Interrupter(number, kind, Mode.LINES)
+        with suppress(kind), interrupter:
+            log.decide(units[8], COMMIT, ["a"])
+        stands = other.decide(units[8], ABORT, ["a"])  # another process, as far as the lock on the file is concerned
+        assert log.decide(units[9], COMMIT, ["a"]) is COMMIT, interrupter.where
+        assert other.decide(units[10], COMMIT, ["a"]) is COMMIT, interrupter.where
+        for each in (log, other, FileLog(path)):
+            found = {decision.unit: decision.verdict for decision in each.decisions()}
+            assert found == {units[0]: COMMIT, units[8]: stands, units[9]: COMMIT, units[10]: COMMIT}, interrupter.where
+        if not interrupter.where:
+            assert stands is COMMIT
+            return

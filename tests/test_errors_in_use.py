@@ -39,6 +39,7 @@ from app_db.errors import (
     TwoPhaseUnavailable,
     UnitOfWorkEnded,
     UnitOfWorkError,
+    UnitOfWorkInUse,
     UnknownConnection,
     UnknownVariable,
 )
@@ -492,7 +493,7 @@ def test_nothing_configured_gives_a_line_to_paste() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [NoUnitOfWork, UnitOfWorkEnded, ForeignUnitOfWork, SessionIsManaged, AlreadyInUnitOfWork],
+    [NoUnitOfWork, UnitOfWorkEnded, ForeignUnitOfWork, UnitOfWorkInUse, SessionIsManaged, AlreadyInUnitOfWork],
     ids=lambda kind: kind.__name__,
 )
 def test_wrong_uses_have_a_common_base(kind: type[Exception]) -> None:

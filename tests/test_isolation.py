@@ -603,7 +603,8 @@ def test_a_unit_left_open_is_reported_and_aborted(app: Application) -> None:
         pytest.raises(IsolationBroken, match="still under way, in the thread 'MainThread', which uses 'writer'"),
         isolated(app.container),
     ):
-        app.unit().__enter__()
+        left_open = app.unit()
+        left_open.__enter__()
         app.add("a")
     with isolated(app.container):
         assert seen(app) == []
@@ -621,7 +622,8 @@ def test_a_connection_left_open_is_reported(app: Application) -> None:
 def test_an_error_of_the_test_is_raised_and_what_leaked_is_noted(new_sqlite_url: Callable[[], str]) -> None:
     with running(writer=new_sqlite_url()) as app:
         with pytest.raises(Boom) as caught, isolated(app.container):
-            app.unit().__enter__()
+            left_open = app.unit()
+            left_open.__enter__()
             raise Boom
         assert any("still under way" in note for note in caught.value.__notes__)
 

@@ -503,7 +503,8 @@ LEAKS = """
         return app_db_container.writer_engine()  # the real one: no test is isolated yet
 
     def test_a_unit(app_db_isolation):
-        shop.container.transaction().__enter__()
+        kept.append(shop.container.transaction())
+        kept[-1].__enter__()
         shop.container.writer_session().add(shop.Order())
         shop.container.writer_session().flush()
 
@@ -524,7 +525,8 @@ LEAKS = """
         subprocess.run([sys.executable, "-c", "import shop; shop.place_order()"], check=True)
 
     def test_which_fails_itself(app_db_isolation):
-        shop.container.transaction().__enter__()
+        kept.append(shop.container.transaction())
+        kept[-1].__enter__()
         raise LookupError
 
     kept = []
@@ -721,7 +723,8 @@ CASES = """
         container = shop.container
 
         def test_leak(self):
-            shop.container.transaction().__enter__()
+            self.left_open = shop.container.transaction()
+            self.left_open.__enter__()
 
     class TestWithout(IsolatedTestCase):
         def test_without(self):

@@ -358,11 +358,11 @@ def test_a_task_that_inherited_a_unit_is_refused_by_name(databases: Databases) -
     assert databases.items() == ["parent", "parent again"]
 
 
-def test_a_task_that_inherited_a_unit_may_begin_one_of_its_own(postgres_url: str) -> None:
+def test_a_task_that_inherited_a_unit_may_have_one_of_its_own(postgres_url: str) -> None:
     with opened({"writer": postgres_url}) as databases:
 
         async def child() -> Session:
-            with databases.container.transaction():
+            with databases.container.transaction(propagation="requires_new"):
                 databases.add("child")
                 return databases.session()
 
