@@ -37,6 +37,7 @@ class Program:
 
 PROGRAMS = [
     Program("random_kills", "--kills", 1000),
+    Program("signals_at_random", "--seconds", 60),
 ]
 """Add a line for a new one. A test in `test_soak.py` runs a tenth of each."""
 
