@@ -220,9 +220,7 @@ STACKED = (
 )
 
 
-@pytest.mark.representative(
-    "with-Exception", "with, the body raises-BaseException", "transactional, injected-Exception", "ExitStack-Exception"
-)
+@pytest.mark.representative("with-Exception", "ExitStack-Exception")
 @KINDS
 @scenarios(*PLAIN, *STACKED)
 def test_no_later_unit_is_lost(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
@@ -241,14 +239,14 @@ LEAVING_A_STACK = (
 KEPT = ("with", "with, the body raises", "with, the block in a variable", "transactional, injected", "nested inside")
 
 
-@pytest.mark.representative("with, the block in a variable", "ExitStack")
+@pytest.mark.representative("with, the block in a variable")
 @scenarios(*(scenario for scenario in PLAIN if scenario.name in KEPT), *STACKED)
 def test_no_later_unit_is_lost_while_the_exception_is_kept(files: Callable[[], Ground], scenario: Scenario) -> None:
     tried = try_every_point(scenario, files, *IN_TURN, holding=Holding.EXCEPTION, documented=LEAVING_A_STACK)
     assert not tried.bad, tried.report()
 
 
-@pytest.mark.representative("Exception")
+@pytest.mark.exhaustive
 @KINDS
 def test_no_later_unit_is_lost_in_memory(kind: type[BaseException]) -> None:
     tried = try_every_point(Scenario("with, in memory", plain), lambda: Ground(MemoryApplication()), kind)
@@ -267,7 +265,8 @@ def test_no_later_unit_is_lost_at_any_opcode(files: Callable[[], Ground], scenar
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
-@scenarios(*PLAIN, *STACKED)
+# With a timeout some points wait 10 s for a session that SQLAlchemy left in the middle, so that it takes too long.
+@scenarios(*(scenario for scenario in (*PLAIN, *STACKED) if scenario.name != "with, a timeout"))
 def test_no_later_unit_is_lost_inside_sqlalchemy(files: Callable[[], Ground], scenario: Scenario) -> None:
     tried = try_every_point(scenario, files, *IN_TURN, mode=Mode.EXHAUSTIVE, every=7)
     assert not tried.bad, tried.report()
@@ -362,9 +361,7 @@ INNER = tuple(
 )
 
 
-@pytest.mark.representative(
-    "nested in a unit that returns-*", "required in a unit that returns-Exception", "requires_new in a unit that raises-Exception"
-)
+@pytest.mark.representative("nested in a unit that returns-Exception", "requires_new in a unit that raises-Exception")
 @KINDS
 @scenarios(*INNER)
 def test_the_outer_unit_goes_on_or_raises(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
@@ -508,7 +505,7 @@ TAKING_PART = (
 )
 
 
-@pytest.mark.representative("on_commit, which begins a unit-Exception")
+@pytest.mark.exhaustive
 @KINDS
 @scenarios(*TAKING_PART)
 def test_what_takes_part_ends_with_its_unit(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
@@ -522,7 +519,7 @@ def test_what_takes_part_ends_with_its_unit(files: Callable[[], Ground], scenari
 LOGS = ("a third", "one of the two", "a last resource", "a file")
 
 
-@pytest.mark.representative("one of the two")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("log", LOGS)
 def test_two_databases_never_disagree(new_postgres_url: NewUrl, new_sqlite_url: NewUrl, tmp_path: Path, log: str) -> None:
     postgres = {"writer": new_postgres_url(), "warehouse": new_postgres_url()}
@@ -545,7 +542,7 @@ def test_two_databases_never_disagree(new_postgres_url: NewUrl, new_sqlite_url: 
     assert not tried.bad, tried.report()
 
 
-@pytest.mark.representative("Exception")
+@pytest.mark.exhaustive
 @KINDS
 def test_no_later_unit_is_lost_on_postgresql(postgres_url: str, kind: type[BaseException]) -> None:
     def new() -> Ground:
@@ -638,7 +635,7 @@ INNER_AWAITED = tuple(
 )
 
 
-@pytest.mark.representative("async with-Exception", "transactional coroutine function-BaseException")
+@pytest.mark.representative("async with-Exception")
 @KINDS
 @scenarios(*AWAITED, *INNER_AWAITED)
 def test_no_later_unit_of_coroutines_is_lost(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
@@ -646,7 +643,7 @@ def test_no_later_unit_of_coroutines_is_lost(files: Callable[[], Ground], scenar
     assert not tried.bad, tried.report()
 
 
-@pytest.mark.representative("async with")
+@pytest.mark.exhaustive
 @scenarios(*AWAITED)
 def test_no_later_unit_of_coroutines_is_lost_while_the_exception_is_kept(files: Callable[[], Ground], scenario: Scenario) -> None:
     tried = try_every_point(scenario, files, *IN_TURN, holding=Holding.EXCEPTION, documented=LEAVING_A_STACK)
@@ -661,7 +658,7 @@ def test_no_later_unit_of_coroutines_is_lost_at_any_opcode(files: Callable[[], G
     assert not tried.bad, tried.report()
 
 
-@pytest.mark.representative("psycopg")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
 def test_no_later_unit_of_coroutines_is_lost_on_postgresql(postgres_url: str, driver: str) -> None:
     def new() -> Ground:

@@ -444,6 +444,7 @@ def test_a_password_is_not_in_the_header(project: Project) -> None:
     assert "hunter2" not in result.stdout.str()
 
 
+@pytest.mark.exhaustive
 def test_tables_are_made_and_dropped_for_the_session_unless_they_were_there(project: Project) -> None:
     project.file("test_shop.py", "import shop\ndef test_one(app_db_session): assert app_db_session.scalar(shop.ORDERS) == 0")
     project.run().assert_outcomes(passed=1)

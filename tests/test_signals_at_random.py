@@ -1,6 +1,6 @@
 """Signals interrupt units of work at random times, and nothing is wrong afterwards.
 
-The same for longer is `python tests/signals_at_random.py --seconds 60`.
+The same for each database, driver and way to commit is a part of test_soak.py; `make soak` does it for a minute each.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from servers import available
-from signals_at_random import SELECTED, Combination
+from signals_at_random import Combination
 
 HERE = Path(__file__).parent
 
@@ -46,18 +45,6 @@ def assert_nothing_is_wrong(seen: dict[str, Any]) -> None:
 
 def test_nothing_is_wrong_after_signals_at_random() -> None:
     assert_nothing_is_wrong(run(3, Combination("sqlite", "sync", "one-phase")))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("combination", SELECTED, ids=str)
-def test_nothing_is_wrong_whatever_the_database_the_driver_and_the_way_to_commit(
-    combination: Combination, request: pytest.FixtureRequest
-) -> None:
-    if combination.database == "mariadb" and "not found" in available()["mariadb"]:
-        pytest.skip(available()["mariadb"])
-    if combination.database == "postgresql" or combination.commit == "two-phase":
-        request.getfixturevalue("postgres")  # skips or fails as all tests do that need it
-    assert_nothing_is_wrong(run(6, combination))
 
 
 @pytest.mark.exhaustive

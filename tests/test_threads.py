@@ -172,6 +172,7 @@ def test_engines_that_are_replaced_under_way_leave_nothing_behind(
         assert postgres.open_transactions(database_name(postgres_url)) == []
 
 
+@pytest.mark.exhaustive
 def test_every_engine_that_was_ever_made_is_retired_at_some_reset(databases: Databases, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even when a thread is put to sleep between making an engine and noting that it was made."""
     made: list[Engine] = []
