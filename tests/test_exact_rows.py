@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import CodeType, FrameType
@@ -34,6 +34,15 @@ from servers import PostgresServer
 
 INTERVAL = (0.002, 0.010)
 """Seconds between two signals."""
+
+
+@pytest.fixture(autouse=True)
+def free_logging() -> Iterator[None]:
+    """Release the lock of the module logging, which an interruption inside it leaves to this thread for ever."""
+    yield
+    with suppress(RuntimeError):
+        while True:
+            logging._lock.release()  # type: ignore[attr-defined]  # it is private
 
 
 class Interrupted(Exception):
