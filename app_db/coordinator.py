@@ -341,11 +341,7 @@ class Work:
 
     def forget(self) -> None:
         """Let go of sessions and branches once the unit has ended."""
-        if self.branches or self.overlays:
-            self.abandon()  # zope was interrupted before it had asked for the branches to be rolled back
-        self._give_back_connections()
-        self.branches.clear()
-        self.overlays.clear()
+        self.abandon()  # there is something left if zope was interrupted before it had asked for it to be rolled back
         self._named.clear()
         self.sessions.clear()
 

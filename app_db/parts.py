@@ -37,6 +37,8 @@ class Part:
 
     may_pass = False
     """Whether the block failed for a reason that may pass, and can be run again: asked before the unit is aborted."""
+    _resume: Callable[[], None] | None = None
+    """What takes up the unit that waits for the block to end."""
 
     def __init__(
         self, coordinator: Coordinator, options: Options, outer: ZopeTransaction | None, liveness: Liveness, asynchronous: bool
@@ -54,6 +56,12 @@ class Part:
 
     def leave(self, error: BaseException | None) -> None:
         """End what `enter` has begun."""
+
+    def _take_up_outer(self) -> None:
+        """Go on with the unit that waited, if one did."""
+        if self._resume is not None:
+            self._resume()
+            self._resume = None
 
     def torn_down(self) -> None:
         """Clean up: the `with` statement is gone without having left the block. After `leave` it changes nothing."""
@@ -83,8 +91,6 @@ class Part:
 class Without(Part):
     """Run without a unit of work; one that is under way waits."""
 
-    _resume: Callable[[], None] | None = None
-
     def enter(self) -> UnitOfWork:
         manager = self.coordinator.manager
         if self.outer is not None or (isinstance(manager, ContextTransactionManager) and manager.inherited() is not None):
@@ -92,12 +98,10 @@ class Without(Part):
         return UnitOfWork(None)
 
     def leave(self, error: BaseException | None) -> None:
-        self.torn_down()
+        self._take_up_outer()
 
     def torn_down(self) -> None:
-        if self._resume is not None:
-            self._resume()
-            self._resume = None
+        self._take_up_outer()
 
 
 class Own(Part):
@@ -106,7 +110,6 @@ class Own(Part):
     transaction: Any = None
     """The zope transaction, once there is one."""
     work: Work
-    _resume: Callable[[], None] | None = None
 
     def waits_to_end(self) -> bool:
         return True
@@ -165,11 +168,6 @@ class Own(Part):
             self._end(error)
         finally:
             self._take_up_outer()
-
-    def _take_up_outer(self) -> None:
-        if self._resume is not None:
-            self._resume()
-            self._resume = None
 
     def torn_down(self) -> None:
         if self.transaction is not None and not is_of_this_process(self.transaction):
