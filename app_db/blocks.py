@@ -72,13 +72,13 @@ class Block(WithBlock):
     ) -> Coroutine[Any, Any, None]:
         # Called by the statement, which then lets go of what it called, and waits for what it was given.
         part, self.part = self.part, None
-        if part is not None and _is_closing(error) and sys._getframe(1).f_code.co_flags & CO_COROUTINE:
-            part.torn_down()  # the coroutine can wait for nothing any more; an asynchronous generator can
-            part = None
-        leaving = self._leave_awaited(part, error)
         if part is None:
-            return leaving
+            return self._leave_awaited(None, error)
         try:
+            if _is_closing(error) and sys._getframe(1).f_code.co_flags & CO_COROUTINE:
+                part.torn_down()  # the coroutine can wait for nothing any more; an asynchronous generator can
+                return self._leave_awaited(None, error)
+            leaving = self._leave_awaited(part, error)
             part.held_by(liveness_of(leaving))
             return leaving
         except BaseException:

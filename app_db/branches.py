@@ -388,14 +388,16 @@ class Branch:
             self._roll_back_transaction()
         except BaseException as error:
             log.debug("Rolling back %r failed; its connection is closed instead", self.name, exc_info=True)
-            with suppress(InvalidRequestError):  # a thread is about to get the connection; it is refused and closes that
+            try:
                 self.session.invalidate()
+            except InvalidRequestError:  # SQLAlchemy was interrupted inside the session, or a thread still is
+                self._close_connections()
             if not isinstance(error, Exception):
                 raise
         finally:
             with suppress(InvalidRequestError):
                 self._data_manager.abort(self._work.transaction)
-                self._let_go()
+            self._let_go()
 
     def _roll_back_transaction(self) -> None:
         # Another thread may be inside the session: the worker of a coroutine that was cancelled, say. It would go on with a
