@@ -5,15 +5,15 @@ written in all of them, or nothing.
 """
 
 from app_db import errors
+from app_db._sessions.routing import RoutingSession
+from app_db._units.manager import ContextTransactionManager, retryable
+from app_db._units.options import Propagation
+from app_db._units.transactions import Transaction, transactional
+from app_db._units.unit_of_work import UnitOfWork
 from app_db.container import Connection, ConnectionContainer, Container, DatabaseContainer, container_of
 from app_db.errors import AppDbError
-from app_db.manager import ContextTransactionManager, retryable
 from app_db.models import Reflected, connection_of, metadata_of, orm_base
-from app_db.options import Propagation
-from app_db.routing import RoutingSession
 from app_db.settings import ConnectionSettings, DatabaseSettings, PoolSettings, SessionSettings
-from app_db.transactions import Transaction, transactional
-from app_db.units import UnitOfWork
 
 __all__ = [
     "AppDbError",

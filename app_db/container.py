@@ -10,30 +10,30 @@ from dependency_injector import containers, providers
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from app_db.bootstrapping import async_bootstrap, bootstrap
-from app_db.borrowing import BorrowingHome
-from app_db.checks import check
-from app_db.coordinator import build_coordinator
-from app_db.decision_places import DecisionPlaces, build_decision_places
-from app_db.engine_providers import AsyncEngineProvider, EngineProvider, Lasting
-from app_db.engines import build_async_engine, build_engine, dispose_awaited
+from app_db._databases.engines import build_async_engine, build_engine, dispose_awaited
+from app_db._databases.providers import AsyncEngineProvider, EngineProvider, Lasting
+from app_db._sessions.borrowing import BorrowingHome
+from app_db._sessions.routing import Holders, RoutingHome, RoutingSession, build_routing_session, build_routing_sessionmaker
+from app_db._sessions.sessions import SessionHome, UnitRegistry, build_scoped_session, build_sessionmaker
+from app_db._two_phase.checks import check
+from app_db._two_phase.decision_places import DecisionPlaces, build_decision_places
+from app_db._two_phase.recovery import Recovery, build_recovery
+from app_db._units.coordinator import build_coordinator
+from app_db._units.manager import ContextTransactionManager
+from app_db._units.transactions import Transaction, build_transaction, build_unit
+from app_db._units.unit_of_work import UnitOfWork
 from app_db.errors import InvalidUse, UnknownConnection, UnknownModel
-from app_db.manager import ContextTransactionManager
-from app_db.models import connection_of, described
-from app_db.recovery import Recovery, build_recovery
-from app_db.reflection import ReflectedSchema, connections_in, reflect, reflect_schema
-from app_db.routing import Holders, RoutingHome, RoutingSession, build_routing_session, build_routing_sessionmaker
-from app_db.schema import create_all, drop_all
-from app_db.sessions import SessionHome, UnitRegistry, build_scoped_session, build_sessionmaker
+from app_db.models.bases import connection_of, described
+from app_db.models.bootstrap import async_bootstrap, bootstrap
+from app_db.models.reflection import ReflectedSchema, connections_in, reflect, reflect_schema
+from app_db.models.schema import create_all, drop_all
 from app_db.settings import DatabaseSettings, SessionSettings
-from app_db.transactions import Transaction, build_transaction, build_unit
-from app_db.units import UnitOfWork
-from app_db.urls import require_greenlet
+from app_db.settings.urls import require_greenlet
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 
-    from app_db.async_routing import AsyncRoutingSession
+    from app_db._sessions.async_routing import AsyncRoutingSession
 
     DeclarativeMeta = type
 else:
@@ -161,12 +161,12 @@ def _build_async_sessionmaker(
 ) -> async_sessionmaker[Any]:
     container = _require_instance(container, name)
     require_greenlet()
-    from app_db.async_sessions import AsyncSessionHome, build_async_sessionmaker
+    from app_db._sessions.async_sessions import AsyncSessionHome, build_async_sessionmaker
 
     settings = container.settings().connection(name)
     lender = _lender_of(container, name)
     if lender is not None:
-        from app_db.async_routing import build_async_routing_sessionmaker
+        from app_db._sessions.async_routing import build_async_routing_sessionmaker
 
         return build_async_routing_sessionmaker(_borrowing_home(container, name, lender, "async_session"), settings.session)
     return build_async_sessionmaker(AsyncSessionHome(name, settings, container.coordinator(), lambda: engine().sync_engine))
@@ -214,7 +214,7 @@ def _current_session(scoped: scoped_session[Any]) -> Session:
 
 
 def _build_async_scoped_session(maker: async_sessionmaker[Any]) -> async_scoped_session[Any]:
-    from app_db.async_sessions import build_async_scoped_session
+    from app_db._sessions.async_sessions import build_async_scoped_session
 
     return build_async_scoped_session(maker)
 
@@ -333,7 +333,7 @@ def _current_routing_session(scoped: scoped_session[RoutingSession]) -> RoutingS
 
 def _build_async_routing(container: DatabaseContainer | None) -> async_scoped_session[AsyncRoutingSession]:
     require_greenlet()
-    from app_db.async_routing import build_async_routing_session
+    from app_db._sessions.async_routing import build_async_routing_session
 
     return build_async_routing_session(*_routing_home(container, "async_session"))
 

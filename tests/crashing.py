@@ -303,15 +303,15 @@ class Steps:
             self.reach(f"after {statement} on {connection.engine.url.database}")
 
     def _watch_lines(self) -> None:
-        preparing = import_module("app_db.lines")
+        preparing = import_module("app_db._two_phase.exchange")
         for line in preparing.Line.__subclasses__():
             self.around(line, "send", _sending)
             self._watch_answers(line)
-        self.around(import_module("app_db.branches"), "say", _saying)
+        self.around(import_module("app_db._units.branches"), "say", _saying)
         self._watch_awaited_lines()
 
     def _watch_awaited_lines(self) -> None:
-        for line in import_module("app_db.awaited_lines").AwaitedLine.__subclasses__():
+        for line in import_module("app_db._two_phase.async_exchange").AwaitedLine.__subclasses__():
             self._around_awaited(line, "say", _sending)
 
     def _around_awaited(self, owner: Any, name: str, describe: Callable[..., str]) -> None:
@@ -397,7 +397,7 @@ def _commit(container: DatabaseContainer, unit: str, steps: Steps) -> None:
 
 def _commit_routed(container: DatabaseContainer, unit: str, steps: Steps) -> None:
     """Do the same through the session that finds its database."""
-    from app_db.stand_ins import StandIn
+    from app_db._sessions.stand_ins import StandIn
 
     with container.transaction():
         items = [_item_of(name)(name=unit) for name in _written(container)]
@@ -512,11 +512,11 @@ def _run(container: DatabaseContainer, unit: str, die_at: int | None, ask_at: in
 
 
 def _logs() -> tuple[Any, ...]:
-    return import_module("app_db.decision_table").TableLog, import_module("app_db.decision_file").FileLog
+    return import_module("app_db._two_phase.decision_table").TableLog, import_module("app_db._two_phase.decision_file").FileLog
 
 
 def _settle(container: DatabaseContainer, keep: float | None, patience: float | None) -> None:
-    recovery: Any = import_module("app_db.recovery")
+    recovery: Any = import_module("app_db._two_phase.recovery")
     if keep is not None:
         recovery.KEEP_COMMITS = keep
     if patience is not None:

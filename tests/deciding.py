@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app_db import decision_file
-from app_db.decision_file import FileLog
-from app_db.decision_table import TableLog
-from app_db.decisions import DecisionLog, Verdict
-from app_db.engines import build_engine
+from app_db._databases.engines import build_engine
+from app_db._two_phase import decision_file
+from app_db._two_phase.decision_file import FileLog
+from app_db._two_phase.decision_table import TableLog
+from app_db._two_phase.decisions import DecisionLog, Verdict
+from app_db._two_phase.xids import new_unit_id
 from app_db.settings import DatabaseSettings
-from app_db.xids import new_unit_id
 
 STEPS = ("open", "write", "ftruncate", "fdatasync", "fsync", "replace", "unlink", "fchmod")
 """What a decision file asks of the system."""

@@ -17,9 +17,9 @@ from typing import Any
 from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url
 
 from app_db import DatabaseContainer, DatabaseSettings, container_of
-from app_db.decisions import DecisionLog, Verdict
-from app_db.recovery import Settlement
-from app_db.xids import Xid, new_unit_id
+from app_db._two_phase.decisions import DecisionLog, Verdict
+from app_db._two_phase.recovery import Settlement
+from app_db._two_phase.xids import Xid, new_unit_id
 
 _applications = count(1)
 

@@ -1182,7 +1182,7 @@ def test_whatever_waits_for_a_blocking_session_does_so_in_a_thread(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """The slow part is the branch's own, whatever made it slow: a lock, the network."""
-    from app_db.branches import Branch
+    from app_db._units.branches import Branch
 
     usual = getattr(Branch, method)
 

@@ -18,9 +18,9 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import QueuePool
 
-from app_db.awaited_lines import exchange_awaited
+from app_db._two_phase.async_exchange import exchange_awaited
+from app_db._units.manager import retryable
 from app_db.errors import AbortedByRecovery, CommitUnconfirmed, OutcomeUnknown
-from app_db.manager import retryable
 from applications import DEFER_UNIQUENESS, Item, Settings
 from async_applications import PATIENCE, Boom, Lag, with_driver
 from choosing import mostly
@@ -137,7 +137,7 @@ def between(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], obje
             await asyncio.to_thread(act)
         return answers
 
-    monkeypatch.setattr("app_db.commits.exchange_awaited", interrupted)
+    monkeypatch.setattr("app_db._units.commit.exchange_awaited", interrupted)
 
 
 # ---- all at once, beside a loop that goes on ---------------------------------------------------------------------------
@@ -549,7 +549,7 @@ def test_a_database_that_does_not_confirm_is_told_once(app: AwaitedApplication, 
     def in_vain(branch: object, *, commit: bool) -> bool:
         return False
 
-    monkeypatch.setattr("app_db.branches.Branch.settle_elsewhere", in_vain)
+    monkeypatch.setattr("app_db._units.branches.Branch.settle_elsewhere", in_vain)
 
     async def main() -> None:
         with pytest.raises(CommitUnconfirmed) as caught:

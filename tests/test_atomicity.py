@@ -12,8 +12,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, aliased
 
+from app_db._units.manager import retryable
 from app_db.errors import NotAtomic, OutcomeUnknown, PartialCommit
-from app_db.manager import retryable
 from applications import DEFER_UNIQUENESS, Application, Item, read_lock, running
 from servers import MariaDBServer, PostgresServer, Server
 

@@ -11,10 +11,10 @@ from urllib.parse import quote
 import pytest
 
 import commands
-from app_db import cli
-from app_db.decisions import Verdict
-from app_db.recovery import BranchInDoubt, BranchState, Settlement, UnitInDoubt
-from app_db.xids import Xid, new_log_id, new_unit_id
+from app_db._two_phase.decisions import Verdict
+from app_db._two_phase.recovery import BranchInDoubt, BranchState, Settlement, UnitInDoubt
+from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
+from app_db.cli import commands as cli
 from crashing import Zygote, variables
 from servers import PASSWORD, PostgresServer, Server
 from stranded import Scene, stranded
@@ -343,7 +343,7 @@ def test_a_database_that_is_not_there_is_explained() -> None:
 
 def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", "sqlite://")
-    monkeypatch.setattr("app_db.recovery.Recovery.settle", lambda *arguments, **options: raised(KeyboardInterrupt()))
+    monkeypatch.setattr("app_db._two_phase.recovery.Recovery.settle", lambda *arguments, **options: raised(KeyboardInterrupt()))
     assert cli.main(["recover"]) == 2
     assert "run it again" in capsys.readouterr().err
 

@@ -22,11 +22,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app_db import decision_file
-from app_db.decision_file import FileLog
-from app_db.decisions import Verdict
+from app_db._two_phase import decision_file
+from app_db._two_phase.decision_file import FileLog
+from app_db._two_phase.decisions import Verdict
+from app_db._two_phase.xids import new_unit_id
 from app_db.errors import DecisionFileDamaged, DecisionFileFull
-from app_db.xids import new_unit_id
 from interrupting import Interrupter, Interruption, Mode
 
 HERE = Path(__file__).parent

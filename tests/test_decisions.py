@@ -18,11 +18,11 @@ import pytest
 from sqlalchemy import Connection, Engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from app_db.decision_table import TableLog
-from app_db.decisions import Verdict
-from app_db.engines import build_engine
+from app_db._databases.engines import build_engine
+from app_db._two_phase.decision_table import TableLog
+from app_db._two_phase.decisions import Verdict
+from app_db._two_phase.xids import new_log_id, new_unit_id
 from app_db.settings import DatabaseSettings
-from app_db.xids import new_log_id, new_unit_id
 from servers import MariaDBServer, PostgresServer
 
 HERE = Path(__file__).parent

@@ -24,7 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import AssertionPool, NullPool, QueuePool, SingletonThreadPool, StaticPool
 
 from app_db import ConnectionSettings, Container, DatabaseSettings, PoolSettings, container_of, retryable, transactional
-from app_db.engines import build_engine, retire
+from app_db._databases.engines import build_engine, retire
 from servers import MariaDBServer, PostgresServer
 
 _numbers = count(1)

@@ -18,8 +18,8 @@ import pytest
 from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 
-from app_db.decision_file import FileLog
-from app_db.decisions import Verdict
+from app_db._two_phase.decision_file import FileLog
+from app_db._two_phase.decisions import Verdict
 from crashing import Application, Outcome, Settings, Zygote
 from leftovers import Site, left_in, rows_of
 from requiring import Servers

@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from app_db._units.manager import retryable
 from app_db.errors import CommitUnconfirmed, OutcomeUnknown
-from app_db.manager import retryable
 from leftovers import Site, left_in
 from proxies import Fault, Loss, Proxy
 from servers import PostgresServer, Server

@@ -17,7 +17,7 @@ from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from app_db.dialects import Database, _use_wal, database_of
+from app_db._databases.dialects import Database, _use_wal, database_of
 from app_db.errors import ReadOnlyViolation, UnitOfWorkTimeout
 from applications import Application, running
 

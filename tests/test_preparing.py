@@ -20,9 +20,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from app_db.lines import Answer, Exchange, Line, Outcome, exchange
-from app_db.preparing import InDoubtBranch, MySQLPrepares, PostgreSQLPrepares, Prepares, Settling, prepares_of
-from app_db.xids import Xid, new_log_id, new_unit_id
+from app_db._two_phase.exchange import Answer, Exchange, Line, Outcome, exchange
+from app_db._two_phase.preparing import InDoubtBranch, MySQLPrepares, PostgreSQLPrepares, Prepares, Settling, prepares_of
+from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
 from choosing import mostly
 from proxies import Proxy
 from requiring import started

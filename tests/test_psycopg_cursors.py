@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.orm import sessionmaker
 
-from app_db import psycopg_cursors
+from app_db._databases import psycopg_cursors
 from app_db.errors import TransactionLost
 from async_applications import opened_awaited
 from items import Databases, Item, opened

@@ -16,12 +16,13 @@ import pytest
 from sqlalchemy import NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from app_db import DatabaseContainer, DatabaseSettings, commits, container_of
-from app_db.decision_table import TableLog
-from app_db.decisions import Verdict
+from app_db import DatabaseContainer, DatabaseSettings, container_of
+from app_db._two_phase.decision_table import TableLog
+from app_db._two_phase.decisions import Verdict
+from app_db._two_phase.recovery import KEEP_ABORTS, KEEP_COMMITS, BranchInDoubt, BranchState, Settlement, UnitInDoubt
+from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
+from app_db._units import commit as commits
 from app_db.errors import AbortedByRecovery
-from app_db.recovery import KEEP_ABORTS, KEEP_COMMITS, BranchInDoubt, BranchState, Settlement, UnitInDoubt
-from app_db.xids import Xid, new_log_id, new_unit_id
 from servers import MariaDBServer, PostgresServer
 from stranded import Scene, sqlite_file, states, stranded
 
@@ -343,8 +344,8 @@ def test_applications_that_share_a_last_resource_forget_nothing_of_each_other(ne
 
 def forgetting_at_once(container: DatabaseContainer) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app_db.recovery.KEEP_COMMITS", -1)
-        patch.setattr("app_db.recovery.KEEP_ABORTS", -1)
+        patch.setattr("app_db._two_phase.recovery.KEEP_COMMITS", -1)
+        patch.setattr("app_db._two_phase.recovery.KEEP_ABORTS", -1)
         return container.recovery().settle(grace=0)
 
 
@@ -471,7 +472,7 @@ def test_a_unit_of_the_future_is_settled_after_the_grace(scene: Scene, monkeypat
 
 
 def test_a_long_grace_is_not_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app_db.recovery.GRACE", 0.3)
+    monkeypatch.setattr("app_db._two_phase.recovery.GRACE", 0.3)
     unit = scene.prepare(scene.new_unit(), "writer")
     settlement = scene.recover(grace=3600)
     assert states(settlement) == {unit: {"writer": "prepared"}}
@@ -620,7 +621,7 @@ def test_an_abort_is_kept_for_a_committer_that_was_suspended_for_days(scene: Sce
 
 def test_decisions_are_read_before_the_databases_are_asked(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or one that is written in between, about a branch that was prepared in between, would be forgotten."""
-    monkeypatch.setattr("app_db.recovery.KEEP_COMMITS", -1)
+    monkeypatch.setattr("app_db._two_phase.recovery.KEEP_COMMITS", -1)
     late: list[str] = []
     decisions = TableLog.decisions
 
@@ -639,7 +640,7 @@ def test_decisions_are_read_before_the_databases_are_asked(scene: Scene, monkeyp
 
 
 def test_acknowledged_decisions_are_forgotten_together(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app_db.decision_places._BATCH", 3)
+    monkeypatch.setattr("app_db._two_phase.decision_places._BATCH", 3)
     places = scene.container.decision_places()
     units = [scene.new_unit() for _ in range(4)]
     for unit in units:
@@ -763,7 +764,7 @@ def test_resources_are_initialised_with_a_recovery_where_the_settings_say_so(sce
     assert scene.rows("writer") == []
     container = scene.new_container(recover_at_start=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app_db.recovery.Recovery.settle.__kwdefaults__", {"grace": 0.0, "dry_run": False})
+        patch.setattr("app_db._two_phase.recovery.Recovery.settle.__kwdefaults__", {"grace": 0.0, "dry_run": False})
         container.init_resources()
     assert scene.rows("writer") == scene.rows("warehouse") == [unit]
 

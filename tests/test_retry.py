@@ -18,8 +18,8 @@ from sqlalchemy.orm.exc import StaleDataError
 from transaction.interfaces import TransientError
 
 from app_db import DatabaseContainer, retryable, transactional
+from app_db._units.manager import current
 from app_db.errors import HookFailed, OutcomeUnknown, UnitOfWorkDoomed
-from app_db.manager import current
 from items import Databases, Item, database_name, opened
 from servers import PostgresServer
 
@@ -481,7 +481,7 @@ def pauses(databases: Databases, monkeypatch: pytest.MonkeyPatch, **options: Any
         raise TransientError
 
     with monkeypatch.context() as patched:
-        patched.setattr("app_db.transactions.time.sleep", slept.append)
+        patched.setattr("app_db._units.transactions.time.sleep", slept.append)
         with pytest.raises(TransientError):
             databases.container.transaction(**options).run(function)
     return slept

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import selectinload
 
 from app_db import errors
-from app_db.async_routing import AsyncRoutingSession
+from app_db.asyncio import AsyncRoutingSession
 from items import checked_out
 from routed import Fact, Item, Part, RoutedApplication, routed
 

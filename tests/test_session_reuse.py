@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session, object_session, sessionmaker
 from sqlalchemy.orm.session import _sessions
 from sqlalchemy.util import immutabledict
 
+from app_db._sessions.idle_sessions import IdleSessions
+from app_db._sessions.sessions import UnitSession
 from app_db.errors import UnitOfWorkEnded
-from app_db.idle_sessions import IdleSessions
-from app_db.sessions import UnitSession
 from items import Item, opened
 
 pytestmark = pytest.mark.skipif(

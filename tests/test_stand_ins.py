@@ -23,10 +23,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.events import SessionEvents
 
 from app_db import errors
-from app_db.branches import BranchOffLoop
-from app_db.commits import AtomicCommit
-from app_db.sessions import OF_TRANSACTIONS, UnitSession
-from app_db.stand_ins import StandIn
+from app_db._sessions.sessions import OF_TRANSACTIONS, UnitSession
+from app_db._sessions.stand_ins import StandIn
+from app_db._units.branches import BranchOffLoop
+from app_db._units.commit import AtomicCommit
 from app_db.testing import isolated
 from crashing import PATHS
 from routed import Fact, Item, RoutedApplication, routed

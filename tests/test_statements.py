@@ -14,7 +14,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql import ClauseElement
 
-from app_db.statements import Effect, effect_of, transaction_verb
+from app_db._databases.statements import Effect, effect_of, transaction_verb
 from applications import Item
 
 READS = [

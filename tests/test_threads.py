@@ -15,9 +15,9 @@ import pytest
 from sqlalchemy import Engine, event, exc, select, text
 from sqlalchemy.orm import Session
 
+import app_db._databases.engines
+import app_db._databases.providers
 import app_db.container
-import app_db.engine_providers
-import app_db.engines
 from app_db.errors import ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded
 from items import Databases, Item, checked_out, database_name, opened
 from servers import PostgresServer
@@ -137,7 +137,7 @@ def test_engines_that_are_replaced_under_way_leave_nothing_behind(
     postgres: PostgresServer, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines: list[Engine] = []
-    build = app_db.engines.build_engine
+    build = app_db._databases.engines.build_engine
 
     def build_and_note(name: str, settings: Any) -> Engine:
         engine = build(name, settings)
@@ -177,7 +177,7 @@ def test_every_engine_that_was_ever_made_is_retired_at_some_reset(databases: Dat
     """Even when a thread is put to sleep between making an engine and noting that it was made."""
     made: list[Engine] = []
     retired: set[Engine] = set()
-    build, retire = app_db.engines.build_engine, app_db.engines.retire
+    build, retire = app_db._databases.engines.build_engine, app_db._databases.engines.retire
 
     def build_and_note(name: str, settings: Any) -> Engine:
         made.append(build(name, settings))
@@ -188,7 +188,7 @@ def test_every_engine_that_was_ever_made_is_retired_at_some_reset(databases: Dat
         retire(engine)
 
     monkeypatch.setattr(app_db.container, "build_engine", build_and_note)
-    monkeypatch.setattr(app_db.engine_providers, "retire", retire_and_note)
+    monkeypatch.setattr(app_db._databases.providers, "retire", retire_and_note)
     engine = databases.container.writer.engine  # type: ignore[attr-defined]  # its connections are known at run time
     done = threading.Event()
 

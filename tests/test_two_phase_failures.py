@@ -22,9 +22,9 @@ from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
+from app_db._two_phase.exchange import Exchange, exchange
+from app_db._units.manager import retryable
 from app_db.errors import AbortedByRecovery, CommitUnconfirmed, HookFailed, InvalidUse, OutcomeUnknown
-from app_db.lines import Exchange, exchange
-from app_db.manager import retryable
 from applications import DEFER_UNIQUENESS, Item, read_lock
 from choosing import mostly
 from servers import PostgresServer
@@ -208,7 +208,9 @@ def test_a_database_that_does_not_confirm_is_told_once_and_the_unit_is_not_repea
     calls: list[int] = []
     backends: list[int] = []
     between(monkeypatch, 2, lambda: kill_backend(app, "archive", backends[-1]))
-    monkeypatch.setattr("app_db.branches.Branch.settle_elsewhere", lambda self, commit: False)  # nor when it is asked again
+    monkeypatch.setattr(
+        "app_db._units.branches.Branch.settle_elsewhere", lambda self, commit: False
+    )  # nor when it is asked again
 
     def work() -> None:
         calls.append(1)
@@ -353,7 +355,7 @@ def recover_before_the_decision(app: TwoPhaseApplication, monkeypatch: pytest.Mo
         others = exchange({key: line for key, line in lines.items() if key not in first}, **options)
         return type(answers)({**answers.answers, **others.answers}, answers.interruption or others.interruption)
 
-    monkeypatch.setattr("app_db.commits.exchange", in_two_steps)
+    monkeypatch.setattr("app_db._units.commit.exchange", in_two_steps)
 
 
 def test_a_unit_that_recovery_has_aborted_succeeds_when_it_is_tried_again(
@@ -636,7 +638,7 @@ def test_an_interruption_after_the_decision_is_raised_when_all_have_committed(
             return exchange(lines, **options)
         return Exchange(exchange(lines, **options).answers, KeyboardInterrupt())
 
-    monkeypatch.setattr("app_db.commits.exchange", interrupted)
+    monkeypatch.setattr("app_db._units.commit.exchange", interrupted)
     with pytest.raises(KeyboardInterrupt), app.unit():
         add_everywhere(app, "a")
     assert seen(app) == each("a")

@@ -125,7 +125,7 @@ def test_one_that_comes_while_a_unit_is_aborted_is_raised(app: Application) -> N
 
 
 def test_one_that_comes_after_the_commit_is_raised_with_a_note(app: Application) -> None:
-    from app_db.sessions import UnitSession
+    from app_db._sessions.sessions import UnitSession
 
     with pytest.raises(Late) as caught, signalled_at(UnitSession.close), app.unit():
         app.add("a")

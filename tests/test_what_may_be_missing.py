@@ -40,10 +40,11 @@ IMPORT_EVERYTHING = """
 import pkgutil
 from importlib import import_module
 import app_db
-left_out = {"app_db.__main__", "app_db.psycopg_cursors"}  # a program, and a module that its driver brings in
+left_out = {"app_db.__main__", "app_db._databases.psycopg_cursors"}  # a program, and a module that its driver brings in
 if "greenlet" in modules:
-    left_out |= {"app_db.async_routing", "app_db.async_sessions"}  # SQLAlchemy's own asyncio needs greenlet
-for module in pkgutil.iter_modules(app_db.__path__, "app_db."):
+    # SQLAlchemy's own asyncio needs greenlet.
+    left_out |= {"app_db._sessions.async_routing", "app_db._sessions.async_sessions", "app_db.asyncio"}
+for module in pkgutil.walk_packages(app_db.__path__, "app_db."):
     if module.name not in left_out:
         import_module(module.name)
 if "pytest" not in modules:
@@ -71,7 +72,7 @@ with container.transaction():
 """
 
 USE_A_DECISION_FILE = """
-from app_db.decision_file import FileLog
+from app_db._two_phase.decision_file import FileLog
 from app_db.errors import InvalidUse
 try:
     FileLog("decisions")

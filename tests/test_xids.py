@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app_db.xids import Xid, new_log_id, new_unit_id
+from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
 
 applications = st.from_regex(r"[A-Za-z][A-Za-z0-9_-]{0,15}", fullmatch=True)
 units = st.from_regex(r"[A-Za-z0-9]{22}", fullmatch=True)

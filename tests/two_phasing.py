@@ -21,11 +21,11 @@ import pytest
 from sqlalchemy import NullPool, create_engine, make_url, text
 
 from app_db import DatabaseSettings, container_of
-from app_db.decisions import Decision
-from app_db.lines import Exchange, exchange
-from app_db.recovery import Settlement
-from app_db.urls import for_threads
-from app_db.xids import Xid
+from app_db._two_phase.decisions import Decision
+from app_db._two_phase.exchange import Exchange, exchange
+from app_db._two_phase.recovery import Settlement
+from app_db._two_phase.xids import Xid
+from app_db.settings.urls import for_threads
 from applications import Application, Base, Settings
 from servers import MariaDBServer, PostgresServer
 
@@ -206,7 +206,7 @@ def between(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], obje
             act()
         return answers
 
-    monkeypatch.setattr("app_db.commits.exchange", interrupted)
+    monkeypatch.setattr("app_db._units.commit.exchange", interrupted)
     return seen
 
 

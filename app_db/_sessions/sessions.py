@@ -1,0 +1,404 @@
+"""Sessionmakers and scoped sessions that live in the unit of work.
+
+A session is made when a unit first asks for it and hangs on that unit's zope transaction, through `Work.sessions`. It
+joins through zope.sqlalchemy as changed, so nothing it writes depends on being noticed. What a unit does itself
+(begin, commit, roll back, close) a session of it refuses, with an error that says what to do instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import event
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+from transaction.interfaces import NoTransaction
+from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
+
+from app_db._databases.dialects import database_of
+from app_db._databases.engines import told_of_checkout
+from app_db._sessions.idle_sessions import IdleSessions, NewSessions
+from app_db._sessions.stand_ins import StandIn
+from app_db._two_phase.preparing import prepares_of
+from app_db._units.branches import Branch
+from app_db._units.coordinator import Coordinator, Work
+from app_db._units.manager import Owner
+from app_db._units.statement_events import watch
+from app_db.errors import (
+    ForeignUnitOfWork,
+    InvalidUse,
+    NoUnitOfWork,
+    ReadOnlyViolation,
+    SessionIsManaged,
+    UnitOfWorkEnded,
+    UnitOfWorkError,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection, Dialect, Engine, RootTransaction
+    from sqlalchemy.orm import SessionTransaction
+
+    from app_db.settings import ConnectionSettings
+
+log = logging.getLogger("app_db")
+
+
+class SessionHome:
+    """What the sessions of one connection have in common."""
+
+    asynchronous = False
+    """Whether its drivers wait by way of the event loop."""
+    has_stand_ins = True
+    """Whether something may stand for a session that nobody has asked for."""
+
+    def __init__(self, name: str, settings: ConnectionSettings, coordinator: Coordinator, engine: Callable[[], Engine]) -> None:
+        self.name = name
+        self.settings = settings
+        self.coordinator = coordinator
+        self.engine = engine
+        self._dialect = settings.sqlalchemy_url().get_backend_name()
+        self.database = database_of(self._dialect)
+        self.prepares = prepares_of(settings.sqlalchemy_url().drivername)
+        self.read_only = settings.read_only
+        self.autonomous = not settings.transactional
+        self.two_phase = settings.two_phase
+        self._keeps_decisions: bool | None = None
+        self.idle: IdleSessions | NewSessions | None = None
+        self.watched: Dialect | None = None  # the last one passed to `watch`, which spares asking for it at each beginning
+
+    def engine_for(self, work: Work) -> Engine:
+        """Return the engine as it stands now, with the options of a unit of work.
+
+        It is asked for at each session's beginning, so that a replaced or overridden engine is used at once.
+        """
+        engine = self.engine()
+        if engine.dialect.name != self._dialect:  # overridden, by an engine for another kind of database
+            self._dialect, self.database = engine.dialect.name, database_of(engine.dialect.name)
+            self.prepares = prepares_of(engine.url.drivername)
+        if not (work.read_only or work.timed or work.isolation):
+            return engine
+        if work.rehearsal is not None:
+            return work.rehearsal.engine_for_unit(engine, work)
+        return self.database.engine_for_unit(engine, self.settings, work)
+
+    def note_next_checkout(self, work: Work) -> None:
+        """Have the unit know of the connection that its session is about to take. In an isolated test it is everybody's."""
+        if work.rehearsal is not None:
+            return
+        may_be_rolled_back = not (self.asynchronous or self.database.waits_for_answers)
+        told_of_checkout.set(partial(work.note_checkout, may_be_rolled_back))
+
+    def watch(self, connection: Connection) -> None:
+        """Listen to what is executed on a connection."""
+        if connection.dialect is not self.watched:
+            watch(connection.engine)
+            self.watched = connection.dialect
+
+    def make_log(self) -> None:
+        """Have the table of decisions made, if there may be one in this SQLite database, before the unit shuts everybody out."""
+        if self._dialect != "sqlite" or self.coordinator.rehearsal is not None:
+            return
+        if self._keeps_decisions is None:
+            self._keeps_decisions = self.coordinator.places().may_be_in(self.name)
+        if self._keeps_decisions:
+            try:
+                self.coordinator.places().of(self.name).ensure()
+            except Exception:  # the unit may never need it; if it does, it will be told
+                log.debug("The table of decisions in %r could not be made", self.name, exc_info=True)
+
+
+class UnitSession(Session):
+    """A session that belongs to the unit of work in which it is first used, and can't be used outside it."""
+
+    def __init__(self, *args: Any, home: SessionHome, **arguments: Any) -> None:
+        super().__init__(*args, **arguments)
+        self.home = home
+        self.branch: Branch | None = None
+        self._work: Work | None = None
+        # A dispatcher looks up the listeners of an event when it is asked first, by way of an AttributeError for each.
+        dispatch: Any = self.dispatch
+        for event_name, listeners in dispatch._empty_listeners.items():
+            setattr(dispatch, event_name, listeners)
+        # By now CPython 3.11 and 3.12 keep the attributes in a dictionary that shares its keys with those of other sessions, from
+        # which they read at several times the price. SQLAlchemy reads them hundreds of times in a unit.
+        self.__dict__ = dict(self.__dict__)
+
+    def get_bind(self, *args: Any, **arguments: Any) -> Any:
+        """Return the engine to use. SQLAlchemy asks before all that needs the database, which makes this the place to check."""
+        self.require_unit()
+        if self.branch is None and self._work is not None:
+            self.home.note_next_checkout(self._work)
+        return super().get_bind(*args, **arguments)
+
+    def require_unit(self) -> None:
+        """Raise unless the unit of work that this session belongs to is the one under way here."""
+        coordinator = self.home.coordinator
+        try:
+            transaction = coordinator.manager.get()
+        except (UnitOfWorkError, NoTransaction) as error:
+            raise self._refusal(error) from None
+        if self._work is None:
+            self.enter(coordinator.work_of(transaction))
+        elif transaction is not self._work.transaction:
+            raise self._refusal(None)
+        elif transaction.status != "Active" and not self._work.is_open(self.branch):
+            raise UnitOfWorkEnded(self._subject)
+
+    def enter(self, work: Work) -> None:
+        """Belong to `work` from now on."""
+        if work.transaction.status != "Active" and not work.is_open():
+            raise UnitOfWorkEnded(self._subject)
+        self.bind = self.home.engine_for(work)
+        self._work = work
+        if not (self.home.read_only or work.read_only):
+            self.home.make_log()
+
+    def take_part(self) -> None:
+        """Be a part of what the unit of work commits."""
+        _branch_of(self)
+
+    def begin_on(self, connection: Connection) -> None:
+        """Begin on a connection, as a part of the unit of work."""
+        try:
+            branch = _branch_of(self)
+        except UnitOfWorkError:
+            connection.close()  # a thread waited for it while its unit was aborted, and nobody else will return it
+            raise
+        self.home.watch(connection)
+        branch.uses(connection)
+
+    def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None:
+        """Go on with a branch whose transaction has begun, as if this session had begun it."""
+        own: Any = self._autobegin_t()
+        self.bind = connection.engine
+        own._connections[connection] = own._connections[connection.engine] = (connection, transaction, True, True)
+        self.branch = branch
+        _join(self)
+
+    def flush_for_good(self) -> None:
+        """Do all that precedes COMMIT, the listeners to `before_commit` included."""
+        transaction: Any = self.get_transaction()
+        # The public prepare() is for sessions that prepare by themselves, one after the other.
+        transaction._prepare_impl()
+
+    @property
+    def has_unflushed(self) -> bool:
+        """Whether something was changed that no flush has reached."""
+        if self._is_clean():  # as most are that are asked, and this says so at once
+            return False
+        return bool(self.new or self.deleted or any(self.is_modified(instance) for instance in self.dirty))
+
+    @property
+    def is_flushing(self) -> bool:
+        """Whether a flush is under way: where another thread asks, that it had better wait."""
+        return bool(self._flushing)
+
+    @property
+    def _subject(self) -> str:
+        return f"The {self.home.name!r} {'async session' if self.home.asynchronous else 'session'}"
+
+    def _refusal(self, error: Exception | None) -> UnitOfWorkError:
+        if self._work is not None and not self._work.is_under_way():
+            return UnitOfWorkEnded(self._subject)
+        if isinstance(error, ForeignUnitOfWork):
+            return ForeignUnitOfWork(self._subject, error.owner, error.user)  # it knows of processes, too
+        if self._work is None:
+            return NoUnitOfWork(self._subject)
+        return ForeignUnitOfWork(self._subject, self._work.owner(), str(Owner()))
+
+    def _refuse(self, method: str) -> None:
+        if self._work is not None and not self._work.finishing and self._work.is_under_way():
+            raise SessionIsManaged(self.home.name, method)
+
+    def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
+        """Return the connection that the session uses. It can't be taken out of the unit's transaction by autocommit."""
+        level = str((execution_options or {}).get("isolation_level", "")).upper()
+        if level == "AUTOCOMMIT" and not (self.home.read_only or self.home.autonomous):
+            raise InvalidUse(
+                f"The {self.home.name!r} session can't be in autocommit, because its unit of work could not be rolled back",
+                "Use the engine for what has to be committed at once, or a connection with transactional=false",
+            )
+        return super().connection(bind_arguments, execution_options)
+
+    def commit(self) -> None:
+        self.require_unit()
+        self._refuse("commit")
+
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        self.require_unit()
+        if not nested:
+            self._refuse("begin")
+        return super().begin(nested)
+
+    def prepare(self) -> None:
+        self.require_unit()
+        self._refuse("prepare")
+
+    def rollback(self) -> None:
+        self._refuse("rollback")
+        super().rollback()
+
+    def close(self) -> None:
+        self._refuse("close")
+        super().close()
+
+    def reset(self) -> None:
+        self._refuse("reset")
+        super().reset()
+
+    def invalidate(self) -> None:
+        self._refuse("invalidate")
+        super().invalidate()
+
+    # The bulk methods, too, roll the owner's transaction back when they are refused later than this.
+
+    def bulk_save_objects(self, *args: Any, **arguments: Any) -> None:
+        self.require_unit()
+        super().bulk_save_objects(*args, **arguments)
+
+    def bulk_insert_mappings(self, *args: Any, **arguments: Any) -> None:
+        self.require_unit()
+        super().bulk_insert_mappings(*args, **arguments)
+
+    def bulk_update_mappings(self, *args: Any, **arguments: Any) -> None:
+        self.require_unit()
+        super().bulk_update_mappings(*args, **arguments)
+
+
+def build_sessionmaker(home: SessionHome) -> sessionmaker[UnitSession]:
+    """Return the maker of one connection's sessions."""
+    settings = home.settings.session
+    maker = sessionmaker(class_=UnitSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit)
+    home.idle = IdleSessions(maker)
+    return maker
+
+
+# ---- where the unit keeps them ---------------------------------------------------------------------------------------
+
+_NO_SESSION = (type(None), StandIn)
+
+
+class UnitRegistry(ScopedRegistry[Any]):
+    """Where a scoped session finds the session of the current unit: on the unit itself, so that nothing accumulates."""
+
+    def __init__(self, maker: Any) -> None:
+        super().__init__(maker, lambda: None)
+        self._home: SessionHome = maker.kw["home"]
+        idle = self._home.idle
+        self._idle = idle if idle is not None and idle.are_of(maker) else NewSessions(maker)
+        self._key = f"{self._home.name} (async)" if self._home.asynchronous else self._home.name
+
+    def __call__(self) -> Any:
+        work = self._work()
+        found = work.sessions.get(self._key)
+        return self._made_for(work) if found is None or type(found) is StandIn else found
+
+    def _made_for(self, work: Work) -> Any:
+        made = self._idle.get()
+        made.enter(work)
+        found = work.sessions.setdefault(self._key, made)  # threads of one unit get one session
+        if type(found) is StandIn:
+            found = work.sessions[self._key] = found.give_way_to(made)
+        return found
+
+    def holder(self) -> Any:
+        """Return what holds the connection in the unit: its session, or what stands for that while nobody has asked for it."""
+        work = self._work()
+        found = work.sessions.get(self._key)
+        if found is None and self._home.has_stand_ins and self._idle.hear_only(OF_TRANSACTIONS):
+            found = work.sessions.setdefault(self._key, StandIn(self._home, work, self))
+        return self() if found is None else found
+
+    def has(self) -> bool:
+        return type(self._work().sessions.get(self._key)) not in _NO_SESSION
+
+    def set(self, obj: Any) -> None:
+        work = self._work()
+        obj.enter(work)
+        before = work.sessions.get(self._key)
+        if type(before) is StandIn:
+            before.give_way_to(obj)
+        work.sessions[self._key] = obj
+
+    def clear(self) -> None:
+        if self.has():
+            self._work().sessions.pop(self._key, None)
+
+    def _work(self) -> Work:
+        try:
+            return self._home.coordinator.get()
+        except (NoTransaction, UnitOfWorkEnded):
+            raise NoUnitOfWork(f"The {self._home.name!r} session") from None
+
+
+def build_scoped_session(maker: sessionmaker[UnitSession]) -> scoped_session[UnitSession]:
+    """Return the proxy that is always the current unit's session."""
+    scoped: scoped_session[UnitSession] = scoped_session(maker)
+    scoped.registry = UnitRegistry(maker)
+    return scoped
+
+
+# ---- listeners -----------------------------------------------------------------------------------------------------
+
+
+@event.listens_for(UnitSession, "before_attach", raw=True)  # raw: the object isn't asked for, so it needn't be looked up
+def _require_unit_to_attach(session: UnitSession, state: object) -> None:
+    session.require_unit()
+
+
+@event.listens_for(UnitSession, "after_attach", raw=True)
+def _join_with_object(session: UnitSession, state: object) -> None:
+    session.take_part()
+
+
+@event.listens_for(UnitSession, "after_begin")
+def _join_with_connection(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
+    session.begin_on(connection)
+
+
+@event.listens_for(UnitSession, "before_flush")
+def _check_flush(session: UnitSession, context: Any, instances: Any) -> None:
+    session.require_unit()  # once it has begun, a flush that fails rolls the owner's transaction back
+    work = session._work
+    read_only = session.home.read_only or (work is not None and work.read_only)
+    if read_only and session.has_unflushed:
+        raise ReadOnlyViolation(session.home.name, "Flushing changed objects", not session.home.read_only)
+
+
+@event.listens_for(UnitSession, "before_commit")
+def _refuse_foreign_commit(session: UnitSession) -> None:
+    work = session._work
+    if work is not None and not work.finishing and not session.in_nested_transaction():
+        session._refuse("commit")
+
+
+def _branch_of(session: UnitSession) -> Branch:
+    """Return the branch that the session is, which it becomes by joining."""
+    branch = session.branch
+    if branch is None or branch.finished:
+        _join(session)
+        return cast(Branch, session.branch)
+    return branch
+
+
+def _join(session: UnitSession) -> None:
+    # Of zope.sqlalchemy's listeners only the joining is needed: the others notice writes, and these sessions join as
+    # changed. Listening to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
+    manager: Any = session.home.coordinator  # it has what zope.sqlalchemy asks of a manager
+    join_transaction(session, STATUS_CHANGED, manager)
+
+
+OF_TRANSACTIONS: dict[str, deque[Any]] = {
+    "after_begin": deque([_join_with_connection]),
+    "before_commit": deque([_refuse_foreign_commit]),
+    "after_commit": deque(),
+    "after_rollback": deque(),
+    "after_soft_rollback": deque(),
+    "after_transaction_create": deque(),
+    "after_transaction_end": deque(),
+}
+"""The events of which a session is told that has no objects and is sent no statements, and app_db's own listeners to each."""

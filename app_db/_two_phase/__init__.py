@@ -1,0 +1,1 @@
+"""Two-phase commit: xids, prepare and commit, decision logs, recovery."""

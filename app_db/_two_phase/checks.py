@@ -1,0 +1,63 @@
+"""What can be found wrong before the first unit of work, and would otherwise be found by one that is about to commit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Protocol
+
+from app_db._two_phase.decision_places import DecisionPlaces
+from app_db._two_phase.decisions import DecisionLog, Verdict
+from app_db._two_phase.preparing import prepares_of
+from app_db._two_phase.xids import new_unit_id
+from app_db.errors import Problem, TwoPhaseUnavailable, in_one_line
+from app_db.settings.sources import variable_for
+
+log = logging.getLogger("app_db")
+
+
+class _Container(Protocol):
+    def decision_places(self) -> DecisionPlaces: ...
+
+
+def check(container: _Container) -> None:
+    """Raise TwoPhaseUnavailable if a two-phase connection's server can't prepare, or decisions can't be written.
+
+    It connects to the two-phase connections and to the decision log only, makes the log if it is not there yet, and writes a
+    decision about nothing there, which it takes away again. Without two-phase connections it does nothing.
+    """
+    places = container.decision_places()
+    problems = [*_servers(places), *_log(places.configured)] if places.two_phase() else []
+    if problems:
+        raise TwoPhaseUnavailable(problems)
+
+
+def _servers(places: DecisionPlaces) -> Iterator[Problem]:
+    for name in places.two_phase():
+        problem = _server(places, name)
+        if problem is not None:
+            yield Problem(variable_for(("connections", name, "two_phase")), problem)
+
+
+def _server(places: DecisionPlaces, name: str) -> str | None:
+    prepares = prepares_of(places.driver(name))
+    if prepares is None:
+        return f"is not there for {places.driver(name)}."
+    try:
+        with places.engine(name).connect() as connection:
+            return prepares.problem(connection)
+    except Exception as error:
+        log.debug("The server of %r can't be asked", name, exc_info=True)
+        return f"the server can't be asked whether it can prepare ({in_one_line(error)})."
+
+
+def _log(configured: DecisionLog) -> Iterator[Problem]:
+    try:
+        unit = new_unit_id(configured.id)  # which makes the log
+        configured.decide(unit, Verdict.ABORT, [])
+        configured.forget([unit])
+    except Exception as error:
+        log.debug("Nothing can be written to %s", configured.place, exc_info=True)
+        yield Problem(
+            variable_for(("decision_log",)), f"decisions can't be written to {configured.place} ({in_one_line(error)})."
+        )

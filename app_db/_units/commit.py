@@ -1,0 +1,342 @@
+"""How the branches of a unit of work commit: one after the other, or together by preparing them first.
+
+Together means: it is settled in which log the unit is decided, and its id says so; every branch but the last resource is
+prepared, which is its database's promise that it can commit; then the decision to commit is made durable; then every branch is
+told. Whoever dies in between leaves prepared branches and, if it got that far, a decision: recovery brings the branches to it,
+or rolls them back where there is none. Prepared and told are all branches at once, so that it takes as long as the slowest of
+them, not as all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.util.concurrency import await_only
+
+from app_db._databases.statements import Effect
+from app_db._two_phase.async_exchange import AwaitedLine, exchange_awaited
+from app_db._two_phase.decision_places import DecisionPlaces
+from app_db._two_phase.decisions import DecisionLog, Verdict
+from app_db._two_phase.exchange import Answer, Exchange, Line, Outcome, exchange
+from app_db._two_phase.xids import log_of
+from app_db._units.branches import Branch, BranchOffLoop, Stage, off_loop, own_threads, position
+from app_db._units.overlays import Overlay
+from app_db.errors import (
+    AbortedByRecovery,
+    CommitUnconfirmed,
+    InvalidUse,
+    OutcomeUnknown,
+    PartialCommit,
+    TransactionLost,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
+log = logging.getLogger("app_db")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Rehearsal(Protocol):
+    """What committing asks of an isolated test."""
+
+    def check_commit(self, connection: Connection) -> None: ...
+
+
+class CommittingWork(Protocol):
+    """What committing has to know of the unit."""
+
+    asynchronous: bool
+    branches: list[Branch]
+    errors_afterwards: list[Exception]
+    interruption: BaseException | None
+    decided: bool
+
+    @property
+    def rehearsal(self) -> Rehearsal | None: ...
+    @property
+    def unit_id(self) -> str: ...
+    def name_unit(self, decided_in: DecisionLog) -> str: ...
+    @property
+    def places(self) -> DecisionPlaces: ...
+
+
+def flush_for_good(overlays: Sequence[Overlay], branches: Sequence[Branch]) -> None:
+    """Do all that precedes COMMIT on every session: a listener may write where nothing was written, or have a session join."""
+    for part in chain[Overlay | Branch](overlays, branches):  # of which there may be more by then
+        part.flush_for_good()
+    late = next((part.name for part in chain[Overlay | Branch](overlays, branches) if part.session.has_unflushed), None)
+    if late is not None:
+        raise InvalidUse(
+            f"A listener to before_commit changed objects of the {late!r} session after their last flush",
+            "Change them in a before_commit hook of the unit of work",
+        )
+
+
+def commit_branches(work: CommittingWork) -> None:
+    """Commit all branches: those that were written together, where at most one of them can't be prepared."""
+    if len(work.branches) < 2:
+        _commit_one_by_one([*work.branches])
+        return
+    waiting = sorted(work.branches, key=position)
+    written = [branch for branch in waiting if branch.wrote]
+    if len(written) < 2 or len(unpreparable(written)) > 1:
+        _commit_one_by_one(waiting)
+        return
+    first = waiting.index(written[0])
+    _commit_one_by_one(waiting[:first])
+    if work.rehearsal is None:
+        AtomicCommit(work, written).run()
+    else:
+        _rehearse_commit(work.rehearsal, written)
+    for branch in waiting[first + len(written) :]:
+        commit_or_log(branch)
+
+
+def _rehearse_commit(rehearsal: Rehearsal, written: list[Branch]) -> None:
+    """Commit together without preparing, in a test that rolls everything back."""
+    for branch in written:
+        branch.check_commit(rehearsal)
+    _commit_one_by_one(written)
+
+
+def unpreparable(branches: Sequence[Branch]) -> list[Branch]:
+    """Return those of the branches that can only be committed at once."""
+    return [branch for branch in branches if not branch.can_prepare]
+
+
+def _commit_one_by_one(waiting: list[Branch]) -> None:
+    committed: list[str] = []
+    while waiting:
+        branch = waiting.pop(0)
+        if committed and branch.effect is Effect.LOCKS:
+            commit_or_log(branch)
+            continue
+        try:
+            branch.commit()
+        except BaseException as error:
+            if branch.wrote and _is_lost(error):
+                raise OutcomeUnknown(branch.name, committed) from error
+            if branch.wrote and branch.is_commit_unanswered and not isinstance(error, DBAPIError):
+                error.add_note(str(OutcomeUnknown(branch.name, committed)))  # an exception from outside goes on as what it is
+                raise
+            if committed:
+                partial = PartialCommit(committed, branch.name, [other.name for other in waiting if other.wrote])
+                if isinstance(error, Exception):
+                    raise partial from error
+                error.add_note(str(partial))  # an interruption goes on as what it is
+            raise
+        if waiting and branch.wrote:
+            committed.append(branch.name)
+
+
+def commit_or_log(branch: Branch) -> None:
+    """Commit a branch whose failure must not hide or change how the unit ends."""
+    try:
+        if branch.has_lost_transaction():
+            raise TransactionLost(branch.name)
+        branch.commit()
+    except Exception:
+        log.exception("The connection %r could not be committed", branch.name)
+        branch.roll_back()
+
+
+def _is_lost(error: BaseException) -> bool:
+    return isinstance(error, DBAPIError) and error.connection_invalidated
+
+
+class AtomicCommit:
+    """The way of one unit through prepare, decide and commit."""
+
+    def __init__(self, work: CommittingWork, written: Sequence[Branch]) -> None:
+        self._work = work
+        self._written = written
+        self._last = self._last_resource()
+        self._prepared = [branch for branch in written if branch is not self._last]
+        self._log: DecisionLog = work.places.configured if self._last is None else work.places.of(self._last.name)
+        self._logs = [self._log]
+        """Where something stands about the unit once it is decided."""
+
+    def run(self) -> None:
+        """Commit, or raise after everything was rolled back. Once it is decided to commit, nothing is raised any more.
+
+        An exception from outside may land between any two steps. After `_prepare` only the log knows how the unit ends, so that
+        nothing is rolled back then without having asked it: what is still prepared is left to recovery.
+        """
+        try:
+            self._apart(self._settle_on_log)
+            self._prepare()
+        except BaseException:
+            self._take_back()
+            raise
+        refusal = self._decide()
+        if refusal is not None:
+            self._take_back()
+            raise refusal
+        self._commit_prepared()
+
+    def _apart(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Ask a decision log, which threads do: off the loop where a coroutine ends the unit."""
+        return off_loop(function, *args, **kwargs) if self._work.asynchronous else function(*args, **kwargs)
+
+    def _last_resource(self) -> Branch | None:
+        """Return the branch whose own COMMIT is the decision: the one that can't be prepared, or one that saves a write."""
+        places = self._work.places
+        candidates = unpreparable(self._written) or [branch for branch in self._written if places.are_in(branch.name)]
+        return candidates[0] if candidates else None
+
+    def _settle_on_log(self) -> None:
+        """See to it that who finds a branch prepared can tell by its xid in which log the unit is decided."""
+        unit, decides = self._work.name_unit(self._log), self._log.id
+        if log_of(unit) == decides:
+            return
+        # A branch has begun under its xid, before anybody could know that the unit has a last resource, or which one.
+        named_after = self._work.places.configured
+        if log_of(unit) != named_after.id:
+            raise InvalidUse("The decision log was replaced while a unit of work was under way", "Run the unit again")
+        if named_after.decide(unit, Verdict.MOVED, [decides, *self._names]) is Verdict.ABORT:
+            raise AbortedByRecovery(unit)
+        self._logs.append(named_after)
+
+    # -- prepare
+
+    def _prepare(self) -> None:
+        words = {branch: branch.prepares.prepare(branch.xid) for branch in self._prepared}
+        if self._last is not None:
+            words |= self._words_of_decision(self._last)
+        for branch in self._prepared:
+            branch.stage = Stage.PREPARED  # perhaps, from here on
+        asked = _exchange(words)
+        for branch in asked.with_outcome(Outcome.REFUSED):
+            branch.stage = Stage.ACTIVE
+        if asked.interruption is not None:
+            raise asked.interruption
+        for branch, answer in asked.answers.items():
+            if answer.error is not None:
+                self._raise_refusal(branch, words[branch][-1], answer.error)
+
+    def _words_of_decision(self, last: Branch) -> dict[Branch, list[str]]:
+        """Return what writes the decision into the last resource's transaction; write it, where that has to be waited for."""
+        table, unit, names = self._work.places.of(last.name), self._work.unit_id, self._names
+        if last.home.prepares is not None:
+            return {last: [table.statement(unit, names)]}
+        try:
+            if isinstance(last, BranchOffLoop):
+                off_loop(table.decide_within, last.connection, unit, names)
+            else:
+                table.decide_within(last.connection, unit, names)
+        except IntegrityError as error:
+            raise AbortedByRecovery(unit) from error
+        return {}
+
+    @property
+    def _names(self) -> list[str]:
+        return sorted({branch.name for branch in self._prepared})
+
+    def _raise_refusal(self, branch: Branch, statement: str, error: BaseException) -> None:
+        better = branch.better_error(statement, error)
+        if branch is self._last and isinstance(better, IntegrityError):
+            raise AbortedByRecovery(self._work.unit_id) from better
+        raise better from None if better is error else error
+
+    # -- decide
+
+    def _decide(self) -> BaseException | None:
+        """Decide to commit. Return the reason if it stands that the unit aborts instead."""
+        try:
+            stands = self._decision_to_commit()
+        except BaseException as error:  # noqa: BLE001  # returned, or told when the unit has ended
+            if self._last is not None and self._last.committed:
+                stands = Verdict.COMMIT
+            elif self._last is not None and isinstance(error, DBAPIError) and not _is_lost(error):
+                return error  # its database has refused to commit, and so to decide
+            else:
+                stands = self._settle_doubt(error)
+                if stands is Verdict.ABORT:
+                    return error
+            if not isinstance(error, DBAPIError):
+                self._work.interruption = error  # it came from outside, or from a listener; the unit commits all the same
+        return AbortedByRecovery(self._work.unit_id) if stands is Verdict.ABORT else None
+
+    def _decision_to_commit(self) -> Verdict:
+        if self._last is None:
+            return self._apart(self._log.decide, self._work.unit_id, Verdict.COMMIT, self._names)
+        self._last.commit()
+        return Verdict.COMMIT
+
+    def _settle_doubt(self, doubt: BaseException) -> Verdict:
+        """Find out whether a decision stands whose answer got lost: by deciding otherwise, which the first decision outlives."""
+        try:
+            if self._last is not None:
+                self._last.abandon()
+            return self._apart(self._log.decide, self._work.unit_id, Verdict.ABORT, self._names)
+        except BaseException as error:  # noqa: BLE001  # one of the two is raised, with what it means
+            for branch in self._prepared:
+                branch.abandon()
+            unknown = OutcomeUnknown(self._log.place, prepared=self._names)
+            if isinstance(error, Exception) and isinstance(doubt, Exception):
+                raise unknown from doubt
+            interruption = doubt if isinstance(error, Exception) else error
+            interruption.add_note(str(unknown))
+            raise interruption from None
+
+    # -- carry out what was decided
+
+    def _commit_prepared(self) -> None:
+        self._work.decided = True
+        unconfirmed = [branch.name for branch in self._tell(commit=True)]
+        for branch in self._written:
+            branch.end_session()
+        if unconfirmed:
+            error = CommitUnconfirmed(sorted(unconfirmed))
+            log.error("%s", error)
+            self._work.errors_afterwards.append(error)
+        else:
+            for decision_log in self._logs:
+                self._apart(self._work.places.acknowledged, decision_log, self._work.unit_id)
+
+    def _take_back(self) -> None:
+        for branch in self._tell(commit=False):
+            log.warning("%r stays prepared as %s until it is recovered", branch.name, branch.xid)
+
+    def _tell(self, *, commit: bool) -> list[Branch]:
+        """Tell all prepared branches how they end, and return those that may not have heard it."""
+        prepared = [branch for branch in self._prepared if branch.stage is Stage.PREPARED]
+        told = _exchange({branch: _words_of_end(branch, commit) for branch in prepared})
+        if told.interruption is not None:
+            self._work.interruption = told.interruption
+        return [branch for branch in prepared if not self._has_heard(branch, told.answers[branch], commit)]
+
+    def _has_heard(self, branch: Branch, answer: Answer, commit: bool) -> bool:
+        branch.stage = Stage.ENDED
+        if answer.outcome is Outcome.DONE or (answer.error is not None and branch.prepares.is_missing(answer.error)):
+            return True
+        log.warning("%r did not answer when it was told how the unit ends", branch.name, exc_info=answer.error)
+        branch.abandon()
+        return branch.settle_elsewhere(commit=commit)
+
+
+def _exchange(words: dict[Branch, list[str]]) -> Exchange[Branch]:
+    if any(branch.home.asynchronous or isinstance(branch, BranchOffLoop) for branch in words):
+        return await_only(exchange_awaited({branch: (_any_line(branch), said) for branch, said in words.items()}, own_threads()))
+    return exchange({branch: (_line(branch), said) for branch, said in words.items()})
+
+
+def _any_line(branch: Branch) -> Line | AwaitedLine:
+    if branch.home.asynchronous:
+        return branch.prepares.awaited_line(branch.connection.connection.dbapi_connection)
+    return _line(branch)
+
+
+def _line(branch: Branch) -> Line:
+    return branch.prepares.line(branch.driver_connection)
+
+
+def _words_of_end(branch: Branch, commit: bool) -> list[str]:
+    return branch.prepares.commit_prepared(branch.xid) if commit else branch.prepares.roll_back_prepared(branch.xid)

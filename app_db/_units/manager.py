@@ -1,0 +1,470 @@
+"""A zope transaction manager whose transaction follows the context.
+
+Threads, tasks and greenlets have each their own current transaction, because it lives in a ContextVar; worker threads
+that run with a copy of their caller's context (a sync endpoint, `asyncio.to_thread`) see their caller's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from asyncio import Task, current_task
+from asyncio.events import _get_running_loop  # the public spelling raises where no loop runs, at five times the price
+from collections.abc import Callable
+from contextvars import ContextVar
+from threading import get_ident
+from types import TracebackType
+from typing import Any, cast
+from weakref import ref
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.util.concurrency import in_greenlet
+from transaction import Savepoint, Transaction, TransactionManager
+from transaction.interfaces import TransientError
+from transaction.weakset import WeakSet
+
+from app_db._compat.os import after_fork_in_child
+from app_db._units.liveness import WithBlock, always, gone, tear_down
+from app_db.errors import AlreadyInUnitOfWork, AwaitRequired, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded, UnitOfWorkError
+from app_db.settings.urls import require_greenlet
+
+
+class _Process:
+    """Counts the forks behind this process, so that a child tells its parent's transactions from its own."""
+
+    generation = 0
+
+    @classmethod
+    def note_fork(cls) -> None:
+        cls.generation += 1
+
+
+after_fork_in_child(_Process.note_fork)
+
+
+_acting_for: dict[Task[Any], Task[Any] | None] = {}
+
+
+class acting_for:  # noqa: N801  # used like a function; `contextmanager` takes longer, and every unit ends in one
+    """Let the calling task use what belongs to another one, which waits for it."""
+
+    __slots__ = ("_owner", "_task")
+
+    def __init__(self, owner: Task[Any] | None) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        task = current_task()
+        if task is None:
+            raise RuntimeError("no task is running")
+        self._task = task
+        _acting_for[task] = self._owner
+
+    def __exit__(self, *_: object) -> None:
+        del _acting_for[self._task], self._task  # or the task and this one would hold each other
+
+
+class Owner:
+    """The thread, and the asyncio task if there is one, in which something began."""
+
+    __slots__ = ("task", "thread")
+
+    def __init__(self) -> None:
+        loop = _get_running_loop()
+        self.task = None if loop is None else current_task(loop)
+        self.thread = get_ident()
+
+    def is_this_thread(self) -> bool:
+        """Return whether the calling thread is the one in which it began."""
+        return self.thread == get_ident()
+
+    def __str__(self) -> str:
+        if self.task is not None:
+            return f"task {self.task.get_name()!r}"
+        names = (repr(thread.name) for thread in threading.enumerate() if thread.ident == self.thread)
+        return f"thread {next(names, self.thread)}"
+
+
+class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no type hints
+    """A transaction that knows who began it, so that nobody else uses it. Copied contexts share it."""
+
+    def __init__(self, synchronizers: Any, manager: ContextTransactionManager, liveness: Callable[[], object] = always) -> None:
+        super().__init__(synchronizers, manager)
+        self.owner = Owner()
+        self.ended = False
+        self.process = _Process.generation
+        self.liveness = liveness
+        """Returns None when the block is gone that would have ended the transaction."""
+
+    def is_usable(self) -> bool:
+        """Return whether the transaction is under way, and the calling code may use it.
+
+        A task that merely inherited its parent's context may not, and neither may a forked child. Threads without a
+        running loop may: they work for the unit's owner, who waits for them.
+        """
+        if self.ended or self.process != _Process.generation or self.liveness() is None:
+            return False
+        loop = _get_running_loop()
+        if loop is None:
+            return True
+        task = current_task(loop)
+        if self.owner.task is None:
+            if task is None:
+                return True  # a callback of the loop, which no task runs
+            self.owner.task = task  # begun where no task ran, and this is the first one to use it
+        while task is not self.owner.task and task is not None:
+            task = _acting_for.get(task)  # which may itself act for one: a hook's block ends while its unit's does
+        return task is not None
+
+    def is_open(self) -> bool:
+        """Return whether the transaction is under way in this process, and the block that began it still runs."""
+        return not self.ended and self.process == _Process.generation and self.liveness() is not None
+
+    def savepoint(self, optimistic: bool = False) -> Savepoint:
+        """Take a savepoint. If that fails, zope has aborted what took part, and the transaction can't commit any more.
+
+        zope says so itself, unless an exception from outside keeps it from that.
+        """
+        try:
+            return super().savepoint(optimistic)
+        except BaseException:
+            if self.status == "Active":
+                self.doom()
+            raise
+
+    def refusal(self) -> UnitOfWorkError:
+        """Return the error that says why the transaction can't be used here."""
+        if self.ended or self.liveness() is None:
+            return UnitOfWorkEnded("The block of a unit of work")
+        if self.process != _Process.generation:
+            return ForeignUnitOfWork("The unit of work", f"{self.owner} in the parent process", f"process {os.getpid()}")
+        return ForeignUnitOfWork("The unit of work", str(self.owner), str(Owner()))
+
+
+class _Suspension:
+    """Stands where a transaction would, in a block that runs as if none were under way."""
+
+    def __init__(self, liveness: Callable[[], object]) -> None:
+        self.liveness = liveness
+        self.ended = False
+
+    def is_open(self) -> bool:
+        return not self.ended and self.liveness() is not None
+
+    def is_usable(self) -> bool:
+        return False
+
+
+class _Entry:
+    """What a context says is current, and what is so when that is over.
+
+    The transaction of a block is found by a weak reference: when the block is torn down, its connections go at once.
+    """
+
+    __slots__ = ("find", "outer")
+
+    def __init__(self, find: Callable[[], OwnedTransaction | _Suspension | None], outer: _Entry | None) -> None:
+        self.find = find
+        self.outer = outer
+
+
+class _Synchronizers(WeakSet):  # type: ignore[misc]  # transaction has no type hints
+    """A set of synchronizers that costs next to nothing while there are none: every unit asks for them three times."""
+
+    data: Any  # a WeakValueDictionary, whose own `data` is not in its stubs
+
+    def __bool__(self) -> bool:
+        return bool(self.data.data)
+
+    def map(self, f: Callable[[Any], object]) -> None:
+        if self.data.data:  # the dictionary inside: counting what is still alive takes longer
+            super().map(f)
+
+
+class AwaitedTransaction(OwnedTransaction):
+    """A transaction that was begun by `async with`, and can be ended only where coroutines can be awaited."""
+
+    awaits = False
+    """Whether a session of it waits for its database by way of the event loop."""
+
+    def commit(self) -> None:
+        self._require_bridge("The commit of the unit of work")
+        super().commit()
+
+    def abort(self) -> None:
+        self._require_bridge("The abort of the unit of work")
+        super().abort()
+
+    def abort_torn_down(self) -> None:
+        """Abort although nothing can be waited for, after the connections were closed."""
+        super().abort()
+
+    def savepoint(self, optimistic: bool = False) -> Savepoint:
+        self._require_bridge("A savepoint of the unit of work")
+        return super().savepoint(optimistic)
+
+    def _remove_and_invalidate_after(self, savepoint: Savepoint) -> None:
+        self._require_bridge("The rollback to a savepoint of the unit of work")  # which begins with this call
+        super()._remove_and_invalidate_after(savepoint)
+
+    def require_bridge_or_thread(self, subject: str) -> None:
+        """Raise where a part of the unit begins that would wait for a database when it ends, and keep the event loop waiting."""
+        self._require_bridge(subject, keeps_waiting=_get_running_loop() is not None)
+
+    def _require_bridge(self, subject: str, *, keeps_waiting: bool = False) -> None:
+        # Asked first: drivers would notice in the middle, and the connection would go back to its pool as it is.
+        if (self.awaits or keeps_waiting) and not in_greenlet():
+            advice = "Leave its end to `async with container.transaction()`; for a savepoint, give that propagation='nested'"
+            raise AwaitRequired(subject, advice)
+
+
+class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # transaction has no type hints
+    """A complete, explicit `ITransactionManager` that keeps its current transaction in a ContextVar.
+
+    It is explicit: `get()` never begins a transaction, and `begin()` refuses where one is under way. After a commit
+    that failed the next `begin()` works all the same.
+    """
+
+    def __init__(self) -> None:
+        self.explicit = True
+        self._synchs = _Synchronizers()
+        self._current: ContextVar[_Entry | None] = ContextVar("app_db.current_transaction", default=None)
+
+    @property
+    def _txn(self) -> OwnedTransaction | None:
+        """The current transaction, under the name by which the inherited methods know it."""
+        return self.current()
+
+    def current(self) -> OwnedTransaction | None:
+        """Return the transaction that is under way here, or None: what has ended or is another's doesn't count."""
+        entry = self._standing()
+        found = None if entry is None else entry.find()
+        return cast("OwnedTransaction", found) if found is not None and found.is_usable() else None
+
+    def inherited(self) -> OwnedTransaction | None:
+        """Return the transaction under way of another task, from which the calling code has its context, or None."""
+        entry = self._standing()
+        found = None if entry is None else entry.find()
+        return None if found is None or isinstance(found, _Suspension) or found.is_usable() else found
+
+    def refuse_inherited(self) -> None:
+        """Raise where the transaction that is under way is that of another task, from which the calling one has its context."""
+        found = self.inherited()
+        if found is not None:
+            raise found.refusal()
+
+    def get(self) -> OwnedTransaction:
+        """Return the transaction that is under way here, or raise the error that says why there is none."""
+        entry = self._current.get()
+        if entry is not None:
+            found = entry.find()
+            if found is not None and found.is_usable():
+                return cast("OwnedTransaction", found)
+            return self._get_outer(entry)
+        raise NoUnitOfWork
+
+    def _get_outer(self, inner: _Entry) -> OwnedTransaction:
+        entry = self._standing() or inner
+        found = entry.find()
+        if found is None:
+            raise UnitOfWorkEnded("The block of a unit of work")
+        if isinstance(found, _Suspension):
+            raise NoUnitOfWork
+        if found.is_usable():
+            return found
+        raise found.refusal()
+
+    def _standing(self) -> _Entry | None:
+        """Return the innermost entry of this context that is not over."""
+        entry = self._current.get()
+        while entry is not None:
+            found = entry.find()
+            if found is not None:
+                if found.is_open():
+                    return entry
+                tear_down(found.liveness)
+            entry = entry.outer
+        return None
+
+    def begin(self) -> OwnedTransaction:
+        """Begin a transaction and make it the current one of this context. It lasts until it is ended."""
+        under_way = self.current()
+        if under_way is not None:
+            if under_way.status != "Commit failed":
+                raise AlreadyInUnitOfWork
+            under_way.abort()
+        transaction = OwnedTransaction(self._synchs, self)
+        self._current.set(_Entry(lambda: transaction, self._standing()))
+        self._announce(transaction)
+        return transaction
+
+    def prepare_block(self, liveness: Callable[[], object], *, awaited: bool) -> OwnedTransaction:
+        """Return the transaction of a block, for `begin_block` to begin: the block has it before anything is begun."""
+        if awaited:
+            require_greenlet()
+        return (AwaitedTransaction if awaited else OwnedTransaction)(self._synchs, self, liveness)
+
+    def begin_block(self, transaction: OwnedTransaction) -> None:
+        """Make the transaction of a block the current one of this context; the one that was waits."""
+        self._current.set(_Entry(ref(transaction), self._standing()))
+        self._announce(transaction)
+
+    def _announce(self, transaction: OwnedTransaction) -> None:
+        if not self._synchs:
+            return
+        try:
+            self._synchs.map(lambda synchronizer: synchronizer.newTransaction(transaction))
+        except BaseException:
+            transaction.abort()
+            raise
+
+    def free(self, txn: OwnedTransaction) -> None:
+        """Forget a transaction that has ended. Called by the transaction itself, in whichever context that happens."""
+        txn.ended = True
+        txn.liveness = gone  # which may hold the block, and so the unit: a circle
+        txn.owner.task = None  # whose error may hold the block as well
+        self._leave(txn)
+
+    def _leave(self, what: OwnedTransaction | _Suspension) -> None:
+        entry = self._current.get()
+        if entry is not None and entry.find() is what:
+            self._current.set(entry.outer)
+
+    def resume(self, transaction: OwnedTransaction) -> None:
+        """Make a transaction the current one here that began in another context, as a generator's may have."""
+        if not transaction.is_usable():
+            raise transaction.refusal()
+        self._current.set(_Entry(ref(transaction), self._standing()))
+
+    def adopt(self, transaction: OwnedTransaction) -> None:
+        """Make a transaction the current one here, and the calling task its owner, which it will be alone from now on.
+
+        The block that began it may be gone by now: the transaction lasts until it is ended.
+        """
+        if not transaction.is_open():
+            raise transaction.refusal()
+        transaction.owner = Owner()
+        transaction.liveness = always
+        self._current.set(_Entry(lambda: transaction, self._standing()))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.abort()
+            return
+        try:
+            self.commit()
+        except BaseException:
+            self.abort()  # a failed commit would otherwise stay the current transaction
+            raise
+
+    def _retryable(self, error_type: type[BaseException], error: BaseException) -> bool:
+        return retryable(error) or bool(super()._retryable(error_type, error))
+
+    def suspend(self, liveness: Callable[[], object]) -> Callable[[], None]:
+        """Have no transaction be under way here. Return what takes up the one that was; so does the end of `liveness`."""
+        suspension = _Suspension(liveness)
+        self._current.set(_Entry(lambda: suspension, self._standing()))
+
+        def resume() -> None:
+            suspension.ended = True
+            suspension.liveness = gone
+            self._leave(suspension)
+
+        return resume
+
+
+def current(manager: Any) -> Transaction | None:
+    """Return the transaction that is under way under any zope manager, or None, without beginning one.
+
+    zope's own managers begin one when asked with `get()`; their interface has no other question.
+    """
+    if isinstance(manager, ContextTransactionManager):
+        return manager.current()
+    return getattr(manager, "manager", manager)._txn
+
+
+def is_of_this_process(transaction: Transaction) -> bool:
+    """Return whether a transaction did not come with a fork: ending it then would end its parent's."""
+    return not isinstance(transaction, OwnedTransaction) or transaction.process == _Process.generation
+
+
+def regain(manager: Any, transaction: Transaction) -> None:
+    """Make sure that `transaction` is the current one, or raise the error that says why it can't be."""
+    if current(manager) is transaction:
+        return
+    if not isinstance(manager, ContextTransactionManager):
+        raise UnitOfWorkEnded("The block of a unit of work")
+    manager.resume(cast("OwnedTransaction", transaction))
+
+
+def suspend(manager: Any, liveness: Callable[[], object]) -> Callable[[], None]:
+    """Have no transaction be under way under any zope manager, and return what takes up the one that was."""
+    if isinstance(manager, ContextTransactionManager):
+        return manager.suspend(liveness)
+    inner = getattr(manager, "manager", manager)  # the thread-local manager keeps a plain one for each thread
+    transaction, inner._txn = inner._txn, None
+
+    def resume() -> None:
+        inner._txn = transaction
+
+    return resume
+
+
+class suspended(WithBlock):  # noqa: N801  # used like a function
+    """Run a block as if no transaction were under way under any zope manager, then take up the one that was."""
+
+    __slots__ = ("_manager", "_resume")
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self._resume: Callable[[], None] | None = None
+
+    def __enter__(self) -> None:
+        liveness = self.liveness_to_enter()
+        liveness.torn = self
+        self._resume = suspend(self._manager, liveness)
+
+    def _leave(self, error: BaseException | None) -> None:
+        self.torn_down()
+
+    def torn_down(self) -> None:
+        """Take up the transaction that was under way."""
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            resume()
+
+
+# ---- what is worth another attempt --------------------------------------------------------------------------------
+
+_MYSQL_DRIVERS = frozenset({"pymysql", "MySQLdb", "mysql", "asyncmy", "aiomysql", "mariadb"})
+_MYSQL_CODES = frozenset({1020, 1205, 1213})  # record changed since read, lock wait timeout, deadlock
+_ORACLE_CODES = frozenset({60, 8177})  # deadlock, can't serialize access
+_SQLITE_CODES = frozenset({5, 6})  # SQLITE_BUSY and SQLITE_LOCKED; extended codes add higher bits
+
+
+def retryable(error: BaseException) -> bool:
+    """Return whether the unit of work that raised `error` may succeed when it is run again from its start.
+
+    So it is for serialization failures, deadlocks, locks waited for too long, a row changed by somebody else, and a
+    connection lost before COMMIT was sent.
+    """
+    if isinstance(error, (TransientError, StaleDataError)):
+        return True
+    if not isinstance(error, DBAPIError) or error.orig is None:
+        return False
+    return error.connection_invalidated or _is_transient(error.orig)
+
+
+def _is_transient(error: BaseException) -> bool:
+    driver = type(error).__module__.partition(".")[0]
+    first = error.args[0] if error.args else None
+    if driver in _MYSQL_DRIVERS:  # first: some of them have a SQLSTATE, too, which is not 40* for a lock waited for too long
+        return first in _MYSQL_CODES
+    sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    if isinstance(sqlstate, str):
+        return sqlstate.startswith("40")
+    sqlite_code = getattr(error, "sqlite_errorcode", None)
+    if sqlite_code is not None:
+        return sqlite_code & 0xFF in _SQLITE_CODES
+    return getattr(first, "code", None) in _ORACLE_CODES

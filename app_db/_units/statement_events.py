@@ -1,0 +1,75 @@
+"""What is executed on the connections of units of work, as the engines tell it: their branches are asked before it is sent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from sqlalchemy import event
+
+from app_db._databases.dialects import on_execute
+from app_db._units.branches import BRANCH, Branch
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Dialect, Engine, ExceptionContext
+    from sqlalchemy.pool import PoolProxiedConnection
+
+_watched: WeakSet[Dialect] = WeakSet()
+
+
+def watch(engine: Engine) -> None:
+    """Listen to what an engine executes. Done at first use, so that an engine that overrides ours is listened to as well."""
+    if engine.dialect not in _watched:
+        _watched.add(engine.dialect)
+        _guard_endings(engine.dialect)
+        on_execute(engine, _before_execute)
+        event.listen(engine, "handle_error", _handle_error)
+
+
+def _guard_endings(dialect: Dialect) -> None:
+    """Have the branch that uses a connection decide what COMMIT and ROLLBACK are, and refuse a COMMIT that is not its unit's."""
+    send_commit, send_rollback = dialect.do_commit, dialect.do_rollback
+
+    def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
+        branch = _branch_on(dbapi_connection)
+        if branch is None:
+            send_commit(dbapi_connection)
+        else:
+            branch.send_commit(dbapi_connection, send_commit)
+
+    def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
+        branch = _branch_on(dbapi_connection)
+        if branch is None:
+            send_rollback(dbapi_connection)
+        else:
+            branch.send_rollback(dbapi_connection, send_rollback)
+
+    dialect.do_commit, dialect.do_rollback = do_commit, do_rollback  # type: ignore[method-assign]
+
+
+def _branch_on(dbapi_connection: PoolProxiedConnection) -> Branch | None:
+    try:
+        return dbapi_connection.info.get(BRANCH)
+    except NotImplementedError:  # the dialect is looking around on a connection that is not the pool's yet
+        return None
+
+
+def _before_execute(info: dict[Any, Any], statement: str) -> None:
+    branch = info.get(BRANCH)
+    if branch is not None:
+        branch.before_statement(statement)
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is None or context.is_disconnect or connection.invalidated or connection.closed:
+        return
+    branch = connection.info.get(BRANCH)
+    if branch is not None:
+        if branch.is_interrupted_by(context.original_exception):
+            context.is_disconnect = True  # has SQLAlchemy close the connection
+            context.invalidate_pool_on_disconnect = False  # the pool's others are as they were
+            return
+        better = branch.statement_failed(context.original_exception)
+        if better is not None:
+            raise better from context.original_exception

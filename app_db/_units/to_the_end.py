@@ -1,0 +1,93 @@
+"""Run the synchronous core from coroutines: over SQLAlchemy's greenlet bridge, and to the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from functools import partial
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from sqlalchemy.util.concurrency import greenlet_spawn
+
+from app_db._compat.asyncio import begin_unseen, outlast
+from app_db._units.manager import acting_for
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+async def to_the_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a synchronous function that ends a transaction, and may wait for coroutines, on behalf of the calling task.
+
+    A cancellation of that task waits until the function is done, and is then raised, whatever came of it: a transaction that is
+    left in the middle of its commit is neither there nor gone. So does an exception from a signal handler.
+    """
+    action = _Action(partial(function, *args, **kwargs), asyncio.current_task())
+    context = copy_context()
+    task = cancelled = interruption = None
+    try:
+        try:
+            task = begin_unseen(action.run(), context=context)
+            cancelled = await outlast(task)
+        except BaseException as error:
+            if task is None or not action.has_begun or isinstance(error, GeneratorExit):
+                # A coroutine that is being closed can't wait any more.
+                action.is_wanted = False
+                if task is not None:
+                    task.cancel()
+                raise
+            interruption = error
+            cancelled = await outlast(task)
+        _take_over(context)
+        if not task.cancelled() and task.exception() is not None:
+            action.error = task.exception()  # it was interrupted before it had called the function, or after
+        stopped_by = interruption or cancelled
+        if stopped_by is not None:
+            if action.error is not None:
+                stopped_by.__context__ = action.error  # both happened, and the task has to end by what stopped it
+            raise stopped_by
+        return action.result()
+    finally:
+        del task, cancelled, interruption, action  # an error would hold this frame, and this frame the error
+
+
+class _Action(Generic[R]):
+    """A function that a task of its own calls, and what came of it."""
+
+    is_wanted = True
+    has_begun = False
+    error: BaseException | None = None
+    _result: R
+
+    def __init__(self, function: Callable[[], R], owner: asyncio.Task[Any] | None) -> None:
+        self._function = function
+        self._owner = owner
+
+    async def run(self) -> None:
+        """Call the function. It does not raise: whoever waits for the task may have been interrupted, and not ask."""
+        if not self.is_wanted:
+            return
+        self.has_begun = True
+        try:
+            with acting_for(self._owner):
+                self._result = await greenlet_spawn(self._function)
+        except BaseException as error:  # noqa: BLE001  # raised by `result`
+            self.error = error
+
+    def result(self) -> R:
+        """Return what the function returned, or raise what it raised."""
+        error, self.error = self.error, None
+        if error is None:
+            return self._result
+        try:
+            raise error
+        finally:
+            del error
+
+
+def _take_over(context: Context) -> None:
+    """Take over what was set in the context of the task that acted."""
+    for variable, value in context.items():
+        if variable.get(None) is not value:
+            variable.set(value)

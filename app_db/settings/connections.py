@@ -1,0 +1,292 @@
+"""What one named connection is: which database, and how it is used.
+
+Secrets are `SecretStr` here and `***` wherever something is shown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from keyword import iskeyword
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PrivateAttr, SecretStr
+from sqlalchemy.engine import URL
+
+from app_db.errors import ContradictorySettings, Problem, SettingsError
+from app_db.settings.sources import Finding, Group, Reading, variable_for
+from app_db.settings.urls import (
+    UNREADABLE_URL,
+    URL_PARTS,
+    dialect_of,
+    dumped,
+    is_memory,
+    masked,
+    parse_url,
+    revealed,
+    with_driver,
+)
+
+DATABASE_FIELDS = ("url", *URL_PARTS, "password_provider", "connect_args")
+"""The settings that say which database a connection uses; the others say how. A mirror has none of its own."""
+
+# ---- what a value must be ---------------------------------------------------------------------------------------
+
+
+def matching(pattern: str, requirement: str) -> AfterValidator:
+    """Return what refuses a value that does not match, and says what is required."""
+    compiled = re.compile(pattern, re.ASCII)
+
+    def check(value: str) -> str:
+        if compiled.fullmatch(value) is None:
+            raise ValueError(requirement)
+        return value
+
+    return AfterValidator(check)
+
+
+def _isolation_level(value: object) -> object:
+    return value.strip().upper().replace("_", " ") if isinstance(value, str) else value
+
+
+_IMPORT_STRING = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+_ImportString = Annotated[str, matching(_IMPORT_STRING, "must have the form module:function")]
+_PoolClass = Annotated[
+    str, matching(f"queue|null|static|{_IMPORT_STRING}", "must be queue, null, static or have the form module:Class")
+]
+_IsolationLevel = Annotated[
+    Literal["AUTOCOMMIT", "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"],
+    BeforeValidator(_isolation_level),
+]
+_Url = Annotated[SecretStr, BeforeValidator(revealed)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Query = Annotated[dict[str, str], BeforeValidator(revealed), PlainSerializer(dumped)]
+_ConnectArgs = Annotated[dict[str, Any], BeforeValidator(revealed), PlainSerializer(dumped)]
+
+CONNECTION_NAME_RULE = "a lower-case Python identifier without '__'"
+
+
+def is_connection_name(name: object) -> bool:
+    """Return whether a connection can have this name: CONNECTION_NAME_RULE says which names are."""
+    matches = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*_?", name) is not None
+    return matches and not iskeyword(str(name))
+
+
+# ---- the models -------------------------------------------------------------------------------------------------
+
+
+class DatabaseIdentity:
+    """Stands for the one database behind a connection and its mirrors. All copies of it are the same object."""
+
+    __slots__ = ("__weakref__", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __copy__(self) -> DatabaseIdentity:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DatabaseIdentity:
+        return self
+
+
+class PoolSettings(Group):
+    """How many connections are kept, and for how long. Times are seconds."""
+
+    size: int = Field(default=5, ge=1)
+    max_overflow: int = Field(default=10, ge=-1)
+    timeout: _Finite = Field(default=30.0, ge=0)
+    recycle: _Finite | None = Field(default=None, gt=0)
+    alive_window: _Finite = Field(default=30.0, ge=0)
+    use_lifo: bool = True
+    class_: _PoolClass | None = Field(default=None, validation_alias="class", serialization_alias="class")
+
+
+class SessionSettings(Group):
+    """How the sessions of a connection behave."""
+
+    autoflush: bool = True
+    expire_on_commit: bool = True
+
+
+class ConnectionSettings(Group):
+    """One named connection: which database it is, by `url`, by its parts or by `mirror`, and how it is used.
+
+    By itself it is a value, and may contradict itself: the `DatabaseSettings` that it becomes a part of know its name, and refuse
+    it with an error that names the variable to change.
+    """
+
+    url: _Url | None = None
+    driver: str | None = None
+    host: str | None = None
+    port: int | None = Field(default=None, ge=1, le=65535)
+    user: str | None = None
+    password: SecretStr | None = None
+    database: str | None = None
+    query: _Query = Field(default_factory=dict)
+    password_provider: _ImportString | None = None
+    read_only: bool = False
+    mirror: str | None = None
+    replica_of: str | None = None
+    two_phase: bool = False
+    transactional: bool = True
+    isolation_level: _IsolationLevel | None = None
+    statement_timeout: _Finite | None = Field(default=None, gt=0)
+    echo: bool = False
+    pool: PoolSettings = Field(default_factory=PoolSettings)
+    session: SessionSettings = Field(default_factory=SessionSettings)
+    connect_args: _ConnectArgs = Field(default_factory=dict)
+
+    _read_url: URL | None = PrivateAttr(default=None)
+    _identity: DatabaseIdentity = PrivateAttr(default_factory=lambda: DatabaseIdentity("name"))  # DatabaseSettings knows better
+
+    if TYPE_CHECKING:  # type checkers would ask for SecretStr where a plain string does
+
+        def __init__(self, **given: Any) -> None: ...
+
+    def database_identity(self) -> DatabaseIdentity:
+        """Return the object that is the same for a connection, its mirrors and all copies of them."""
+        return self._identity
+
+    @property
+    def place(self) -> object:
+        """What is equal for all connections to the same database, whoever logs in and by whichever driver."""
+        url = self.sqlalchemy_url()
+        if url.get_backend_name() != "sqlite":
+            return url.get_backend_name(), url.host, url.port, url.database
+        return self._identity if is_memory(url) else str(Path(str(url.database)).absolute())
+
+    def become(self, name: str) -> None:
+        """Be the connection of that name, with a database of its own."""
+        self._identity = DatabaseIdentity(name)
+
+    def sqlalchemy_url(self) -> URL:
+        """Return the URL to connect to, password included. Raises SettingsError when there is none or it can't be read."""
+        url = self.read_url()
+        if url is None:
+            raise SettingsError([Problem(self.variable("url"), UNREADABLE_URL)])
+        return url
+
+    @property
+    def masked_url(self) -> str:
+        """The URL as it may be shown."""
+        return masked(self.sqlalchemy_url())
+
+    def load_password_provider(self) -> Callable[[], str]:
+        """Import and return the function that is asked for a password for each new DBAPI connection."""
+        variable = self.variable("password_provider")
+        if self.password_provider is None:
+            raise SettingsError([Problem(variable, "is not set.")])
+        module, _, attribute = self.password_provider.partition(":")
+        try:
+            provider: Any = import_module(module)
+            for name in attribute.split("."):
+                provider = getattr(provider, name)
+        except (ImportError, AttributeError) as error:
+            raise SettingsError([Problem(variable, f"can't be imported ({type(error).__name__}).")]) from error
+        if not callable(provider):
+            raise SettingsError([Problem(variable, "does not name a function.")])
+        return cast("Callable[[], str]", provider)
+
+    def variable(self, field: str) -> str:
+        """Return the environment variable that sets a field of this connection."""
+        return variable_for(("connections", self._identity.name, field))
+
+    def read_url(self) -> URL | None:
+        """Return the URL to connect to, or None where there is none or it can't be read."""
+        url = self._read_url  # pydantic is slow to find what is private, so it is asked once
+        if url is None:
+            url = self._read_url = self._read()
+        return url
+
+    def _read(self) -> URL | None:
+        if self.url is not None:
+            return parse_url(self.url.get_secret_value())
+        if self.driver is None:
+            return None
+        return URL.create(
+            with_driver(self.driver),
+            username=self.user,
+            password=None if self.password is None else self.password.get_secret_value(),
+            host=self.host,
+            port=self.port,
+            database=self.database,
+            query=self.query,
+        )
+
+
+# ---- checking one connection ------------------------------------------------------------------------------------
+
+
+def contradiction(name: str, field: str, message: str) -> Finding:
+    """Return what is wrong with a setting of a connection."""
+    return ContradictorySettings, Problem(variable_for(("connections", name, field)), message)
+
+
+def findings_of(name: str, connection: ConnectionSettings, reading: Reading) -> Iterator[Finding]:
+    """Yield what is wrong with one connection, whatever the others are."""
+    if not is_connection_name(name):
+        yield SettingsError, Problem(variable_for(("connections", name)), f"a connection's name must be {CONNECTION_NAME_RULE}.")
+    for field, message in (*_contradictions_of_use(connection), *_contradictions_of_database(connection)):
+        yield contradiction(name, field, message)
+    if not connection.mirror:
+        yield from _url_findings(name, connection, reading)
+
+
+def _contradictions_of_use(connection: ConnectionSettings) -> Iterator[tuple[str, str]]:
+    """Yield the settings of how a connection is used that exclude another one: the field, and what it excludes and why."""
+    if connection.read_only and connection.two_phase:
+        yield "two_phase", "excludes READ_ONLY=true: where nothing is written, nothing can be prepared."
+    if connection.read_only and not connection.transactional:
+        yield "transactional", "=false excludes READ_ONLY=true: only writes can outlive the unit of work."
+    if connection.replica_of and not connection.read_only:
+        yield "replica_of", "needs READ_ONLY=true: nothing is written to a replica."
+    if connection.two_phase and not connection.transactional:
+        yield "two_phase", "excludes TRANSACTIONAL=false: a connection that commits by itself can't commit with others."
+    if connection.isolation_level == "AUTOCOMMIT":
+        if connection.two_phase:
+            yield "two_phase", "excludes ISOLATION_LEVEL=AUTOCOMMIT: what is committed at once can't be prepared."
+        elif connection.transactional and not connection.read_only:
+            message = "can't be AUTOCOMMIT on a connection that is writable and transactional: a unit of work there could not be "
+            yield "isolation_level", message + "rolled back. Set TRANSACTIONAL=false, READ_ONLY=true or another level."
+
+
+def _contradictions_of_database(connection: ConnectionSettings) -> Iterator[tuple[str, str]]:
+    """Yield the settings of which database it is that exclude another one, as `_contradictions_of_use` does."""
+    if connection.mirror is not None:
+        if own := _given(connection, DATABASE_FIELDS):
+            yield "mirror", f"excludes {_upper(own)}: a mirror uses the database of another connection. Unset one side."
+        return
+    parts = _given(connection, URL_PARTS)
+    if connection.url is not None and parts:
+        yield "url", f"excludes {_upper(parts)}: give the URL or its parts."
+    if connection.url is None and parts and connection.driver is None:
+        yield "driver", "is not set, but other parts of the URL are. Set it, for example to postgresql+psycopg."
+    if connection.password_provider and (url := connection.read_url()) is not None and url.password is not None:
+        place = "PASSWORD" if connection.url is None else "URL"
+        yield "password_provider", f"excludes a password in {place}: say it in one place."
+
+
+def _given(connection: ConnectionSettings, fields: Iterable[str]) -> list[str]:
+    return [field for field in fields if getattr(connection, field) not in (None, {})]
+
+
+def _upper(fields: Iterable[str]) -> str:
+    return ", ".join(field.upper() for field in fields)
+
+
+def _url_findings(name: str, connection: ConnectionSettings, reading: Reading) -> Iterator[Finding]:
+    path = ("connections", name)
+    variable = reading.name_of((*path, "driver" if connection.url is None else "url"))
+    url = connection.read_url()
+    if url is not None:
+        dialect = dialect_of(url)
+        if isinstance(dialect, str):
+            yield SettingsError, Problem(variable, dialect)
+    elif connection.url is not None:
+        yield SettingsError, Problem(variable, UNREADABLE_URL)
+    elif not _given(connection, URL_PARTS) and not reading.has_refused(path):
+        message = f"is not set. Set it, for example to sqlite:///{name}.db, or set DRIVER and the other parts, or MIRROR."
+        yield contradiction(name, "url", message)

@@ -1,0 +1,306 @@
+"""What the databases are: the settings of every connection, checked as a whole.
+
+Where they come from, and which source wins, is told in `app_db.settings.sources`. `DatabaseSettings` may also be a field of an
+application's own settings, and take values from variables of the application; errors name the variables of app_db then too:
+
+    class Settings(BaseSettings):
+        db: DatabaseSettings = Field(default_factory=DatabaseSettings)
+
+Give those the option `hide_input_in_errors`, because pydantic shows the values of a model with an error of its own.
+
+Secrets are `SecretStr` here and `***` wherever something is shown.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy.engine import Dialect
+
+from app_db.errors import (
+    ConnectionNotConfigured,
+    ContradictorySettings,
+    NothingConfigured,
+    Problem,
+    did_you_mean,
+)
+from app_db.settings.connections import (
+    DATABASE_FIELDS,
+    ConnectionSettings,
+    contradiction,
+    findings_of,
+    matching,
+)
+from app_db.settings.sources import DELIMITER, PREFIX, Finding, Origin, Reading, variable_for
+from app_db.settings.urls import dialect_of, is_memory
+
+_Application = Annotated[
+    str, matching(r"[A-Za-z][A-Za-z0-9_-]{0,15}", "must begin with a letter and have at most 16 letters, digits, '_' or '-'")
+]
+_DecisionLog = Annotated[str, matching(r"[a-z][a-z0-9_]*|file:.+", "must be the name of a connection, or file: and a path")]
+_FROM_CONFIG: Any = object()
+_PREPARING_DRIVERS = frozenset({"psycopg", "asyncpg", "pymysql", "asyncmy"})
+_LONGEST_TWO_PHASE_NAME = 22
+FILE = "file:"
+"""What `decision_log` begins with when decisions go into a file."""
+
+
+class DatabaseSettings(BaseSettings):
+    """All connections and what they have in common. Raises one SettingsError that lists everything wrong with them.
+
+    What isn't given is read from variables that begin with `APP_DB_`; `app_db.settings.sources` says where else, and which source
+    wins. `_env_file=` and `_secrets_dir=` name other places to read from than `.env` and none.
+
+    >>> from app_db import DatabaseSettings
+    >>> settings = DatabaseSettings(connections={"writer": {"url": "postgresql://shop:secret@db/shop"}})
+    >>> settings.connection("writer").masked_url
+    'postgresql+psycopg://shop:***@db/shop'
+    >>> settings.connection("reader").read_only  # a reader that nobody configured is the writer, read-only
+    True
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter=DELIMITER, env_file=".env", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    application: _Application = "app_db"
+    connections: dict[str, ConnectionSettings] = Field(default_factory=dict)
+    atomicity: Literal["strict", "best_effort"] = "strict"
+    decision_log: _DecisionLog | None = None
+    recover_at_start: bool = False
+    reflect_at_start: bool = False
+
+    _origins: tuple[Origin, ...] = PrivateAttr(default=())
+    _lending: tuple[object, dict[str, list[str]]] | None = PrivateAttr(default=None)
+
+    def __init__(
+        self,
+        /,
+        *,
+        _env_file: Any = _FROM_CONFIG,
+        _env_file_encoding: str | None = None,
+        _secrets_dir: Any = _FROM_CONFIG,
+        **given: Any,
+    ) -> None:
+        config = type(self).model_config
+        reading = Reading(type(self))
+        reading.read_secrets(config.get("secrets_dir") if _secrets_dir is _FROM_CONFIG else _secrets_dir)
+        reading.read_env_file(config.get("env_file") if _env_file is _FROM_CONFIG else _env_file, _env_file_encoding)
+        reading.read_variables(os.environ, "environment")
+        reading.take((), given, "given in code")
+        reading.settle_writer()
+        self._settle(reading)
+
+    def _settle(self, reading: Reading) -> None:
+        """Become what was read, or raise what is wrong with it."""
+        # BaseSettings.__init__ is passed over: it would read the variables a second time, drop the nested ones nobody knows
+        # without a word, and keep no record of where a value came from.
+        while invalid := _validation_error(super(BaseSettings, self).__init__, reading.tree()):
+            if not reading.reject(invalid):
+                raise reading.error()
+        for name, connection in self.connections.items():
+            connection.become(name)
+        reading.problems += _findings(self, reading)
+        if reading.problems:
+            raise reading.error()
+        self._origins = tuple(reading.origins())
+
+    def connection(self, name: str) -> ConnectionSettings:
+        """Return the settings of a connection with its mirror resolved: they say which database, and how it is used.
+
+        A reader nobody configured is the writer, read-only.
+        """
+        own = self._declared(name)
+        if own is None:
+            raise ConnectionNotConfigured(name, sorted(self.connections))
+        if own.mirror is None:
+            return own
+        owner = self._declared(self._mirrors(name)[-1])
+        if owner is None or owner is own:
+            return own
+        usage = {field: getattr(own, field) for field in type(own).model_fields if field not in DATABASE_FIELDS}
+        return owner.model_copy(update=usage)
+
+    def replicas(self) -> dict[str, str]:
+        """Return which connections reads may be sent to in place of another one: each with the name of that.
+
+        It is what `replica_of` names; where that isn't set, a read-only connection is the replica of what it mirrors, and
+        `reader` of `writer` where both are databases of one kind. An empty `replica_of` makes it nobody's.
+        """
+        names = {*self.connections, *(["reader"] if self._declared("reader") else [])}
+        found = {name: self._replicated_by(name) for name in sorted(names)}
+        return {name: owner for name, owner in found.items() if owner is not None}
+
+    def _replicated_by(self, name: str) -> str | None:
+        own = self.connection(name)
+        if own.replica_of is not None:
+            return own.replica_of or None
+        mirrored = self._mirrors(name)[-1]
+        owner = mirrored if mirrored != name else "writer" if name == "reader" and "writer" in self.connections else None
+        if owner is None or not own.read_only or self.connection(owner).read_only:
+            return None
+        return owner if _kind(own) == _kind(self.connection(owner)) else None
+
+    def lenders(self, names: Collection[str]) -> dict[str, str]:
+        """Return which of these connections have no transaction of their own in a unit: each with the one whose they share.
+
+        So it is for connections with the same URL whose writes are the unit's to commit. The lender is `writer`, or the first.
+        """
+        found = {name: self.lender_of(name, names) for name in names}
+        return {name: lender for name, lender in found.items() if lender is not None}
+
+    def lender_of(self, name: str, names: Collection[str]) -> str | None:
+        """Return the one of these connections whose transaction `name` shares, if it has none of its own."""
+        known = self._lending
+        if known is None or known[0] is not self.connections:  # a copy's may be others
+            known = self._lending = self.connections, self._lending_groups()
+        lender = next((other for other in known[1].get(name, ()) if other in names), name)
+        return None if lender == name else lender
+
+    def _lending_groups(self) -> dict[str, list[str]]:
+        groups: dict[object, list[str]] = {}
+        for name in sorted(self.connections, key=lambda name: name != "writer"):
+            own = self.connections[name]
+            if not own.read_only and own.transactional:
+                groups.setdefault(_lending_key(self.connection(name)), []).append(name)
+        return {name: group for group in groups.values() for name in group}
+
+    def origins(self) -> list[Origin]:
+        """Return where each setting that was given came from, sorted by variable, with secrets masked."""
+        return list(self._origins)
+
+    def with_connections(self, connections: Mapping[str, ConnectionSettings], **others: Any) -> DatabaseSettings:
+        """Return these settings with all connections replaced, and `others` too, checked as a whole. No variable is read."""
+        given = {field: getattr(self, field) for field in self.model_fields_set}
+        reading = Reading(type(self))
+        reading.take((), {**given, "connections": dict(connections), **others}, "given in code")
+        made = type(self).__new__(type(self))
+        made._settle(reading)
+        return made
+
+    def _declared(self, name: str) -> ConnectionSettings | None:
+        if name == "reader" and name not in self.connections and "writer" in self.connections:
+            return ConnectionSettings(mirror="writer", read_only=True)
+        return self.connections.get(name)
+
+    def _mirrors(self, name: str) -> list[str]:
+        """Return the names from a connection to what it mirrors in the end, which may be unknown or one passed before."""
+        names = [name]
+        while (connection := self._declared(names[-1])) is not None and connection.mirror is not None:
+            names.append(connection.mirror)
+            if names.count(connection.mirror) > 1:
+                break
+        return names
+
+
+def _lending_key(own: ConnectionSettings) -> object:
+    """Return what is equal for connections that can share a transaction."""
+    url = own.sqlalchemy_url()
+    memory = own.database_identity() if is_memory(url) else None  # of which each has its own, with the same URL
+    return url, memory, own.password_provider, own.isolation_level, own.statement_timeout
+
+
+def _kind(connection: ConnectionSettings) -> str | None:
+    url = connection.read_url()
+    return None if url is None else url.get_backend_name()
+
+
+# ---- checking the whole -----------------------------------------------------------------------------------------
+
+
+def _validation_error(validate: Callable[..., None], values: dict[str, Any]) -> ValidationError | None:
+    # Returned, not raised: an error raised while this one is handled would carry it, and the values in it, as its context.
+    try:
+        validate(**values)
+    except ValidationError as invalid:
+        return invalid
+    return None
+
+
+def _findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]:
+    """Yield what pydantic can't see: settings that exclude each other, and connections that lead nowhere."""
+    for name, connection in settings.connections.items():
+        yield from findings_of(name, connection, reading)
+        if connection.mirror:
+            yield from _mirror_findings(settings, name, reading)
+        if connection.replica_of:
+            yield from _replica_findings(settings, name, connection.replica_of, reading)
+        if connection.two_phase:
+            yield from _two_phase_findings(settings, name)
+    yield from _decision_log_findings(settings)
+    # A variable that was misspelt or refused may be all there is of a connection.
+    if not settings.connections and not any(variable_for(["connections"]) in str(problem) for _, problem in reading.problems):
+        variable = variable_for(("connections", "writer", "url"))
+        message = f"is not set, and no other connection is. To start, paste {variable}=sqlite:///writer.db"
+        yield NothingConfigured, Problem(variable, message)
+
+
+def _mirror_findings(settings: DatabaseSettings, name: str, reading: Reading) -> Iterator[Finding]:
+    *passed, last = settings._mirrors(name)
+    if last in passed:
+        circle = " → ".join([*passed, last])
+        yield contradiction(name, "mirror", f"leads in a circle: {circle}. Give one of them a URL.")
+    elif settings._declared(last) is None and not reading.has_refused(("connections", last)):
+        hint = did_you_mean(last, settings.connections)
+        others = ", ".join(repr(known) for known in sorted(settings.connections) if known != name) or "none"
+        message = f"leads to a connection that is not configured.{hint} Others configured are: {others}."
+        yield contradiction(name, "mirror", message)
+
+
+def _replica_findings(settings: DatabaseSettings, name: str, owner: str, reading: Reading) -> Iterator[Finding]:
+    known = settings._declared(owner)
+    if owner == name:
+        yield contradiction(name, "replica_of", "names the connection itself. Name the one whose database it copies.")
+    elif known is None and not reading.has_refused(("connections", owner)):
+        others = ", ".join(repr(other) for other in sorted(settings.connections) if other != name) or "none"
+        hint = did_you_mean(owner, settings.connections)
+        message = f"names a connection that is not configured.{hint} Others configured are: {others}."
+        yield contradiction(name, "replica_of", message)
+    elif known is not None and known.read_only:
+        yield contradiction(name, "replica_of", f"names {owner!r}, which is read-only. Name the connection that writes.")
+    elif known is not None and None not in (kinds := {_end_kind(settings, name), _end_kind(settings, owner)}) and len(kinds) > 1:
+        yield contradiction(name, "replica_of", f"names {owner!r}, which is a database of another kind.")
+
+
+def _end_kind(settings: DatabaseSettings, name: str) -> str | None:
+    """Return the kind of database that a connection leads to, where it leads to one."""
+    end = settings._declared(settings._mirrors(name)[-1])
+    return None if end is None else _kind(end)
+
+
+def _two_phase_findings(settings: DatabaseSettings, name: str) -> Iterator[Finding]:
+    url = settings.connection(name).read_url()
+    dialect = None if url is None else dialect_of(url)
+    if url is None or not isinstance(dialect, type):
+        return
+    if dialect.do_prepare_twophase is Dialect.do_prepare_twophase:
+        message = f"needs a database that can prepare a transaction, as PostgreSQL and MySQL can, and {dialect.name} can't."
+        yield contradiction(name, "two_phase", message)
+    elif url.get_driver_name() not in _PREPARING_DRIVERS:
+        known = " and ".join(sorted(_PREPARING_DRIVERS))
+        message = f"is not there for the driver {url.get_driver_name()}. Use one of {known}."
+        yield contradiction(name, "two_phase", message)
+    if len(name) > _LONGEST_TWO_PHASE_NAME:
+        message = f"needs a connection whose name has at most {_LONGEST_TWO_PHASE_NAME} characters: it is part of every xid."
+        yield contradiction(name, "two_phase", message)
+
+
+def _decision_log_findings(settings: DatabaseSettings) -> Iterator[Finding]:
+    chosen = settings.decision_log
+    if chosen is None or chosen.startswith(FILE):
+        return
+    owner = settings.connections.get(chosen)
+    problem = ""
+    if owner is None:
+        others = ", ".join(repr(known) for known in sorted(settings.connections)) or "none"
+        problem = (
+            f"names a connection that is not configured.{did_you_mean(chosen, settings.connections)} Configured are: {others}."
+        )
+    elif owner.read_only or not owner.transactional:
+        problem = "names a connection that is read-only or not transactional. Name one that units of work write to."
+    if problem:
+        yield ContradictorySettings, Problem(variable_for(("decision_log",)), problem)

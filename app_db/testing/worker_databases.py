@@ -1,0 +1,143 @@
+"""A database for each of the processes that run tests at the same time, made and dropped on the servers of the settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+
+from app_db._databases.engines import build_engine
+from app_db.container import DatabaseContainer
+from app_db.errors import CannotMakeDatabase, SettingsError, in_one_line
+from app_db.settings import ConnectionSettings, DatabaseSettings
+from app_db.settings.urls import is_memory
+from app_db.testing.overrides import Override, connections_of, with_url
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+log = logging.getLogger("app_db")
+
+
+class WorkerDatabases(Override):
+    """Other settings, in which every database that can be written is the worker's own. Leaving the block drops those."""
+
+    def __init__(self, container: DatabaseContainer, worker: str) -> None:
+        super().__init__(container, {})
+        self._worker = worker
+        self._databases = ExitStack()
+
+    def other_settings(self) -> DatabaseSettings:
+        settings = self.container.settings()
+        own: dict[str, ConnectionSettings] = {}
+        with ExitStack() as stack:
+            for names in _written_places(self.container, settings):
+                urls = {name: _of_worker(name, settings.connection(name).sqlalchemy_url(), self._worker) for name in names}
+                stack.enter_context(_database(names[0], settings, urls[names[0]]))
+                own |= {name: with_url(settings.connections[name], _text(url)) for name, url in urls.items()}
+            self._databases = stack.pop_all()
+        return settings.with_connections({**settings.connections, **own})
+
+    def clean_up(self) -> None:
+        self._databases.close()
+
+
+def _written_places(container: DatabaseContainer, settings: DatabaseSettings) -> list[list[str]]:
+    """Return, for each database of the container that can be written, the connections to it: first one that can write."""
+    places: dict[object, list[str]] = {}
+    owners = {settings._mirrors(name)[-1] for name in connections_of(container)}
+    for name in sorted(owners.intersection(settings.connections), key=lambda name: (settings.connections[name].read_only, name)):
+        places.setdefault(settings.connection(name).place, []).append(name)
+    return [
+        names for names in places.values() if not (settings.connections[names[0]].read_only or _in_memory(settings, names[0]))
+    ]
+
+
+def _in_memory(settings: DatabaseSettings, name: str) -> bool:
+    return is_memory(settings.connection(name).sqlalchemy_url())
+
+
+def _of_worker(name: str, url: URL, worker: str) -> URL:
+    database = url.database or url.username
+    if database is None:
+        raise CannotMakeDatabase(name, worker, "the settings don't name the database that it would be called after")
+    if url.get_backend_name() == "sqlite":
+        file = Path(database)
+        return url.set(database=str(file.with_name(f"{file.stem}_{worker}{file.suffix}")))
+    return url.set(database=f"{database}_{worker}")
+
+
+def _text(url: URL) -> str:
+    return url.render_as_string(hide_password=False)
+
+
+# ---- on the server -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _database(name: str, settings: DatabaseSettings, url: URL) -> Generator[None]:
+    """Have the database of `url` for the length of the block, made and dropped by way of the one that the settings name."""
+    kind, database = url.get_backend_name(), str(url.database)
+    if kind == "sqlite":
+        try:
+            yield  # it is made by whoever connects first
+        finally:
+            for suffix in ("", "-wal", "-shm"):
+                Path(database + suffix).unlink(missing_ok=True)
+        return
+    if kind not in _VERBS:
+        raise CannotMakeDatabase(name, database, f"app_db does not know how {kind} makes one")
+    try:
+        _VERBS[kind].make(name, settings, database)
+    except (DBAPIError, SettingsError) as error:
+        raise CannotMakeDatabase(name, database, in_one_line(error)) from error
+    try:
+        yield
+    finally:
+        try:
+            _VERBS[kind].drop(name, settings, database)
+        except DBAPIError:
+            log.warning("The database %r could not be dropped", database, exc_info=True)
+
+
+class _PostgreSQL:
+    def make(self, name: str, settings: DatabaseSettings, database: str) -> None:
+        with _connected(name, settings) as connection:
+            if connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": database}) is None:
+                connection.exec_driver_sql(f"CREATE DATABASE {_quoted(connection, database)}")
+
+    def drop(self, name: str, settings: DatabaseSettings, database: str) -> None:
+        with _connected(name, settings) as connection:
+            connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {_quoted(connection, database)} WITH (FORCE)")
+
+
+class _MySQL:
+    def make(self, name: str, settings: DatabaseSettings, database: str) -> None:
+        with _connected(name, settings) as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE IF NOT EXISTS {_quoted(connection, database)}")
+
+    def drop(self, name: str, settings: DatabaseSettings, database: str) -> None:
+        with _connected(name, settings) as connection:
+            connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {_quoted(connection, database)}")
+
+
+_VERBS: dict[str, _PostgreSQL | _MySQL] = {"postgresql": _PostgreSQL(), "mysql": _MySQL(), "mariadb": _MySQL()}
+
+
+@contextmanager
+def _connected(name: str, settings: DatabaseSettings) -> Generator[Connection]:
+    engine = build_engine(name, settings)
+    try:
+        with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def _quoted(connection: Connection, database: str) -> str:
+    return connection.dialect.identifier_preparer.quote_identifier(database)
