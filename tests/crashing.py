@@ -283,7 +283,7 @@ class Steps:
     def watch(self) -> None:
         """Have everything counted by which a commit talks to databases and files."""
         self._watch_sqlalchemy()
-        self._watch_lines()
+        self._watch_channels()
         self._watch_logs()
         self._watch_files()
 
@@ -302,17 +302,14 @@ class Steps:
         def after(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
             self.reach(f"after {statement} on {connection.engine.url.database}")
 
-    def _watch_lines(self) -> None:
-        preparing = import_module("app_db._two_phase.exchange")
-        for line in preparing.Line.__subclasses__():
-            self.around(line, "send", _sending)
-            self._watch_answers(line)
+    def _watch_channels(self) -> None:
+        exchange = import_module("app_db._databases.exchange")
+        for channel in exchange.Channel.__subclasses__():
+            self.around(channel, "send", _sending)
+            self._watch_answers(channel)
         self.around(import_module("app_db._units.branches"), "say", _saying)
-        self._watch_awaited_lines()
-
-    def _watch_awaited_lines(self) -> None:
-        for line in import_module("app_db._two_phase.async_exchange").AwaitedLine.__subclasses__():
-            self._around_awaited(line, "say", _sending)
+        for channel in exchange.AsyncChannel.__subclasses__():
+            self._around_awaited(channel, "say", _sending)
 
     def _around_awaited(self, owner: Any, name: str, describe: Callable[..., str]) -> None:
         """Do what `around` does with a coroutine function."""

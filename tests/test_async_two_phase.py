@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import QueuePool
 
-from app_db._two_phase.async_exchange import exchange_awaited
+from app_db._databases.exchange import exchange_awaited
 from app_db._units.manager import retryable
 from app_db.errors import AbortedByRecovery, CommitUnconfirmed, OutcomeUnknown
 from applications import DEFER_UNIQUENESS, Item, Settings

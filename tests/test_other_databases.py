@@ -17,7 +17,9 @@ from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from app_db._databases.dialects import Database, _use_wal, database_of
+from app_db._databases.database import Database
+from app_db._databases.registry import database_of
+from app_db._databases.sqlite import _use_wal
 from app_db.errors import ReadOnlyViolation, UnitOfWorkTimeout
 from applications import Application, running
 

@@ -20,8 +20,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from app_db._two_phase.exchange import Answer, Exchange, Line, Outcome, exchange
-from app_db._two_phase.preparing import InDoubtBranch, MySQLPrepares, PostgreSQLPrepares, Prepares, Settling, prepares_of
+from app_db._databases.exchange import Answer, Channel, Exchange, Outcome, exchange
+from app_db._databases.mysql import MySQLPrepareVerbs
+from app_db._databases.postgresql import PostgreSQLPrepareVerbs
+from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
+from app_db._databases.registry import database_of
 from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
 from choosing import mostly
 from proxies import Proxy
@@ -29,32 +32,37 @@ from requiring import started
 from servers import PASSWORD, USER, MariaDBServer, PostgresServer, Server
 from versions import NOTIFIES_IS_DEAF
 
-postgresql, mysql = PostgreSQLPrepares(), MySQLPrepares()
+postgresql, mysql = PostgreSQLPrepareVerbs(), MySQLPrepareVerbs()
 
 DONE = Answer(Outcome.DONE)
 
 NewUrl = Callable[[], str]
 
 
-def new_xid(connection: str = "writer") -> Xid:
-    return Xid("shop", new_unit_id(new_log_id()), connection)
+def verbs_of(driver_name: str) -> PrepareVerbs | None:
+    dialect, _, driver = driver_name.partition("+")
+    return database_of(dialect).prepare_verbs(driver)
+
+
+def new_xid(connection: str = "writer") -> str:
+    return str(Xid("shop", new_unit_id(new_log_id()), connection))
 
 
 # ---- places -------------------------------------------------------------------------------------------------------------
 
 
 class Place:
-    """A database with a table `items`, ways to it, and how its kind prepares."""
+    """A database with a table `items`, ways to it, and the verbs that prepare in it."""
 
     def __init__(self, server: Server, url: str, stack: ExitStack) -> None:
         self.server = server
         self.url = url
         self._stack = stack
         self.engine = self.new_engine(poolclass=NullPool)
-        found = prepares_of(self.engine.url.drivername)
+        found = verbs_of(self.engine.url.drivername)
         assert found is not None
-        self.prepares: Prepares = found
-        self.is_mysql = isinstance(found, MySQLPrepares)
+        self.verbs: PrepareVerbs = found
+        self.is_mysql = isinstance(found, MySQLPrepareVerbs)
         with self.settler() as connection:
             connection.exec_driver_sql("CREATE TABLE items (id integer PRIMARY KEY, name varchar(20))")
 
@@ -81,31 +89,31 @@ class Place:
         with self.settler() as connection:
             return list(connection.scalars(text("SELECT name FROM items ORDER BY id")))
 
-    def begin(self, xid: Xid, *statements: str) -> Any:
+    def begin(self, xid: str, *statements: str) -> Any:
         """Begin a branch on a connection of the driver's and execute some statements in it."""
         connection = self.driver_connection()
-        execute(connection, *self.prepares.start(xid), *statements)
+        execute(connection, *self.verbs.start(xid), *statements)
         return connection
 
-    def prepared(self, xid: Xid, *statements: str) -> Any:
+    def prepared(self, xid: str, *statements: str) -> Any:
         """Prepare a branch; return the connection that did."""
         connection = self.begin(xid, *(statements or ["INSERT INTO items VALUES (1, 'a')"]))
-        assert self.say(connection, *self.prepares.prepare(xid)) == DONE
+        assert self.say(connection, *self.verbs.prepare(xid)) == DONE
         return connection
 
     def say(self, connection: Any, *statements: str, **options: Any) -> Answer:
-        return exchange({"it": (self.prepares.line(connection), statements)}, **options).answers["it"]
+        return exchange({"it": (self.verbs.channel(connection), statements)}, **options).answers["it"]
 
-    def in_doubt(self) -> list[InDoubtBranch]:
+    def in_doubt(self) -> list[Prepared]:
         with self.settler() as connection:
-            return self.prepares.in_doubt(connection)
+            return [found for found in self.verbs.prepared(connection) if Xid.parse(found.xid) is not None]
 
-    def settle(self, xid: Xid, *, commit: bool, within: float = 0.0) -> Settling:
+    def settle(self, xid: str, *, commit: bool, within: float = 0.0) -> Settling:
         """Settle as recovery would: try again for a while when somebody holds the branch."""
         deadline = time.monotonic() + within
         with self.settler() as connection:
             while True:
-                came_to = self.prepares.settle(connection, xid, commit=commit)
+                came_to = self.verbs.settle(connection, xid, commit=commit)
                 if came_to is not Settling.HELD or time.monotonic() > deadline:
                     return came_to
                 time.sleep(0.02)
@@ -180,7 +188,7 @@ def test_a_prepared_branch_is_settled_by_the_connection_that_prepared_it(commit:
     connection = place.prepared(xid)
     assert [branch.xid for branch in place.in_doubt()] == [xid]
     assert place.names() == []
-    end = place.prepares.commit_prepared if commit else place.prepares.roll_back_prepared
+    end = place.verbs.commit_prepared if commit else place.verbs.roll_back_prepared
     assert place.say(connection, *end(xid)) == DONE
     assert (place.names(), place.in_doubt()) == (names, [])
 
@@ -198,7 +206,7 @@ def test_a_prepared_branch_outlives_its_connection_and_any_other_settles_it(comm
 def test_an_unprepared_branch_ends_by_one_exchange(commit: bool, place: Place) -> None:
     xid = new_xid()
     connection = place.begin(xid, "INSERT INTO items VALUES (1, 'a')")
-    end = place.prepares.commit_unprepared if commit else place.prepares.roll_back_unprepared
+    end = place.verbs.commit_unprepared if commit else place.verbs.roll_back_unprepared
     assert place.say(connection, *end(xid)) == DONE
     assert place.names() == (["a"] if commit else [])
 
@@ -215,8 +223,8 @@ def test_a_connection_serves_on_after_its_branch_has_ended(place: Place) -> None
     connection = place.driver_connection()
     for number in range(3):
         xid = new_xid()
-        execute(connection, *place.prepares.start(xid), f"INSERT INTO items VALUES ({number}, 'n')")
-        assert place.say(connection, *place.prepares.prepare(xid), *place.prepares.commit_prepared(xid)) == DONE
+        execute(connection, *place.verbs.start(xid), f"INSERT INTO items VALUES ({number}, 'n')")
+        assert place.say(connection, *place.verbs.prepare(xid), *place.verbs.commit_prepared(xid)) == DONE
         connection.commit()
         connection.rollback()
     execute(connection, "INSERT INTO items VALUES (9, 'z')")
@@ -230,8 +238,8 @@ def test_an_empty_branch_and_one_that_only_read_can_be_prepared_and_committed(pl
         connection = place.begin(xid, *statements)
         if not statements and not place.is_mysql and connection.info.transaction_status == TransactionStatus.IDLE:
             execute(connection, "SELECT 1")  # nothing has begun otherwise
-        assert place.say(connection, *place.prepares.prepare(xid)) == DONE
-        assert place.say(connection, *place.prepares.commit_prepared(xid)) == DONE
+        assert place.say(connection, *place.verbs.prepare(xid)) == DONE
+        assert place.say(connection, *place.verbs.commit_prepared(xid)) == DONE
     assert place.in_doubt() == []
 
 
@@ -253,7 +261,7 @@ def test_savepoints_work_in_a_branch(place: Place) -> None:
         *("SAVEPOINT s", "INSERT INTO items VALUES (2, 'b')", "ROLLBACK TO SAVEPOINT s"),
         *("SAVEPOINT t", "INSERT INTO items VALUES (3, 'c')", "RELEASE SAVEPOINT t"),
     )
-    assert place.say(connection, *place.prepares.prepare(xid), *place.prepares.commit_prepared(xid)) == DONE
+    assert place.say(connection, *place.verbs.prepare(xid), *place.verbs.commit_prepared(xid)) == DONE
     assert place.names() == ["a", "c"]
 
 
@@ -283,24 +291,24 @@ def test_what_is_missing_is_told_from_what_is_wrong(place: Place) -> None:
         connection.autocommit(True)
     else:
         connection.autocommit = True
-    answer = place.say(connection, *place.prepares.commit_prepared(new_xid()))
+    answer = place.say(connection, *place.verbs.commit_prepared(new_xid()))
     assert answer.outcome is Outcome.REFUSED
     assert answer.error is not None
-    assert place.prepares.is_missing(answer.error)
+    assert place.verbs.is_missing(answer.error)
     other = place.say(connection, "SELECT nonsense").error
     assert other is not None
-    assert not place.prepares.is_missing(other)
-    assert not place.prepares.is_missing(OSError())
+    assert not place.verbs.is_missing(other)
+    assert not place.verbs.is_missing(OSError())
     with place.settler() as settler, pytest.raises(DBAPIError) as caught:
-        settler.exec_driver_sql(place.prepares.commit_prepared(new_xid())[0])
-    assert place.prepares.is_missing(caught.value), "SQLAlchemy's error around the driver's"
+        settler.exec_driver_sql(place.verbs.commit_prepared(new_xid())[0])
+    assert place.verbs.is_missing(caught.value), "SQLAlchemy's error around the driver's"
 
 
-def test_only_names_of_ours_are_listed(place: Place) -> None:
+def test_only_names_of_ours_are_taken_for_ours(place: Place) -> None:
     xid = new_xid()
     foreign = ["'foreign'", "'shop:short:writer'"]
     if place.is_mysql:
-        gtrid, _, bqual = str(xid).rpartition(":")
+        gtrid, _, bqual = xid.rpartition(":")
         foreign += [f"'{gtrid}:','{bqual}'", f"'{new_xid()}','',7", "X'FF00'"]
         steps = [[f"XA START {name}", f"XA END {name}", f"XA PREPARE {name}"] for name in foreign]
         endings = [f"XA ROLLBACK {name}" for name in foreign]
@@ -329,9 +337,9 @@ def test_only_names_of_ours_are_listed(place: Place) -> None:
 
 
 def test_databases_that_are_not_known_to_prepare_have_no_way_to() -> None:
-    assert isinstance(prepares_of("postgresql+psycopg"), PostgreSQLPrepares)
-    assert isinstance(prepares_of("mysql+pymysql"), MySQLPrepares)
-    assert isinstance(prepares_of("mariadb+pymysql"), MySQLPrepares)
+    assert isinstance(verbs_of("postgresql+psycopg"), PostgreSQLPrepareVerbs)
+    assert isinstance(verbs_of("mysql+pymysql"), MySQLPrepareVerbs)
+    assert isinstance(verbs_of("mariadb+pymysql"), MySQLPrepareVerbs)
     for driver in (
         "sqlite",
         "sqlite+aiosqlite",
@@ -340,7 +348,7 @@ def test_databases_that_are_not_known_to_prepare_have_no_way_to() -> None:
         "mysql+mysqldb",
         "oracle",
     ):
-        assert prepares_of(driver) is None
+        assert verbs_of(driver) is None
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------------
@@ -348,7 +356,7 @@ def test_databases_that_are_not_known_to_prepare_have_no_way_to() -> None:
 
 def test_a_server_that_can_prepare_has_no_problem(place: Place) -> None:
     with place.engine.connect() as connection:
-        assert place.prepares.problem(connection) is None
+        assert place.verbs.problem(connection) is None
 
 
 def test_a_postgresql_that_may_not_prepare_is_told_by_its_setting(new_postgres: Callable[..., PostgresServer]) -> None:
@@ -443,7 +451,7 @@ def test_a_conflict_that_is_found_at_prepare_can_be_told_as_one(pg: Place) -> No
 
 @pytest.mark.parametrize("say", [postgresql.prepare, postgresql.commit_unprepared])
 def test_a_transaction_in_which_a_statement_failed_is_refused_although_the_server_says_nothing(
-    say: Callable[[Xid], list[str]], pg: Place
+    say: Callable[[str], list[str]], pg: Place
 ) -> None:
     """PostgreSQL answers COMMIT and PREPARE TRANSACTION of a failed transaction with ROLLBACK, and that is no error to libpq."""
     xid = new_xid()
@@ -544,7 +552,7 @@ def test_a_branch_that_another_user_prepared_is_refused_with_the_reason(pg: Plac
         pg.prepared(xid)
         clerk = pg.new_engine(pg.server.url(str(database), user=user, password="clerk"), poolclass=NullPool)
         with clerk.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            [found] = postgresql.in_doubt(connection)
+            [found] = postgresql.prepared(connection)
             assert found.owner == USER, "it is listed all the same, with who may settle it"
             with pytest.raises(DBAPIError, match="Must be superuser or the user that prepared the transaction"):
                 postgresql.settle(connection, xid, commit=True)
@@ -595,7 +603,7 @@ def test_any_user_of_mariadb_may_list_and_settle(my: Place) -> None:
     try:
         clerk = my.new_engine(my.server.url("", user="clerk", password="clerk"), poolclass=NullPool)
         with clerk.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            assert [branch.xid for branch in mysql.in_doubt(connection)] == [xid]
+            assert [branch.xid for branch in mysql.prepared(connection)] == [xid]
             while mysql.settle(connection, xid, commit=True) is Settling.HELD:
                 time.sleep(0.02)
     finally:
@@ -682,8 +690,8 @@ def test_a_branch_can_use_temporary_tables_and_read_only_terms(my: Place) -> Non
 
 
 def test_the_name_of_a_branch_may_have_64_bytes_and_no_more(my: Place) -> None:
-    longest = Xid("a" * 16, new_unit_id(new_log_id()), "c" * 22 + ".1")
-    assert len(str(longest)) == 64
+    longest = str(Xid("a" * 16, new_unit_id(new_log_id()), "c" * 22 + ".1"))
+    assert len(longest) == 64
     connection = my.prepared(longest)
     assert my.say(connection, *mysql.roll_back_prepared(longest)) == DONE
     with pytest.raises(pymysql.err.ProgrammingError):
@@ -740,8 +748,8 @@ def test_a_statement_that_the_server_broke_off_is_unknown_and_its_connection_clo
 # ---- several at once --------------------------------------------------------------------------------------------------------
 
 
-def lines_to(place: Place, count: int) -> dict[int, Line]:
-    return {number: place.prepares.line(place.driver_connection()) for number in range(count)}
+def lines_to(place: Place, count: int) -> dict[int, Channel]:
+    return {number: place.verbs.channel(place.driver_connection()) for number in range(count)}
 
 
 def outcomes(came: Exchange[int]) -> list[str]:
@@ -772,7 +780,7 @@ def test_different_kinds_of_databases_speak_in_one_exchange(pg: Place, my: Place
     for step in ("prepare", "commit_prepared"):
         came = exchange(
             {
-                name: (place.prepares.line(connections[name]), getattr(place.prepares, step)(xids[name]))
+                name: (place.verbs.channel(connections[name]), getattr(place.verbs, step)(xids[name]))
                 for name, place in places.items()
             }
         )
@@ -784,14 +792,14 @@ def test_every_answer_is_collected_even_if_one_is_an_error(place: Place) -> None
     connections = [place.driver_connection() for _ in range(3)]
     bad = "SELECT nonsense"
     statements = [[sleep(place, 0.2)], [bad, "INSERT INTO items VALUES (1, 'a')"], [sleep(place, 0.1), bad]]
-    came = exchange({n: (place.prepares.line(c), statements[n]) for n, c in enumerate(connections)})
+    came = exchange({n: (place.verbs.channel(c), statements[n]) for n, c in enumerate(connections)})
     assert outcomes(came) == ["done", "refused", "refused"]
     assert came.with_outcome(Outcome.REFUSED) == [1, 2]
     assert not came.all_done
     error = came.answers[1].error
     assert isinstance(error, psycopg.errors.UndefinedColumn | pymysql.err.OperationalError)
     for connection in connections:
-        assert place.say(connection, *place.prepares.roll_back_unprepared(new_xid())[-1:]).outcome is not Outcome.UNKNOWN
+        assert place.say(connection, *place.verbs.roll_back_unprepared(new_xid())[-1:]).outcome is not Outcome.UNKNOWN
         connection.rollback()
         execute(connection, "SELECT 1")
     assert place.names() == [], "nothing was said after the refusal"
@@ -826,7 +834,7 @@ def test_a_connection_killed_between_question_and_answer_leaves_the_outcome_unkn
     connections = [place.driver_connection() for _ in range(3)]
     killer = threading.Timer(0.2, kill, [place, connections[1]])
     killer.start()
-    came = exchange({n: (place.prepares.line(c), [sleep(place, 0.5)]) for n, c in enumerate(connections)})
+    came = exchange({n: (place.verbs.channel(c), [sleep(place, 0.5)]) for n, c in enumerate(connections)})
     killer.join()
     assert outcomes(came) == ["done", "unknown", "done"]
     error = came.answers[1].error
@@ -839,7 +847,7 @@ def test_a_connection_killed_before_the_question_leaves_the_outcome_unknown_or_r
     connection = place.begin(new_xid(), "INSERT INTO items VALUES (1, 'a')")
     kill(place, connection)
     time.sleep(0.1)
-    answers = [place.say(connection, *place.prepares.prepare(new_xid())) for _ in range(2)]
+    answers = [place.say(connection, *place.verbs.prepare(new_xid())) for _ in range(2)]
     for answer in answers:
         assert answer.outcome in (Outcome.UNKNOWN, Outcome.REFUSED)
         assert isinstance(answer.error, psycopg.OperationalError | pymysql.err.Error)
@@ -852,15 +860,15 @@ def test_a_network_that_loses_one_lines_request_or_answer_leaves_that_one_unknow
     with Proxy(place.server) as proxy:
         connection = place.driver_connection(proxy.url(place.url))
         beside = place.driver_connection()
-        execute(connection, *place.prepares.start(mine), "INSERT INTO items VALUES (1, 'a')")
-        execute(beside, *place.prepares.start(other), "INSERT INTO items VALUES (2, 'b')")
+        execute(connection, *place.verbs.start(mine), "INSERT INTO items VALUES (1, 'a')")
+        execute(beside, *place.verbs.start(other), "INSERT INTO items VALUES (2, 'b')")
         both = {0: (connection, mine), 1: (beside, other)}
         steps = ["prepare", "commit_prepared"]
         came: Exchange[int] | None = None
         for now in steps[: steps.index(step) + 1]:
             if now == step:
                 proxy.lose(what, to=b"XA (PREPARE|COMMIT)" if place.is_mysql else b"PREPARE")
-            came = exchange({n: (place.prepares.line(c), getattr(place.prepares, now)(xid)) for n, (c, xid) in both.items()})
+            came = exchange({n: (place.verbs.channel(c), getattr(place.verbs, now)(xid)) for n, (c, xid) in both.items()})
         assert came is not None
         assert outcomes(came) == ["unknown", "done"]
         assert isinstance(came.answers[0].error, psycopg.OperationalError | pymysql.err.OperationalError)
@@ -878,7 +886,7 @@ def test_who_does_not_answer_in_time_is_unknown_and_abandoned(place: Place) -> N
     slow, quick = place.driver_connection(), place.driver_connection()
     begun = time.monotonic()
     came = exchange(
-        {0: (place.prepares.line(slow), [sleep(place, 2)]), 1: (place.prepares.line(quick), [sleep(place, 0)])}, timeout=0.2
+        {0: (place.verbs.channel(slow), [sleep(place, 2)]), 1: (place.verbs.channel(quick), [sleep(place, 0)])}, timeout=0.2
     )
     assert 0.2 <= time.monotonic() - begun < 1.8, "and not 2 s"
     assert outcomes(came) == ["unknown", "done"]
@@ -907,7 +915,7 @@ def test_an_interruption_waits_for_the_answers_that_are_under_way(place: Place) 
     connections = [place.driver_connection() for _ in range(3)]
     begun = time.monotonic()
     with interrupted(0.1):
-        came = exchange({n: (place.prepares.line(c), [sleep(place, 0.3), sleep(place, 0)]) for n, c in enumerate(connections)})
+        came = exchange({n: (place.verbs.channel(c), [sleep(place, 0.3), sleep(place, 0)]) for n, c in enumerate(connections)})
     assert time.monotonic() - begun < 1
     assert came.all_done
     assert isinstance(came.interruption, KeyboardInterrupt)
@@ -922,9 +930,9 @@ def test_after_an_interruption_patience_ends(place: Place) -> None:
     with interrupted(0.1):
         came = exchange(
             {
-                0: (place.prepares.line(slow), [sleep(place, 3)]),
-                1: (place.prepares.line(quick), [sleep(place, 0.2)]),
-                2: (place.prepares.line(bad), [sleep(place, 0.15), "SELECT nonsense"]),
+                0: (place.verbs.channel(slow), [sleep(place, 3)]),
+                1: (place.verbs.channel(quick), [sleep(place, 0.2)]),
+                2: (place.verbs.channel(bad), [sleep(place, 0.15), "SELECT nonsense"]),
             },
             patience=0.4,
         )
@@ -940,17 +948,17 @@ def test_a_second_interruption_ends_the_wait_at_once(place: Place) -> None:
     begun = time.monotonic()
     with interrupted(0.2, 0.4):
         came = exchange(
-            {0: (place.prepares.line(slow), [sleep(place, 5)]), 1: (place.prepares.line(quick), [sleep(place, 0.1)])}, patience=30
+            {0: (place.verbs.channel(slow), [sleep(place, 5)]), 1: (place.verbs.channel(quick), [sleep(place, 0.1)])}, patience=30
         )
     assert time.monotonic() - begun < 4, "and not 5 s"
     assert outcomes(came) == ["unknown", "done"]
     assert isinstance(came.interruption, KeyboardInterrupt)
 
 
-class Stumbling(Line):
+class Stumbling(Channel):
     """A line that raises Ctrl-C at its so many-th step and says what has happened to it; below it is a real one."""
 
-    def __init__(self, below: Line, at: int) -> None:
+    def __init__(self, below: Channel, at: int) -> None:
         self.below = below
         self.driver_error = below.driver_error
         self.left = at
@@ -989,11 +997,11 @@ def test_an_interruption_at_any_step_claims_nothing_that_is_not_so(place: Place)
         mine, other = new_xid(), new_xid()
         connection = place.begin(mine, f"INSERT INTO items VALUES ({at}, 'a')")
         beside = place.begin(other, f"INSERT INTO items VALUES ({at + 100}, 'b')")
-        line = Stumbling(place.prepares.line(connection), at)
+        line = Stumbling(place.verbs.channel(connection), at)
         came = exchange(
             {
-                0: (line, ["SAVEPOINT s", *place.prepares.prepare(mine)]),
-                1: (place.prepares.line(beside), place.prepares.prepare(other)),
+                0: (line, ["SAVEPOINT s", *place.verbs.prepare(mine)]),
+                1: (place.verbs.channel(beside), place.verbs.prepare(other)),
             },
             patience=0.1,
         )
@@ -1020,5 +1028,5 @@ def test_passwords_are_in_no_error(place: Place) -> None:
     connection = place.driver_connection()
     kill(place, connection)
     time.sleep(0.1)
-    answer = place.say(connection, *place.prepares.prepare(new_xid()))
+    answer = place.say(connection, *place.verbs.prepare(new_xid()))
     assert PASSWORD not in repr(answer)

@@ -22,7 +22,7 @@ from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
-from app_db._two_phase.exchange import Exchange, exchange
+from app_db._databases.exchange import Exchange, exchange
 from app_db._units.manager import retryable
 from app_db.errors import AbortedByRecovery, CommitUnconfirmed, HookFailed, InvalidUse, OutcomeUnknown
 from applications import DEFER_UNIQUENESS, Item, read_lock

@@ -21,8 +21,8 @@ import pytest
 from sqlalchemy import NullPool, create_engine, make_url, text
 
 from app_db import DatabaseSettings, container_of
+from app_db._databases.exchange import Exchange, exchange
 from app_db._two_phase.decisions import Decision
-from app_db._two_phase.exchange import Exchange, exchange
 from app_db._two_phase.recovery import Settlement
 from app_db._two_phase.xids import Xid
 from app_db.settings.urls import for_threads

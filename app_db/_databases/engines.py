@@ -20,7 +20,9 @@ from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.asyncio import begin_unseen, outlast
 from app_db._compat.os import after_fork_in_child
-from app_db._databases.dialects import Database, database_of, hang_up, is_left_in_the_middle
+from app_db._databases.database import Database
+from app_db._databases.dialects import hang_up, is_left_in_the_middle
+from app_db._databases.registry import database_of
 from app_db.errors import Problem, SettingsError
 from app_db.settings.urls import dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
 
@@ -301,7 +303,7 @@ An exception from a signal handler may come before SQLAlchemy has noted that it 
 def _watch_pool(engine: Engine, connection: ConnectionSettings) -> None:
     alive_window = connection.pool.alive_window
     dialect = engine.dialect
-    pings = dialect.name != "sqlite"
+    pings = database_of(dialect.name).waits_for_answers
 
     @event.listens_for(engine, "checkout")
     def check(dbapi_connection: Any, record: Any, proxy: Any) -> None:
@@ -334,7 +336,7 @@ def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
         if record is None or state.terminate_only:
             return
         if database.may_be_in_transaction(dbapi_connection):
-            dbapi_connection.rollback()
+            database.roll_back(dbapi_connection)
         if is_left_in_the_middle(dbapi_connection):
             record.invalidate()
             return

@@ -19,11 +19,10 @@ from sqlalchemy.util import ScopedRegistry
 from transaction.interfaces import NoTransaction
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
-from app_db._databases.dialects import database_of
 from app_db._databases.engines import told_of_checkout
+from app_db._databases.registry import database_of
 from app_db._sessions.idle_sessions import IdleSessions, NewSessions
 from app_db._sessions.stand_ins import StandIn
-from app_db._two_phase.preparing import prepares_of
 from app_db._units.branches import Branch
 from app_db._units.coordinator import Coordinator, Work
 from app_db._units.manager import Owner
@@ -62,7 +61,7 @@ class SessionHome:
         self.engine = engine
         self._dialect = settings.sqlalchemy_url().get_backend_name()
         self.database = database_of(self._dialect)
-        self.prepares = prepares_of(settings.sqlalchemy_url().drivername)
+        self.verbs = self.database.prepare_verbs(settings.sqlalchemy_url().get_driver_name())
         self.read_only = settings.read_only
         self.autonomous = not settings.transactional
         self.two_phase = settings.two_phase
@@ -78,7 +77,7 @@ class SessionHome:
         engine = self.engine()
         if engine.dialect.name != self._dialect:  # overridden, by an engine for another kind of database
             self._dialect, self.database = engine.dialect.name, database_of(engine.dialect.name)
-            self.prepares = prepares_of(engine.url.drivername)
+            self.verbs = self.database.prepare_verbs(engine.url.get_driver_name())
         if not (work.read_only or work.timed or work.isolation):
             return engine
         if work.rehearsal is not None:
@@ -99,8 +98,8 @@ class SessionHome:
             self.watched = connection.dialect
 
     def make_log(self) -> None:
-        """Have the table of decisions made, if there may be one in this SQLite database, before the unit shuts everybody out."""
-        if self._dialect != "sqlite" or self.coordinator.rehearsal is not None:
+        """Have the table of decisions made, if there may be one in this database, before the unit shuts everybody out."""
+        if not self.database.has_one_writer or self.coordinator.rehearsal is not None:
             return
         if self._keeps_decisions is None:
             self._keeps_decisions = self.coordinator.places().may_be_in(self.name)

@@ -8,7 +8,6 @@ from typing import Protocol
 
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.decisions import DecisionLog, Verdict
-from app_db._two_phase.preparing import prepares_of
 from app_db._two_phase.xids import new_unit_id
 from app_db.errors import Problem, TwoPhaseUnavailable, in_one_line
 from app_db.settings.sources import variable_for
@@ -40,12 +39,12 @@ def _servers(places: DecisionPlaces) -> Iterator[Problem]:
 
 
 def _server(places: DecisionPlaces, name: str) -> str | None:
-    prepares = prepares_of(places.driver(name))
-    if prepares is None:
+    verbs = places.prepare_verbs(name)
+    if verbs is None:
         return f"is not there for {places.driver(name)}."
     try:
         with places.engine(name).connect() as connection:
-            return prepares.problem(connection)
+            return verbs.problem(connection)
     except Exception as error:
         log.debug("The server of %r can't be asked", name, exc_info=True)
         return f"the server can't be asked whether it can prepare ({in_one_line(error)})."

@@ -13,6 +13,8 @@ from weakref import WeakSet
 
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.engines import build_engine
+from app_db._databases.prepare_verbs import PrepareVerbs
+from app_db._databases.registry import database_of
 from app_db._two_phase.decision_table import TableLog
 from app_db._two_phase.decisions import DecisionLog
 from app_db.errors import InvalidUse
@@ -82,6 +84,11 @@ class DecisionPlaces:
     def driver(self, connection: str) -> str:
         """Return the dialect and driver of a connection in the settings, `postgresql+psycopg`."""
         return self._url(connection).drivername
+
+    def prepare_verbs(self, connection: str) -> PrepareVerbs | None:
+        """Return how the database of a connection prepares; None where app_db does not know."""
+        url = self._url(connection)
+        return database_of(url.get_backend_name()).prepare_verbs(url.get_driver_name())
 
     def engine(self, connection: str) -> Engine:
         """Return the engine of any connection in the settings, whether the application uses it or another one does."""

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.decisions import Decision, DecisionLog, Verdict
-from app_db._two_phase.preparing import InDoubtBranch, Prepares, Settling, prepares_of
 from app_db._two_phase.xids import Xid, log_of
 from app_db.errors import in_one_line
 from app_db.settings import DatabaseSettings
@@ -236,22 +236,23 @@ class Recovery:
         branches: dict[Xid, BranchInDoubt] = {}
         application = self._settings().application
         for name in self._places.two_phase():
-            with _noting(name, unreachable), self._connected(name) as (connection, prepares):
-                for found in prepares.in_doubt(connection):
-                    if found.xid.application == application:
-                        _note_branch(branches, found, name)
+            with _noting(name, unreachable), self._connected(name) as (connection, verbs):
+                for found in verbs.prepared(connection):
+                    xid = Xid.parse(found.xid)
+                    if xid is not None and xid.application == application:
+                        _note_branch(branches, xid, found, name)
         units: dict[str, UnitInDoubt] = {}
         for xid, branch in branches.items():
             units.setdefault(xid.unit, UnitInDoubt(xid.unit, xid.begun_at)).branches.append(branch)
         return _by_age(units.values())
 
     @contextmanager
-    def _connected(self, name: str) -> Generator[tuple[Connection, Prepares]]:
-        prepares = prepares_of(self._places.driver(name))
-        if prepares is None:
+    def _connected(self, name: str) -> Generator[tuple[Connection, PrepareVerbs]]:
+        verbs = self._places.prepare_verbs(name)
+        if verbs is None:
             raise LookupError(f"app_db does not know how {self._places.driver(name)} prepares")
         with self._places.engine(name).connect() as connection:
-            yield connection.execution_options(isolation_level="AUTOCOMMIT"), prepares
+            yield connection.execution_options(isolation_level="AUTOCOMMIT"), verbs
 
     # -- deciding
 
@@ -290,8 +291,8 @@ class Recovery:
         commit = verdict is Verdict.COMMIT
         until = time.monotonic() + _HELD_FOR
         try:
-            with self._connected(name) as (connection, prepares):
-                while (came_to := prepares.settle(connection, branch.xid, commit=commit)) is Settling.HELD:
+            with self._connected(name) as (connection, verbs):
+                while (came_to := verbs.settle(connection, str(branch.xid), commit=commit)) is Settling.HELD:
                     if time.monotonic() > until:
                         break
                     time.sleep(0.05)
@@ -339,11 +340,11 @@ _STATES = {
 }
 
 
-def _note_branch(branches: dict[Xid, BranchInDoubt], found: InDoubtBranch, name: str) -> None:
+def _note_branch(branches: dict[Xid, BranchInDoubt], xid: Xid, found: Prepared, name: str) -> None:
     """Note a branch that the database of a connection lists, once for all connections that lead there."""
-    branch = branches.setdefault(found.xid, BranchInDoubt(found.xid, [], found.prepared_at, found.owner))
+    branch = branches.setdefault(xid, BranchInDoubt(xid, [], found.prepared_at, found.owner))
     # Its own connection comes first: another one may have another user, who must not settle it.
-    branch.connections.insert(0 if name == _name_of(found.xid) else len(branch.connections), name)
+    branch.connections.insert(0 if name == _name_of(xid) else len(branch.connections), name)
 
 
 def _name_of(xid: Xid) -> str:

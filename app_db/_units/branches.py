@@ -20,8 +20,8 @@ from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.interruptions import came_from_outside, interrupted
+from app_db._databases.prepare_verbs import PrepareVerbs, Settling
 from app_db._databases.statements import Effect, effect_of, lifts_read_only, transaction_verb
-from app_db._two_phase.preparing import Prepares, Settling
 from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkTimeout
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
     from transaction import Transaction
 
-    from app_db._databases.dialects import Database
+    from app_db._databases.database import Database
     from app_db._two_phase.xids import Xid
 
 log = logging.getLogger("app_db")
@@ -53,7 +53,7 @@ class Home(Protocol):
     asynchronous: bool
     two_phase: bool
     database: Database
-    prepares: Prepares | None
+    verbs: PrepareVerbs | None
 
 
 class BranchedWork(Protocol):
@@ -119,7 +119,7 @@ class Branch:
     tried = False
     """Whether it was told to commit: an autonomous one is told once, even if the unit aborts."""
     stage = Stage.ACTIVE
-    _xid: Xid | None = None
+    _xid: str | None = None
     _begun_by_xid = False
     _is_flushed_for_good = False
     _rolled_back_by: int | None = None  # a thread
@@ -154,20 +154,20 @@ class Branch:
     @property
     def can_prepare(self) -> bool:
         """Whether it can be prepared, so that others may commit together with it."""
-        return self.home.two_phase and self.home.prepares is not None and len(self._connections) == 1
+        return self.home.two_phase and self.home.verbs is not None and len(self._connections) == 1
 
     @property
-    def prepares(self) -> Prepares:
+    def verbs(self) -> PrepareVerbs:
         """How its database prepares. Raises InvalidUse where it doesn't."""
-        if self.home.prepares is None:
+        if self.home.verbs is None:
             raise InvalidUse(f"The connection {self.name!r} can't be prepared", "Set its two_phase to false")
-        return self.home.prepares
+        return self.home.verbs
 
     @property
-    def xid(self) -> Xid:
+    def xid(self) -> str:
         """The name by which its database knows it."""
         if self._xid is None:
-            self._xid = self._work.xid_for(self)
+            self._xid = str(self._work.xid_for(self))
         return self._xid
 
     @property
@@ -204,10 +204,10 @@ class Branch:
 
     def _begin_by_xid(self, connection: Connection) -> None:
         """Begin by xid where a transaction that began otherwise can't be prepared. Before it listens: this is no write."""
-        prepares = self.home.prepares
-        if prepares is None or type(prepares).start is Prepares.start:
+        verbs = self.home.verbs
+        if verbs is None or not verbs.begins_by_xid:
             return  # without an xid, for which the decision log would be asked
-        for statement in prepares.start(self.xid):
+        for statement in verbs.start(self.xid):
             connection.exec_driver_sql(statement)
         self._begun_by_xid = True
 
@@ -276,7 +276,7 @@ class Branch:
         if self.stage is Stage.ACTIVE:
             self.is_commit_unanswered = True
             if self._begun_by_xid:
-                say(dbapi_connection, self.prepares.commit_unprepared(self.xid))
+                say(dbapi_connection, self.verbs.commit_unprepared(self.xid))
             else:
                 plainly(dbapi_connection)
         self.committed = True  # what fails from here on fails afterwards
@@ -287,7 +287,7 @@ class Branch:
         if not self._begun_by_xid:
             plainly(dbapi_connection)
         elif self.stage is Stage.ACTIVE:
-            say(dbapi_connection, self.prepares.roll_back_unprepared(self.xid), regardless=True)
+            say(dbapi_connection, self.verbs.roll_back_unprepared(self.xid), regardless=True)
 
     def has_lost_transaction(self) -> bool:
         """Return whether the database would answer COMMIT with a rollback."""
@@ -334,7 +334,7 @@ class Branch:
         """End by its xid, on another connection, a branch that did not answer. Return whether its database knows by now."""
         try:
             with self.connection.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                return self.prepares.settle(connection, self.xid, commit=commit) is not Settling.HELD
+                return self.verbs.settle(connection, self.xid, commit=commit) is not Settling.HELD
         except Exception:
             log.warning("%r could not be reached a second time, and is left to recovery", self.name, exc_info=True)
             return False
@@ -453,7 +453,12 @@ class Branch:
         self.session.flush()
 
     def savepoint(self) -> SessionTransaction:
-        """Flush, and take a savepoint."""
+        """Flush, and take a savepoint. Raises InvalidUse where the database has none."""
+        if not self.home.database.has_savepoints:
+            raise InvalidUse(
+                f"The database of {self.name!r} has no savepoints",
+                'Write to it outside nested units (propagation="nested", unit.savepoint())',
+            )
         return self.session.begin_nested()
 
     def roll_back_to(self, savepoint: SessionTransaction) -> None:

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.util.concurrency import await_only
 
+from app_db._databases.exchange import Answer, AsyncChannel, Channel, Exchange, Outcome, exchange, exchange_awaited
 from app_db._databases.statements import Effect
-from app_db._two_phase.async_exchange import AwaitedLine, exchange_awaited
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.decisions import DecisionLog, Verdict
-from app_db._two_phase.exchange import Answer, Exchange, Line, Outcome, exchange
 from app_db._two_phase.xids import log_of
 from app_db._units.branches import Branch, BranchOffLoop, Stage, off_loop, own_threads, position
 from app_db._units.overlays import Overlay
@@ -207,7 +206,7 @@ class AtomicCommit:
     # -- prepare
 
     def _prepare(self) -> None:
-        words = {branch: branch.prepares.prepare(branch.xid) for branch in self._prepared}
+        words = {branch: branch.verbs.prepare(branch.xid) for branch in self._prepared}
         if self._last is not None:
             words |= self._words_of_decision(self._last)
         for branch in self._prepared:
@@ -224,7 +223,7 @@ class AtomicCommit:
     def _words_of_decision(self, last: Branch) -> dict[Branch, list[str]]:
         """Return what writes the decision into the last resource's transaction; write it, where that has to be waited for."""
         table, unit, names = self._work.places.of(last.name), self._work.unit_id, self._names
-        if last.home.prepares is not None:
+        if last.home.verbs is not None:
             return {last: [table.statement(unit, names)]}
         try:
             if isinstance(last, BranchOffLoop):
@@ -315,7 +314,7 @@ class AtomicCommit:
 
     def _has_heard(self, branch: Branch, answer: Answer, commit: bool) -> bool:
         branch.stage = Stage.ENDED
-        if answer.outcome is Outcome.DONE or (answer.error is not None and branch.prepares.is_missing(answer.error)):
+        if answer.outcome is Outcome.DONE or (answer.error is not None and branch.verbs.is_missing(answer.error)):
             return True
         log.warning("%r did not answer when it was told how the unit ends", branch.name, exc_info=answer.error)
         branch.abandon()
@@ -324,19 +323,21 @@ class AtomicCommit:
 
 def _exchange(words: dict[Branch, list[str]]) -> Exchange[Branch]:
     if any(branch.home.asynchronous or isinstance(branch, BranchOffLoop) for branch in words):
-        return await_only(exchange_awaited({branch: (_any_line(branch), said) for branch, said in words.items()}, own_threads()))
-    return exchange({branch: (_line(branch), said) for branch, said in words.items()})
+        return await_only(
+            exchange_awaited({branch: (_any_channel(branch), said) for branch, said in words.items()}, own_threads())
+        )
+    return exchange({branch: (_channel(branch), said) for branch, said in words.items()})
 
 
-def _any_line(branch: Branch) -> Line | AwaitedLine:
+def _any_channel(branch: Branch) -> Channel | AsyncChannel:
     if branch.home.asynchronous:
-        return branch.prepares.awaited_line(branch.connection.connection.dbapi_connection)
-    return _line(branch)
+        return branch.verbs.async_channel(branch.connection.connection.dbapi_connection)
+    return _channel(branch)
 
 
-def _line(branch: Branch) -> Line:
-    return branch.prepares.line(branch.driver_connection)
+def _channel(branch: Branch) -> Channel:
+    return branch.verbs.channel(branch.driver_connection)
 
 
 def _words_of_end(branch: Branch, commit: bool) -> list[str]:
-    return branch.prepares.commit_prepared(branch.xid) if commit else branch.prepares.roll_back_prepared(branch.xid)
+    return branch.verbs.commit_prepared(branch.xid) if commit else branch.verbs.roll_back_prepared(branch.xid)

@@ -18,7 +18,7 @@ from sqlalchemy.exc import PendingRollbackError
 from transaction.interfaces import IRetryDataManager, ISavepointDataManager
 from zope.interface import implementer
 
-from app_db._databases.dialects import NEVER
+from app_db._databases.database import NEVER
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.xids import Xid, new_unit_id
 from app_db._units.branches import Branch, BranchOffLoop, position
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import PoolProxiedConnection
     from transaction import Transaction
 
-    from app_db._databases.dialects import Terms
+    from app_db._databases.database import Terms
     from app_db._two_phase.decisions import DecisionLog
     from app_db._units.hooks import CapturedHooks, Hooks
     from app_db._units.manager import AwaitedTransaction

@@ -25,6 +25,7 @@ from transaction.interfaces import TransientError
 from transaction.weakset import WeakSet
 
 from app_db._compat.os import after_fork_in_child
+from app_db._databases.registry import is_transient
 from app_db._units.liveness import WithBlock, always, gone, tear_down
 from app_db.errors import AlreadyInUnitOfWork, AwaitRequired, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded, UnitOfWorkError
 from app_db.settings.urls import require_greenlet
@@ -437,11 +438,6 @@ class suspended(WithBlock):  # noqa: N801  # used like a function
 
 # ---- what is worth another attempt --------------------------------------------------------------------------------
 
-_MYSQL_DRIVERS = frozenset({"pymysql", "MySQLdb", "mysql", "asyncmy", "aiomysql", "mariadb"})
-_MYSQL_CODES = frozenset({1020, 1205, 1213})  # record changed since read, lock wait timeout, deadlock
-_ORACLE_CODES = frozenset({60, 8177})  # deadlock, can't serialize access
-_SQLITE_CODES = frozenset({5, 6})  # SQLITE_BUSY and SQLITE_LOCKED; extended codes add higher bits
-
 
 def retryable(error: BaseException) -> bool:
     """Return whether the unit of work that raised `error` may succeed when it is run again from its start.
@@ -453,18 +449,4 @@ def retryable(error: BaseException) -> bool:
         return True
     if not isinstance(error, DBAPIError) or error.orig is None:
         return False
-    return error.connection_invalidated or _is_transient(error.orig)
-
-
-def _is_transient(error: BaseException) -> bool:
-    driver = type(error).__module__.partition(".")[0]
-    first = error.args[0] if error.args else None
-    if driver in _MYSQL_DRIVERS:  # first: some of them have a SQLSTATE, too, which is not 40* for a lock waited for too long
-        return first in _MYSQL_CODES
-    sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    if isinstance(sqlstate, str):
-        return sqlstate.startswith("40")
-    sqlite_code = getattr(error, "sqlite_errorcode", None)
-    if sqlite_code is not None:
-        return sqlite_code & 0xFF in _SQLITE_CODES
-    return getattr(first, "code", None) in _ORACLE_CODES
+    return error.connection_invalidated or is_transient(error.orig)

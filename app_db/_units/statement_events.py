@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 from sqlalchemy import event
 
-from app_db._databases.dialects import on_execute
+from app_db._databases.database import on_execute
 from app_db._units.branches import BRANCH, Branch
 
 if TYPE_CHECKING:

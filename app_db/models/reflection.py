@@ -12,7 +12,7 @@ from sqlalchemy.engine.reflection import ObjectKind
 from sqlalchemy.ext.declarative import DeferredReflection
 
 from app_db._compat.os import after_fork_in_child
-from app_db._databases.dialects import database_of
+from app_db._databases.registry import database_of
 from app_db.errors import CannotReflect, UnknownConnection, UnknownTable, Unreflectable
 from app_db.models.bases import CONNECTION, REFLECTED, Reflected, note_reflected, unreflected_models
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol
 
-from sqlalchemy import Column, Connection, DateTime, Engine, MetaData, String, Table, func, text
+from sqlalchemy import Column, Connection, DateTime, Engine, MetaData, String, Table, func
 from sqlalchemy.exc import DBAPIError
 from transaction.interfaces import NoTransaction
 
+from app_db._databases.registry import database_of
 from app_db._units.manager import retryable
 from app_db.errors import InvalidUse, UnitOfWorkError
 from app_db.models.bases import REFLECTED, metadata_of
@@ -20,8 +20,6 @@ from app_db.settings.sources import variable_for
 
 LOCK = "app_db create_all"
 """What processes that change a schema wait for on a server."""
-
-_LONGEST_WAIT = 3600
 
 _ATTEMPTS = 10
 """SQLite waits for others for a while only."""
@@ -133,34 +131,6 @@ def _refuse_inside_unit(container: _Container, name: str) -> None:
 
 @contextmanager
 def _changing(engine: Engine) -> Generator[Connection]:
-    """Give a connection that holds the lock of its database, where we know of one. It commits what was done."""
-    with engine.connect() as connection:
-        if engine.dialect.name == "postgresql":
-            connection.execution_options(isolation_level="READ COMMITTED")  # in autocommit, the lock would be gone at once
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _key()})
-            yield connection
-            connection.commit()
-        elif engine.dialect.name in ("mysql", "mariadb"):
-            with _named_lock(connection):
-                yield connection
-                connection.commit()
-        else:  # SQLite's transactions begin by waiting for each other
-            with connection.begin():
-                yield connection
-
-
-def _key() -> int:
-    return int.from_bytes(hashlib.sha256(LOCK.encode()).digest()[:8], signed=True)
-
-
-@contextmanager
-def _named_lock(connection: Connection) -> Generator[None]:
-    """Hold a lock of a MySQL server, for this database. It is the connection's, because DDL ends every transaction there."""
-    name = connection.scalar(text("SELECT CONCAT(:lock, ' ', MD5(COALESCE(DATABASE(), '')))"), {"lock": LOCK})
-    if connection.scalar(text("SELECT GET_LOCK(:name, :wait)"), {"name": name, "wait": _LONGEST_WAIT}) != 1:
-        raise InvalidUse(f"The lock {name!r} was not to be had", "See on the server who holds it: SELECT IS_USED_LOCK(...)")
-    try:
-        yield
-    finally:
-        if not connection.invalidated:
-            connection.execute(text("SELECT RELEASE_LOCK(:name)"), {"name": name})
+    """Give a connection that holds the lock of its database, where there is one. It commits what was done."""
+    with engine.connect() as connection, database_of(engine.dialect.name).changing_tables(connection, LOCK):
+        yield connection

@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import greenlet_spawn, in_greenlet
 
-from app_db._databases.dialects import database_of
+from app_db._databases.registry import database_of
 from app_db._units.manager import current
 from app_db.errors import CannotIsolate, InvalidUse
 from app_db.settings.urls import for_coroutines, for_threads
-from app_db.testing.shared_engines import READ_ONLY, async_sharing_engine, has_twin, sharing_engine
+from app_db.testing.shared_engines import READ_ONLY, async_sharing_engine, sharing_engine
 from app_db.testing.sharing import SharedConnection, shared_by
 from app_db.testing.turns import Turns
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-    from app_db._databases.dialects import Terms
+    from app_db._databases.database import Terms
     from app_db._units.coordinator import Coordinator
     from app_db.settings import ConnectionSettings
 
@@ -177,8 +177,14 @@ class _Database:
         self._used: SharedConnection | None = None
         self._reals: dict[AbstractEventLoop | None, Engine] = {}  # of now, even if the container is made to make new ones
         threads, coroutines = for_threads(self._root.url), for_coroutines(self._root.url)
-        self._has_twin = has_twin(threads.get_driver_name(), coroutines.get_driver_name())
+        if not database_of(threads.get_backend_name()).has_savepoints:
+            raise CannotIsolate(
+                self._root.name,
+                f"A database without savepoints ({threads.get_backend_name()})",
+                f"Leave it out, isolated(container, connections=[...]), or give {self._root.name!r} another database in tests",
+            )
         self._drivers = threads.get_driver_name(), coroutines.get_driver_name()
+        self._async_view = database_of(threads.get_backend_name()).async_view(*self._drivers)
 
     def engine(self, name: str) -> Engine:
         real = self._real(None)
@@ -191,12 +197,13 @@ class _Database:
     def async_engine(self, name: str) -> AsyncEngine:
         from sqlalchemy.ext.asyncio import AsyncEngine
 
-        loop = None if self._has_twin else _get_running_loop()
+        loop = None if self._async_view is not None else _get_running_loop()
         real = self._real(loop)
         shared = self._shared(real, loop)
         key = (name, "async")
-        if key not in shared.engines and self._has_twin:
-            shared.engines[key] = async_sharing_engine(shared, name, for_coroutines(real.url), **self._terms(name))
+        if key not in shared.engines and self._async_view is not None:
+            url = for_coroutines(real.url)
+            shared.engines[key] = async_sharing_engine(shared, name, url, self._async_view, **self._terms(name))
         elif key not in shared.engines:
             shared.engines[key] = AsyncEngine(sharing_engine(shared, name, real, **self._terms(name)))
         engine: AsyncEngine = shared.engines[key]

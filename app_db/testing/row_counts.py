@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine, Table, inspect
 
+from app_db._databases.registry import database_of
 from app_db.container import DatabaseContainer
 from app_db.errors import SettingsError, in_one_line
 from app_db.models.bases import metadata_of
@@ -16,8 +17,8 @@ from app_db.testing.overrides import connections_of
 
 log = logging.getLogger("app_db")
 
-_PATIENCE = {"postgresql": "SET LOCAL lock_timeout = '2s'"}
-"""What keeps counting from waiting for ever for a lock that a test has left."""
+_LONGEST_WAIT = 2
+"""Seconds that counting waits for a lock that a test has left."""
 
 
 class RowCounts:
@@ -130,8 +131,9 @@ def _run(engine: Engine, query: _Query) -> dict[str, int]:
     connection = engine.raw_connection()
     try:
         cursor = connection.cursor()
-        if engine.name in _PATIENCE:
-            cursor.execute(_PATIENCE[engine.name])
+        limit = database_of(engine.name).lock_limit(_LONGEST_WAIT)
+        if limit is not None:
+            cursor.execute(limit)
         cursor.execute(query.statement)
         rows = cursor.fetchall()
         cursor.close()

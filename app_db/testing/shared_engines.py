@@ -15,6 +15,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
+from app_db._compat.aiosqlite import is_view, leave_open
 from app_db.testing.sharing import SHARED, SHARER, SharedConnection, Sharer
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 READ_ONLY = "app_db_read_only"
 """The execution option that makes a connection of a sharing engine read-only."""
+
+AsyncView = Callable[[Any], Awaitable[Any]]
+"""Gives coroutines a connection that the driver for threads has made."""
 
 _INSTEAD = frozenset(
     "dispatch _has_events connect do_begin do_commit do_rollback do_close do_terminate do_savepoint do_rollback_to_savepoint "
@@ -101,7 +105,7 @@ def share(dialect: Any, shared: SharedConnection, close: Callable[[Any], None]) 
     execute, executemany, execute_no_params = dialect.do_execute, dialect.do_executemany, dialect.do_execute_no_params
 
     def read_at_once(cursor: Any, context: Any) -> None:
-        if shared.kind.reads_at_once or context is None or cursor.description is None:
+        if shared.rules.reads_at_once or context is None or cursor.description is None:
             return
         if not (context.isinsert or context.isupdate or context.isdelete):  # of which SQLAlchemy reads some itself
             context.cursor_fetch_strategy = FullyBufferedCursorFetchStrategy(cursor, initial_buffer=deque(cursor.fetchall()))
@@ -190,18 +194,15 @@ def _sharer_on(connection: Any) -> Any:
 # ---- one connection for threads and coroutines ------------------------------------------------------------------------------
 
 
-def has_twin(driver: str, awaited_driver: str) -> bool:
-    """Return whether the two drivers can use one connection, each in its own way."""
-    return (driver, awaited_driver) in _TWINS
-
-
-def async_sharing_engine(shared: SharedConnection, name: str, url: URL, *, at_once: bool, read_only: bool) -> AsyncEngine:
-    """Return an engine of coroutines whose connections are a shared one that the driver for threads has made."""
+def async_sharing_engine(
+    shared: SharedConnection, name: str, url: URL, view: AsyncView, *, at_once: bool, read_only: bool
+) -> AsyncEngine:
+    """Return an engine of coroutines whose connections are a view on a shared one that the driver for threads has made."""
     from sqlalchemy.ext.asyncio import create_async_engine
 
     def create(*arguments: Any, **parameters: Any) -> Awaitable[Any]:
         dbapi_connection = shared.dbapi_connection()  # here, where it can wait for others, and not in the coroutine
-        return _TWINS[_driver_of(dbapi_connection), url.get_driver_name()](dbapi_connection)
+        return view(dbapi_connection)
 
     engine = create_async_engine(url, async_creator=create, poolclass=NullPool, pool_reset_on_return=None, logging_name=name)
     dialect: Any = engine.sync_engine.dialect
@@ -217,58 +218,17 @@ def async_sharing_engine(shared: SharedConnection, name: str, url: URL, *, at_on
     return engine
 
 
-async def _psycopg_twin(dbapi_connection: Any) -> Any:
-    from psycopg import AsyncConnection
-    from psycopg.adapt import AdaptersMap
-
-    twin: Any = AsyncConnection(dbapi_connection.pgconn)
-    twin._adapters = AdaptersMap(dbapi_connection.adapters)
-    twin.prepare_threshold = None  # both would give their statements the same names
-    twin._pool = None  # a connection without this attribute complains when it is dropped open
-    return twin
-
-
-async def _aiosqlite_twin(dbapi_connection: Any) -> Any:
-    import aiosqlite
-
-    twin: Any = aiosqlite.Connection(lambda: dbapi_connection, 64)
-    twin.create_function = _have_it_already
-    getattr(twin, "_thread", twin).daemon = True  # which it was itself before 0.22
-    return await twin
-
-
-async def _have_it_already(*arguments: Any, **options: Any) -> None:
-    """Do nothing: SQLAlchemy made its functions when it made the shared connection, and SQLite makes none during a statement."""
-
-
 def _leave_open(dbapi_connection: Any) -> None:
     """Do nothing: the connection is everybody's."""
 
 
-class _Unclosable:
-    """What a twin closes in place of the shared connection."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def _let_go(dbapi_connection: Any) -> None:
-    """Stop using a twin, and leave the shared connection open."""
-    twin = dbapi_connection.driver_connection
-    if not hasattr(twin, "_tx"):  # aiosqlite's has a thread to stop
+    """Stop using a view, and leave the shared connection open."""
+    view = dbapi_connection.driver_connection
+    if not is_view(view):
         return
-    twin._connection = _Unclosable()
+    leave_open(view)
     if in_greenlet():
-        await_only(twin.close())
+        await_only(view.close())
     else:
-        twin.stop()
-
-
-def _driver_of(dbapi_connection: Any) -> str:
-    return "psycopg" if hasattr(dbapi_connection, "pgconn") else "pysqlite"
-
-
-_TWINS: dict[tuple[str, str], Callable[[Any], Awaitable[Any]]] = {
-    ("psycopg", "psycopg"): _psycopg_twin,
-    ("pysqlite", "aiosqlite"): _aiosqlite_twin,
-}
+        view.stop()

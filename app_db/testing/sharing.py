@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from app_db._compat.asyncio import begin_unseen, outlast
-from app_db._databases.dialects import database_of, hang_up
+from app_db._databases.dialects import hang_up
 from app_db._databases.interruptions import interrupted
+from app_db._databases.registry import database_of
+from app_db._databases.sharing_rules import new_mark
 from app_db._databases.statements import Effect, effect_of
 from app_db.errors import CannotIsolate, in_one_line
-from app_db.testing.shared_kinds import kind_of, new_mark
 from app_db.testing.turns import Holder, OnTheWire, Turns, Wire
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class SharedConnection:
     """A connection of a real engine, in a transaction that is rolled back at the end, and the engines that share it."""
 
     def __init__(self, dialect: str) -> None:
-        self.kind = kind_of(dialect)
+        self._database = database_of(dialect)
+        self.rules = self._database.sharing
         self.engines: dict[Any, Any] = {}
         """The engines that share it, as whoever made them files them. They last, and with them what they have compiled."""
         self._wire = Wire()
@@ -117,7 +119,7 @@ class SharedConnection:
             self._bottom = new_mark()
             self._connection = connection
             if shared_by(self._real) is None:
-                self._say(*self.kind.first)
+                self._say(*self.rules.first)
             else:  # one isolation inside another has a transaction already, and says past that one what it says
                 connection.info[SHARER].effect = Effect.WRITES
             self._say(f"SAVEPOINT {self._bottom}")
@@ -145,7 +147,7 @@ class SharedConnection:
     def _roll_back(self, connection: Connection) -> list[str]:
         problems = []
         try:
-            _say(connection.connection.dbapi_connection, f"ROLLBACK TO SAVEPOINT {self._bottom}")
+            self.rules.execute(connection.connection.dbapi_connection, f"ROLLBACK TO SAVEPOINT {self._bottom}")
         except Exception as error:  # noqa: BLE001  # reported, with what else there is
             problems.append(f"the transaction around the test was ended by somebody ({in_one_line(error)})")
         try:
@@ -170,11 +172,11 @@ class SharedConnection:
     def _say(self, *statements: str) -> Any:
         if self._connection is None:
             return None
-        return self.uncut(_say, self._connection.connection.dbapi_connection, *statements)
+        return self.uncut(self.rules.execute, self._connection.connection.dbapi_connection, *statements)
 
     def uncut(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function that waits for the database: to its end, where the connection could not be used after less."""
-        if self.kind.survives_cancellation or not in_greenlet():
+        if self.rules.survives_cancellation or not in_greenlet():
             return function(*args, **kwargs)
         task = begin_unseen(greenlet_spawn(partial(function, *args, **kwargs)))
         cancelled = await_only(outlast(task))
@@ -216,7 +218,7 @@ class SharedConnection:
         turns = self._turns_of(sharer)
         with self.on_the_wire():
             if commit and sharer.effect >= Effect.MAY_WRITE:
-                self.kind.check_deferred(self._say)
+                self.rules.check_deferred(self._say)
             for mark in self._stack:
                 if mark.sharer is sharer:
                     mark.outcome = commit
@@ -235,7 +237,7 @@ class SharedConnection:
     def check_deferred(self) -> None:
         """Raise what a COMMIT would, were it sent now."""
         with self.on_the_wire():
-            self.kind.check_deferred(self._say)
+            self.rules.check_deferred(self._say)
 
     def savepoint(self, sharer: Sharer, name: str) -> None:
         """Take a savepoint inside the sharer's transaction."""
@@ -265,7 +267,7 @@ class SharedConnection:
         if sharer is None:
             send()  # a dialect that looks around on its first connection, and has the wire for it
             return
-        self.kind.refuse(sharer.name, text)
+        self.rules.refuse(sharer.name, text)
         turns = self._turns_of(sharer)
         if sharer.at_once:
             with turns.turn(sharer.name), self.on_the_wire():
@@ -273,7 +275,7 @@ class SharedConnection:
             return
         with self.on_the_wire():
             if sharer.limit_before is None:
-                sharer.limit_before = self.kind.limit_before(text, self._ask)
+                sharer.limit_before = self.rules.limit_before(text, self._ask)
             try:
                 send()
             except BaseException as error:
@@ -283,7 +285,7 @@ class SharedConnection:
             sharer.effect = max(sharer.effect, effect_of(text))
 
     def _send_for_itself(self, sharer: Sharer, text: str, send: Callable[[], None]) -> None:
-        before, after, after_failure = self.kind.around(new_mark(), sharer.read_only)
+        before, after, after_failure = self.rules.around(new_mark(), sharer.read_only)
         self._say(*before)
         try:
             send()
@@ -302,7 +304,7 @@ class SharedConnection:
         Otherwise the next statement would get the answer to this one.
         """
         connection = self._connection
-        if connection is None or not database_of(connection.dialect.name).waits_for_answers or in_greenlet():
+        if connection is None or not self._database.waits_for_answers or in_greenlet():
             return
         driver_connection = connection.connection.driver_connection
         if driver_connection is not None and isinstance(error, Exception) and interrupted(error, driver_connection):
@@ -397,18 +399,3 @@ def _leak(sharer: Sharer) -> str:
     if sharer.holder is None:
         return f"{sharer.name}: a connection is still checked out"
     return f"{sharer.name}: a unit of work or transaction is still open, in {sharer.holder}"
-
-
-def _say(dbapi_connection: Any, *statements: str) -> Any:
-    """Execute statements below SQLAlchemy, and return the rows of the last one."""
-    if not statements:
-        return None
-    if hasattr(dbapi_connection, "pgconn"):  # psycopg's, which sends them in one go
-        statements = ("; ".join(statements),)
-    cursor = dbapi_connection.cursor()
-    try:
-        for statement in statements:
-            cursor.execute(statement)
-        return cursor.fetchall() if cursor.description else None
-    finally:
-        cursor.close()

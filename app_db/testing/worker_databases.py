@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from app_db._databases.engines import build_engine
+from app_db._databases.registry import database_of
 from app_db.container import DatabaseContainer
 from app_db.errors import CannotMakeDatabase, SettingsError, in_one_line
 from app_db.settings import ConnectionSettings, DatabaseSettings
@@ -66,10 +67,7 @@ def _of_worker(name: str, url: URL, worker: str) -> URL:
     database = url.database or url.username
     if database is None:
         raise CannotMakeDatabase(name, worker, "the settings don't name the database that it would be called after")
-    if url.get_backend_name() == "sqlite":
-        file = Path(database)
-        return url.set(database=str(file.with_name(f"{file.stem}_{worker}{file.suffix}")))
-    return url.set(database=f"{database}_{worker}")
+    return url.set(database=database_of(url.get_backend_name()).name_for_worker(database, worker))
 
 
 def _text(url: URL) -> str:
@@ -82,51 +80,21 @@ def _text(url: URL) -> str:
 @contextmanager
 def _database(name: str, settings: DatabaseSettings, url: URL) -> Generator[None]:
     """Have the database of `url` for the length of the block, made and dropped by way of the one that the settings name."""
-    kind, database = url.get_backend_name(), str(url.database)
-    if kind == "sqlite":
-        try:
-            yield  # it is made by whoever connects first
-        finally:
-            for suffix in ("", "-wal", "-shm"):
-                Path(database + suffix).unlink(missing_ok=True)
-        return
-    if kind not in _VERBS:
-        raise CannotMakeDatabase(name, database, f"app_db does not know how {kind} makes one")
+    kind, database = database_of(url.get_backend_name()), str(url.database)
+    if not kind.creates_databases:
+        raise CannotMakeDatabase(name, database, f"app_db does not know how {url.get_backend_name()} makes one")
+    connected = partial(_connected, name, settings)
     try:
-        _VERBS[kind].make(name, settings, database)
+        kind.create_database(connected, database)
     except (DBAPIError, SettingsError) as error:
         raise CannotMakeDatabase(name, database, in_one_line(error)) from error
     try:
         yield
     finally:
         try:
-            _VERBS[kind].drop(name, settings, database)
+            kind.drop_database(connected, database)
         except DBAPIError:
             log.warning("The database %r could not be dropped", database, exc_info=True)
-
-
-class _PostgreSQL:
-    def make(self, name: str, settings: DatabaseSettings, database: str) -> None:
-        with _connected(name, settings) as connection:
-            if connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": database}) is None:
-                connection.exec_driver_sql(f"CREATE DATABASE {_quoted(connection, database)}")
-
-    def drop(self, name: str, settings: DatabaseSettings, database: str) -> None:
-        with _connected(name, settings) as connection:
-            connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {_quoted(connection, database)} WITH (FORCE)")
-
-
-class _MySQL:
-    def make(self, name: str, settings: DatabaseSettings, database: str) -> None:
-        with _connected(name, settings) as connection:
-            connection.exec_driver_sql(f"CREATE DATABASE IF NOT EXISTS {_quoted(connection, database)}")
-
-    def drop(self, name: str, settings: DatabaseSettings, database: str) -> None:
-        with _connected(name, settings) as connection:
-            connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {_quoted(connection, database)}")
-
-
-_VERBS: dict[str, _PostgreSQL | _MySQL] = {"postgresql": _PostgreSQL(), "mysql": _MySQL(), "mariadb": _MySQL()}
 
 
 @contextmanager
@@ -137,7 +105,3 @@ def _connected(name: str, settings: DatabaseSettings) -> Generator[Connection]:
             yield connection
     finally:
         engine.dispose()
-
-
-def _quoted(connection: Connection, database: str) -> str:
-    return connection.dialect.identifier_preparer.quote_identifier(database)

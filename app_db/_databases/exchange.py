@@ -6,18 +6,17 @@ them, and not as long as all of them together.
 
 from __future__ import annotations
 
+import asyncio
 import selectors
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
-
-if TYPE_CHECKING:
-    import psycopg
-    from psycopg.pq.abc import PGresult
+from typing import Generic, TypeVar
 
 K = TypeVar("K")
 
@@ -32,7 +31,7 @@ _LOOK_AROUND = 0.5
 
 
 class Outcome(Enum):
-    """What became of the last statement that was said on a line."""
+    """What became of the last statement that was said on a channel."""
 
     DONE = "done"
     REFUSED = "refused"
@@ -49,7 +48,7 @@ class Answer:
     error: BaseException | None = None
 
 
-_DONE = Answer(Outcome.DONE)
+DONE = Answer(Outcome.DONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class Exchange(Generic[K]):
 # ---- speaking -----------------------------------------------------------------------------------------------------------
 
 
-class Line(ABC):
+class Channel(ABC):
     """A driver's connection on which a statement is said now and answered later. Its methods never wait for an answer."""
 
     driver_error: type[BaseException]
@@ -102,7 +101,7 @@ class Line(ABC):
 
 
 def exchange(
-    lines: Mapping[K, tuple[Line, Sequence[str]]],
+    lines: Mapping[K, tuple[Channel, Sequence[str]]],
     *,
     regardless: bool = False,
     timeout: float = inf,
@@ -117,7 +116,7 @@ def exchange(
     lines go on for at most `patience` seconds, or until a second interruption, and whoever has not answered by then is
     unknown. So is who has not answered within `timeout` seconds.
     """
-    conversations = {key: _Conversation(line, statements, regardless) for key, (line, statements) in lines.items()}
+    conversations = {key: _Conversation(channel, statements, regardless) for key, (channel, statements) in lines.items()}
     until = time.monotonic() + timeout
     interruption: BaseException | None = None
     waiting = True
@@ -140,9 +139,9 @@ def exchange(
 class _Conversation:
     """One line's part of an exchange. An interruption at any point leaves it so that going on never claims what isn't so."""
 
-    def __init__(self, line: Line, statements: Sequence[str], regardless: bool) -> None:
-        self.line = line
-        self.answer: Answer | None = None if statements else _DONE
+    def __init__(self, channel: Channel, statements: Sequence[str], regardless: bool) -> None:
+        self.channel = channel
+        self.answer: Answer | None = None if statements else DONE
         self._statements = statements
         self._regardless = regardless
         self._said = 0
@@ -155,8 +154,8 @@ class _Conversation:
                 # Counted before it is said: after an interruption between the two it is waited for in vain, and not said twice.
                 self._said += 1
                 try:
-                    self.line.send(self._statements[self._heard])
-                except self.line.driver_error as error:
+                    self.channel.send(self._statements[self._heard])
+                except self.channel.driver_error as error:
                     self._end(Answer(Outcome.REFUSED, error))
                     return
                 ready = False
@@ -176,13 +175,13 @@ class _Conversation:
 
     def _end(self, answer: Answer) -> None:
         if answer.outcome is Outcome.UNKNOWN:
-            self.line.abandon()
+            self.channel.abandon()
         self.answer = answer
 
     def _collected(self, ready: bool) -> Answer | None:
         try:
-            return self.line.collect(ready)
-        except self.line.driver_error as error:
+            return self.channel.collect(ready)
+        except self.channel.driver_error as error:
             return Answer(Outcome.UNKNOWN, error)
 
     def _is_last(self, answer: Answer) -> bool:
@@ -198,139 +197,59 @@ def _converse(conversations: Sequence[_Conversation], until: float) -> None:
     with selectors.DefaultSelector() as selector:
         for conversation in conversations:
             if conversation.answer is None:
-                selector.register(conversation.line.fileno(), conversation.line.events, conversation)
+                selector.register(conversation.channel.fileno(), conversation.channel.events, conversation)
         while (waiting := list(selector.get_map().values())) and (now := time.monotonic()) < until:
-            first = min(until, *(key.data.line.deadline for key in waiting))
+            first = min(until, *(key.data.channel.deadline for key in waiting))
             ready = [key for key, _ in selector.select(min(max(first - now, 0.0), _LOOK_AROUND))]
             for key in ready or waiting:
                 conversation = key.data
                 conversation.go_on(ready=bool(ready))
                 if conversation.answer is not None:
                     selector.unregister(key.fd)
-                elif conversation.line.events != key.events:
-                    selector.modify(key.fd, conversation.line.events, conversation)
+                elif conversation.channel.events != key.events:
+                    selector.modify(key.fd, conversation.channel.events, conversation)
 
 
-class PostgreSQLLine(Line):
-    """psycopg's connection, spoken to by way of libpq.
+# ---- for coroutines ------------------------------------------------------------------------------------------------------
 
-    psycopg's cursor would begin a transaction, and its two-phase methods replace the reason why PREPARE failed by their own
-    confusion. Its commit() and rollback() do nothing where libpq knows that the transaction has ended.
-    """
 
-    _done = (1, 2)  # libpq's PGRES_COMMAND_OK and PGRES_TUPLES_OK
+class AsyncChannel(ABC):
+    """A driver's connection on which a statement is said and its answer awaited."""
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
-        import psycopg
+    @abstractmethod
+    async def say(self, statement: str) -> Answer:
+        """Say a statement and return the answer. Whatever is raised means that none came."""
 
-        self.driver_error = psycopg.Error
-        self._connection = connection
-        self._libpq = connection.pgconn
-        self._statement = ""
-        self._result: PGresult | None = None
-
-    def fileno(self) -> int:
-        return self._libpq.socket
-
-    def send(self, statement: str) -> None:
-        self._statement = statement
-        self._result = None
-        self._libpq.send_query(statement.encode())
-
-    def collect(self, ready: bool) -> Answer | None:
-        if self._libpq.flush():
-            self.events = selectors.EVENT_READ | selectors.EVENT_WRITE
-        else:
-            self.events = selectors.EVENT_READ
-        try:
-            if ready:
-                self._libpq.consume_input()
-                self._hand_on_notifications()
-            while not self._libpq.is_busy():
-                result = self._libpq.get_result()
-                if result is None:
-                    return self._answer()
-                self._result = result
-        except self.driver_error:
-            if self._result is None:
-                raise
-            return self._answer()
-        return None
-
-    def _hand_on_notifications(self) -> None:
-        # psycopg does so wherever it reads; what stays with libpq is seen late or, by Connection.notifies(), never.
-        while notification := self._libpq.notifies():
-            if self._libpq.notify_handler is not None:
-                self._libpq.notify_handler(notification)
-
-    def _answer(self) -> Answer:
-        result, self._result = self._result, None  # no interruption shall take it for the answer to the next statement
-        if result is None or result.status not in self._done:
-            return self._bad_answer(result)
-        if result.command_status == b"ROLLBACK" and not self._statement.startswith("ROLLBACK"):
-            from psycopg.errors import InFailedSqlTransaction
-
-            # How the server answers COMMIT and PREPARE TRANSACTION where a statement had failed, or nothing had begun.
-            return Answer(Outcome.REFUSED, InFailedSqlTransaction(f"the server answered {self._statement} with ROLLBACK"))
-        return _DONE
-
-    def _bad_answer(self, result: PGresult | None) -> Answer:
-        from psycopg import errors
-        from psycopg.pq import DiagnosticField
-
-        if result is None:
-            return Answer(Outcome.UNKNOWN, errors.OperationalError("the answer got lost"))
-        # Whoever is being shut down says FATAL, and may have done by then what was asked.
-        refused = result.error_field(DiagnosticField.SEVERITY_NONLOCALIZED) == b"ERROR"
-        error = errors.error_from_result(result, encoding=self._connection.info.encoding)
-        return Answer(Outcome.REFUSED if refused else Outcome.UNKNOWN, error)
-
+    @abstractmethod
     def abandon(self) -> None:
-        self._connection.close()
+        """Close the connection without a word, so that nobody takes a late answer for that to another question."""
 
 
-class MySQLLine(Line):
-    """PyMySQL's connection, whose query() is taken apart into its two halves."""
+async def exchange_awaited(
+    lines: Mapping[K, tuple[Channel | AsyncChannel, Sequence[str]]], threads: Executor, *, regardless: bool = False
+) -> Exchange[K]:
+    """Do what `exchange` does where some lines have to be awaited; those that block do so in one of `threads`."""
+    blocking = {key: (channel, statements) for key, (channel, statements) in lines.items() if isinstance(channel, Channel)}
+    awaited = {key: (channel, statements) for key, (channel, statements) in lines.items() if isinstance(channel, AsyncChannel)}
+    conversations = asyncio.gather(*(_say_in_turn(channel, statements, regardless) for channel, statements in awaited.values()))
+    others: Exchange[K] = Exchange({})
+    if blocking:
+        loop = asyncio.get_running_loop()
+        others = await loop.run_in_executor(threads, partial(exchange, blocking, regardless=regardless))
+    answers = dict(zip(awaited, await conversations, strict=True))
+    return Exchange({**others.answers, **answers}, others.interruption)
 
-    unclear = frozenset({1053, 1180, 1317, 1401, 1927})
-    """Shut down, failed or interrupted in the middle: with these errors the server leaves open what it has done."""
 
-    def __init__(self, connection: Any) -> None:
-        from pymysql.err import MySQLError
-
-        self.driver_error = MySQLError
-        self._connection = connection
-
-    def fileno(self) -> int:
-        number: int = self._connection._sock.fileno()
-        return number
-
-    def send(self, statement: str) -> None:
-        from pymysql.constants import COMMAND
-
-        self.deadline = time.monotonic() + (self._connection._read_timeout or inf)
-        self._connection._execute_command(COMMAND.COM_QUERY, statement)
-
-    def collect(self, ready: bool) -> Answer | None:
-        # Only what has arrived is read, because the driver waits in its own way: an interruption would make it hang up.
-        if not ready and not self._has_decrypted():
-            return self._too_late() if time.monotonic() >= self.deadline else None
+async def _say_in_turn(channel: AsyncChannel, statements: Sequence[str], regardless: bool) -> Answer:
+    answer = Answer(Outcome.DONE)
+    for statement in statements:
         try:
-            self._connection._read_query_result()
-        except self.driver_error as error:
-            unclear = not self._connection.open or (error.args[:1] and error.args[0] in self.unclear)
-            return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, error)
-        return _DONE
-
-    def _has_decrypted(self) -> bool:
-        pending = getattr(self._connection._sock, "pending", None)
-        return pending is not None and pending() > 0
-
-    def _too_late(self) -> Answer:
-        from pymysql.constants import CR
-        from pymysql.err import OperationalError
-
-        return Answer(Outcome.UNKNOWN, OperationalError(CR.CR_SERVER_LOST, "No answer came within the connection's read_timeout"))
-
-    def abandon(self) -> None:
-        self._connection._force_close()
+            answer = await channel.say(statement)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # none may leave the others behind; the loop may end
+            answer = Answer(Outcome.UNKNOWN, error)
+        if answer.outcome is Outcome.UNKNOWN:
+            channel.abandon()
+            return answer
+        if answer.outcome is Outcome.REFUSED and not regardless:
+            return answer
+    return answer

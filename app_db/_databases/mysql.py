@@ -1,0 +1,237 @@
+"""MySQL and MariaDB, by PyMySQL, asyncmy or any other driver."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError
+
+from app_db._databases.database import NEVER, Connected, Database, driver_of, execute, milliseconds, quoted
+from app_db._databases.mysql_channels import AsyncmyChannel, PyMySQLChannel
+from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
+from app_db._databases.sharing_rules import SharingRules
+from app_db.errors import CannotIsolate, InvalidUse, code_of
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+    from sqlalchemy.engine import Connection, Engine
+
+    from app_db._databases.exchange import AsyncChannel, Channel
+    from app_db.settings import ConnectionSettings
+
+_USUAL_LIMIT = "app_db_usual_limit"
+"""Key in a DBAPI connection's info: the statement that sets the server's limit for statements as it was before a unit set it."""
+
+_LONGEST_WAIT = 3600
+"""Seconds to wait for another process that makes tables."""
+
+
+class MySQLSharing(SharingRules):
+    """How units of an isolated test share a connection to MariaDB or MySQL."""
+
+    first = ("START TRANSACTION",)
+    survives_cancellation = False
+    _limit = re.compile(r"SET SESSION (max_statement_time|max_execution_time)")
+    _commits = re.compile(
+        r"\s*(?:(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES|UNLOCK\s+TABLES|GRANT\b|REVOKE\b"
+        r"|ANALYZE\b|OPTIMIZE\b|REPAIR\b|LOAD\s+INDEX|FLUSH\b|SET\s+PASSWORD|SET\s+(?:SESSION\s+)?AUTOCOMMIT|XA\b)",
+        re.IGNORECASE,
+    )
+
+    def refuse(self, name: str, statement: str) -> None:
+        super().refuse(name, statement)
+        if self._commits.match(statement):
+            words = " ".join(statement.split()[:2])
+            raise CannotIsolate(
+                name,
+                f"{words} (MariaDB and MySQL commit before it, whatever comes afterwards)",
+                "Do it before the isolation begins, or take the test out of it",
+            )
+
+    def limit_before(self, statement: str, ask: Callable[[str], Any]) -> str | None:
+        changed = self._limit.match(statement)
+        return None if changed is None else f"{changed[0]} = {ask(f'SELECT @@SESSION.{changed[1]}')}"
+
+
+class MySQL(Database):
+    """MySQL and MariaDB."""
+
+    sharing = MySQLSharing()
+    creates_databases = True
+
+    _drivers = frozenset({"pymysql", "MySQLdb", "mysql", "asyncmy", "aiomysql", "mariadb"})
+    _transient = frozenset({1020, 1205, 1213})  # record changed since read, lock wait timeout, deadlock
+    _in_transaction = 1  # the protocol's SERVER_STATUS_IN_TRANS
+    _deadlock = 1213
+    _lock_wait_timeout = 1205
+
+    def password(self, driver: str, password: str) -> str | bytes:
+        # These would encode it in latin-1, which fails for most of the world's letters.
+        return password.encode() if driver in ("pymysql", "asyncmy", "aiomysql") else password
+
+    def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
+        own = {} if url.password is None else {"password": self.password(url.get_driver_name(), str(url.password))}
+        return {**own, **settings.connect_args}
+
+    def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+        @event.listens_for(engine, "connect")
+        def set_up(dbapi_connection: Any, record: Any) -> None:
+            cursor = dbapi_connection.cursor()
+            if settings.read_only:
+                cursor.execute("SET SESSION TRANSACTION READ ONLY")
+            if settings.statement_timeout is not None:
+                cursor.execute("SELECT VERSION()")
+                is_mariadb = "mariadb" in cursor.fetchone()[0].lower()
+                cursor.execute(self._timeout(settings.statement_timeout, is_mariadb))
+            cursor.close()
+
+    def clean_up(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
+        usual_limit = info.pop(_USUAL_LIMIT, None)
+        if usual_limit is not None:
+            execute(dbapi_connection, usual_limit)
+
+    def read_only_step(self) -> Callable[[Connection], None]:
+        return self._set_read_only
+
+    def _set_read_only(self, connection: Connection) -> None:
+        execute(connection.connection, "SET TRANSACTION READ ONLY")  # the next one, which the first statement begins
+
+    def statement_limit(self, connection: Connection) -> float:
+        is_mariadb = self._is_mariadb(connection)
+        variable = "max_statement_time" if is_mariadb else "max_execution_time"
+        value = float(connection.exec_driver_sql(f"SELECT @@SESSION.{variable}").scalar() or 0)
+        return value / (1 if is_mariadb else 1000) or NEVER
+
+    def limit_statements(self, connection: Connection, seconds: float) -> None:
+        if _USUAL_LIMIT not in connection.info:
+            connection.info[_USUAL_LIMIT] = self._timeout(self.statement_limit(connection), self._is_mariadb(connection))
+        connection.exec_driver_sql(self._timeout(seconds, self._is_mariadb(connection)))
+
+    def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
+        codes = {failure.args[0] for failure in failures if failure.args}
+        if self._deadlock in codes:
+            return True
+        return self._lock_wait_timeout in codes and bool(
+            connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar()
+        )
+
+    def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
+        status: int | None = getattr(driver_of(dbapi_connection), "server_status", None)
+        if not getattr(dbapi_connection, "open", True):
+            return True  # its status is what it heard last; that it can't be rolled back is how the pool finds out
+        return status is None or bool(status & self._in_transaction)
+
+    def refuses_write(self, error: BaseException) -> bool:
+        return bool(error.args) and error.args[0] == 1792
+
+    def _is_mariadb(self, connection: Connection) -> bool:
+        return bool(getattr(connection.dialect, "is_mariadb", False))
+
+    def _timeout(self, seconds: float, is_mariadb: bool) -> str:
+        if is_mariadb:
+            return f"SET SESSION max_statement_time = {0 if seconds == NEVER else seconds:.6f}"
+        return f"SET SESSION max_execution_time = {milliseconds(seconds)}"
+
+    def is_transient(self, error: BaseException) -> bool:
+        # Some drivers give these errors a SQLSTATE, too, which does not begin with 40 for a lock waited for too long.
+        driver = type(error).__module__.partition(".")[0]
+        return driver in self._drivers and bool(error.args) and error.args[0] in self._transient
+
+    def prepare_verbs(self, driver: str) -> PrepareVerbs | None:
+        return _VERBS if driver in ("pymysql", "asyncmy") else None
+
+    @contextmanager
+    def changing_tables(self, connection: Connection, lock: str) -> Generator[None]:
+        # The lock is the connection's, because DDL ends every transaction.
+        name = connection.scalar(text("SELECT CONCAT(:lock, ' ', MD5(COALESCE(DATABASE(), '')))"), {"lock": lock})
+        if connection.scalar(text("SELECT GET_LOCK(:name, :wait)"), {"name": name, "wait": _LONGEST_WAIT}) != 1:
+            raise InvalidUse(f"The lock {name!r} was not to be had", "See on the server who holds it: SELECT IS_USED_LOCK(...)")
+        try:
+            yield
+            connection.commit()
+        finally:
+            if not connection.invalidated:
+                connection.execute(text("SELECT RELEASE_LOCK(:name)"), {"name": name})
+
+    def create_database(self, connected: Connected, database: str) -> None:
+        with connected() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE IF NOT EXISTS {quoted(connection, database)}")
+
+    def drop_database(self, connected: Connected, database: str) -> None:
+        with connected() as connection:
+            connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {quoted(connection, database)}")
+
+
+class MySQLPrepareVerbs(PrepareVerbs):
+    """MySQL and MariaDB: only what began with XA START can be prepared, and the server doesn't say in which database it did."""
+
+    _commit = "XA COMMIT '{}'"
+    _roll_back = "XA ROLLBACK '{}'"
+    begins_by_xid = True
+    _our_format = 1  # what XA START takes where only a name is given
+    _unknown_xid = 1397
+    _rolled_back = 1402
+
+    def start(self, xid: str) -> list[str]:
+        return [f"XA START '{xid}'"]
+
+    def prepare(self, xid: str) -> list[str]:
+        return [f"XA END '{xid}'", f"XA PREPARE '{xid}'"]
+
+    def commit_unprepared(self, xid: str) -> list[str]:
+        return [f"XA END '{xid}'", f"XA COMMIT '{xid}' ONE PHASE"]
+
+    def roll_back_unprepared(self, xid: str) -> list[str]:
+        # After a deadlock, XA END is refused and XA ROLLBACK is not.
+        return [f"XA END '{xid}'", f"XA ROLLBACK '{xid}'"]
+
+    def channel(self, driver_connection: Any) -> Channel:
+        return PyMySQLChannel(driver_connection)
+
+    def async_channel(self, adapted_connection: Any) -> AsyncChannel:
+        return AsyncmyChannel(adapted_connection)
+
+    def prepared(self, connection: Connection) -> list[Prepared]:
+        return [Prepared(xid) for xid in self._listed(connection)]
+
+    def is_missing(self, error: BaseException) -> bool:
+        return code_of(error) == self._unknown_xid
+
+    def problem(self, connection: Connection) -> str | None:
+        dialect: Any = connection.dialect
+        needed = (10, 5) if dialect.is_mariadb else (8, 0)
+        if dialect.server_version_info < needed:
+            name, least = ("MariaDB", "10.5") if dialect.is_mariadb else ("MySQL", "8.0")
+            return f"The server is older than {name} {least}, and forgets what was prepared when its client goes. Upgrade it."
+        try:
+            self._listed(connection)
+        except DBAPIError:
+            return "The user may not ask for prepared branches. GRANT XA_RECOVER_ADMIN ON *.* to it."
+        if connection.exec_driver_sql("SELECT @@innodb_flush_log_at_trx_commit").scalar() == 0:
+            return (
+                "innodb_flush_log_at_trx_commit is 0 on the server, which then loses what was prepared last when it crashes. "
+                "Set it to 1."
+            )
+        return None
+
+    def _settled_otherwise(self, connection: Connection, xid: str, error: DBAPIError) -> Settling | None:
+        if code_of(error) == self._rolled_back:
+            # What the server answers to either verdict for a branch that wrote nothing, once the client has gone. It ends by it.
+            return Settling.DONE
+        if not self.is_missing(error):
+            return None
+        # A branch is unknown to all others while the connection that prepared it is open.
+        return Settling.HELD if xid in self._listed(connection) else Settling.MISSING
+
+    def _listed(self, connection: Connection) -> list[str]:
+        rows = connection.exec_driver_sql("XA RECOVER").all()
+        ours = [data for kind, _, qualifier, data in rows if kind == self._our_format and qualifier == 0]
+        return [data.decode(errors="replace") if isinstance(data, bytes) else str(data) for data in ours]
+
+
+_VERBS = MySQLPrepareVerbs()
+DATABASE = MySQL()

@@ -1,0 +1,83 @@
+"""How statements are sent on PyMySQL's and asyncmy's own connections, and answered later."""
+
+from __future__ import annotations
+
+import time
+from math import inf
+from typing import Any
+
+from sqlalchemy.util.concurrency import greenlet_spawn
+
+from app_db._databases.exchange import DONE, Answer, AsyncChannel, Channel, Outcome
+
+
+class PyMySQLChannel(Channel):
+    """PyMySQL's connection, whose query() is taken apart into its two halves."""
+
+    unclear = frozenset({1053, 1180, 1317, 1401, 1927})
+    """Shut down, failed or interrupted in the middle: with these errors the server leaves open what it has done."""
+
+    def __init__(self, connection: Any) -> None:
+        from pymysql.err import MySQLError
+
+        self.driver_error = MySQLError
+        self._connection = connection
+
+    def fileno(self) -> int:
+        number: int = self._connection._sock.fileno()
+        return number
+
+    def send(self, statement: str) -> None:
+        from pymysql.constants import COMMAND
+
+        self.deadline = time.monotonic() + (self._connection._read_timeout or inf)
+        self._connection._execute_command(COMMAND.COM_QUERY, statement)
+
+    def collect(self, ready: bool) -> Answer | None:
+        # Only what has arrived is read, because the driver waits in its own way: an interruption would make it hang up.
+        if not ready and not self._has_decrypted():
+            return self._too_late() if time.monotonic() >= self.deadline else None
+        try:
+            self._connection._read_query_result()
+        except self.driver_error as error:
+            unclear = not self._connection.open or (error.args[:1] and error.args[0] in self.unclear)
+            return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, error)
+        return DONE
+
+    def _has_decrypted(self) -> bool:
+        pending = getattr(self._connection._sock, "pending", None)
+        return pending is not None and pending() > 0
+
+    def _too_late(self) -> Answer:
+        from pymysql.constants import CR
+        from pymysql.err import OperationalError
+
+        return Answer(Outcome.UNKNOWN, OperationalError(CR.CR_SERVER_LOST, "No answer came within the connection's read_timeout"))
+
+    def abandon(self) -> None:
+        self._connection._force_close()
+
+
+class AsyncmyChannel(AsyncChannel):
+    """asyncmy's connection, as SQLAlchemy adapts it."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    async def say(self, statement: str) -> Answer:
+        try:
+            await greenlet_spawn(self._execute, statement)
+        except self._connection.dbapi.Error as error:
+            code = error.args[0] if error.args else None
+            # From 2000 on they are the client's own.
+            unclear = not isinstance(code, int) or code in PyMySQLChannel.unclear or 2000 <= code < 3000
+            return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, error)
+        return Answer(Outcome.DONE)
+
+    def _execute(self, statement: str) -> None:
+        cursor = self._connection.cursor()
+        cursor.execute(statement)
+        cursor.close()
+
+    def abandon(self) -> None:
+        self._connection.driver_connection.close()

@@ -1,0 +1,31 @@
+"""Finds what app_db knows about a kind of database: a module of this package that is named like its dialect."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+import app_db._databases
+from app_db._databases.database import Database
+
+_UNKNOWN = Database()
+
+
+@cache
+def database_of(dialect: str) -> Database:
+    """Return what app_db knows about the databases of a SQLAlchemy dialect."""
+    return _databases().get(dialect, _UNKNOWN)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether a driver's error may pass when its unit of work is run again, as any known database says."""
+    return any(database.is_transient(error) for database in _databases().values())
+
+
+@cache
+def _databases() -> dict[str, Database]:
+    names = [module.name for module in iter_modules(app_db._databases.__path__) if module.name != "psycopg_cursors"]
+    modules = {name: import_module(f"app_db._databases.{name}") for name in names}
+    found = {name: getattr(module, "DATABASE", None) for name, module in modules.items()}
+    return {name: database for name, database in found.items() if database is not None}

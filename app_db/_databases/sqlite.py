@@ -1,0 +1,221 @@
+"""SQLite: WAL, foreign keys, and transactions that begin when app_db says so instead of the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import event
+from sqlalchemy.engine import AdaptedConnection
+from sqlalchemy.util.concurrency import await_only
+
+from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
+from app_db._databases.database import NEVER, Connected, Database, driver_of, execute, on_execute
+from app_db._databases.sharing_rules import SharingRules
+from app_db.settings.urls import is_memory
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.pool import PoolProxiedConnection
+
+    from app_db.settings import ConnectionSettings
+
+# Keys in a DBAPI connection's info.
+_READ_ONLY = "app_db_read_only"
+"""A read-only unit of work runs on it."""
+
+_DEADLINE = "app_db_deadline"
+"""The monotonic time after which its statements are interrupted."""
+
+_STATEMENT_DEADLINE = "app_db_statement_deadline"
+"""The same for one statement, when statements have a timeout of their own."""
+
+
+class SQLiteSharing(SharingRules):
+    """How units of an isolated test share a connection to SQLite."""
+
+    reads_at_once = False
+    survives_cancellation = False  # aiosqlite's thread goes on with what was cancelled, past what is said here meanwhile
+
+    def around(self, mark: str, read_only: bool) -> tuple[list[str], list[str], list[str]]:
+        if not read_only:
+            return [], [], []
+        off = ["PRAGMA query_only = OFF"]
+        return ["PRAGMA query_only = ON"], off, off
+
+    def check_deferred(self, say: Callable[..., Any]) -> None:
+        if not say("SELECT 1 FROM sqlite_master WHERE sql LIKE '%INITIALLY DEFERRED%' LIMIT 1"):
+            return
+        violations = say("PRAGMA foreign_key_check")
+        if violations:
+            from sqlite3 import IntegrityError
+
+            raise IntegrityError(f"FOREIGN KEY constraint failed ({violations[0][0]})")
+
+
+class SQLite(Database):
+    """SQLite: WAL, foreign keys, and transactions that begin when app_db says so instead of the driver."""
+
+    sharing = SQLiteSharing()
+    creates_databases = True
+    waits_for_answers = False
+    has_one_writer = True
+
+    _steps_between_looks = 10_000
+
+    def url(self, configured: URL, settings: ConnectionSettings) -> URL:
+        if not is_memory(configured):
+            return configured
+        return configured.set(database=str(_memory_file(settings.database_identity())), query={})
+
+    def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+        self._set_up_connections(engine, settings)
+        self._begin_ourselves(engine, "BEGIN" if settings.read_only else "BEGIN IMMEDIATE")
+        if settings.statement_timeout is not None:
+            self._interrupt_late_statements(engine, settings.statement_timeout)
+
+    def clean_up(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
+        info.pop(_DEADLINE, None)
+        if info.pop(_READ_ONLY, False):
+            execute(dbapi_connection, "PRAGMA query_only = OFF")
+
+    def _set_up_connections(self, engine: Engine, settings: ConnectionSettings) -> None:
+        pragmas = ["PRAGMA foreign_keys = ON"]
+        if is_memory(settings.sqlalchemy_url()):
+            pragmas.append("PRAGMA synchronous = OFF")
+        if settings.read_only:
+            pragmas.append("PRAGMA query_only = ON")
+
+        @event.listens_for(engine, "connect")
+        def set_up(dbapi_connection: Any, record: Any) -> None:
+            if not settings.read_only:
+                _use_wal(dbapi_connection)
+            elif settings.mirror is not None:
+                with suppress(Exception):  # what it mirrors couldn't, once this one reads; where it can't either, it needn't
+                    _use_wal(dbapi_connection)
+            execute(dbapi_connection, *pragmas)
+
+    def _begin_ourselves(self, engine: Engine, statement: str) -> None:
+        # A listener to the "begin" event would make every use of the engine dearer; the dialect's own method doesn't.
+        def begin(dbapi_connection: PoolProxiedConnection) -> None:
+            if _READ_ONLY in dbapi_connection.info:
+                execute(dbapi_connection, "PRAGMA query_only = ON", "BEGIN")
+            else:
+                execute(dbapi_connection, statement)
+
+        engine.dialect.do_begin = begin  # type: ignore[method-assign]
+
+    def _interrupt_late_statements(self, engine: Engine, timeout: float) -> None:
+        def set_deadline(info: dict[Any, Any], statement: str) -> None:
+            info[_STATEMENT_DEADLINE] = time.monotonic() + timeout
+
+        on_execute(engine, set_deadline)
+
+        @event.listens_for(engine, "connect")
+        def interrupt(dbapi_connection: Any, record: Any) -> None:
+            self._interrupt_at_deadline(driver_of(dbapi_connection), record.info)
+
+    def read_only_step(self) -> Callable[[Connection], None]:
+        return self._set_read_only
+
+    def _set_read_only(self, connection: Connection) -> None:
+        connection.info[_READ_ONLY] = True
+
+    def limit_statements(self, connection: Connection, seconds: float) -> None:
+        connection.info[_DEADLINE] = time.monotonic() + seconds
+        self._interrupt_at_deadline(connection.connection.driver_connection, connection.info)
+
+    def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
+        # A full disk, say, makes SQLite roll back by itself; what follows would be committed a statement at a time.
+        return not getattr(connection.connection.driver_connection, "in_transaction", True)
+
+    def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
+        # So it is also after a COMMIT refused with SQLITE_BUSY.
+        return bool(getattr(driver_of(dbapi_connection), "in_transaction", True))
+
+    def refuses_write(self, error: BaseException) -> bool:
+        code: int = getattr(error, "sqlite_errorcode", 0)
+        return code & 0xFF == 8
+
+    def _interrupt_at_deadline(self, driver_connection: Any, info: dict[Any, Any]) -> None:
+        def past_deadline() -> bool:
+            return bool(time.monotonic() > min(info.get(_DEADLINE, NEVER), info.get(_STATEMENT_DEADLINE, NEVER)))
+
+        waiting = driver_connection.set_progress_handler(past_deadline, self._steps_between_looks)
+        if waiting is not None:  # aiosqlite's
+            await_only(waiting)
+
+    def is_transient(self, error: BaseException) -> bool:
+        code = getattr(error, "sqlite_errorcode", None)
+        return code is not None and code & 0xFF in (5, 6)  # SQLITE_BUSY and SQLITE_LOCKED; extended codes add higher bits
+
+    def name_for_worker(self, database: str, worker: str) -> str:
+        file = Path(database)
+        return str(file.with_name(f"{file.stem}_{worker}{file.suffix}"))
+
+    def create_database(self, connected: Connected, database: str) -> None:
+        """Do nothing: the first connection makes the file."""
+
+    def drop_database(self, connected: Connected, database: str) -> None:
+        for suffix in ("", "-wal", "-shm"):
+            Path(database + suffix).unlink(missing_ok=True)
+
+    def async_view(self, driver: str, async_driver: str) -> Callable[[Any], Awaitable[Any]] | None:
+        return aiosqlite_async_view if (driver, async_driver) == ("pysqlite", "aiosqlite") else None
+
+
+def _use_wal(dbapi_connection: Any) -> None:
+    """Switch the database to WAL, which it then stays in.
+
+    Connections that switch at once can lock each other out, in which case SQLite does not wait, so this does.
+    """
+    give_up = time.monotonic() + 5
+    while True:
+        try:
+            return execute(dbapi_connection, "PRAGMA journal_mode = WAL")
+        except Exception as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != 5 or time.monotonic() > give_up:
+                raise
+        _sleep(dbapi_connection, 0.01)
+
+
+def _sleep(dbapi_connection: Any, seconds: float) -> None:
+    if isinstance(dbapi_connection, AdaptedConnection):
+        await_only(asyncio.sleep(seconds))
+    else:
+        time.sleep(seconds)
+
+
+_memory_files: WeakKeyDictionary[object, Path] = WeakKeyDictionary()
+
+
+def _memory_file(identity: object) -> Path:
+    """Return the file that stands in for a `:memory:` database, made at first use and removed with its settings.
+
+    A file in WAL mode lets a unit read through one connection what another connection of it has not written yet; SQLite's
+    own in-memory databases either are private to one connection or block their readers while somebody writes.
+    """
+    path = _memory_files.get(identity)
+    if path is None:
+        directory = tempfile.mkdtemp(prefix="app_db-memory-")
+        path = _memory_files.setdefault(identity, Path(directory) / "memory.db")
+        weakref.finalize(identity, _remove_in_process, os.getpid(), directory)
+    return path
+
+
+def _remove_in_process(process: int, directory: str) -> None:
+    if os.getpid() == process:  # a forked child must leave its parent's database alone
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+DATABASE = SQLite()
