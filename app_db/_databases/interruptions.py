@@ -8,6 +8,8 @@ from types import FrameType
 
 from sqlalchemy.exc import DBAPIError
 
+from app_db._compat.transaction import CALLS_OTHERS as transactions_calls  # noqa: N811
+
 
 def interrupted(error: BaseException, driver_connection: object) -> bool:
     """Return whether `error` ended a call of the driver in the middle, so that its connection may be one answer behind.
@@ -20,9 +22,7 @@ def interrupted(error: BaseException, driver_connection: object) -> bool:
     return any(_is_raised_inside(each, driver) for each in _chain(error))
 
 
-_CALLS_OTHERS = frozenset(
-    {"sqlalchemy.event.attr", "transaction.weakset", "transaction._transaction", "app_db._units.manager", "app_db._units.hooks"}
-)
+_CALLS_OTHERS = transactions_calls | frozenset({"sqlalchemy.event.attr", "app_db._units.manager", "app_db._units.hooks"})
 """Modules that call functions of applications: listeners, synchronizers, hooks."""
 
 _LIBRARIES = frozenset({"sqlalchemy", "zope", "transaction", "app_db"})

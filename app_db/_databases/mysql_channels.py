@@ -8,11 +8,12 @@ from typing import Any
 
 from sqlalchemy.util.concurrency import greenlet_spawn
 
+from app_db._compat import pymysql
 from app_db._databases.exchange import DONE, Answer, AsyncChannel, Channel, Outcome
 
 
 class PyMySQLChannel(Channel):
-    """PyMySQL's connection, whose query() is taken apart into its two halves."""
+    """PyMySQL's connection."""
 
     unclear = frozenset({1053, 1180, 1317, 1401, 1927})
     """Shut down, failed or interrupted in the middle: with these errors the server leaves open what it has done."""
@@ -24,29 +25,22 @@ class PyMySQLChannel(Channel):
         self._connection = connection
 
     def fileno(self) -> int:
-        number: int = self._connection._sock.fileno()
-        return number
+        return pymysql.descriptor_of(self._connection)
 
     def send(self, statement: str) -> None:
-        from pymysql.constants import COMMAND
-
-        self.deadline = time.monotonic() + (self._connection._read_timeout or inf)
-        self._connection._execute_command(COMMAND.COM_QUERY, statement)
+        self.deadline = time.monotonic() + (pymysql.read_timeout_of(self._connection) or inf)
+        pymysql.send(self._connection, statement)
 
     def collect(self, ready: bool) -> Answer | None:
         # Only what has arrived is read, because the driver waits in its own way: an interruption would make it hang up.
-        if not ready and not self._has_decrypted():
+        if not ready and not pymysql.has_decrypted(self._connection):
             return self._too_late() if time.monotonic() >= self.deadline else None
         try:
-            self._connection._read_query_result()
+            pymysql.receive(self._connection)
         except self.driver_error as error:
             unclear = not self._connection.open or (error.args[:1] and error.args[0] in self.unclear)
             return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, error)
         return DONE
-
-    def _has_decrypted(self) -> bool:
-        pending = getattr(self._connection._sock, "pending", None)
-        return pending is not None and pending() > 0
 
     def _too_late(self) -> Answer:
         from pymysql.constants import CR
@@ -55,7 +49,7 @@ class PyMySQLChannel(Channel):
         return Answer(Outcome.UNKNOWN, OperationalError(CR.CR_SERVER_LOST, "No answer came within the connection's read_timeout"))
 
     def abandon(self) -> None:
-        self._connection._force_close()
+        pymysql.close_at_once(self._connection)
 
 
 class AsyncmyChannel(AsyncChannel):

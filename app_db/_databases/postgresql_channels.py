@@ -6,6 +6,7 @@ import asyncio
 import selectors
 from typing import TYPE_CHECKING, Any
 
+from app_db._compat.sqlalchemy_asyncpg import adapted_error, note_ended_transaction
 from app_db._databases.exchange import DONE, Answer, AsyncChannel, Channel, Outcome
 
 if TYPE_CHECKING:
@@ -131,11 +132,8 @@ class AsyncpgChannel(AsyncChannel):
         return Answer(Outcome.DONE)
 
     def _notice_end(self) -> None:
-        """Have a transaction be over that has ended by its xid. The next unit would else begin none, and commit as it goes."""
         if self._connection.is_closed() or not self._connection.is_in_transaction():
-            self._adapted._transaction = self._connection._top_xact = None
-            if hasattr(self._adapted, "_started"):  # before SQLAlchemy 2.1, which asks for the transaction itself
-                self._adapted._started = False
+            note_ended_transaction(self._adapted)
 
     def _refuse_rollback(self, statement: str, answered: str) -> None:
         if answered == "ROLLBACK" and not statement.startswith("ROLLBACK"):
@@ -147,11 +145,7 @@ class AsyncpgChannel(AsyncChannel):
         sqlstate = getattr(error, "sqlstate", None)
         # 08 is a lost connection, 57P a server that is going away; without any, it is not the server who speaks.
         unclear = sqlstate is None or sqlstate.startswith(("08", "57P"))
-        try:
-            self._adapted._handle_exception(error)  # raises what the application knows: the adapter's error
-        except Exception as adapted:  # noqa: BLE001
-            error = adapted
-        return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, error)
+        return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, adapted_error(self._adapted, error))
 
     def abandon(self) -> None:
         self._connection.terminate()

@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack, ExitStack
 from functools import partial
-from types import CodeType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
+
+from app_db._compat.contextlib import is_entering, is_leaving, stack_of
 
 
 class Torn(Protocol):
@@ -105,11 +106,11 @@ class _EnteringByStack:
 
     def __call__(self, block: WithBlock) -> Any:
         caller = sys._getframe(1)
-        if caller.f_code not in _STACKS_ENTRIES:
+        if not is_entering(caller):
             block.liveness = liveness_of(block)  # by hand
             return getattr(block, self._method)()
         block.liveness = liveness = _LivenessByStack(block, _tell)
-        liveness.begin(ref(self), caller.f_locals.get("self"))
+        liveness.begin(ref(self), stack_of(caller))
         return self._enter_awaited(block, liveness) if self._method == "__aenter__" else self._enter(block, liveness)
 
     def _enter(self, block: Any, liveness: _LivenessByStack) -> Any:
@@ -156,20 +157,11 @@ class _LivenessByStack(Liveness):
         while error is not None and stack is not None and id(error) != self._handled_before:
             trace = error.__traceback__
             while trace is not None:
-                if trace.tb_frame.f_code in _STACKS_EXITS and trace.tb_frame.f_locals.get("self") is stack:
+                if is_leaving(trace.tb_frame, stack):
                     return True
                 trace = trace.tb_next
             error = error.__context__
         return False
-
-
-_STACKS_ENTRIES: frozenset[CodeType] = frozenset(
-    method.__code__ for method in (ExitStack.enter_context, AsyncExitStack.enter_context, AsyncExitStack.enter_async_context)
-)
-
-_STACKS_EXITS: frozenset[CodeType] = frozenset(
-    method.__code__ for method in (ExitStack.__exit__, ExitStack.close, AsyncExitStack.__aexit__, AsyncExitStack.aclose)
-)
 
 
 class WithBlock(metaclass=_AsksItsClass):

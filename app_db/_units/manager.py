@@ -20,11 +20,12 @@ from weakref import ref
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.util.concurrency import in_greenlet
-from transaction import Savepoint, Transaction, TransactionManager
+from transaction import Savepoint, Transaction
 from transaction.interfaces import TransientError
-from transaction.weakset import WeakSet
 
 from app_db._compat.os import after_fork_in_child
+from app_db._compat.transaction import Transaction as HookedTransaction
+from app_db._compat.transaction import TransactionManager, current_of, set_current
 from app_db._databases.registry import is_transient
 from app_db._units.liveness import WithBlock, always, gone, tear_down
 from app_db.errors import AlreadyInUnitOfWork, AwaitRequired, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded, UnitOfWorkError
@@ -87,7 +88,7 @@ class Owner:
         return f"thread {next(names, self.thread)}"
 
 
-class OwnedTransaction(Transaction):  # type: ignore[misc]  # transaction has no type hints
+class OwnedTransaction(HookedTransaction):
     """A transaction that knows who began it, so that nobody else uses it. Copied contexts share it."""
 
     def __init__(self, synchronizers: Any, manager: ContextTransactionManager, liveness: Callable[[], object] = always) -> None:
@@ -170,19 +171,6 @@ class _Entry:
         self.outer = outer
 
 
-class _Synchronizers(WeakSet):  # type: ignore[misc]  # transaction has no type hints
-    """A set of synchronizers that costs next to nothing while there are none: every unit asks for them three times."""
-
-    data: Any  # a WeakValueDictionary, whose own `data` is not in its stubs
-
-    def __bool__(self) -> bool:
-        return bool(self.data.data)
-
-    def map(self, f: Callable[[Any], object]) -> None:
-        if self.data.data:  # the dictionary inside: counting what is still alive takes longer
-            super().map(f)
-
-
 class AwaitedTransaction(OwnedTransaction):
     """A transaction that was begun by `async with`, and can be ended only where coroutines can be awaited."""
 
@@ -205,9 +193,8 @@ class AwaitedTransaction(OwnedTransaction):
         self._require_bridge("A savepoint of the unit of work")
         return super().savepoint(optimistic)
 
-    def _remove_and_invalidate_after(self, savepoint: Savepoint) -> None:
-        self._require_bridge("The rollback to a savepoint of the unit of work")  # which begins with this call
-        super()._remove_and_invalidate_after(savepoint)
+    def before_rollback_to(self, savepoint: Savepoint) -> None:
+        self._require_bridge("The rollback to a savepoint of the unit of work")
 
     def require_bridge_or_thread(self, subject: str) -> None:
         """Raise where a part of the unit begins that would wait for a database when it ends, and keep the event loop waiting."""
@@ -220,7 +207,7 @@ class AwaitedTransaction(OwnedTransaction):
             raise AwaitRequired(subject, advice)
 
 
-class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # transaction has no type hints
+class ContextTransactionManager(TransactionManager):
     """A complete, explicit `ITransactionManager` that keeps its current transaction in a ContextVar.
 
     It is explicit: `get()` never begins a transaction, and `begin()` refuses where one is under way. After a commit
@@ -228,14 +215,8 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
     """
 
     def __init__(self) -> None:
-        self.explicit = True
-        self._synchs = _Synchronizers()
+        super().__init__()
         self._current: ContextVar[_Entry | None] = ContextVar("app_db.current_transaction", default=None)
-
-    @property
-    def _txn(self) -> OwnedTransaction | None:
-        """The current transaction, under the name by which the inherited methods know it."""
-        return self.current()
 
     def current(self) -> OwnedTransaction | None:
         """Return the transaction that is under way here, or None: what has ended or is another's doesn't count."""
@@ -295,7 +276,7 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
             if under_way.status != "Commit failed":
                 raise AlreadyInUnitOfWork
             under_way.abort()
-        transaction = OwnedTransaction(self._synchs, self)
+        transaction = OwnedTransaction(self.synchronizers, self)
         self._current.set(_Entry(lambda: transaction, self._standing()))
         self._announce(transaction)
         return transaction
@@ -304,7 +285,7 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
         """Return the transaction of a block, for `begin_block` to begin: the block has it before anything is begun."""
         if awaited:
             require_greenlet()
-        return (AwaitedTransaction if awaited else OwnedTransaction)(self._synchs, self, liveness)
+        return (AwaitedTransaction if awaited else OwnedTransaction)(self.synchronizers, self, liveness)
 
     def begin_block(self, transaction: OwnedTransaction) -> None:
         """Make the transaction of a block the current one of this context; the one that was waits."""
@@ -312,10 +293,10 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
         self._announce(transaction)
 
     def _announce(self, transaction: OwnedTransaction) -> None:
-        if not self._synchs:
+        if not self.synchronizers:
             return
         try:
-            self._synchs.map(lambda synchronizer: synchronizer.newTransaction(transaction))
+            self.synchronizers.map(lambda synchronizer: synchronizer.newTransaction(transaction))
         except BaseException:
             transaction.abort()
             raise
@@ -359,8 +340,8 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
             self.abort()  # a failed commit would otherwise stay the current transaction
             raise
 
-    def _retryable(self, error_type: type[BaseException], error: BaseException) -> bool:
-        return retryable(error) or bool(super()._retryable(error_type, error))
+    def is_retryable(self, error: BaseException) -> bool:
+        return retryable(error)
 
     def suspend(self, liveness: Callable[[], object]) -> Callable[[], None]:
         """Have no transaction be under way here. Return what takes up the one that was; so does the end of `liveness`."""
@@ -376,13 +357,11 @@ class ContextTransactionManager(TransactionManager):  # type: ignore[misc]  # tr
 
 
 def current(manager: Any) -> Transaction | None:
-    """Return the transaction that is under way under any zope manager, or None, without beginning one.
-
-    zope's own managers begin one when asked with `get()`; their interface has no other question.
-    """
+    """Return the transaction that is under way under any zope manager, or None, without beginning one."""
     if isinstance(manager, ContextTransactionManager):
         return manager.current()
-    return getattr(manager, "manager", manager)._txn
+    found: Transaction | None = current_of(manager)
+    return found
 
 
 def is_of_this_process(transaction: Transaction) -> bool:
@@ -403,13 +382,9 @@ def suspend(manager: Any, liveness: Callable[[], object]) -> Callable[[], None]:
     """Have no transaction be under way under any zope manager, and return what takes up the one that was."""
     if isinstance(manager, ContextTransactionManager):
         return manager.suspend(liveness)
-    inner = getattr(manager, "manager", manager)  # the thread-local manager keeps a plain one for each thread
-    transaction, inner._txn = inner._txn, None
-
-    def resume() -> None:
-        inner._txn = transaction
-
-    return resume
+    transaction = current_of(manager)
+    set_current(manager, None)
+    return lambda: set_current(manager, transaction)
 
 
 class suspended(WithBlock):  # noqa: N801  # used like a function
