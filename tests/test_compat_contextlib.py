@@ -1,0 +1,73 @@
+"""What app_db relies on of contextlib's exit stacks that is not public: the frames of their methods."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from app_db._compat.contextlib import is_entering, is_leaving, stack_of
+
+
+class Noting:
+    """A context manager that notes the frame that enters it, and the one that leaves it."""
+
+    def __init__(self) -> None:
+        self.entered: FrameType | None = None
+        self.left: list[tuple[FrameType, Any]] = []
+
+    def __enter__(self) -> None:
+        self.entered = sys._getframe(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._note(sys._getframe(1))
+
+    async def __aenter__(self) -> None:
+        self.entered = sys._getframe(1)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._note(sys._getframe(1))
+
+    def _note(self, frame: FrameType | None) -> None:
+        while frame is not None:
+            self.left.append((frame, stack_of(frame)))
+            frame = frame.f_back
+
+
+@pytest.mark.parametrize("new_stack", [ExitStack, AsyncExitStack])
+def test_a_stack_that_enters_and_leaves_is_recognized(new_stack: Any) -> None:
+    """Without it, a block that a stack was interrupted in entering or leaving would keep its unit current."""
+
+    async def main() -> None:
+        noting, awaited = Noting(), Noting()
+        stack = new_stack()
+        if isinstance(stack, AsyncExitStack):
+            async with stack:
+                stack.enter_context(noting)
+                await stack.enter_async_context(awaited)
+        else:
+            with stack:
+                stack.enter_context(noting)
+        for note in (noting, awaited) if isinstance(stack, AsyncExitStack) else (noting,):
+            assert note.entered is not None
+            assert is_entering(note.entered)
+            assert stack_of(note.entered) is stack
+            assert any(is_leaving(frame, stack) for frame, _ in note.left)
+            assert not any(is_leaving(frame, new_stack()) for frame, _ in note.left)
+
+    asyncio.run(main())
+
+
+def test_other_frames_are_no_stacks() -> None:
+    @contextmanager
+    def around() -> Any:
+        yield
+
+    frame = sys._getframe()
+    with around():
+        assert not is_entering(frame)
+        assert not is_leaving(frame, None)

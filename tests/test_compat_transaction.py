@@ -1,0 +1,142 @@
+"""What app_db relies on of zope's transaction that is not public. Each test says what breaks without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import transaction
+from transaction.interfaces import TransientError
+
+from app_db._compat.transaction import Synchronizers, Transaction, TransactionManager, current_of, set_current
+
+
+class Synchronizer:
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def newTransaction(self, begun: Any) -> None:  # zope's name
+        self.told.append("new")
+
+    def beforeCompletion(self, ending: Any) -> None:  # zope's name
+        self.told.append("before")
+
+    def afterCompletion(self, ended: Any) -> None:  # zope's name
+        self.told.append("after")
+
+
+class Savepointer:
+    """A data manager that takes part and has savepoints."""
+
+    def __init__(self) -> None:
+        self.transaction_manager = transaction.manager
+
+    def sortKey(self) -> str:  # zope's name
+        return "a"
+
+    def abort(self, ending: Any) -> None: ...
+    def tpc_begin(self, ending: Any) -> None: ...
+    def commit(self, ending: Any) -> None: ...
+    def tpc_vote(self, ending: Any) -> None: ...
+    def tpc_finish(self, ending: Any) -> None: ...
+    def tpc_abort(self, ending: Any) -> None: ...
+
+    def savepoint(self) -> Any:
+        return self
+
+    def rollback(self) -> None: ...
+
+
+class Manager(TransactionManager):
+    """A manager whose current transaction is found elsewhere."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__()
+        self.found = found
+
+    def current(self) -> Any:
+        return self.found
+
+    def is_retryable(self, error: BaseException) -> bool:
+        return isinstance(error, KeyError)
+
+
+def test_a_synchronizer_that_is_added_is_told() -> None:
+    """`data.data`, the dictionary in zope's WeakSet: without it, synchronizers would never be called."""
+    synchronizers, one = Synchronizers(), Synchronizer()
+    told: list[Any] = []
+    assert not synchronizers
+    synchronizers.map(told.append)
+    synchronizers.add(one)
+    assert synchronizers
+    synchronizers.map(told.append)
+    assert told == [one]
+    synchronizers.remove(one)
+    assert not synchronizers
+
+
+def test_a_synchronizer_that_is_gone_does_not_count() -> None:
+    """A synchronizer is held weakly: an entry that stays would cost every unit three calls."""
+    synchronizers, one = Synchronizers(), Synchronizer()
+    synchronizers.add(one)
+    del one
+    assert not synchronizers
+
+
+def test_zopes_own_transaction_tells_our_synchronizers() -> None:
+    synchronizers, one = Synchronizers(), Synchronizer()
+    synchronizers.add(one)
+    Transaction(synchronizers, None).abort()
+    assert one.told == ["before", "after"]
+
+
+def test_a_rollback_to_a_savepoint_asks_first() -> None:
+    """`_remove_and_invalidate_after`: without it, a rollback would wait for coroutines where none can be awaited."""
+
+    class Refusing(Transaction):
+        def before_rollback_to(self, savepoint: Any) -> None:
+            raise LookupError("not here")
+
+    begun = Refusing(Synchronizers(), None)
+    begun.join(Savepointer())
+    savepoint = begun.savepoint()
+    with pytest.raises(LookupError, match="not here"):
+        savepoint.rollback()
+    assert savepoint.valid
+
+
+def test_a_managers_methods_find_the_current_transaction_by_current() -> None:
+    """`_txn`: without it, begin() would not see what is under way, and synchronizers would be told of nothing."""
+    begun, one = Transaction(Synchronizers(), None), Synchronizer()
+    manager = Manager(begun)
+    manager.registerSynch(one)
+    assert one.told == ["new"]
+    with pytest.raises(transaction.interfaces.AlreadyInTransaction):
+        transaction.TransactionManager.begin(manager)
+
+
+def test_attempts_ask_whether_an_error_may_pass() -> None:
+    """`_retryable`: without it, `attempts()` and `run()` would not repeat what app_db knows to be worth it."""
+    manager = Manager(Transaction(Synchronizers(), None))
+    attempt: Any = next(manager.attempts(2))
+    assert attempt.manager is manager
+    assert manager._retryable(KeyError, KeyError()) is True
+    assert manager._retryable(TransientError, TransientError()) is True
+    assert manager._retryable(ValueError, ValueError()) is False
+
+
+@pytest.mark.parametrize("new_manager", [transaction.TransactionManager, transaction.ThreadTransactionManager])
+def test_the_current_transaction_of_zopes_own_managers_can_be_seen_and_set_aside(new_manager: Any) -> None:
+    """`_txn` of zope's managers: `get()` would begin a transaction, and requires_new has to put one aside."""
+    manager = new_manager()
+    assert current_of(manager) is None
+    begun = manager.begin()
+    assert current_of(manager) is begun
+    set_current(manager, None)
+    assert current_of(manager) is None
+    other = manager.begin()
+    assert other is not begun
+    manager.abort()
+    set_current(manager, begun)
+    assert manager.get() is begun
+    manager.abort()
