@@ -9,6 +9,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 SOAK ?=
+BENCH ?=
 WORKERS ?= 2
 
 VENV := .venv
@@ -92,8 +93,8 @@ coverage: $(INSTALLED_DEV)  ## run the tests and print which lines and branches 
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-bench: $(INSTALLED_DEV)  ## measure the cost over bare SQLAlchemy
-	$(BIN)/python benchmarks/run.py
+bench: $(INSTALLED_DEV)  ## measure the cost over bare SQLAlchemy, and print it in Markdown; BENCH names one benchmark
+	@$(BIN)/python benchmarks/run.py $(BENCH)
 
 clean:  ## delete what the other targets made, .venv included
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .tox .coverage*

@@ -1,52 +1,54 @@
-"""Building named connections, and the memory of an idle one, beside a bare engine plus sessionmaker. Nothing connects."""
+"""Building named connections, and the memory of an idle one, beside a bare engine plus
+sessionmaker. Nothing connects.
+"""
 
 from __future__ import annotations
 
 import gc
+import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
-from measuring import Comparison, compare, heading, report
+from databases import Databases
+from measuring import Batch, Effort, measure
 from sqlalchemy import create_engine
 from sqlalchemy.orm import sessionmaker
+from tables import duration, heading, limited, line
 
 from app_db import DatabaseSettings, container_of
 
 URL = "postgresql+psycopg://shop:secret@db.example/shop{}"
-FLOOR = 1.50
-
-
+LIMIT = 1.50
 COUNTS = (1, 10, 100)
+ROUNDS = 40
 
 
-def run() -> None:
-    """Print the tables."""
-    heading("Build named connections", "ms")
+def run(databases: Databases, effort: Effort) -> None:
+    """Print the tables. No database is used."""
+    heading("Build named connections", "connections", "bare", "engine and sessionmaker", "the container as well")
     for count in COUNTS:
         made = Containers(count)
-        result = compare(made.build, bare(count), calls=1, rounds=41, before_round=made.renew)
-        report_times(f"{count}: engine and sessionmaker", result, at_most=FLOOR)
-    for count in COUNTS:
-        report_times(
-            f"{count}: the container itself as well", compare(Containers(count).build_anew, bare(count), calls=1, rounds=41)
-        )
-    heading("Memory of an idle connection", "KiB")
+        batches = {
+            "bare": _timed(bare(count)),
+            "built": _timed(made.build, made.renew),
+            "anew": _timed(made.build_anew),
+        }
+        for batch in batches.values():
+            batch(1)
+        measured = measure(batches, effort, rounds=ROUNDS, units=1)
+        line([str(count), duration(measured["bare"].seconds), limited(measured["built"], LIMIT), str(measured["anew"])])
+    heading("Memory of an idle connection", "what", "bare", "engine and sessionmaker", "the container as well")
     made = Containers(100)
-    mine, plain, whole = (_kibibytes(build, made.renew) / 100 for build in (made.build, bare(100), made.build_anew))
-    report("1 of 100: engine and sessionmaker", ours=f"{mine:,.1f}", bare=f"{plain:,.1f}", ratio=mine / plain, at_most=FLOOR)
-    report(
-        "1 of 100: the container itself as well", ours=f"{whole:,.1f}", bare=f"{plain:,.1f}", ratio=whole / plain, at_most=FLOOR
-    )
-
-
-def report_times(what: str, result: Comparison, *, at_most: float | None = None) -> None:
-    """Print how long both take."""
-    report(what, ours=f"{result.ours * 1000:,.2f}", bare=f"{result.bare * 1000:,.2f}", ratio=result.ratio, at_most=at_most)
+    plain, mine, whole = (_kibibytes(build, made.renew) / 100 for build in (bare(100), made.build, made.build_anew))
+    mark = " **!**" if mine / plain > LIMIT else ""
+    line(["1 of 100", f"{plain:,.1f} KiB", f"{mine / plain:.2f} of at most {LIMIT:.2f}{mark}", f"{whole / plain:.2f}"])
 
 
 class Containers:
-    """Makes containers with so many connections, and has them build an engine and a sessionmaker for each."""
+    """Makes containers with so many connections, and has them build an engine and a sessionmaker
+    for each.
+    """
 
     def __init__(self, count: int) -> None:
         self._names = [f"shop_{number}" for number in range(count)]
@@ -80,6 +82,21 @@ def bare(count: int) -> Callable[[], Any]:
         return made
 
     return build
+
+
+def _timed(build: Callable[[], Any], before: Callable[[], object] = lambda: None) -> Batch:
+    """Return what builds, without the time of what it needs before."""
+
+    def batch(units: int) -> float:
+        seconds = 0.0
+        for _ in range(units):
+            before()
+            began = time.perf_counter()
+            build()
+            seconds += time.perf_counter() - began
+        return seconds
+
+    return batch
 
 
 def _kibibytes(build: Callable[[], Any], before: Callable[[], object]) -> float:

@@ -1,16 +1,20 @@
-"""What `import app_db` costs beside importing the libraries it stands on, each in a process of its own."""
+"""What `import app_db` costs beside importing the libraries it stands on, each in a process of its
+own.
+"""
 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 
-from measuring import heading, report
+from databases import Databases
+from measuring import Batch, Effort, measure
+from tables import duration, heading, limited, line
 
 ROUNDS = 15
+LIMIT = 1.10
 TIMED = "import time; began = time.perf_counter(); {}; print(time.perf_counter() - began)"
 OURS = "import app_db"
 DEPENDENCIES = (
@@ -19,27 +23,34 @@ DEPENDENCIES = (
 )
 
 
-def run() -> None:
-    """Print the table."""
-    heading("Import", "ms")
+def run(databases: Databases, effort: Effort) -> None:
+    """Print the table. No database is used."""
+    heading("Import", "what", "its 5 dependencies", "`import app_db`")
     with tempfile.TemporaryDirectory() as bytecode:
-        pairs = _pairs(_writing_bytecode_to(bytecode))
-    ratio = statistics.median(one / other for one, other in pairs)
-    ours, bare = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
-    report("import app_db, beside its 5 dependencies", ours=f"{ours:,.0f}", bare=f"{bare:,.0f}", ratio=ratio, at_most=1.10)
+        environment = _writing_bytecode_to(bytecode)
+        batches = {"dependencies": _imports(DEPENDENCIES, environment), "app_db": _imports(OURS, environment)}
+        for batch in batches.values():
+            batch(1)  # which compiles
+        measured = measure(batches, effort, rounds=ROUNDS, units=1)
+    line(["import", duration(measured["dependencies"].seconds), limited(measured["app_db"], LIMIT)])
 
 
 def _writing_bytecode_to(directory: str) -> dict[str, str]:
-    """Return an environment in which both sides find their bytecode, as installed packages do, whatever this process writes."""
+    """Return an environment in which both sides find their bytecode, as installed packages do,
+    whatever this process writes.
+    """
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return inherited | {"PYTHONPYCACHEPREFIX": directory}
 
 
-def _pairs(environment: dict[str, str]) -> list[tuple[float, float]]:
-    _seconds(OURS, environment), _seconds(DEPENDENCIES, environment)  # which compile
-    return [(_seconds(OURS, environment), _seconds(DEPENDENCIES, environment)) for _ in range(ROUNDS)]
+def _imports(statement: str, environment: dict[str, str]) -> Batch:
+    """Return what imports in new processes, which don't look for app_db in the working
+    directory.
+    """
+    command = [sys.executable, "-P", "-c", TIMED.format(statement)]
 
+    def batch(units: int) -> float:
+        done = [subprocess.run(command, check=True, capture_output=True, text=True, env=environment) for _ in range(units)]
+        return sum(float(one.stdout) for one in done)
 
-def _seconds(statement: str, environment: dict[str, str]) -> float:
-    command = [sys.executable, "-c", TIMED.format(statement)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    return batch

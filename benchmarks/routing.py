@@ -1,70 +1,114 @@
-"""Units of work a second: the session that finds its database, beside the writer's session and beside `sessionmaker.begin()`."""
+"""Units of work through the session that finds its database, beside the writer's session and beside
+bare SQLAlchemy.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from measuring import compare, heading, report
-from schema import Base, Row, Shop, bare_engine, prepared
-from sqlalchemy.orm import Session, sessionmaker
-from units import postgres_url
+from databases import Databases, Place
+from dependency_injector.wiring import Provide
+from measuring import WARM_UP, Batch, Effort, measure, repeated
+from schema import Shop
+from sqlalchemy import String, create_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from tables import duration, heading, limited, line
 
-FLOOR = 1.10
+from app_db import DatabaseSettings, metadata_of, transactional
 
+ROUNDS = 100
+LIMIT = 1.10
+"""What the session that finds its database may cost beside the writer's session, in a block."""
 
-def run() -> None:
-    """Print the tables."""
-    Base.metadata.info["app_db_connection"] = "writer"
-    with tempfile.TemporaryDirectory() as directory:
-        _measure("SQLite", f"sqlite:///{Path(directory) / 'shop.db'}")
-    with postgres_url() as url:
-        _measure("PostgreSQL", url)
-
-
-def _measure(name: str, url: str) -> None:
-    with prepared(url) as container:
-        engine = bare_engine(url)
-        bare = sessionmaker(engine)
-        heading(f"{name}: the session that finds its database", "units/s")
-        _compare(
-            "SELECT by key, beside the writer's session",
-            lambda: _read(container, container.session),
-            lambda: _read(container, container.writer_session),
-            at_most=FLOOR,
-        )
-        _compare("SELECT by key, beside bare", lambda: _read(container, container.session), lambda: _read_bare(bare))
-        _compare(
-            "INSERT, beside the writer's session",
-            lambda: _write(container, container.session),
-            lambda: _write(container, container.writer_session),
-            at_most=FLOOR,
-        )
-        _compare("INSERT, beside bare", lambda: _write(container, container.session), lambda: _write_bare(bare))
-        engine.dispose()
+BARE = "bare"
+WRITER = "writer's session, block"
+ROUTED = "finds its database, block"
+DECORATED = "finds its database, `@transactional`"
 
 
-def _read(container: Shop, session: Callable[[], Session]) -> None:
-    with container.transaction():
-        session().get(Row, 1)
+class Base(DeclarativeBase):
+    """Models that know their connection."""
+
+    metadata = metadata_of("writer")
 
 
-def _read_bare(bare: sessionmaker[Session]) -> None:
-    with bare.begin() as session:
-        session.get(Row, 1)
+class Routed(Base):
+    """Something to read and write."""
+
+    __tablename__ = "routed"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str] = mapped_column(String(40))
 
 
-def _write(container: Shop, session: Callable[[], Session]) -> None:
-    with container.transaction():
-        session().add(Row(text="written"))
+def run(databases: Databases, effort: Effort) -> None:
+    """Print the table."""
+    beside = "finds its database beside the writer's session, in blocks"
+    heading("The session that finds its database", "unit of work", BARE, WRITER, ROUTED, DECORATED, beside)
+    for place in (databases.sqlite_file("pysqlite"), databases.postgres_socket("psycopg")):
+        with place as given, _ways(given) as ways:
+            for title, work in (("SELECT by key", _select), ("INSERT", _insert)):
+                _compare(f"{given.title}: {title}", {name: way(work) for name, way in ways.items()}, effort)
 
 
-def _write_bare(bare: sessionmaker[Session]) -> None:
-    with bare.begin() as session:
-        session.add(Row(text="written"))
+def _select(session: Session) -> None:
+    session.get_one(Routed, 1)
 
 
-def _compare(what: str, ours: Callable[[], object], beside: Callable[[], object], *, at_most: float | None = None) -> None:
-    result = compare(ours, beside, calls=200)
-    report(what, ours=f"{1 / result.ours:,.0f}", bare=f"{1 / result.bare:,.0f}", ratio=result.ratio, at_most=at_most)
+def _insert(session: Session) -> None:
+    session.add(Routed(text="written"))
+
+
+Way = Callable[[Callable[[Session], None]], Callable[[], None]]
+
+
+@contextmanager
+def _ways(place: Place) -> Iterator[dict[str, Way]]:
+    url = place.new()
+    engine = create_engine(url)
+    container = Shop(settings=DatabaseSettings(_env_file=None, connections={"writer": {"url": place.new()}}))
+    for used in (engine, container.writer_engine()):
+        Base.metadata.create_all(used)
+        with Session(used) as session, session.begin():
+            session.add(Routed(text="first"))
+    maker = sessionmaker(engine)
+
+    def bare(work: Callable[[Session], None]) -> Callable[[], None]:
+        def unit() -> None:
+            with maker.begin() as session:
+                work(session)
+
+        return unit
+
+    def block(session_of: Callable[[], Session]) -> Way:
+        def way(work: Callable[[Session], None]) -> Callable[[], None]:
+            def unit() -> None:
+                with container.transaction():
+                    work(session_of())
+
+            return unit
+
+        return way
+
+    def decorated(work: Callable[[Session], None]) -> Callable[[], None]:
+        @transactional
+        def unit(session: Session = Provide[Shop.session]) -> None:
+            work(session)
+
+        container.wire(modules=[__name__])
+        return unit
+
+    yield {BARE: bare, WRITER: block(container.writer_session), ROUTED: block(container.session), DECORATED: decorated}
+    container.unwire()
+    container.shutdown_resources()
+    engine.dispose()
+
+
+def _compare(title: str, units: dict[str, Callable[[], None]], effort: Effort) -> None:
+    batches: dict[str, Batch] = {name: repeated(unit) for name, unit in units.items()}
+    for batch in batches.values():
+        batch(1 if effort.quick else WARM_UP)
+    measured = measure(batches, effort, rounds=ROUNDS)
+    others = [str(measured[name]) for name in (WRITER, ROUTED, DECORATED)]
+    beside = measure({name: batches[name] for name in (WRITER, ROUTED)}, effort, rounds=ROUNDS)[ROUTED]
+    line([title, duration(measured[BARE].seconds), *others, limited(beside, LIMIT)])

@@ -1,43 +1,53 @@
-"""Units of work a second of 8 threads on one pool."""
+"""Units of work of 8 threads on one pool. The threads share an interpreter, so the share is that of
+the processor time.
+"""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from measuring import heading, report
-from schema import bare_engine, prepared
-from sqlalchemy.orm import sessionmaker
-from units import insert, postgres_url
+from contestants import BARE, checked_units, contestants
+from databases import Databases
+from measuring import WARM_UP, Batch, Effort, measure
+from tables import duration, heading, line
+from workloads import INSERT, SELECT
 
 THREADS = 8
-UNITS = 60
-ROUNDS = 9
+ROUNDS = 40
+BATCH = 0.03
 
 
-def run() -> None:
+def run(databases: Databases, effort: Effort) -> None:
     """Print the table."""
-    heading("8 threads on one pool", "units/s")
-    with postgres_url() as url, prepared(url, pool_size=THREADS) as container:
-        engine = bare_engine(url, pool_size=THREADS)
-        bare = sessionmaker(engine)
-        ours, plain = insert(container, bare)
-        with ThreadPoolExecutor(THREADS) as pool:
-            _rate(pool, ours), _rate(pool, plain)
-            pairs = [(_rate(pool, ours), _rate(pool, plain)) for _ in range(ROUNDS)]
-        engine.dispose()
-    share = statistics.median(one / other for one, other in pairs)
-    rates = [statistics.median(rates) for rates in zip(*pairs, strict=True)]
-    report("PostgreSQL: INSERT (share of bare)", ours=f"{rates[0]:,.0f}", bare=f"{rates[1]:,.0f}", ratio=share, at_least=0.95)
+    with (
+        databases.postgres_socket("psycopg") as place,
+        contestants(place, pool_size=THREADS) as taking_part,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
+        heading(f"{THREADS} threads on one pool, {place.title}", "unit of work", *taking_part)
+        for workload in (SELECT, INSERT):
+            batches = {
+                name: _in_threads(pool, checked_units(name, unit_of, workload, effort)) for name, unit_of in taking_part.items()
+            }
+            for batch in batches.values():
+                batch(1 if effort.quick else WARM_UP)  # which connects each thread
+            measured = measure(batches, effort, rounds=ROUNDS, seconds=BATCH)
+            ratios = [str(result) for name, result in measured.items() if name != BARE]
+            line([workload.title, duration(measured[BARE].seconds / THREADS), *ratios])
 
 
-def _rate(pool: ThreadPoolExecutor, unit: Callable[[], object]) -> float:
-    def work(_: int) -> None:
-        for _ in range(UNITS):
-            unit()
+def _in_threads(pool: ThreadPoolExecutor, unit: Callable[[], object]) -> Batch:
+    """Return what has each thread do so many units."""
 
-    began = time.perf_counter()
-    list(pool.map(work, range(THREADS)))
-    return THREADS * UNITS / (time.perf_counter() - began)
+    def batch(units: int) -> float:
+        def work(_: int) -> None:
+            for _ in range(units):
+                unit()
+
+        began = time.perf_counter()
+        list(pool.map(work, range(THREADS)))
+        return time.perf_counter() - began
+
+    return batch

@@ -1,12 +1,13 @@
-"""What it costs to commit in several databases at once, as a ratio to a plain commit in one of them.
+"""What it costs to commit in several databases at once, as a ratio to a plain commit in one of
+them.
 
-Only the commit is timed: the rows have been flushed when the clock starts. Beside app_db stands zope.sqlalchemy, wired by hand
-with `twophase=True`, which prepares one database after the other and commits one after the other.
+Only the commit is timed: the rows have been flushed when the clock starts. Beside app_db stands
+zope.sqlalchemy, wired by hand with `twophase=True`, which prepares one database after the other and
+commits one after the other.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,73 +16,70 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transaction
-from schema import Base, Row, bare_engine
+from contestants import add_first_row
+from databases import Databases
+from measuring import WARM_UP, Batch, Effort, measure
+from schema import Row
+from sqlalchemy import create_engine
 from sqlalchemy.orm import Session, sessionmaker
+from tables import duration, heading, limited, line
 from zope.sqlalchemy import register
 
 from app_db import DatabaseSettings, container_of
 
 if TYPE_CHECKING:
     from app_db import DatabaseContainer
-    from servers import PostgresServer
 
 DATABASES = (1, 2, 4, 8)
 ROUND_TRIPS = (0.0, 1.0)
-ROUNDS = 41
-FLOOR = 3.5
+ROUNDS = 60
+LIMIT = 3.5
 """What eight databases at 1 ms may cost, as a ratio to one."""
+
+ONE, TABLE, FILE, BY_HAND = "plain commit in one", "decisions in a table", "decisions in a file", "zope by hand"
 
 Commit = Callable[[], float]
 """Writes a row in each database, commits, and returns the seconds that the commit took."""
 
 
-def run() -> None:
+def run(databases: Databases, effort: Effort) -> None:
     """Print the table."""
-    from proxies import Proxy
-    from servers import PostgresServer
-
-    print("\nA commit in several databases: ratio to a plain commit in one")
-    print(f"{'databases, round trip':<24}{'one':>10}{'table log':>12}{'file log':>12}{'zope by hand':>14}  floor")
-    server = PostgresServer(settings={"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"})
-    server.start()
-    try:
-        urls = [_created(server, f"shop{number}") for number in range(max(DATABASES))]
-        for round_trip in ROUND_TRIPS:
-            with Proxy(server, rtt=round_trip) as proxy:
-                for count in DATABASES:
-                    _measure([proxy.url(url) for url in urls[:count]], round_trip)
-    finally:
-        server.close()
+    heading("A commit in several databases", "databases, round trip", ONE, TABLE, FILE, BY_HAND)
+    for round_trip in ROUND_TRIPS:
+        with databases.postgres_proxy("psycopg", round_trip=round_trip) as place:
+            urls = [place.new() for _ in range(max(DATABASES))]
+            for url in urls:
+                engine = create_engine(url)
+                add_first_row(engine)
+                engine.dispose()
+            for count in DATABASES:
+                _compare(urls[:count], round_trip, effort)
 
 
-def _created(server: PostgresServer, name: str) -> str:
-    server.create_database(name)
-    url = server.url(name)
-    engine = bare_engine(url)
-    Base.metadata.create_all(engine)
-    engine.dispose()
-    return url
-
-
-def _measure(urls: list[str], round_trip: float) -> None:
+def _compare(urls: list[str], round_trip: float, effort: Effort) -> None:
     with ExitStack() as stack:
-        one = stack.enter_context(_plain(urls[0]))
-        others = [
-            stack.enter_context(_app_db(urls, None)),
-            stack.enter_context(_app_db(urls, f"file:{Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'decisions'}")),
-            stack.enter_context(_zope(urls)),
-        ]
-        rounds = [(one(), *(other() for other in others)) for _ in range(ROUNDS)][1:]
-    plain = statistics.median(seconds for seconds, *_ in rounds)
-    ratios = [statistics.median(row[column] / row[0] for row in rounds) for column in range(1, 4)]
-    floor = f"≤ {FLOOR}{'  !' if min(ratios[:2]) > FLOOR else ''}" if len(urls) == max(DATABASES) and round_trip else ""
-    cells = "".join(f"{ratio:>{width}.2f}" for ratio, width in zip(ratios, (12, 12, 14), strict=True))
-    print(f"{f'{len(urls)}, {round_trip:g} ms':<24}{plain * 1000:>7.2f} ms{cells}  {floor}".rstrip())
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "decisions"
+        batches = {
+            ONE: _repeated(stack.enter_context(_plain(urls[0]))),
+            TABLE: _repeated(stack.enter_context(_app_db(urls, None))),
+            FILE: _repeated(stack.enter_context(_app_db(urls, f"file:{file}"))),
+            BY_HAND: _repeated(stack.enter_context(_zope(urls))),
+        }
+        for batch in batches.values():
+            batch(1 if effort.quick else WARM_UP)
+        measured = measure(batches, effort, rounds=ROUNDS, units=1)
+    has_limit = len(urls) == max(DATABASES) and round_trip > 0
+    ratios = [limited(measured[FILE], LIMIT) if has_limit and name is FILE else str(measured[name]) for name in (TABLE, FILE)]
+    line([f"{len(urls)}, {round_trip:g} ms", duration(measured[ONE].seconds), *ratios, str(measured[BY_HAND])])
+
+
+def _repeated(commit: Commit) -> Batch:
+    return lambda units: sum(commit() for _ in range(units))
 
 
 @contextmanager
 def _plain(url: str) -> Iterator[Commit]:
-    engine = bare_engine(url)
+    engine = create_engine(url)
     maker = sessionmaker(engine)
 
     def commit() -> float:
@@ -119,7 +117,7 @@ def _app_db(urls: list[str], decision_log: str | None) -> Iterator[Commit]:
 
 @contextmanager
 def _zope(urls: list[str]) -> Iterator[Commit]:
-    engines = [bare_engine(url) for url in urls]
+    engines = [create_engine(url) for url in urls]
     manager = transaction.TransactionManager(explicit=True)
     makers = [sessionmaker(engine, twophase=len(urls) > 1) for engine in engines]
     for maker in makers:

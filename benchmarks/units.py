@@ -1,107 +1,52 @@
-"""Units of work a second: app_db beside `sessionmaker.begin()`, one process, one thread."""
+"""Units of work of one thread: app_db beside bare SQLAlchemy and beside zope.sqlalchemy by hand."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from measuring import compare, heading, report
-from schema import Row, bare_engine, prepared
-from sqlalchemy.orm import Session, sessionmaker
+from contestants import BARE, CONTESTANTS, OURS, can_do, checked_units, contestants
+from databases import Databases, Place
+from measuring import Batch, Effort, Measured, functions_called, measure, repeated
+from tables import duration, heading, line
+from workloads import MEASURED
 
-if TYPE_CHECKING:
-    from app_db import DatabaseContainer
+ROUNDS = 150
 
 
-def run() -> None:
-    """Print the table."""
-    heading("Units of work", "units/s")
-    with tempfile.TemporaryDirectory() as directory:
-        _measure("SQLite", f"sqlite:///{Path(directory) / 'shop.db'}")
-    with postgres_url() as url:
-        _measure("PostgreSQL", url, reader=1.0, writer=1.10)
+def run(databases: Databases, effort: Effort) -> None:
+    """Print a table for each place."""
+    for place in (databases.sqlite_memory("pysqlite"), databases.sqlite_file("pysqlite")):
+        with place as given:
+            _compare(given, effort)
+    for place in (databases.postgres_socket("psycopg"), databases.postgres_proxy("psycopg")):
+        with place as given:
+            _compare(given, effort)
+    with databases.mariadb("pymysql") as mariadb:
+        if mariadb is not None:
+            _compare(mariadb, effort)
 
 
-@contextmanager
-def postgres_url() -> Iterator[str]:
-    """A database on a server of its own, with the settings a server comes with."""
-    from servers import PostgresServer
-
-    server = PostgresServer(settings={"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"})
-    server.start()
-    try:
-        server.create_database("shop")
-        yield server.url("shop")
-    finally:
-        server.close()
+def _compare(place: Place, effort: Effort) -> None:
+    with contestants(place) as taking_part:
+        heading_of_units(place.title)
+        for workload in MEASURED:
+            batches = {
+                name: repeated(checked_units(name, unit_of, workload, effort))
+                for name, unit_of in taking_part.items()
+                if can_do(name, workload, place)
+            }
+            report_units(workload.title, batches, measure(batches, effort, rounds=ROUNDS))
 
 
-def _measure(name: str, url: str, *, reader: float | None = None, writer: float | None = None) -> None:
-    with prepared(url) as container:
-        engine = bare_engine(url)
-        bare = sessionmaker(engine)
-        _compare(f"{name}: SELECT by key, reader", *_select(container, bare), at_most=reader)
-        _compare(f"{name}: SELECT by key, writer", *_select_for_writing(container, bare), at_most=writer)
-        _compare(f"{name}: INSERT, writer", *insert(container, bare), at_most=writer)
-        if not url.startswith("sqlite"):  # by hand, the writer's transaction would shut the reader's out
-            _compare(f"{name}: reader plus writer", *_both(container, bare), at_most=writer)
-        engine.dispose()
+def heading_of_units(title: str) -> None:
+    """Print the head of a table of units."""
+    heading(title, "unit of work", *CONTESTANTS, "functions called")
 
 
-Pair = tuple[Callable[[], object], Callable[[], object]]
-
-
-def _select(container: DatabaseContainer, bare: sessionmaker[Session]) -> Pair:
-    def ours() -> None:
-        with container.transaction():
-            container.reader_session().get(Row, 1)
-
-    def plain() -> None:
-        with bare.begin() as session:
-            session.get(Row, 1)
-
-    return ours, plain
-
-
-def _select_for_writing(container: DatabaseContainer, bare: sessionmaker[Session]) -> Pair:
-    def ours() -> None:
-        with container.transaction():
-            container.writer_session().get(Row, 1)
-
-    return ours, _select(container, bare)[1]
-
-
-def insert(container: DatabaseContainer, bare: sessionmaker[Session]) -> Pair:
-    """Return two ways of writing a row in a unit of work."""
-
-    def ours() -> None:
-        with container.transaction():
-            container.writer_session().add(Row(text="written"))
-
-    def plain() -> None:
-        with bare.begin() as session:
-            session.add(Row(text="written"))
-
-    return ours, plain
-
-
-def _both(container: DatabaseContainer, bare: sessionmaker[Session]) -> Pair:
-    def ours() -> None:
-        with container.transaction():
-            container.reader_session().get(Row, 1)
-            container.writer_session().add(Row(text="written"))
-
-    def plain() -> None:
-        with bare.begin() as reader, bare.begin() as writer:
-            reader.get(Row, 1)
-            writer.add(Row(text="written"))
-
-    return ours, plain
-
-
-def _compare(what: str, ours: Callable[[], object], bare: Callable[[], object], *, at_most: float | None) -> None:
-    result = compare(ours, bare, calls=200)
-    report(what, ours=f"{1 / result.ours:,.0f}", bare=f"{1 / result.bare:,.0f}", ratio=result.ratio, at_most=at_most)
+def report_units(title: str, batches: Mapping[str, Batch], measured: Mapping[str, Measured]) -> None:
+    """Print a line: what bare takes, the others' ratios to it, and the functions of app_db that one
+    unit of ours calls.
+    """
+    called = [functions_called(lambda batch=batches[name]: batch(1)) for name in OURS]  # type: ignore[misc]
+    ratios = [str(measured.get(name, "cannot")) for name in CONTESTANTS if name != BARE]
+    line([title, duration(measured[BARE].seconds), *ratios, " and ".join(map(str, called))])

@@ -332,6 +332,7 @@ class PostgresServer(Server):
         "max_prepared_transactions": 64,
         "authentication_timeout": "5s",  # for so long a client that was cancelled while it connected keeps DROP DATABASE waiting
         "max_connections": 200,
+        "unix_socket_directories": "",
         # Nobody pulls the plug on the tests' machine; a killed server has its writes in the kernel all the same.
         "fsync": False,
         "synchronous_commit": False,
@@ -436,7 +437,7 @@ class PostgresServer(Server):
         password.unlink()
 
     def _command(self) -> list[str]:
-        fixed: dict[str, Setting] = {"port": self.port, "listen_addresses": self.host, "unix_socket_directories": ""}
+        fixed: dict[str, Setting] = {"port": self.port, "listen_addresses": self.host}
         command = [str(self.programs / "postgres"), "-D", str(self.data)]
         for key, value in (self.settings | fixed).items():
             command += ["-c", f"{key}={_word(value)}"]

@@ -1,0 +1,112 @@
+"""What a unit of work does with the sessions that it is given, for threads and for coroutines."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from schema import Row
+from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+PAIRS_OF_STATEMENTS = 10
+
+_TEXT = select(Row.text).where(Row.id == 1)
+_COUNT = update(Row).where(Row.id == 1).values(count=Row.count + 1)
+_TALLY = select(func.count(), func.sum(Row.count)).select_from(Row)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One kind of unit. `work` and `work_async` take the sessions of the connections in `uses`, in
+    that order.
+
+    Each unit adds so many rows, and adds so much to the counts of rows. `checked_units` holds every
+    contestant to that.
+    """
+
+    title: str
+    uses: tuple[str, ...]
+    work: Callable[..., Any]
+    work_async: Callable[..., Awaitable[Any]]
+    rows: int = 0
+    counts: int = 0
+
+
+def _select(session: Session) -> None:
+    session.get_one(Row, 1)
+
+
+async def _select_async(session: AsyncSession) -> None:
+    await session.get_one(Row, 1)
+
+
+def _insert(session: Session) -> None:
+    session.add(Row(text="written"))
+
+
+async def _insert_async(session: AsyncSession) -> None:
+    session.add(Row(text="written"))
+
+
+def _update(session: Session) -> None:
+    session.get_one(Row, 1).count += 1
+
+
+async def _update_async(session: AsyncSession) -> None:
+    (await session.get_one(Row, 1)).count += 1
+
+
+def _both(reader: Session, writer: Session) -> None:
+    reader.get_one(Row, 1)
+    writer.add(Row(text="written"))
+
+
+async def _both_async(reader: AsyncSession, writer: AsyncSession) -> None:
+    await reader.get_one(Row, 1)
+    writer.add(Row(text="written"))
+
+
+def _statements(session: Session) -> None:
+    for _ in range(PAIRS_OF_STATEMENTS):
+        session.scalars(_TEXT).one()
+        session.execute(_COUNT)
+
+
+async def _statements_async(session: AsyncSession) -> None:
+    for _ in range(PAIRS_OF_STATEMENTS):
+        (await session.scalars(_TEXT)).one()
+        await session.execute(_COUNT)
+
+
+def _nothing(session: Session) -> None:
+    """Leave the session alone."""
+
+
+async def _nothing_async(session: AsyncSession) -> None:
+    """Leave the session alone."""
+
+
+def _tally(session: Session) -> tuple[int, int]:
+    rows, counts = session.execute(_TALLY).one()
+    return int(rows), int(counts or 0)
+
+
+async def _tally_async(session: AsyncSession) -> tuple[int, int]:
+    rows, counts = (await session.execute(_TALLY)).one()
+    return int(rows), int(counts or 0)
+
+
+SELECT = Workload("SELECT by key, writer", ("writer",), _select, _select_async)
+SELECT_READER = Workload("SELECT by key, reader", ("reader",), _select, _select_async)
+INSERT = Workload("INSERT", ("writer",), _insert, _insert_async, rows=1)
+UPDATE = Workload("SELECT and UPDATE", ("writer",), _update, _update_async, counts=1)
+BOTH = Workload("SELECT by reader, INSERT by writer", ("reader", "writer"), _both, _both_async, rows=1)
+STATEMENTS = Workload("20 statements", ("writer",), _statements, _statements_async, counts=PAIRS_OF_STATEMENTS)
+UNTOUCHED = Workload("session not used", ("writer",), _nothing, _nothing_async)
+
+MEASURED = (SELECT, SELECT_READER, INSERT, UPDATE, BOTH, STATEMENTS, UNTOUCHED)
+TALLY = Workload("rows and counts", ("writer",), _tally, _tally_async)
+ALL = (*MEASURED, TALLY)
