@@ -645,34 +645,36 @@ class CannotMakeDatabase(AppDbError):
 # ---- decision files -----------------------------------------------------------------------------------------------
 
 
-class DecisionFileDamaged(AppDbError):
-    """The file that keeps decisions is not as it was written. Nothing was decided."""
+class DecisionFileUnusable(AppDbError):
+    """The SQLite file that keeps decisions can't be used. Where `undecided` is true, nothing was decided by what failed."""
 
-    def __init__(self, path: str, offset: int, problem: str) -> None:
-        super().__init__(path, offset, problem)
+    def __init__(self, path: str, problem: str, remedy: str, undecided: bool = True) -> None:
+        super().__init__(path, problem, remedy, undecided)
         self.path = path
-        self.offset = offset
         self.problem = problem
+        self.remedy = remedy
+        self.undecided = undecided
 
     def __str__(self) -> str:
-        return (
-            f"The decision file {self.path} is damaged at byte {self.offset}: {self.problem}. Don't delete it: it may be all "
-            "that says which units of work have committed. Restore it; or commit or roll back by hand what is prepared in the "
-            "databases, after reading what it still says, and then move it away: a new one is made when it is needed."
+        return f"The decision file {self.path} can't be used: {self.problem}. {self.remedy}."
+
+
+class DecisionFileDamaged(DecisionFileUnusable):
+    """The SQLite file that keeps decisions is damaged, or it is another file. Nothing was decided, and nothing is changed."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        remedy = (
+            "Don't delete it: it may be all that says which units of work have committed. Restore it; or commit or roll back "
+            "by hand what is prepared in the databases, after reading what it still says, and then move it away together with "
+            "its -wal and -shm: a new one is made when it is needed"
         )
+        super().__init__(path, problem, remedy)
+        self.args = (path, problem)
 
 
-class DecisionFileFull(AppDbError):
-    """The file that keeps decisions is as long as it may be, and all of it is still needed. Nothing was decided."""
+class DecisionFileFull(DecisionFileUnusable):
+    """There is no room for a decision on the disk of the SQLite file that keeps them. Nothing was decided."""
 
-    def __init__(self, path: str, max_bytes: int, decisions: int) -> None:
-        super().__init__(path, max_bytes, decisions)
-        self.path = path
-        self.max_bytes = max_bytes
-        self.decisions = decisions
-
-    def __str__(self) -> str:
-        return (
-            f"The decision file {self.path} may have {self.max_bytes} bytes, and is filled by {self.decisions} decisions that "
-            "are still needed. Run `python -m app_db recover`: it finishes the units of work they are about, and forgets them."
-        )
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "its disk is full", "Make room, then run `python -m app_db recover`")
+        self.args = (path,)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -225,11 +226,9 @@ def variables(settings: Settings, prefix: str = "APP_DB") -> dict[str, str]:
 
 # ---- the process --------------------------------------------------------------------------------------------------------
 
-_write = os.write  # `Steps` wraps the one of `os`
-
 
 def _say(**what: Any) -> None:
-    _write(1, json.dumps(what).encode() + b"\n")
+    os.write(1, json.dumps(what).encode() + b"\n")
 
 
 def _hear() -> dict[str, Any]:
@@ -353,17 +352,26 @@ class Steps:
                     self.around(log, method, partial(_calling, method))
 
     def _watch_files(self) -> None:
-        for function in ("fsync", "fdatasync", "ftruncate", "replace", "rename"):
-            self.around(os, function, partial(_using, function))
+        database: Any = import_module("app_db._two_phase.decision_file")._Database
+        execute = database._execute
 
-        def write(file: int, data: bytes) -> int:
-            self.reach(f"before writing {data!r}")
-            self.reach(f"in the middle of writing {data!r}", lambda: _write(file, data[: len(data) // 2]))
-            written = _write(file, data)
-            self.reach(f"after writing {data!r}")
-            return written
+        def counted(file: Any, statement: str, give_up: float) -> Any:
+            self.reach(f"before {statement} in {file._path}")
+            if statement == "COMMIT":
+                self.reach("in the middle of COMMIT", lambda: _torn(file._path, lambda: execute(file, statement, give_up)))
+            rows = execute(file, statement, give_up)
+            self.reach(f"after {statement} in {file._path}")
+            return rows
 
-        os.write = write  # type: ignore[assignment]  # under the same name
+        database._execute = counted
+
+
+def _torn(path: Path, write: Callable[[], object]) -> None:
+    """Have what is written beside a file end in the middle of a page of SQLite's."""
+    wal = path.with_name(f"{path.name}-wal")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (wal.stat().st_size + 2_000, resource.RLIM_INFINITY))
+    with contextlib.suppress(Exception):
+        write()
 
 
 def _sending(_: object, statement: str) -> str:
@@ -376,10 +384,6 @@ def _saying(_: object, statements: Sequence[str]) -> str:
 
 def _calling(method: str, log: Any, *_: object) -> str:
     return f"{method} in {log.place}"
-
-
-def _using(function: str, *arguments: object) -> str:
-    return f"{function} {arguments}"
 
 
 def _commit(container: DatabaseContainer, unit: str, steps: Steps) -> None:

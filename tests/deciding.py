@@ -6,25 +6,25 @@ Not a test of pytest's: nobody should fork pytest, or kill it.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from app_db._databases.engines import build_engine
-from app_db._two_phase import decision_file
-from app_db._two_phase.decision_file import FileLog
+from app_db._two_phase.decision_file import FileLog, _Database
 from app_db._two_phase.decision_table import TableLog
 from app_db._two_phase.decisions import DecisionLog, Verdict
 from app_db._two_phase.xids import new_unit_id
+from app_db.errors import DecisionFileUnusable
 from app_db.settings import DatabaseSettings
-
-STEPS = ("open", "write", "ftruncate", "fdatasync", "fsync", "replace", "unlink", "fchmod")
-"""What a decision file asks of the system."""
 
 
 def opened(where: str) -> DecisionLog:
@@ -75,8 +75,7 @@ def race(where: str, count: str, *units: str) -> list[dict[str, str]]:
 
 
 def work(where: str, seed: str) -> None:
-    """Decide and forget for ever, in a file that is often written anew, and say what is certain: until somebody kills it."""
-    decision_file._LEAST_WORTH_REWRITING = 2_000
+    """Decide and forget for ever, and say what is certain: until somebody kills it."""
     chance = random.Random(seed)
     log = opened(where)
     mine: list[str] = []
@@ -96,8 +95,7 @@ def say(*words: str) -> None:
 
 
 def killed_at_every_step(where: str, state: str) -> list[dict[str, Any]]:
-    """Die before, in and after each step of a decision; return what was there afterwards, for each."""
-    decision_file._LEAST_WORTH_REWRITING = 2_000
+    """Die before, in and after each statement of a decision; return what was there afterwards, for each."""
     seen = []
     for how in ("before", "within", "after"):
         for step in range(100):
@@ -121,51 +119,46 @@ def prepared(path: Path, state: str) -> dict[str, str]:
     units = [new_unit_id(log.id) for _ in range(30)]
     for unit in units:
         log.decide(unit, Verdict.COMMIT, ["writer"])
-    if state == "to rewrite":
-        log.forget(units[5:])
-        while path.stat().st_size < 2_000:
-            unit = new_unit_id(log.id)
-            log.decide(unit, Verdict.COMMIT, [])
-            log.forget([unit])
-        units = units[:5]
-    if state == "torn":
-        with path.open("ab") as file:
-            file.write(b"commit Log123000")
+    if state == "to be checkpointed":
+        while wal_of(path).stat().st_size < 4096 * 998:  # SQLite copies what is in the -wal when it has 1000 pages
+            log.forget(units[15:])
+            for unit in units[15:]:
+                log.decide(unit, Verdict.COMMIT, ["writer"])
     return dict.fromkeys(units, "commit")
 
 
+def wal_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
 def die_in_decision(path: Path, how: str, step: int) -> str:
-    """Kill a child at its `step`th step, or when it has its answer; return the step's name."""
+    """Kill a child at its `step`th statement, or when it has its answer; return the statement's first word."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        tell = os.write
         count = 0
+        real = _Database._execute
 
-        def dying(name: str) -> Callable[..., Any]:
-            real = getattr(os, name)
+        def dying(database: _Database, statement: str, give_up: float) -> list[Any]:
+            nonlocal count
+            count += 1
+            if count != step + 1:
+                return real(database, statement, give_up)
+            os.write(writing, f"{statement.partition(' ')[0]}\n".encode())
+            try:
+                if how == "within":
+                    # What is written ends in the middle of a page.
+                    size = wal_of(path).stat().st_size if wal_of(path).exists() else 0
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 2_000, resource.RLIM_INFINITY))
+                if how != "before":
+                    real(database, statement, give_up)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return []
 
-            def call(*arguments: Any, **options: Any) -> Any:
-                nonlocal count
-                count += 1
-                if count != step + 1:
-                    return real(*arguments, **options)
-                tell(writing, f"{name}\n".encode())
-                try:
-                    if how == "within" and name == "write":
-                        real(arguments[0], arguments[1][: len(arguments[1]) // 2])
-                    elif how != "before":
-                        real(*arguments, **options)
-                finally:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            return call
-
-        log = FileLog(path)
-        for name in STEPS:
-            setattr(os, name, dying(name))
-        log.decide(UNIT, Verdict.COMMIT, ["writer"])
-        tell(writing, b"acknowledging\n")
+        _Database._execute = dying  # type: ignore[method-assign,assignment]
+        FileLog(path).decide(UNIT, Verdict.COMMIT, ["writer"])
+        os.write(writing, b"acknowledging\n")
         os.kill(os.getpid(), signal.SIGKILL)
     os.close(writing)
     said = heard(reading).strip()
@@ -188,28 +181,96 @@ def after_death(path: Path, expected: dict[str, str]) -> dict[str, Any]:
 
 
 def fork_with_a_log_in_use(where: str) -> dict[str, Any]:
-    """Fork with the file open and its lock held; what both decide must not be mixed up."""
+    """Fork in the middle of a transaction; what both decide must not be mixed up, and the parent's connection is its own."""
     log = FileLog(where)
     first = new_unit_id(log.id)
     log.decide(first, Verdict.COMMIT, [])
-    with log._locked():
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            log._lock_wait = 0.3
-            held = False
-            try:
-                log.find(first)
-            except TimeoutError:
-                held = True
-            os.write(writing, json.dumps(held).encode())
-            os._exit(0)
-        os.close(writing)
-        kept_out = json.loads(heard(reading))
-        os.waitpid(pid, 0)
+    assert log._database is not None
+    parents = log._database._connection
+    parents.execute("BEGIN IMMEDIATE")
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        log._lock_wait = 0.3
+        kept_out = False
+        try:
+            log.decide(first, Verdict.ABORT, [])
+        except DecisionFileUnusable:
+            kept_out = True
+        own = log._database._connection is not parents
+        del log
+        gc.collect()
+        untouched = parents.in_transaction  # which raises nothing as long as it is open
+        os.write(writing, json.dumps([kept_out, own, untouched]).encode())
+        sys.exit()
+    os.close(writing)
+    seen = json.loads(heard(reading))
+    os.waitpid(pid, 0)
+    parents.execute("COMMIT")
     units = [new_unit_id(log.id) for _ in range(40)]
-    seen = side_by_side(4, lambda number: [log.decide(unit, list(Verdict)[number % 2], []) for unit in units])
-    return {"kept out": kept_out, "agreed": all(answers == seen[0] for answers in seen), "first": log.find(first)}
+    answers = side_by_side(4, lambda number: [log.decide(unit, list(Verdict)[number % 2], []) for unit in units])
+    agreed = all(each == answers[0] for each in answers) and answers[0] == [log.find(unit) for unit in units]
+    return {"kept out, on its own, untouched": seen, "agreed": agreed, "first": log.find(first)}
+
+
+def problem(where: str) -> list[str]:
+    """What is said of a file that can't be used."""
+    try:
+        FileLog(where).decide(UNIT, Verdict.COMMIT, [])
+    except DecisionFileUnusable as error:
+        return [str(error)]
+    return []
+
+
+def problem_of_guest(where: str) -> list[str]:
+    """The same where the user has no rights that the file does not give to everybody."""
+    if os.geteuid() == 0:
+        for directory in list(Path(where).parents)[1:]:
+            if not directory.stat().st_mode & 0o001:
+                directory.chmod(directory.stat().st_mode | 0o111)
+        os.setgroups([])
+        os.setresuid(65534, 65534, 65534)
+    return problem(where)
+
+
+def fill(where: str) -> dict[str, Any]:
+    """Decide until the disk is full, then make some room."""
+    room = Path(where).with_name("room")
+    room.write_bytes(b"x" * 64 * 1024)
+    log = FileLog(where)
+    decided, unit = 0, ""
+    seen: dict[str, Any] = {}
+    while not seen:
+        unit = new_unit_id(log.id)
+        try:
+            log.decide(unit, Verdict.COMMIT, ["warehouse", "writer"])
+        except DecisionFileUnusable as error:
+            seen = {"error": str(error), "undecided": error.undecided}
+        else:
+            decided += 1
+    seen |= {"stands": FileLog(where).find(unit), "decided": decided, "kept": len(FileLog(where).decisions())}
+    room.unlink()
+    return seen | {"once there is room": log.decide(unit, Verdict.COMMIT, [])}
+
+
+def go_on_without_room(where: str) -> list[str]:
+    """Decide and forget on a disk that is full, in a file that has been in use."""
+    log = FileLog(where)
+    for _ in range(10):
+        log.decide(new_unit_id(log.id), Verdict.COMMIT, ["warehouse", "writer"])
+    del log
+    gc.collect()  # which closes it
+    log = FileLog(where)
+    log.forget([decision.unit for decision in log.decisions()][:5])
+    with suppress(OSError), Path(where).with_name("junk").open("wb", buffering=0) as junk:
+        while True:
+            junk.write(b"x" * 4096)
+    answers = []
+    for _ in range(300):
+        unit = new_unit_id(log.id)
+        answers.append(str(log.decide(unit, Verdict.ABORT, ["warehouse", "writer"])))
+        log.forget([unit])
+    return answers
 
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
@@ -218,6 +279,10 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
     "work": work,
     "killed_at_every_step": killed_at_every_step,
     "fork_with_a_log_in_use": fork_with_a_log_in_use,
+    "problem": problem,
+    "problem_of_guest": problem_of_guest,
+    "fill": fill,
+    "go_on_without_room": go_on_without_room,
 }
 
 if __name__ == "__main__":

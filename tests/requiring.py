@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import NoReturn, TypeVar
@@ -63,6 +64,14 @@ def need(*modules: str) -> None:
     for module in modules:
         if find_spec(module) is None:
             _do_without(f"{module} is not installed: `pip install --group test` does that")
+
+
+def need_command(*arguments: str) -> None:
+    """Go on only where a command can be run."""
+    try:
+        subprocess.run(arguments, check=True, capture_output=True, timeout=30)
+    except (OSError, subprocess.CalledProcessError) as error:
+        _do_without(f"`{' '.join(arguments)}` does not work here ({error}).")
 
 
 def _do_without(problem: str) -> NoReturn:

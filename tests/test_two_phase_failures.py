@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -23,8 +24,9 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from app_db._databases.exchange import Exchange, exchange
+from app_db._two_phase import decision_file
 from app_db._units.manager import retryable
-from app_db.errors import AbortedByRecovery, CommitUnconfirmed, HookFailed, InvalidUse, OutcomeUnknown
+from app_db.errors import AbortedByRecovery, CommitUnconfirmed, DecisionFileUnusable, HookFailed, InvalidUse, OutcomeUnknown
 from applications import DEFER_UNIQUENESS, Item, read_lock
 from choosing import mostly
 from servers import PostgresServer
@@ -468,6 +470,68 @@ def test_a_log_that_is_replaced_after_a_branch_was_named_by_it_is_no_place_for_a
             app.add_to_each("b", *urls)
         assert app.names("writer") == app.names("warehouse") == ["b"]
     another.dispose()
+
+
+# ---- a decision file that can't be used ---------------------------------------------------------------------------------
+
+
+def move_away(path: Path, log: Any) -> Callable[[], object]:
+    kept = path.rename(path.with_name("kept"))
+    return lambda: kept.rename(path)
+
+
+def forbid_writing(path: Path, log: Any) -> Callable[[], object]:
+    log._database._connection.execute("PRAGMA query_only = ON")
+    return lambda: log._database._connection.execute("PRAGMA query_only = OFF")
+
+
+def block(path: Path, log: Any) -> Callable[[], object]:
+    log._lock_wait = 0.2
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    return other.close
+
+
+@pytest.mark.parametrize("harm", [move_away, forbid_writing, block])
+def test_a_unit_whose_decision_file_can_not_be_used_leaves_nothing_prepared(
+    harm: Callable[[Path, Any], Callable[[], object]], new_postgres_url: NewUrl, tmp_path: Path
+) -> None:
+    path = tmp_path / "decisions"
+    with two_phasing(f"file:{path}", writer=new_postgres_url(), warehouse=new_postgres_url()) as app:
+        app.container.check()
+        put_right = harm(path, app.container.decision_places().configured)
+        with pytest.raises(DecisionFileUnusable), app.unit():
+            app.add_to_each("lost")
+        assert app.prepared() == []
+        put_right()
+        with app.unit():
+            app.add_to_each("a")
+        assert app.everywhere() == {"writer": ["a"], "warehouse": ["a"]}
+
+
+def test_a_unit_whose_decision_file_is_moved_while_it_decides_stays_prepared_until_it_can_be_read(
+    new_postgres_url: NewUrl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, kept = tmp_path / "decisions", tmp_path / "kept"
+    with two_phasing(f"file:{path}", writer=new_postgres_url(), warehouse=new_postgres_url()) as app:
+        app.container.check()
+        real = decision_file._Database._execute
+
+        def move(database: Any, statement: str, give_up: float) -> list[Any]:
+            if statement == "COMMIT":
+                path.rename(kept)
+            return real(database, statement, give_up)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(decision_file._Database, "_execute", move)
+            with pytest.raises(OutcomeUnknown, match=r"recover` has asked there") as caught, app.unit():
+                app.add_to_each("a")
+        assert caught.value.prepared == ("warehouse", "writer")
+        assert len(app.prepared()) == 2
+        assert app.recover().left
+        kept.rename(path)
+        assert not app.recover().left
+        assert app.everywhere() == {"writer": ["a"], "warehouse": ["a"]}
 
 
 # ---- pools of one ------------------------------------------------------------------------------------------------------

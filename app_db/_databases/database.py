@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import event
@@ -19,6 +20,7 @@ from app_db._databases.sharing_rules import SharingRules
 if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.engine import Connection, Engine, ExecutionContext
+    from sqlalchemy.exc import DBAPIError
 
     from app_db._databases.prepare_verbs import PrepareVerbs
     from app_db.settings import ConnectionSettings
@@ -135,6 +137,37 @@ class Database:
     def prepare_verbs(self, driver: str) -> PrepareVerbs | None:
         """Return how transactions are prepared by a driver; None where app_db does not know how."""
         return None
+
+    # -- decision logs in a table
+
+    def is_victim(self, error: BaseException) -> bool:
+        """Return whether the database rolled the transaction back in favour of another one, as after a deadlock."""
+        return False
+
+    def says_there_is_no_table(self, error: DBAPIError) -> bool:
+        """Return whether `error` says that a table is not there."""
+        return "no such table" in str(error.orig)
+
+    def file_of(self, url: URL) -> Path | None:
+        """Return the file that a database is in, if it is in one."""
+        return None
+
+    def limit_log_creation(self, connection: Connection, wait: float) -> None:
+        """Make a connection that is closed afterwards durable, and have it wait at most `wait` seconds for locks."""
+
+    def durable_insert(self, into: str, values: str, wait: float | None = None) -> str:
+        """Return an INSERT whose COMMIT is on disk when it is answered, and which waits at most `wait` seconds for locks."""
+        return f"{into} VALUES ({values})"
+
+    def write_alone(self, connection: Connection, statement: str, wait: float) -> None:
+        """Execute one statement and commit it. Don't wait much longer than `wait` seconds for locks."""
+        connection.exec_driver_sql(statement)
+        connection.commit()
+
+    def read_alone(self, engine: Engine, statement: str) -> Sequence[Any]:
+        """Return the rows of one statement, read without waiting for transactions that write."""
+        with engine.connect() as connection:
+            return connection.exec_driver_sql(statement).all()
 
     # -- tables, and databases for tests
 

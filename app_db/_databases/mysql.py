@@ -144,6 +144,30 @@ class MySQL(Database):
     def prepare_verbs(self, driver: str) -> PrepareVerbs | None:
         return _VERBS if driver in ("pymysql", "asyncmy") else None
 
+    def is_victim(self, error: BaseException) -> bool:
+        return code_of(error) == self._deadlock
+
+    def says_there_is_no_table(self, error: DBAPIError) -> bool:
+        return code_of(error) == 1146
+
+    def limit_log_creation(self, connection: Connection, wait: float) -> None:
+        seconds = max(1, round(wait))
+        connection.exec_driver_sql(f"SET SESSION lock_wait_timeout = {seconds}, innodb_lock_wait_timeout = {seconds}")
+
+    def write_alone(self, connection: Connection, statement: str, wait: float) -> None:
+        seconds = max(1, round(wait))
+        if self._is_mariadb(connection):
+            connection.exec_driver_sql(f"SET STATEMENT innodb_lock_wait_timeout = {seconds} FOR {statement}")
+            return connection.commit()
+        usual = int(connection.exec_driver_sql("SELECT @@SESSION.innodb_lock_wait_timeout").scalar_one())
+        connection.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {seconds}")
+        try:
+            connection.exec_driver_sql(statement)
+            connection.commit()
+        finally:
+            if not connection.invalidated:
+                connection.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {usual}")
+
     @contextmanager
     def changing_tables(self, connection: Connection, lock: str) -> Generator[None]:
         # The lock is the connection's, because DDL ends every transaction.

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from app_db._databases.exchange import AsyncChannel, Channel
     from app_db.settings import ConnectionSettings
 
+_DURABLE = (
+    "set_config('synchronous_commit', CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' "
+    "ELSE current_setting('synchronous_commit') END, {local})"
+)
+"""With `synchronous_commit = off`, PostgreSQL answers COMMIT before the commit is on disk. It never does so for prepared
+transactions, and must not for what decides about them."""
+
 _AMOUNT = re.compile(r"(\d+)(ms|s|min|h|d)?$")
 _SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400, None: 0.001}
 
@@ -206,6 +213,30 @@ class PostgreSQL(Database):
 
     def prepare_verbs(self, driver: str) -> PrepareVerbs | None:
         return _VERBS if driver in ("psycopg", "asyncpg") else None
+
+    def is_victim(self, error: BaseException) -> bool:
+        return self.is_transient(error)
+
+    def says_there_is_no_table(self, error: DBAPIError) -> bool:
+        return code_of(error) == "42P01"
+
+    def limit_log_creation(self, connection: Connection, wait: float) -> None:
+        durable = _DURABLE.format(local="false")
+        connection.exec_driver_sql(f"SELECT {durable}, set_config('lock_timeout', '{milliseconds(wait)}', false)")
+
+    def durable_insert(self, into: str, values: str, wait: float | None = None) -> str:
+        # What the statement sets holds until the end of its transaction, and costs no round trip of its own.
+        sets = f"{_DURABLE.format(local='true')} AS durable"
+        if wait is not None:
+            sets += f", set_config('lock_timeout', '{milliseconds(wait)}', true) AS patient"
+        return f"{into} SELECT {values} FROM {sets}"  # noqa: S608  # the caller has checked the values
+
+    def write_alone(self, connection: Connection, statement: str, wait: float) -> None:
+        connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement)  # one round trip, not three
+
+    def read_alone(self, engine: Engine, statement: str) -> Sequence[Any]:
+        with engine.connect() as connection:
+            return connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement).all()
 
     @contextmanager
     def changing_tables(self, connection: Connection, lock: str) -> Generator[None]:

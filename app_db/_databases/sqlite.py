@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import event
 from sqlalchemy.engine import AdaptedConnection
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
@@ -158,6 +159,22 @@ class SQLite(Database):
     def is_transient(self, error: BaseException) -> bool:
         code = getattr(error, "sqlite_errorcode", None)
         return code is not None and code & 0xFF in (5, 6)  # SQLITE_BUSY and SQLITE_LOCKED; extended codes add higher bits
+
+    def file_of(self, url: URL) -> Path | None:
+        name = url.database
+        return None if is_memory(url) or name is None else Path(name.removeprefix("file:").partition("?")[0])
+
+    def read_alone(self, engine: Engine, statement: str) -> Sequence[Any]:
+        # Not in a transaction of SQLAlchemy's, which would be one that writes: they wait for each other.
+        connection = engine.raw_connection()
+        try:
+            cursor = connection.cursor()
+            cursor.execute(statement)
+            return list(cursor.fetchall())
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise OperationalError(statement, None, error) from error
+        finally:
+            connection.close()
 
     def name_for_worker(self, database: str, worker: str) -> str:
         file = Path(database)

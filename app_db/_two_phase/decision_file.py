@@ -1,443 +1,524 @@
-"""A decision log in a file of one host, whose threads and processes share it."""
+"""A decision log in an SQLite file of one host, whose threads and processes share it.
+
+The rows are those of a log in a table, and so are the statements. The file is in WAL mode: a decision is then one write and one
+wait for the disk, which the threads that decide at the same time share. SQLite has the damage of crashes and the turns of
+processes in hand. What it does not notice is looked for here: a file that was deleted, replaced, or given another name, and a
+file system that several hosts share.
+"""
 
 from __future__ import annotations
 
-import errno
 import os
+import sqlite3
 import time
 import weakref
-import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
+from copy import copy
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from sqlalchemy.dialects.sqlite import dialect
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.schema import CreateTable
 
 from app_db._compat.os import after_fork_in_child
-from app_db._two_phase.decisions import Decision, Verdict, batches, by_age, made
-from app_db._two_phase.xids import check_log_id, check_unit_id, log_id_for, new_log_id
-from app_db._units.liveness import Liveness, LivingLock, WithBlock
-from app_db.errors import DecisionFileDamaged, DecisionFileFull, InvalidUse
+from app_db._liveness import LivingLock, WithBlock
+from app_db._two_phase.decision_table import DecisionRows, decisions_table, insert_id, select_id
+from app_db._two_phase.decisions import Decision
+from app_db._two_phase.mounts import mount_of
+from app_db._two_phase.xids import check_log_id, new_log_id
+from app_db.errors import DecisionFileDamaged, DecisionFileFull, DecisionFileUnusable
 
-_FORMAT = "app_db-decisions 1"
-_NONE = "-"
-_LEAST_WORTH_REWRITING = 64 * 1024
+T = TypeVar("T")
+
+_APPLICATION_ID = 0x61706462
+"""What SQLite has a place for in a file's header: `apdb`."""
+
+_FORMER_FORMAT = b"app_db-decisions 1"
+
+_LOST_WAKE_UP = 0.01
+"""Seconds after which a thread looks for itself whether its turn has come: the thread that was to tell it may be interrupted."""
 
 
-class FileLog:
-    """Decisions in a file of this host, a line each; threads and processes of the host may share it.
+class FileLog(DecisionRows):
+    """Decisions in an SQLite file of this host; its threads and processes may share it.
 
-    Every line ends with a checksum over itself and all lines before it. A last line that is cut off was never answered for and
-    does not count; any other line that is not as it was written is an error, for who knows what it said. When most of it is
-    forgotten, the file is written anew with what stands. It never grows beyond `max_bytes`, whose last quarter is kept for
-    aborts: recovery must not be stopped by what it is called to clear up.
-
-    Who waits for the others for longer than about `lock_wait` seconds gets a TimeoutError.
+    A link is followed once, when this is made. Whoever waits for others longer than about `lock_wait` seconds gets an error.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        application: str = "app_db",
-        *,
-        max_bytes: int = 16 * 1024 * 1024,
-        lock_wait: float = 10.0,
-    ) -> None:
-        _require_locks()
+    def __init__(self, path: str | os.PathLike[str], application: str = "app_db", *, lock_wait: float = 10.0) -> None:
+        super().__init__(application)
         self._path = Path(path).resolve()
-        self._application = application
         self.place = f"the file {self._path}"
-        self._max_bytes = max_bytes
         self._lock_wait = lock_wait
         self._id = ""
-        self._threads = LivingLock()  # the lock on the file is the process's, and keeps no threads apart
-        self._file: _File | None = None
-        self._is_in_use = False
+        self._begin_afresh()
         _logs.add(self)
 
-    @property
-    def id(self) -> str:
-        """The application's id of the log, made of what is in the file's first line."""
-        if not self._id:
-            with self._locked():
-                pass
-        return log_id_for(self._application, self._id)
-
-    def id_if_made(self) -> str | None:
-        """Return the id of a log that is there. Looking makes nothing."""
-        try:
-            made = self._path.stat().st_size >= _HEADING_LENGTH
-        except FileNotFoundError:
-            made = False
-        return self.id if made else None
-
-    def decide(self, unit: str, verdict: Verdict, branches: Sequence[str]) -> Verdict:
-        """Write a verdict unless one stands; return the one that stands. It is on disk by then."""
-        decision = made(unit, verdict, branches)
-        with self._locked() as file:
-            standing = file.decisions.get(unit)
-            holder = file if standing is not None else self._add(file, decision)
-            end = holder.end
-        # Others may write meanwhile, and wait for the disk together with this one. What they read of it, they sync themselves.
-        holder.sync(end)
-        return verdict if standing is None else standing.verdict
-
-    def find(self, unit: str) -> Verdict | None:
-        """Return the verdict that stands about a unit, if there is one. It is on disk by then, whoever wrote it."""
-        found = self.decision(unit)
-        return None if found is None else found.verdict
-
-    def decision(self, unit: str) -> Decision | None:
-        """Return all that stands about a unit, if something does. It is on disk by then, whoever wrote it."""
-        return self._read().get(check_unit_id(unit))
-
-    def decisions(self) -> list[Decision]:
-        """Return all decisions that stand, oldest first."""
-        return sorted(self._read().values(), key=by_age)
-
-    def forget(self, units: Collection[str]) -> None:
-        """Remove what stands about `units`, without waiting for the disk."""
-        for batch in batches(units, 100):
-            with self._locked() as file:
-                known = [unit for unit in batch if unit in file.decisions]
-                if not known:
-                    continue
-                line = _line(f"forget {' '.join(known)}", file.checksum)
-                if file.end + len(line) <= self._max_bytes:
-                    file.append(line)
-                else:
-                    self._rewrite(file, [found for unit, found in file.decisions.items() if unit not in known])
-
-    def _read(self) -> dict[str, Decision]:
-        if self._file is None and not self._id and not self._path.exists():
-            return {}
-        with self._locked() as file:
-            found, end = dict(file.decisions), file.end
-        file.sync(end)
-        return found
-
-    def _add(self, file: _File, decision: Decision) -> _File:
-        """Write a decision that is not there yet. Return the file that it is in."""
-        line = _line(_record(decision), file.checksum)
-        limit = self._max_bytes if decision.verdict is Verdict.ABORT else self._max_bytes - self._max_bytes // 4
-        standing = file.standing + len(line)
-        if standing > limit:
-            raise DecisionFileFull(str(self._path), self._max_bytes, len(file.decisions))
-        if file.end + len(line) <= min(limit, max(_LEAST_WORTH_REWRITING, 2 * standing)):
-            file.append(line)
-            return file
-        try:
-            return self._rewrite(file, [*file.decisions.values(), decision])
-        except OSError:  # a full disk, say
-            if file.end + len(line) > limit or not file.is_at(self._path):
-                raise
-            file.append(line)
-            return file
-
-    def _locked(self) -> _Locked:
-        """Hold the file against all other threads and processes, knowing everything that is in it."""
-        return _Locked(self)
-
-    def _lock(self, user: Liveness) -> _File:
-        give_up = time.monotonic() + self._lock_wait
-        if not self._threads.take(user, self._lock_wait):
-            raise self._too_late()
-        if self._is_in_use:
-            # An exception came between two lines of what follows, the last time. What is known of the file may be half of
-            # what it was to be, and what is written by that would damage it: read it anew.
-            self._forget_file()
-        self._is_in_use = True
-        try:
-            return self._lock_and_read(give_up)
-        except BaseException:
-            self._forget_file()
-            raise
-
-    def _unlock(self, user: Liveness, error: BaseException | None) -> None:
-        if self._file is not None:
-            self._file.unlock()
-        self._is_in_use = error is not None
-        self._threads.leave(user)
-
-    def _let_go(self, user: Liveness) -> None:
-        """Unlock what an exception from outside has kept from being unlocked."""
-        if self._threads.is_held_by(user):
-            self._forget_file()
-            self._threads.leave(user)
-
-    def _too_late(self) -> TimeoutError:
-        problem = f"Others have held the decision file for {self._lock_wait:g} s. Look for a process that was stopped"
-        return TimeoutError(errno.ETIMEDOUT, problem, str(self._path))
-
-    def _forget_file(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            file.unlock()
-
-    def _lock_and_read(self, give_up: float) -> _File:
-        while True:
-            if self._file is None:
-                self._file = _File(self._path, os.O_RDWR if self._id else os.O_RDWR | os.O_CREAT)
-            file = self._file
-            self._wait_for_lock(file, give_up)
-            if file.is_at(self._path):
-                break
-            file.unlock()  # somebody has written it anew, and this is the old one
-            self._file = None
-        if not file.id:
-            file.begin_unless_begun()
-            _sync_directory(self._path)  # whoever put the file there may have died before doing so
-        file.read()
-        if self._id not in ("", file.id):
-            raise DecisionFileDamaged(str(self._path), 0, f"it is another log, {file.id}, than it was before, {self._id}")
-        self._id = file.id
-        return file
-
-    def _wait_for_lock(self, file: _File, give_up: float) -> None:
-        pause = 0.0002
-        while not file.try_to_lock():
-            if time.monotonic() > give_up:
-                raise self._too_late()
-            time.sleep(pause)
-            pause = min(2 * pause, 0.01)
-
-    def _rewrite(self, file: _File, decisions: Iterable[Decision]) -> _File:
-        """Put a new file with `decisions` in the place of the one that is locked. All of it is on disk when this returns."""
-        path = self._path.with_name(f"{self._path.name}.new")
-        path.unlink(missing_ok=True)  # of somebody who died doing this
-        try:
-            new = _File(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            new.path = self._path
-            new.try_to_lock()  # nobody has it yet; when they do, they must not write to it before its name is safe
-            new.take_owner_of(file)
-            new.write_anew(file.id, decisions)
-            path.replace(self._path)
-        except BaseException:
-            with suppress(OSError):
-                path.unlink()
-            raise
-        self._file = new
-        file.unlock()
-        _sync_directory(self._path)
-        return new
-
-    def _leave_to_parent(self) -> None:
-        """Begin afresh in a forked child: it shares its parent's locks on the file, and may have copied a locked lock."""
+    def _begin_afresh(self) -> None:
         self._threads = LivingLock()
-        self._file = None
+        self._waiting: deque[_Waiting] = deque()
+        self._database: _Database | None = None
+
+    def ensure(self) -> str:
+        """Make the file and the log's id unless they are there; return what was made. Others may do so at the same time."""
+        if not self._id:
+            self._alone(lambda database, _: database.id)
+        return self._id
+
+    def _decision_of(self, row: Sequence[Any]) -> Decision:
+        try:
+            return super()._decision_of(row)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DecisionFileDamaged(str(self._path), "what is in one of its rows is no decision") from error
+
+    def _read(self, statement: str) -> Sequence[Any]:
+        if not self._id and not _is_there(self._path) and not _is_there(_beside(self._path, "-wal")):
+            return []
+        return self._alone(lambda database, give_up: database.read(statement, give_up))
+
+    def _alone(self, use: Callable[[_Database, float], T]) -> T:
+        """Use the file while no other thread of this process does."""
+        give_up = time.monotonic() + self._lock_wait
+        while True:
+            with _Turn(self) as is_ours:
+                if is_ours:
+                    return use(self._open(give_up), give_up)
+            if time.monotonic() > give_up:
+                raise _busy(self._path)
+            time.sleep(0.0002)
+
+    # -- writing: one of the threads that want to writes for all of them
+
+    def _write(self, statement: str) -> None:
+        ours = _Waiting(statement)
+        self._waiting.append(ours)
+        try:
+            self._have_written(ours, time.monotonic() + self._lock_wait)
+        except BaseException:
+            # An exception from outside: if no thread has the statement in hand yet, none should execute it any more.
+            with suppress(ValueError):
+                self._waiting.remove(ours)
+            raise
+        if ours.error is not None:
+            raise copy(ours.error) from ours.error.__cause__
+
+    def _have_written(self, ours: _Waiting, give_up: float) -> None:
+        while True:
+            with _Turn(self) as is_ours:
+                if is_ours and not ours.is_answered:
+                    self._write_for_all(ours, give_up)
+            if is_ours:
+                self._wake_next()
+            if ours.is_answered:
+                return
+            if time.monotonic() > give_up:
+                raise self._withdrawn(ours)
+            ours.sleep()
+
+    def _write_for_all(self, ours: _Waiting, give_up: float) -> None:
+        """Execute all statements that wait in one transaction. If an exception from outside comes, each thread asks anew."""
+        all_of_them = [ours]
+
+        def statements() -> list[str]:
+            with suppress(IndexError):
+                while True:
+                    waiting = self._waiting.popleft()
+                    if waiting is not ours:
+                        all_of_them.append(waiting)
+            return [waiting.statement for waiting in all_of_them]
+
+        answers: Sequence[Exception | None]
+        try:
+            answers = self._open(give_up).write(statements, give_up)
+        except DecisionFileUnusable as error:
+            answers = [error] * len(all_of_them)
+        for waiting, answer in zip(all_of_them, answers, strict=True):
+            waiting.answer(answer)
+
+    def _wake_next(self) -> None:
+        with suppress(IndexError):
+            self._waiting[0].wake()
+
+    def _withdrawn(self, ours: _Waiting) -> DecisionFileUnusable:
+        """Take a statement back that nobody has executed; return the error that says so, or that it is not known."""
+        try:
+            self._waiting.remove(ours)
+        except ValueError:  # a thread has it in hand
+            return _busy(self._path, undecided=False)
+        return _busy(self._path)
+
+    # -- the file
+
+    def _open(self, give_up: float) -> _Database:
+        if self._database is None:
+            try:
+                database = _Database(self._path, give_up, is_new=not self._id)
+            except OSError as error:
+                raise _not_let_in(self._path, str(error)) from error
+            if self._id not in ("", database.id):
+                problem = f"it is another log, {database.id}, than it was before, {self._id}"
+                raise DecisionFileDamaged(str(self._path), problem)
+            self._database, self._id = database, database.id
+        self._database.require_in_place()
+        return self._database
+
+    def roll_back(self) -> None:
+        """End the transaction that an exception from outside has left open."""
+        if self._database is not None:
+            self._database.roll_back()
+
+    def leave_to_parent(self) -> None:
+        """Begin afresh in a forked child, which must not touch its parent's connections, not even to close them."""
+        if self._database is not None:
+            self._database.leave_open()
+        self._begin_afresh()
 
 
-class _Locked(WithBlock):
-    """Holds the file of a log for a block."""
+class _Turn(WithBlock):
+    """A thread's turn to use the file of a log, if no other thread has it."""
 
     __slots__ = ("_log", "_user")
 
     def __init__(self, log: FileLog) -> None:
         self._log = log
 
-    def __enter__(self) -> _File:
+    def __enter__(self) -> bool:
         self._user = self.liveness_to_enter()
         self._user.torn = self
-        return self._log._lock(self._user)
+        is_ours = self._log._threads.try_to_take(self._user)
+        if is_ours:
+            self._log.roll_back()
+        return is_ours
 
     def _leave(self, error: BaseException | None) -> None:
-        self._log._unlock(self._user, error)
+        self._log._threads.leave(self._user)
         self._user.torn = None
 
     def torn_down(self) -> None:
-        """Let others have the file."""
-        self._log._let_go(self._user)
+        """Let other processes have the file, unless another thread has it by now."""
+        with _Turn(self._log):
+            pass
 
 
-class _File:
-    """A file that is, or was, the log, and what has been read of it."""
+class _Waiting:
+    """A statement that waits to be executed, and its answer. No lock is written in Python here: it might be left locked."""
 
-    def __init__(self, path: Path, flags: int) -> None:
-        self.path = path
-        self._fd = os.open(path, flags | os.O_APPEND, 0o666)
-        # Not before the last one who uses it is done: its number would be given to another file.
-        self.close = weakref.finalize(self, os.close, self._fd)
-        self.close.atexit = False
-        self._forget()
-        self._synced = 0
-        _files.add(self)
+    def __init__(self, statement: str) -> None:
+        self.statement = statement
+        self.is_answered = False
+        self.error: Exception | None = None
+        self._told: SimpleQueue[None] = SimpleQueue()
 
-    def _forget(self) -> None:
-        self.id = ""
-        self.decisions: dict[str, Decision] = {}
-        self.end = 0
-        """Where the next line begins."""
-        self.checksum = 0
-        """Of all lines so far."""
-        self.standing = 0
-        """How many bytes a file has that holds only what stands."""
+    def answer(self, error: Exception | None) -> None:
+        self.error = error
+        self.is_answered = True
+        self.wake()
 
-    def try_to_lock(self) -> bool:
-        from fcntl import LOCK_EX, LOCK_NB, flock
+    def wake(self) -> None:
+        self._told.put(None)
 
+    def sleep(self) -> None:
+        with suppress(Empty):
+            self._told.get(timeout=_LOST_WAKE_UP)
+
+
+class _Database:
+    """The SQLite file, open. Never to be opened by other means: closing that would take SQLite's locks on it away."""
+
+    def __init__(self, path: Path, give_up: float, *, is_new: bool) -> None:
+        self._path = path
+        self._in_commit = False
+        _require_local(path)
+        if not is_new and not path.exists():
+            raise _moved(path)
+        _require_one_name(path)
+        _require_no_orphan(path)
+        self._connection = self._connected(is_new=is_new)
         try:
-            flock(self._fd, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            return False
+            self.id = self._prepare(give_up)
+            self._files = _identities(path)
+            _sync(path)
+        except BaseException:
+            self._connection.close()
+            raise
+        self._finalizer = weakref.finalize(self, _close, self._connection, self._files)
+
+    def read(self, statement: str, give_up: float) -> list[Any]:
+        """Return the rows of a statement. They are on disk."""
+        rows = self._execute(statement, give_up)
+        self.require_in_place()
+        return rows
+
+    def write(self, statements: Callable[[], Sequence[str]], give_up: float) -> list[Exception | None]:
+        """Execute statements in one transaction. Return an IntegrityError for each that found a decision where it was to be.
+
+        Which statements is asked when no other process writes any more: there may be more of them by then.
+        """
+        try:
+            return self._write(statements, give_up)
+        except DecisionFileFull:
+            # What is in the -wal goes to its place in the file, and the -wal's room can be used again.
+            self._execute("PRAGMA wal_checkpoint(RESTART)", give_up)
+            return self._write(statements, give_up)
+
+    def _write(self, statements: Callable[[], Sequence[str]], give_up: float) -> list[Exception | None]:
+        try:
+            self._execute("BEGIN IMMEDIATE", give_up)
+            answers = [self._refusal(statement, give_up) for statement in statements()]
+            self.require_in_place()
+            self._in_commit = True
+            self._execute("COMMIT", give_up)
+            self.require_in_place()
+            self._in_commit = False
+        except BaseException:
+            self.roll_back()
+            raise
+        return answers
+
+    def _refusal(self, statement: str, give_up: float) -> Exception | None:
+        try:
+            self._execute(statement, give_up)
+        except IntegrityError as error:
+            return error
+        return None
+
+    def roll_back(self) -> None:
+        """End a transaction that is open."""
+        self._in_commit = False
+        if self._connection.in_transaction:
+            with suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+
+    def require_in_place(self) -> None:
+        """Raise an error unless the file, its -wal and its -shm are the ones that were opened: others would not see more."""
+        if not _are_in_place(self._files):
+            raise _moved(self._path, undecided=not self._in_commit)
+
+    def leave_open(self) -> None:
+        """Never close the connection."""
+        self._finalizer.detach()
+        _leave_open(self._connection)
+
+    # -- opening
+
+    def _connected(self, *, is_new: bool) -> sqlite3.Connection:
+        try:
+            uri = f"{self._path.as_uri()}?mode={'rwc' if is_new else 'rw'}"
+            return sqlite3.connect(uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True)
+        except sqlite3.Error as error:
+            raise self._problem(error) from error
+
+    def _prepare(self, give_up: float) -> str:
+        """Make of the file what it is to be, if it is not yet; return the log's id."""
+        self._execute("PRAGMA synchronous = FULL", give_up)
+        if self._execute("PRAGMA application_id", give_up) != [(_APPLICATION_ID,)]:
+            self._execute("BEGIN IMMEDIATE", give_up)
+            self._make(give_up)
+            self._execute("COMMIT", give_up)
+        [(mode,)] = self._execute("PRAGMA journal_mode = WAL", give_up)
+        if mode != "wal":
+            raise _not_let_in(self._path, f"SQLite's journal mode is {mode} there, and not WAL")
+        [(found,)] = self._execute("PRAGMA integrity_check(1)", give_up)
+        if found != "ok":
+            raise DecisionFileDamaged(str(self._path), f"SQLite says, {found}")
+        try:
+            [(log_id,)] = self._execute(select_id(), give_up)
+            return check_log_id(log_id)
+        except (TypeError, ValueError) as error:
+            raise DecisionFileDamaged(str(self._path), "the row with the id of the log is not in it") from error
+
+    def _make(self, give_up: float) -> None:
+        [(application_id,)] = self._execute("PRAGMA application_id", give_up)
+        if application_id == _APPLICATION_ID:
+            return  # others have made it meanwhile
+        if application_id or self._execute("SELECT name FROM sqlite_master", give_up):
+            raise DecisionFileDamaged(str(self._path), "it is an SQLite database of something else")
+        self._execute(f"PRAGMA application_id = {_APPLICATION_ID}", give_up)
+        self._execute(str(CreateTable(decisions_table()).compile(dialect=dialect())), give_up)
+        self._execute(insert_id(new_log_id()), give_up)
+
+    # -- SQLite
+
+    def _execute(self, statement: str, give_up: float) -> list[Any]:
+        pause = 0.0002
+        while True:
+            try:
+                return self._connection.execute(statement).fetchall()
+            except sqlite3.IntegrityError as error:
+                raise IntegrityError(statement, None, error) from error
+            except sqlite3.Error as error:
+                if _code(error) not in _OTHERS_HAVE_IT or time.monotonic() > give_up:
+                    raise self._problem(error) from error
+            time.sleep(pause)
+            pause = min(2 * pause, 0.001)
+
+    def _problem(self, error: sqlite3.Error) -> DecisionFileUnusable:
+        path, code, undecided = self._path, _code(error), not self._in_commit
+        if code == sqlite3.SQLITE_FULL or getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_SHMSIZE:
+            return DecisionFileFull(str(path))  # also of COMMIT: what could not be written whole does not count
+        if code in _OTHERS_HAVE_IT:
+            return _busy(path, undecided=undecided)
+        if code == sqlite3.SQLITE_NOTADB and _begins_with(path, _FORMER_FORMAT):
+            return _of_former_format(path)
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR) and undecided:
+            return DecisionFileDamaged(str(path), f"SQLite says, {error}")
+        return _not_let_in(path, f"SQLite says, {error}", undecided=undecided)
+
+
+_OTHERS_HAVE_IT = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+
+
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+
+
+# ---- what SQLite does not look for --------------------------------------------------------------------------------------
+
+
+_Identity = tuple[int, int]
+"""Device and inode."""
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether a file is there that is not empty. What can't be looked at may be."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+    except OSError:
         return True
 
-    def unlock(self) -> None:
-        from fcntl import LOCK_UN, flock
 
-        flock(self._fd, LOCK_UN)
-
-    def is_at(self, path: Path) -> bool:
-        """Return whether this file is still the one of that name."""
-        return os.path.samestat(os.fstat(self._fd), path.stat())
-
-    def sync(self, end: int) -> None:
-        """Return when everything before `end` is on disk."""
-        if end > self._synced:
-            _to_disk(self._fd)
-            self._synced = max(end, self._synced)
-
-    def take_owner_of(self, other: _File) -> None:
-        """Let in who may use `other`: recovery may run as another user than the application."""
-        wanted, own = os.fstat(other._fd), os.fstat(self._fd)
-        if (wanted.st_uid, wanted.st_gid) != (own.st_uid, own.st_gid):
-            os.fchown(self._fd, wanted.st_uid, wanted.st_gid)
-        os.fchmod(self._fd, wanted.st_mode & 0o777)
-
-    def begin_unless_begun(self) -> None:
-        """Write the first line of a new log if there is none, or if it was cut off."""
-        first = os.pread(self._fd, _HEADING_LENGTH, 0)
-        if len(first) == _HEADING_LENGTH:
-            return
-        if not _FORMAT.encode().startswith(first[: len(_FORMAT)]):
-            raise DecisionFileDamaged(str(self.path), 0, "it does not begin as a decision file does")
-        self.write_anew(new_log_id(), ())
-
-    def write_anew(self, log: str, decisions: Iterable[Decision]) -> None:
-        """Make this the log of that id, with `decisions`, on disk."""
-        lines = [_line(_heading(log), 0)]
-        for decision in sorted(decisions, key=by_age):
-            lines.append(_line(_record(decision), _checksum(lines[-1])))
-        os.ftruncate(self._fd, 0)
-        self._forget()
-        self._write(b"".join(lines))
-        self.read()
-        self.sync(self.end)
-
-    def append(self, line: bytes) -> None:
-        """Write a line, made with the checksum so far, without waiting for the disk."""
-        try:
-            if os.fstat(self._fd).st_size > self.end:
-                os.ftruncate(self._fd, self.end)  # a line that was cut off
-            self._write(line)
-        except BaseException:
-            with suppress(OSError):
-                os.ftruncate(self._fd, self.end)  # nobody has read it
-            raise
-        self._take(line)
-
-    def _write(self, data: bytes) -> None:
-        while data:
-            data = data[os.write(self._fd, data) :]
-
-    def read(self) -> None:
-        """Read what was written since the last time. The lock must be held: a line is not written at once."""
-        size = os.fstat(self._fd).st_size
-        if size == self.end:
-            return
-        if size < self.end:
-            raise DecisionFileDamaged(str(self.path), size, "it ends there, and was longer")
-        *lines, rest = os.pread(self._fd, size - self.end, self.end).split(b"\n")
-        for line in lines:
-            self._take(line + b"\n")
-        if rest and (not self.id or _is_whole(rest[:-1] + b"\n", self.checksum)):
-            raise DecisionFileDamaged(str(self.path), self.end, "the line there has no end")
-
-    def _take(self, line: bytes) -> None:
-        if not _is_whole(line, self.checksum):
-            raise DecisionFileDamaged(str(self.path), self.end, "the line there is not as it was written")
-        try:
-            self._understand(line)
-        except ValueError as error:
-            raise DecisionFileDamaged(
-                str(self.path), self.end, "the line there makes no sense to this version of app_db"
-            ) from error
-        self.end += len(line)
-        self.checksum = _checksum(line)
-
-    def _understand(self, line: bytes) -> None:
-        kind, *words = line[:-10].decode("ascii").split(" ")
-        if not self.id:
-            format_, self.id = f"{kind} {words[0]}", check_log_id(words[-1])
-            if format_ != _FORMAT:
-                raise ValueError(format_)
-            self.standing = len(line)
-        elif kind == "forget":
-            for unit in words:
-                forgotten = self.decisions.pop(unit, None)
-                self.standing -= 0 if forgotten is None else len(_line(_record(forgotten), 0))
-        else:
-            unit, branches, decided_at = words
-            names = () if branches == _NONE else tuple(branches.split(","))
-            if unit not in self.decisions:
-                self.decisions[unit] = Decision(unit, Verdict(kind), names, float(decided_at))
-                self.standing += len(line)
+def _identities(path: Path) -> dict[str, _Identity]:
+    """Return which files SQLite has open by now."""
+    return {file: _identity(file) for file in (str(path), f"{path}-wal", f"{path}-shm")}
 
 
-def _heading(log: str) -> str:
-    return f"{_FORMAT} {log}"
+def _identity(file: str) -> _Identity:
+    found = os.stat(file)  # noqa: PTH116  # nine times a decision, and a Path costs as much as asking
+    return found.st_dev, found.st_ino
 
 
-def _record(decision: Decision) -> str:
-    return f"{decision.verdict} {decision.unit} {','.join(decision.branches) or _NONE} {decision.decided_at!r}"
+def _are_in_place(files: dict[str, _Identity]) -> bool:
+    try:
+        return files == {file: _identity(file) for file in files}
+    except OSError:
+        return False
 
 
-def _line(text: str, checksum: int) -> bytes:
-    """Return the line that says `text` behind lines of that checksum."""
-    return f"{text} {zlib.crc32(text.encode(), checksum):08x}\n".encode()
-
-
-def _checksum(line: bytes) -> int:
-    return int(line[-9:-1], 16)
-
-
-def _is_whole(line: bytes, checksum: int) -> bool:
-    return line[-10:] == b" %08x\n" % zlib.crc32(line[:-10], checksum)
-
-
-def _require_locks() -> None:
-    """Raise an error unless this Python can lock files as Unix does: Windows has no `fcntl`."""
-    if find_spec("fcntl") is None:
-        raise InvalidUse(
-            "A decision file needs the locks of Unix, and this Python has no module fcntl",
-            "Keep the decisions in a table: set APP_DB_DECISION_LOG to the name of a connection",
+def _require_local(path: Path) -> None:
+    """Raise an error if several hosts may see the file, or if it is seen without its directory."""
+    mount = mount_of(path)
+    if mount is not None and mount.is_shared:
+        raise DecisionFileUnusable(
+            str(path),
+            f"it is on {mount.kind}, a file system of the network, where SQLite's locks and shared memory don't work",
+            "Put it on a disk of this host, or keep decisions in a table: set APP_DB_DECISION_LOG to the name of a connection",
+        )
+    if mount is not None and mount.point == str(path):
+        raise DecisionFileUnusable(
+            str(path),
+            "it is mounted without its directory, so that its -wal would be another one for others",
+            "Mount the directory",
         )
 
 
-_HEADING_LENGTH = len(_line(_heading("000000"), 0))
+def _require_one_name(path: Path) -> None:
+    if path.exists() and path.stat().st_nlink > 1:
+        raise DecisionFileUnusable(
+            str(path), "it has several names (hard links), and SQLite would keep a -wal for each", "Remove the other names"
+        )
 
 
-def _to_disk(fd: int) -> None:
-    getattr(os, "fdatasync", os.fsync)(fd)  # macOS has only the one
+def _require_no_orphan(path: Path) -> None:
+    """Raise an error if there are decisions in a -wal whose file is gone: SQLite would delete it."""
+    if not _is_there(path) and _is_there(_beside(path, "-wal")) and not _is_there(path):  # which others may have made meanwhile
+        raise DecisionFileDamaged(str(path), f"it is missing or empty, and {path.name}-wal, which belongs to it, is not")
 
 
-def _sync_directory(path: Path) -> None:
-    """Make sure that the name of a file survives a power failure as what is in it does."""
-    fd = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _sync(path: Path) -> None:
+    """Make sure that what was read survives a power failure, and so does the name of the file.
+
+    A process that was killed has perhaps written a decision that did not reach the disk, and SQLite takes it up all the same.
+    """
+    on_windows = os.name == "nt"  # which opens no directories, and syncs only what can be written
+    for file in [_beside(path, "-wal")] if on_windows else [_beside(path, "-wal"), path.parent]:
+        fd = os.open(file, os.O_RDWR if on_windows else os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
-_files: weakref.WeakSet[_File] = weakref.WeakSet()
+def _begins_with(path: Path, start: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _of_former_format(path: Path) -> DecisionFileUnusable:
+    return DecisionFileUnusable(
+        str(path),
+        "it is of the format that app_db had before this version",
+        "Run `python -m app_db recover` with the version that wrote it until that exits with 0, then move it away: "
+        "a new one is made when it is needed",
+    )
+
+
+def _not_let_in(path: Path, problem: str, *, undecided: bool = True) -> DecisionFileUnusable:
+    remedy = (
+        "Its directory must exist, on a disk that works, and the user of this process must be able to write there and to the "
+        "file, its -wal and its -shm"
+    )
+    return DecisionFileUnusable(str(path), problem, remedy, undecided)
+
+
+def _busy(path: Path, *, undecided: bool = True) -> DecisionFileUnusable:
+    return DecisionFileUnusable(
+        str(path), "others have held it for too long", "Look for a process that was stopped while it wrote", undecided
+    )
+
+
+def _moved(path: Path, *, undecided: bool = True) -> DecisionFileUnusable:
+    return DecisionFileUnusable(
+        str(path),
+        "it, its -wal or its -shm was deleted, moved or replaced while this process had it open",
+        "Put the same files back, or stop all processes that use it, see that nothing is prepared in the databases, and start "
+        "them again",
+        undecided,
+    )
+
+
+# ---- connections that must not be closed ----------------------------------------------------------------------------------
+
+
+def _close(connection: sqlite3.Connection, files: dict[str, _Identity]) -> None:
+    if _are_in_place(files):
+        connection.close()
+    else:
+        _leave_open(connection)  # closing deletes the -wal by its name, which may be that of another file by now
+
+
+def _leave_open(connection: sqlite3.Connection) -> None:
+    """Keep a connection from being closed, also when Python ends: it gets a reference that nothing takes away."""
+    from ctypes import py_object, pythonapi
+
+    pythonapi.Py_IncRef(py_object(connection))
+
+
 _logs: weakref.WeakSet[FileLog] = weakref.WeakSet()
 
 
 def _leave_parents_files() -> None:
-    """Let a forked child use files of its own. If its parent dies holding a lock, the child must not go on holding it."""
-    for file in list(_files):
-        file.close()
     for log in list(_logs):
-        log._leave_to_parent()
+        log.leave_to_parent()
 
 
 after_fork_in_child(_leave_parents_files)

@@ -9,8 +9,8 @@ from inspect import CO_COROUTINE
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from app_db._liveness import ExitMethod, WithBlock, liveness_of
 from app_db._units.coordinator import Coordinator
-from app_db._units.liveness import ExitMethod, WithBlock, liveness_of
 from app_db._units.options import Options
 from app_db._units.propagation import Part, part_for
 from app_db._units.unit_of_work import UnitOfWork

@@ -27,6 +27,7 @@ from app_db._units.overlays import Overlay
 from app_db.errors import (
     AbortedByRecovery,
     CommitUnconfirmed,
+    DecisionFileUnusable,
     InvalidUse,
     OutcomeUnknown,
     PartialCommit,
@@ -255,6 +256,8 @@ class AtomicCommit:
                 stands = Verdict.COMMIT
             elif self._last is not None and isinstance(error, DBAPIError) and not _is_lost(error):
                 return error  # its database has refused to commit, and so to decide
+            elif isinstance(error, DecisionFileUnusable) and error.undecided:
+                return error  # nor will this unit write one: nothing stands, and that means abort
             else:
                 stands = self._settle_doubt(error)
                 if stands is Verdict.ABORT:

@@ -19,11 +19,11 @@ from transaction.interfaces import IRetryDataManager, ISavepointDataManager
 from zope.interface import implementer
 
 from app_db._databases.database import NEVER
+from app_db._liveness import always
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.xids import Xid, new_unit_id
 from app_db._units.branches import Branch, BranchOffLoop, position
 from app_db._units.commit import commit_branches, commit_or_log, flush_for_good, unpreparable
-from app_db._units.liveness import always
 from app_db._units.manager import retryable
 from app_db._units.overlays import OverlaidSession, Overlay
 from app_db.errors import (

@@ -27,7 +27,7 @@ from app_db._compat.os import after_fork_in_child
 from app_db._compat.transaction import Transaction as HookedTransaction
 from app_db._compat.transaction import TransactionManager, current_of, set_current
 from app_db._databases.registry import is_transient
-from app_db._units.liveness import WithBlock, always, gone, tear_down
+from app_db._liveness import WithBlock, always, gone, tear_down
 from app_db.errors import AlreadyInUnitOfWork, AwaitRequired, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded, UnitOfWorkError
 from app_db.settings.urls import require_greenlet
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from app_db._databases.interruptions import came_from_outside, interrupted_again
+from app_db._liveness import Liveness, always, tear_down
 from app_db._units.coordinator import Coordinator, Work
-from app_db._units.liveness import Liveness, always, tear_down
 from app_db._units.manager import (
     AwaitedTransaction,
     ContextTransactionManager,

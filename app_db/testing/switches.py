@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 from dependency_injector import providers
 from sqlalchemy import Engine, Table, inspect
 
+from app_db._liveness import WithBlock
 from app_db._units.hooks import CapturedHooks
-from app_db._units.liveness import WithBlock
 from app_db._units.manager import current
 from app_db.container import Connection, DatabaseContainer
 from app_db.errors import ConnectionNotConfigured, InvalidUse, IsolationBroken, did_you_mean

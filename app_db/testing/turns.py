@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
-from app_db._units.liveness import LivingLock, WithBlock, always
+from app_db._liveness import LivingLock, WithBlock, always
 from app_db.errors import IsolationTimeout
 
 _PAUSE = 0.001

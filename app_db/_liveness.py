@@ -211,13 +211,14 @@ class LivingLock:
         Without patience, wait without an end.
         """
         give_up = time.monotonic() + patience if patience else math.inf
-        while not self._try_to_take(user):
+        while not self.try_to_take(user):
             if time.monotonic() > give_up:
                 return False
             self._wait()
         return True
 
-    def _try_to_take(self, user: Callable[[], object]) -> bool:
+    def try_to_take(self, user: Callable[[], object]) -> bool:
+        """Have the lock if nobody has it, without waiting."""
         with self._guard:
             if self._user() is not None:
                 return False
