@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
 from app_db._compat.contextlib import is_entering, is_leaving, stack_of
+from app_db._compat.frames import frame_at
 
 
 class Torn(Protocol):
@@ -105,7 +106,7 @@ class _EnteringByStack:
         self._method = method
 
     def __call__(self, block: WithBlock) -> Any:
-        caller = sys._getframe(1)
+        caller = frame_at(1)
         if not is_entering(caller):
             block.liveness = liveness_of(block)  # by hand
             return getattr(block, self._method)()

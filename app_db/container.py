@@ -10,7 +10,8 @@ from dependency_injector import containers, providers
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from app_db._databases.engines import build_async_engine, build_engine, dispose_awaited
+from app_db._databases.disposal import disposed
+from app_db._databases.engines import build_async_engine, build_engine
 from app_db._databases.providers import AsyncEngineProvider, EngineProvider, Lasting
 from app_db._sessions.borrowing import BorrowingHome
 from app_db._sessions.routing import Holders, RoutingHome, RoutingSession, build_routing_session, build_routing_sessionmaker
@@ -86,11 +87,11 @@ class Lifecycle(providers.Resource[None]):
 
     def shutdown(self) -> Any:
         here = [engine for engine in self._engines() if isinstance(engine, AsyncEngineProvider) and engine.is_built_here]
-        awaited = [pair for engine in here for pair in engine.taken_away()]
+        waits = [wait for engine in here for wait in engine.begin_to_retire()]
         self.args[0]().decision_places().close()
         for engine in self._engines():
             engine.reset()
-        return dispose_awaited(awaited) if awaited else None
+        return disposed(waits) if here else None
 
     def _engines(self) -> list[EngineProvider | AsyncEngineProvider]:
         container = self.args[0]()

@@ -26,7 +26,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
 
 from app_db import ConnectionSettings, Container, DatabaseSettings, PoolSettings
-from app_db._databases.engines import build_async_engine, build_engine, retire_async
+from app_db._databases.disposal import retire_async
+from app_db._databases.engines import build_async_engine, build_engine
 from app_db.errors import InvalidUse, SettingsError
 from app_db.settings.urls import for_coroutines, for_threads
 from choosing import mostly
@@ -298,7 +299,9 @@ def test_a_memory_database_is_one_for_threads_coroutines_and_mirrors(url: str) -
             await container.writer_async_session().execute(text("INSERT INTO a VALUES (1)"))
             assert await container.reader_async_session().scalar(text("SELECT count(*) FROM a")) == 0
         async with container.transaction():
-            return await container.reader_async_session().scalar(text("SELECT group_concat(id) FROM a"))
+            seen = await container.reader_async_session().scalar(text("SELECT group_concat(id) FROM a"))
+        await container.shutdown_resources()
+        return seen
 
     assert asyncio.run(insert()) == "1"
     with container.transaction():
@@ -630,6 +633,17 @@ def container(url: str, resources: Resources) -> Iterator[Any]:
     resources.settle()
 
 
+LEFT_OPEN = (
+    "The connection 'writer' was left open in an event loop that has ended or does not answer. DBAPI connections closed at their "
+    "sockets: {}. Write `await container.shutdown_resources()` in that loop, before it ends"
+)
+
+
+def left_open() -> Any:
+    """A block in which app_db warns of a connection that was left open in its event loop."""
+    return pytest.warns(ResourceWarning, match=r"^The connection 'writer' was left open in an event loop")
+
+
 async def use(container: Any, number: int = 3) -> AsyncEngine:
     """Have so many connections open and idle in the pool of the running loop."""
 
@@ -666,7 +680,9 @@ def test_nothing_is_made_before_it_is_asked_for(container: Any) -> None:
 def test_one_loop_after_the_other_has_an_engine_of_its_own_and_nothing_accumulates(container: Any, resources: Resources) -> None:
     engines = [asyncio.run(use(container)) for _ in range(4)]
     assert len(set(map(id, engines))) == 4
-    resources.settle(allowed=3)  # the last loop's three connections, which nobody has shut down
+    resources.settle(allowed=3)  # the last loop's three connections, which nothing has shut down
+    with left_open():
+        container.shutdown_resources()
 
 
 def test_loops_in_threads_at_once_have_engines_of_their_own(container: Any) -> None:
@@ -736,6 +752,95 @@ def test_an_engine_is_disposed_in_a_loop_that_stands_still(container: Any, resou
         loop.close()
 
 
+def test_so_it_is_where_the_loops_own_thread_has_ended(container: Any, resources: Resources) -> None:
+    loop = asyncio.new_event_loop()
+    try:
+        thread = threading.Thread(target=lambda: loop.run_until_complete(use(container)))
+        thread.start()
+        thread.join(30)
+        container.shutdown_resources()
+        resources.settle(allowed=2)  # the loop's own
+    finally:
+        loop.close()
+
+
+def test_a_loop_that_stands_still_in_another_thread_is_not_run_here(container: Any, resources: Resources) -> None:
+    ready, shut_down = threading.Event(), threading.Event()
+    went_on: list[Any] = []
+
+    def own() -> None:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(use(container))
+        ready.set()
+        shut_down.wait(30)
+        went_on.append(loop.run_until_complete(asyncio.sleep(0.1, "went on")))  # the sockets close here
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+    thread = threading.Thread(target=own)
+    thread.start()
+    assert ready.wait(30)
+    start = time.monotonic()
+    with left_open():
+        container.shutdown_resources()
+    assert time.monotonic() - start < 4
+    shut_down.set()
+    thread.join(30)
+    assert went_on == ["went on"]
+    resources.settle()
+
+
+def test_a_loop_that_stands_still_is_not_waited_for_in_another_one_of_its_thread(container: Any, resources: Resources) -> None:
+    other = asyncio.new_event_loop()
+    try:
+        other.run_until_complete(use(container))
+
+        async def shut_down() -> float:
+            await use(container)
+            start = time.monotonic()
+            await container.shutdown_resources()
+            return time.monotonic() - start
+
+        with left_open():
+            assert asyncio.run(shut_down()) < 4
+        other.run_until_complete(asyncio.sleep(0.1))  # where the sockets that were shut down are closed
+        resources.settle(allowed=2)  # the loop's own
+    finally:
+        other.close()
+
+
+def test_a_blocked_loop_is_waited_for_a_while_and_its_server_hears_that_nobody_is_there(
+    pg_url: str, postgres: PostgresServer, resources: Resources, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("app_db._databases.disposal._LONGEST_DISPOSAL", 0.3)
+    container: Any = Container(settings=settings_of(pg_url, application="blocked"))
+    ready, shut_down = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        await use(container)
+        ready.set()
+        shut_down.wait(30)  # blocks the loop
+        await asyncio.sleep(0.1)
+        await use(container)
+        await container.shutdown_resources()
+
+    thread = threading.Thread(target=lambda: asyncio.run(work()))
+    thread.start()
+    assert ready.wait(30)
+    start = time.monotonic()
+    with left_open():
+        container.shutdown_resources()
+    assert 0.2 < time.monotonic() - start < 4
+    alive = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'blocked'"
+    for pause in a_while(lambda: postgres.execute(alive)[0][0] == 0):
+        time.sleep(pause)
+    assert postgres.execute(alive)[0][0] == 0
+    shut_down.set()
+    thread.join(30)
+    resources.settle()
+    assert caplog.records == []
+
+
 def test_an_engine_is_disposed_from_another_thread_in_its_own_loop(container: Any, resources: Resources) -> None:
     async def work() -> None:
         pool: Any = (await use(container)).pool
@@ -747,7 +852,7 @@ def test_an_engine_is_disposed_from_another_thread_in_its_own_loop(container: An
     resources.settle()
 
 
-def test_an_engine_whose_loop_was_closed_hangs_up_without_a_word(
+def test_an_engine_whose_loop_was_closed_is_closed_at_the_socket_and_named_once(
     container: Any, resources: Resources, caplog: pytest.LogCaptureFixture
 ) -> None:
     with warnings.catch_warnings(record=True) as caught:
@@ -756,8 +861,63 @@ def test_an_engine_whose_loop_was_closed_hangs_up_without_a_word(
         container.shutdown_resources()
         resources.settle()
         gc.collect()
-    assert [str(warning.message) for warning in caught] == []
+    assert [(warning.category, str(warning.message)) for warning in caught] == [(ResourceWarning, LEFT_OPEN.format(3))]
     assert caplog.records == []
+
+
+def test_an_engine_without_a_loop_is_closed_at_the_socket(url: str, resources: Resources) -> None:
+    container: Any = Container(settings=settings_of(url))
+    engine = container.writer_async_engine()  # outside a loop, and nothing inside one asks the container
+    assert asyncio.run(scalar(engine, "SELECT 1")) == 1
+    with left_open():
+        container.shutdown_resources()
+    resources.settle()
+
+
+def test_an_engine_that_is_dropped_after_its_loop_was_closed_is_closed_and_named(url: str, resources: Resources) -> None:
+    container: Any = Container(settings=settings_of(url))
+    asyncio.run(use(container))
+    with left_open():
+        del container
+        gc.collect()
+    resources.settle()
+
+
+ENDING = """
+import asyncio
+from sqlalchemy import text
+from app_db import DatabaseSettings, container_of
+
+settings = DatabaseSettings(connections={{name: {{"url": f"sqlite:///{folder}/{{name}}.db"}} for name in ("writer", "log")}})
+container = container_of("writer", "log")(settings=settings)
+
+async def work():
+    for name in ("writer", "log"):
+        async with container.transaction(read_only=True):
+            await getattr(container, name + "_async_session")().execute(text("SELECT 1"))
+    {inside}
+
+asyncio.run(work())
+{outside}
+print("end", not container.writer_async_engine.is_built, flush=True)
+"""
+
+
+@pytest.mark.parametrize("action", ["always", "error"])
+@pytest.mark.parametrize("outside", ["container.shutdown_resources()", ""], ids=["shut down too late", "never shut down"])
+def test_a_program_is_told_each_connection_it_left_open_and_goes_on(tmp_path: Path, outside: str, action: str) -> None:
+    source = ENDING.format(folder=tmp_path, inside="", outside=outside)
+    done = run_program(source, "-W", f"{action}::ResourceWarning")
+    assert (done.returncode, done.stdout) == (0, f"end {bool(outside)}\n"), done.stderr
+    for name in ("writer", "log"):
+        assert done.stderr.count(f"ResourceWarning: The connection '{name}' was left open") == 1, done.stderr
+    assert "was deleted before being closed" not in done.stderr, "the driver complains of what was not closed"
+
+
+def test_a_program_that_shuts_down_in_its_loop_is_told_nothing(tmp_path: Path) -> None:
+    source = ENDING.format(folder=tmp_path, inside="await container.shutdown_resources()", outside="")
+    done = run_program(source, "-W", "error")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end True\n", "")
 
 
 def test_a_server_hears_that_nobody_is_there_any_more(pg_url: str, postgres: PostgresServer) -> None:
@@ -768,7 +928,8 @@ def test_a_server_hears_that_nobody_is_there_any_more(pg_url: str, postgres: Pos
 
     asyncio.run(use(container))
     assert alive() == 3
-    container.shutdown_resources()
+    with left_open():
+        container.shutdown_resources()
     give_up = time.monotonic() + 10
     while alive() and time.monotonic() < give_up:
         time.sleep(0.02)
@@ -881,7 +1042,7 @@ def test_so_does_a_loop_that_has_already_cancelled_its_tasks(slow_url: str) -> N
     thread.join(10)
 
 
-def test_a_loop_without_an_executor_any_more_hangs_up_at_once(slow_url: str) -> None:
+def test_a_loop_without_an_executor_any_more_closes_at_the_socket_at_once(slow_url: str) -> None:
     async def work() -> threading.Thread:
         _, thread = await connected_slowly(slow_url)
         await asyncio.get_running_loop().shutdown_default_executor()  # the last thing that asyncio.run() does
@@ -891,9 +1052,42 @@ def test_a_loop_without_an_executor_any_more_hangs_up_at_once(slow_url: str) -> 
         return thread
 
     loop = asyncio.new_event_loop()
-    thread = loop.run_until_complete(work())
-    loop.close()
-    thread.join(10)
+    with left_open():
+        thread = loop.run_until_complete(work())
+        loop.close()
+        thread.join(10)
+
+
+@pytest.mark.representative("sqlite+aiosqlite")
+@pytest.mark.filterwarnings("ignore:The connection 'writer' was left open:ResourceWarning")
+def test_at_whatever_moment_of_its_loops_end_an_engine_is_closed(
+    url: str, resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The right thing or a ResourceWarning, but never an exception, a line in the log, or a wait."""
+    failures: list[BaseException] = []
+
+    def shut_down(container: Any, delay: float) -> None:
+        time.sleep(delay)
+        try:
+            container.shutdown_resources()
+        except BaseException as error:  # reported below
+            failures.append(error)
+
+    async def work(container: Any, delay: float) -> threading.Thread:
+        await use(container, 1)
+        thread = threading.Thread(target=shut_down, args=(container, delay))
+        thread.start()
+        return thread
+
+    for step in range(60):
+        container: Any = Container(settings=settings_of(url))
+        start = time.monotonic()
+        thread = asyncio.run(work(container, step * 0.000_05))
+        thread.join(10)
+        assert time.monotonic() - start < 4
+    resources.settle()
+    assert failures == []
+    assert caplog.records == []
 
 
 def test_a_server_that_does_not_say_good_bye_holds_up_the_end_of_a_loop_for_a_moment_only(

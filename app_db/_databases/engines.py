@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import time
 import weakref
-from asyncio import AbstractEventLoop, Task, to_thread, wait
-from asyncio.events import _get_running_loop
-from collections.abc import Callable, Iterable
+from asyncio import to_thread
+from collections.abc import Callable
 from contextvars import ContextVar
 from importlib import import_module
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
 from sqlalchemy.util.concurrency import await_only
 
-from app_db._compat.asyncio import begin_unseen, outlast
 from app_db._compat.os import after_fork_in_child
+from app_db._databases.async_connections import is_left_in_the_middle
 from app_db._databases.database import Database
-from app_db._databases.dialects import hang_up, is_left_in_the_middle
+from app_db._databases.disposal import retired, settle
 from app_db._databases.registry import database_of
 from app_db.errors import Problem, SettingsError
 from app_db.settings.urls import dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
@@ -38,19 +37,6 @@ _IDLE_SINCE = "app_db_idle_since"
 _POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static": StaticPool}
 
 _setups: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
-_retired: WeakSet[Engine] = WeakSet()
-_disposing: set[Task[None]] = set()
-"""The event loop keeps only weak references to its tasks."""
-
-_LONGEST_DISPOSAL = 10.0
-"""Seconds to wait for a loop in another thread, which may be blocked."""
-
-_LONGEST_FAREWELL = 1.0
-"""Seconds for which the end of a loop waits for servers to say good-bye."""
-
-_LONGEST_STANDSTILL = 0.5
-"""Seconds to wait for a loop of another thread that does not run: `asyncio.run()` ends its loop in several short runs."""
-
 _checked_out: dict[int, Any] = {}  # pool records by their id, for the child of a fork
 _of_parent_process: list[Any] = []
 
@@ -69,6 +55,7 @@ def build_async_engine(name: str, settings: DatabaseSettings) -> AsyncEngine:
 
     engine: AsyncEngine = _build(name, settings, for_coroutines, create_async_engine)
     _setups[engine.sync_engine] = _setup_of(engine.sync_engine, name, settings)
+    settle(name, engine)
     return engine
 
 
@@ -100,111 +87,8 @@ def retire(engine: Engine) -> None:
     setup = _setups.get(engine)
     if setup is not None:
         setup.ensure()  # or a first connection under way would miss the listener that closes it
-    _retired.add(engine)
+    retired.add(engine)
     engine.dispose()
-
-
-def retire_async(engine: AsyncEngine, loop: AbstractEventLoop | None, *, may_run: bool = True) -> None:
-    """Do the same with an engine of coroutines, in its own event loop, where that is still there.
-
-    Where this is called inside a running loop, it doesn't wait for another one, which may be waiting for this one. A loop that
-    stands still is run for it, unless that is for another thread to do, which may be closing the loop (`may_run`).
-    """
-    _retired.add(engine.sync_engine)
-    here = _get_running_loop()
-    if loop is not None and not may_run:
-        _wait_while_it_stands_still(loop)
-    try:
-        if loop is None or loop.is_closed() or not (may_run or loop.is_running()):
-            _hang_up(engine.sync_engine)
-        elif here is None and not loop.is_running():
-            loop.run_until_complete(engine.dispose())
-        else:
-            disposed = _dispose_in(loop, engine)
-            give_up = time.monotonic() + _LONGEST_DISPOSAL
-            while here is None and not disposed.wait(0.05) and time.monotonic() < give_up:
-                if loop.is_closed():  # before it came to it
-                    _hang_up(engine.sync_engine)
-                    return
-    except RuntimeError:  # just now the loop was closed, or began to run in another thread
-        if loop is not None and not loop.is_closed():
-            _dispose_in(loop, engine)
-        else:
-            _hang_up(engine.sync_engine)
-
-
-def _wait_while_it_stands_still(loop: AbstractEventLoop) -> None:
-    """Wait until a loop runs on or is closed: what is closed between the last two steps of its end is never told so."""
-    give_up = time.monotonic() + _LONGEST_STANDSTILL
-    while not (loop.is_running() or loop.is_closed()) and time.monotonic() < give_up:
-        time.sleep(0.002)
-
-
-async def dispose_awaited(engines: Iterable[tuple[AsyncEngine, AbstractEventLoop | None]]) -> None:
-    """Dispose engines: those of the running event loop are disposed when this returns."""
-    here = _get_running_loop()
-    for engine, loop in engines:
-        if loop is here:
-            _retired.add(engine.sync_engine)
-            await engine.dispose()
-        else:
-            await to_thread(retire_async, engine, loop, may_run=False)
-
-
-def _dispose_in(loop: AbstractEventLoop, engine: AsyncEngine) -> Event:
-    """Dispose an engine in its loop as soon as that comes to it; tell when it is done."""
-    done = Event()
-
-    def finish(task: Task[None]) -> None:
-        _disposing.discard(task)
-        if task.cancelled():  # by the end of asyncio.run(), say
-            Thread(target=_hang_up_at_the_end, args=(loop, engine.sync_engine, done)).start()
-        else:
-            done.set()
-
-    def begin() -> None:
-        try:  # the last thing that asyncio.run() waits for, after it has cancelled all tasks, are the threads of its executor
-            loop.run_in_executor(None, done.wait, _LONGEST_FAREWELL)
-        except RuntimeError:  # it has done that, too
-            Thread(target=_hang_up_at_the_end, args=(loop, engine.sync_engine, done)).start()
-            return
-        task = loop.create_task(_dispose(engine))
-        _disposing.add(task)
-        task.add_done_callback(finish)
-
-    loop.call_soon_threadsafe(begin)
-    return done
-
-
-async def _dispose(engine: AsyncEngine) -> None:
-    """Dispose an engine to the end, although the loop ends meanwhile; be cancelled only where that would take too long."""
-    task = begin_unseen(engine.dispose())
-    cancelled = await outlast(task, patience=_LONGEST_FAREWELL)
-    try:
-        if cancelled is not None and not task.done():
-            task.cancel()
-            await wait((task,), timeout=0.1)
-            raise cancelled
-        task.result()
-    finally:
-        del task, cancelled  # as in `outlast`
-
-
-def _hang_up_at_the_end(loop: AbstractEventLoop, engine: Engine, done: Event) -> None:
-    """Hang up when a loop that is ending is closed: what it is told to close in its last moment it may never come to."""
-    give_up = time.monotonic() + _LONGEST_FAREWELL
-    while not loop.is_closed() and time.monotonic() < give_up:
-        time.sleep(0.002)
-    _hang_up(engine)
-    done.set()
-
-
-def _hang_up(engine: Engine) -> None:
-    """Close the idle connections of an engine whose event loop is gone or about to go: nobody can wait for an answer."""
-    engine.dialect.do_close = engine.dialect.do_terminate = hang_up  # type: ignore[method-assign]
-    thread = Thread(target=engine.dispose)  # where no event loop runs, so that one can be borrowed
-    thread.start()
-    thread.join()
 
 
 class _Setup:
@@ -343,7 +227,7 @@ def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
         database.clean_up(dbapi_connection, record.info)
         record.info[_IDLE_SINCE] = time.monotonic()
         _checked_out.pop(id(record), None)
-        if engine in _retired:
+        if engine in retired:
             record.invalidate()
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from asyncio import AbstractEventLoop
-from asyncio.events import _get_running_loop
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from dependency_injector import providers
 from sqlalchemy.engine import Engine
 
-from app_db._databases.engines import retire, retire_async
+from app_db._compat.asyncio import running_loop
+from app_db._databases.disposal import begin_to_retire, cut_off, retire_async, wait_outside
+from app_db._databases.engines import retire
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -82,7 +83,7 @@ class AsyncEngineProvider(providers.ThreadSafeSingleton[Any]):
     """What was asked for where no loop runs. The first loop that asks takes it."""
 
     def _provide(self, args: Any, kwargs: Any) -> AsyncEngine:
-        loop = _get_running_loop()
+        loop = running_loop()
         engine = self._homeless if loop is None else self._engines().get(loop)
         return engine or self._build(loop, args, kwargs)
 
@@ -98,16 +99,29 @@ class AsyncEngineProvider(providers.ThreadSafeSingleton[Any]):
                 return engine
             built = self._engines()
             built[loop] = engine
-            abandoned = [(built.pop(other), other) for other in list(built) if other.is_closed()]
-        for other_engine, closed_loop in abandoned:  # as asyncio.run() leaves them, time after time
-            retire_async(other_engine, closed_loop)
+            abandoned = [built.pop(other) for other in list(built) if other.is_closed()]
+        for other_engine in abandoned:  # as asyncio.run() leaves them, time after time
+            cut_off(other_engine.sync_engine, quietly=True)
         return engine
 
     def reset(self) -> Any:
         """Retire the engines: their idle connections close now, in their own loops, and those in use when their units end."""
-        for engine, loop in self.taken_away():
-            retire_async(engine, loop)
+        for wait in self.begin_to_retire():
+            wait_outside(wait)
         return super().reset()
+
+    def begin_to_retire(self) -> list[Callable[[], None]]:
+        """Begin to retire the engines; return what waits until their loops have done so."""
+        waits = []
+        for loop, engine in list(self._engines().items()):
+            # Begun before it is forgotten: a loop that is about to end either waits for the disposal, or still finds its engine.
+            waits.append(begin_to_retire(engine, loop))
+            with self.storage_lock:
+                if self._engines().get(loop) is engine:
+                    del self._engines()[loop]
+        with self.storage_lock:
+            homeless, self._homeless = self._homeless, None
+        return waits if homeless is None else [*waits, begin_to_retire(homeless, None)]
 
     def _engines(self) -> dict[AbstractEventLoop, AsyncEngine]:
         if self._built is None or self._process != os.getpid():  # the loops of a forked child's parent don't run here
@@ -141,5 +155,5 @@ class AsyncEngineProvider(providers.ThreadSafeSingleton[Any]):
     @property
     def is_built_here(self) -> bool:
         """Whether there is one of the running event loop, which has to be awaited to dispose it."""
-        loop = _get_running_loop()
+        loop = running_loop()
         return loop is not None and loop in self._engines()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from asyncio import CancelledError
 from collections.abc import Coroutine
 from inspect import CO_COROUTINE
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from app_db._compat.frames import frame_at
 from app_db._liveness import ExitMethod, WithBlock, liveness_of
 from app_db._units.coordinator import Coordinator
 from app_db._units.options import Options
@@ -75,7 +75,7 @@ class Block(WithBlock):
         if part is None:
             return self._leave_awaited(None, error)
         try:
-            if _is_closing(error) and sys._getframe(1).f_code.co_flags & CO_COROUTINE:
+            if _is_closing(error) and frame_at(1).f_code.co_flags & CO_COROUTINE:
                 part.torn_down()  # the coroutine can wait for nothing any more; an asynchronous generator can
                 return self._leave_awaited(None, error)
             leaving = self._leave_awaited(part, error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from asyncio import Task, current_task
-from asyncio.events import _get_running_loop  # the public spelling raises where no loop runs, at five times the price
 from collections.abc import Callable
 from contextvars import ContextVar
 from threading import get_ident
@@ -23,6 +22,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from transaction import Savepoint, Transaction
 from transaction.interfaces import TransientError
 
+from app_db._compat.asyncio import running_loop
 from app_db._compat.os import after_fork_in_child
 from app_db._compat.transaction import Transaction as HookedTransaction
 from app_db._compat.transaction import TransactionManager, current_of, set_current
@@ -73,7 +73,7 @@ class Owner:
     __slots__ = ("task", "thread")
 
     def __init__(self) -> None:
-        loop = _get_running_loop()
+        loop = running_loop()
         self.task = None if loop is None else current_task(loop)
         self.thread = get_ident()
 
@@ -107,7 +107,7 @@ class OwnedTransaction(HookedTransaction):
         """
         if self.ended or self.process != _Process.generation or self.liveness() is None:
             return False
-        loop = _get_running_loop()
+        loop = running_loop()
         if loop is None:
             return True
         task = current_task(loop)
@@ -198,7 +198,7 @@ class AwaitedTransaction(OwnedTransaction):
 
     def require_bridge_or_thread(self, subject: str) -> None:
         """Raise where a part of the unit begins that would wait for a database when it ends, and keep the event loop waiting."""
-        self._require_bridge(subject, keeps_waiting=_get_running_loop() is not None)
+        self._require_bridge(subject, keeps_waiting=running_loop() is not None)
 
     def _require_bridge(self, subject: str, *, keeps_waiting: bool = False) -> None:
         # Asked first: drivers would notice in the middle, and the connection would go back to its pool as it is.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import AbstractEventLoop
-from asyncio.events import _get_running_loop
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import greenlet_spawn, in_greenlet
 
+from app_db._compat.asyncio import running_loop
 from app_db._databases.registry import database_of
 from app_db._units.manager import current
 from app_db.errors import CannotIsolate, InvalidUse
@@ -197,7 +197,7 @@ class _Database:
     def async_engine(self, name: str) -> AsyncEngine:
         from sqlalchemy.ext.asyncio import AsyncEngine
 
-        loop = None if self._async_view is not None else _get_running_loop()
+        loop = None if self._async_view is not None else running_loop()
         real = self._real(loop)
         shared = self._shared(real, loop)
         key = (name, "async")
@@ -245,7 +245,7 @@ class _Database:
 
 def _end(shared: SharedConnection, loop: AbstractEventLoop | None) -> list[str]:
     """End a shared connection in the event loop that it belongs to, if there is one."""
-    here = _get_running_loop()
+    here = running_loop()
     if loop is None or not shared.is_open or (in_greenlet() and here is loop):
         return shared.end()
     if loop.is_closed():

@@ -13,7 +13,7 @@ from typing import Any
 
 from dependency_injector import providers
 
-from app_db._databases.engines import dispose_awaited
+from app_db._databases.disposal import disposed
 from app_db._databases.providers import AsyncEngineProvider, EngineProvider
 from app_db._units.coordinator import Rehearsal
 from app_db.container import KINDS, Connection, DatabaseContainer
@@ -55,12 +55,12 @@ class Override:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         here = [engine for engine in _async_engines(self.container) if engine.is_built_here]
-        awaited = [pair for engine in here for pair in engine.taken_away()]
+        waits = [wait for engine in here for wait in engine.begin_to_retire()]
         try:
             self._put_back()
         finally:
             try:
-                await dispose_awaited(awaited)
+                await disposed(waits)
             finally:
                 self.clean_up()
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from app_db._compat.asyncio import begin_unseen, outlast
-from app_db._databases.dialects import hang_up
+from app_db._databases.async_connections import hang_up
 from app_db._databases.interruptions import interrupted
 from app_db._databases.registry import database_of
 from app_db._databases.sharing_rules import new_mark

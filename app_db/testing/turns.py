@@ -6,13 +6,13 @@ import asyncio
 import threading
 import time
 from asyncio import Task, current_task
-from asyncio.events import _get_running_loop
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
+from app_db._compat.asyncio import running_loop
 from app_db._liveness import LivingLock, WithBlock, always
 from app_db.errors import IsolationTimeout
 
@@ -88,7 +88,7 @@ class Turns:
 
     def enter(self, connection: str, liveness: Callable[[], object] = always) -> Holder:
         """Wait for the turn of whoever calls, and take it. Raises IsolationTimeout when it does not come."""
-        loop = _get_running_loop()
+        loop = running_loop()
         task = None if loop is None else current_task(loop)
         asker = Holder(connection, self._units(), threading.current_thread(), task, liveness)
         give_up = time.monotonic() + self._patience

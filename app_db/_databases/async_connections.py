@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from threading import Thread
 from typing import Any
 
+from app_db._compat import asyncmy, asyncpg, sqlalchemy
 from app_db._databases.database import driver_of
+
+_LONGEST_CLOSE = 1.0
+"""Seconds to wait for the thread of a connection that closes."""
 
 
 def is_left_in_the_middle(dbapi_connection: Any) -> bool:
@@ -14,8 +19,7 @@ def is_left_in_the_middle(dbapi_connection: Any) -> bool:
     SQLAlchemy's adapter for asyncpg does not know of a transaction when it was interrupted right after BEGIN, and its rollback
     does nothing then. asyncpg would begin a savepoint for the next unit, whose commit would only release that.
     """
-    mutex = getattr(dbapi_connection, "_execute_mutex", None)
-    if mutex is not None and mutex.locked():
+    if sqlalchemy.is_executing(dbapi_connection):
         return True  # the next statement would wait without an end
     driver_connection = driver_of(dbapi_connection)
     if not hasattr(driver_connection, "is_in_transaction"):  # asyncpg's
@@ -23,29 +27,23 @@ def is_left_in_the_middle(dbapi_connection: Any) -> bool:
     return (
         driver_connection.is_closed()
         or driver_connection.is_in_transaction()
-        or getattr(driver_connection, "_top_xact", None) is not None
+        or asyncpg.believes_in_transaction(driver_connection)
     )
 
 
 def hang_up(dbapi_connection: Any) -> None:
-    """Close a connection of coroutines whose event loop is closed, in a thread in which none runs."""
+    """Close a connection of coroutines without its event loop, from any thread."""
     driver_connection = driver_of(dbapi_connection)
-    transport = _transport_of(driver_connection)
-    if transport is None:
-        asyncio.run(_close(driver_connection))  # psycopg's and aiosqlite's can be closed in any loop
-        return
-    try:  # asyncpg's and asyncmy's are bound to theirs
-        (getattr(driver_connection, "terminate", None) or driver_connection.close)()
-    except RuntimeError:
-        own_socket = getattr(transport, "_sock", None)  # asyncio's, which nobody else can close any more
-        if own_socket is not None:
-            own_socket.close()
-            transport._sock = None
-
-
-def _transport_of(driver_connection: Any) -> Any:
-    writer = getattr(driver_connection, "_writer", None)  # asyncmy's before 0.2.13
-    return getattr(driver_connection, "_transport", None) if writer is None else writer.transport
+    if hasattr(driver_connection, "pgconn"):  # psycopg's
+        driver_connection.pgconn.finish()
+    elif hasattr(driver_connection, "is_in_transaction"):  # asyncpg's
+        asyncpg.hang_up(driver_connection)
+    elif hasattr(driver_connection, "ensure_closed"):  # asyncmy's and aiomysql's
+        asyncmy.hang_up(driver_connection)
+    else:  # aiosqlite's has a thread of its own, and answers any loop
+        thread = Thread(target=lambda: asyncio.run(_close(driver_connection)), daemon=True)
+        thread.start()
+        thread.join(_LONGEST_CLOSE)
 
 
 async def _close(driver_connection: Any) -> None:
