@@ -183,7 +183,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.Fix
 
 
 def _prepare(container: Any, fixturedef: pytest.FixtureDef[Any], config: pytest.Config) -> None:
-    if not hasattr(container, "decision_places"):
+    if not hasattr(container, "session_of"):
         pytest.fail(
             f"The fixture app_db_container gave {type(container).__name__}, which is no container of app_db. If it is the one of "
             "your application, return the one in it: `return container.db`, for example.",

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, cast
 
 from dependency_injector import containers, providers
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from app_db._databases.disposal import disposed
 from app_db._databases.engines import build_async_engine, build_engine
-from app_db._databases.providers import AsyncEngineProvider, EngineProvider, Lasting
 from app_db._sessions.borrowing import BorrowingHome
+from app_db._sessions.providers import Held, HolderProvider, Lasting, Lifecycle
 from app_db._sessions.routing import Holders, RoutingHome, RoutingSession, build_routing_session, build_routing_sessionmaker
 from app_db._sessions.sessions import SessionHome, UnitRegistry, build_scoped_session, build_sessionmaker
+from app_db._sessions.state import State, StateHolder
 from app_db._two_phase.checks import check
-from app_db._two_phase.decision_places import DecisionPlaces, build_decision_places
+from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.recovery import Recovery, build_recovery
 from app_db._units.coordinator import build_coordinator
 from app_db._units.manager import ContextTransactionManager
@@ -52,51 +53,8 @@ KINDS = (
 )
 """What every connection provides: `NAME.KIND`, and `NAME_KIND` beside it."""
 
-_PLUMBING = frozenset(
-    {"__self__", "async_routing", "coordinator", "database_container", "decision_places", "lifecycle", "name", "routing"}
-)
+_PLUMBING = frozenset({"__self__", "core", "holder", "name"})
 """Providers that no error suggests to anybody."""
-
-
-# ---- providers ------------------------------------------------------------------------------------------------------
-
-
-class Lifecycle(providers.Resource[None]):
-    """What `init_resources()` and `shutdown_resources()` do, of a database container or of one around it.
-
-    The first checks that two-phase commit can work, where a connection wants it, and recovers and reflects models, where the
-    settings say so; it makes no engine otherwise. The second disposes all engines.
-    """
-
-    @property
-    def initialized(self) -> bool:
-        return self.args[0]().decision_places().in_use or any(engine.is_built for engine in self._engines())
-
-    def init(self) -> None:
-        """Check; recover what the last crash left, if `recover_at_start` is set; reflect models, if `reflect_at_start` is."""
-        container = self.args[0]()
-        container.check()
-        if container.settings().recover_at_start:
-            container.recovery().settle()
-        if container.settings().reflect_at_start:
-            container.reflect()
-
-    def is_async_mode_enabled(self) -> bool:
-        """Whether `shutdown_resources()` has to be awaited: where a running loop has engines."""
-        return any(isinstance(engine, AsyncEngineProvider) and engine.is_built_here for engine in self._engines())
-
-    def shutdown(self) -> Any:
-        here = [engine for engine in self._engines() if isinstance(engine, AsyncEngineProvider) and engine.is_built_here]
-        waits = [wait for engine in here for wait in engine.begin_to_retire()]
-        self.args[0]().decision_places().close()
-        for engine in self._engines():
-            engine.reset()
-        return disposed(waits) if here else None
-
-    def _engines(self) -> list[EngineProvider | AsyncEngineProvider]:
-        container = self.args[0]()
-        connections = [provider for provider in container.providers.values() if isinstance(provider, Connection)]
-        return [engine for connection in connections for engine in (connection.engine, connection.async_engine)]
 
 
 # ---- instances --------------------------------------------------------------------------------------------------------
@@ -110,7 +68,7 @@ class _Instance(containers.DynamicContainer):
 
 
 class _DatabaseInstance(_Instance):
-    """An instance of a database container. Its providers and those of its connections find it as `database_container`."""
+    """An instance of a database container. Its internal providers find it as `database_container`."""
 
     def shutdown_resources(self, *arguments: Any, **options: Any) -> Awaitable[None]:
         """Dispose all engines. What it returns has to be awaited where a running loop has engines, and may be anywhere else."""
@@ -119,10 +77,8 @@ class _DatabaseInstance(_Instance):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if isinstance(value, Connection) and name != "parent":
-            value.container.database_container.set_provides(self)
-        elif name == "database_container":
-            value.set_provides(self)  # a copy's, which came with the original's, too
+        if name == "core":
+            value.container.database_container.set_provides(self)  # a copy comes with the original's
 
 
 class _Nothing:
@@ -149,6 +105,10 @@ def _require_instance(container: DatabaseContainer | None, name: str) -> Databas
     return container
 
 
+def _build_settings(container: DatabaseContainer | None, name: str) -> DatabaseSettings:
+    return DatabaseSettings()
+
+
 def _build_engine(container: DatabaseContainer | None, name: str) -> Engine:
     return build_engine(name, _require_instance(container, name).settings())
 
@@ -170,7 +130,7 @@ def _build_async_sessionmaker(
         from app_db._sessions.async_routing import build_async_routing_sessionmaker
 
         return build_async_routing_sessionmaker(_borrowing_home(container, name, lender, "async_session"), settings.session)
-    return build_async_sessionmaker(AsyncSessionHome(name, settings, container.coordinator(), lambda: engine().sync_engine))
+    return build_async_sessionmaker(AsyncSessionHome(name, settings, container.core.coordinator(), lambda: engine().sync_engine))
 
 
 def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: Callable[[], Engine]) -> sessionmaker[Any]:
@@ -179,7 +139,7 @@ def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: 
     lender = _lender_of(container, name)
     if lender is not None:
         return build_routing_sessionmaker(_borrowing_home(container, name, lender, "session"), settings.session)
-    return build_sessionmaker(SessionHome(name, settings, container.coordinator(), engine))
+    return build_sessionmaker(SessionHome(name, settings, container.core.coordinator(), engine))
 
 
 def _lender_of(container: DatabaseContainer, name: str) -> str | None:
@@ -188,7 +148,7 @@ def _lender_of(container: DatabaseContainer, name: str) -> str | None:
 
 
 def _borrowing_home(container: DatabaseContainer, name: str, lender: str, kind: str) -> BorrowingHome:
-    return BorrowingHome(name, lender, container.coordinator(), _holders(container, kind))
+    return BorrowingHome(name, lender, container.core.coordinator(), _holders(container, kind))
 
 
 def _holders(container: DatabaseContainer, kind: str) -> Holders:
@@ -214,10 +174,19 @@ def _current_session(scoped: scoped_session[Any]) -> Session:
     return session
 
 
-def _build_async_scoped_session(maker: async_sessionmaker[Any]) -> async_scoped_session[Any]:
+def _build_scoped_session(
+    container: DatabaseContainer | None, name: str, maker: Callable[[], sessionmaker[Any]]
+) -> scoped_session[Any]:
+    return build_scoped_session(maker())
+
+
+def _build_async_scoped_session(
+    container: DatabaseContainer | None, name: str, maker: Callable[[], async_sessionmaker[Any]]
+) -> async_scoped_session[Any]:
+    made = maker()  # first, for it says what is missing without greenlet
     from app_db._sessions.async_sessions import build_async_scoped_session
 
-    return build_async_scoped_session(maker)
+    return build_async_scoped_session(made)
 
 
 def _current_async_session(scoped: async_scoped_session[Any]) -> AsyncSession:
@@ -231,16 +200,21 @@ class ConnectionContainer(containers.DeclarativeContainer):
     instance_type = _Instance
 
     name: providers.Object[str] = providers.Object("")
-    database_container: providers.Object[Any] = providers.Object(None)
+    holder: providers.Callable[StateHolder] = providers.Callable()
+    """The one of the database container, to which `Connection` links it."""
 
-    engine = EngineProvider(_build_engine, database_container, name)
-    sessionmaker = providers.ThreadSafeSingleton(_build_sessionmaker, database_container, name, engine.provider)
-    scoped_session = providers.ThreadSafeSingleton(build_scoped_session, sessionmaker)
+    engine = Held(StateHolder.get, holder, "engine", name, _build_engine)
+    sessionmaker = Held(StateHolder.get, holder, "sessionmaker", name, _build_sessionmaker, engine.provider)
+    scoped_session = Held(StateHolder.get, holder, "scoped_session", name, _build_scoped_session, sessionmaker.provider)
     session = providers.Callable(_current_session, scoped_session)
 
-    async_engine = AsyncEngineProvider(_build_async_engine, database_container, name)
-    async_sessionmaker = providers.ThreadSafeSingleton(_build_async_sessionmaker, database_container, name, async_engine.provider)
-    async_scoped_session = providers.ThreadSafeSingleton(_build_async_scoped_session, async_sessionmaker)
+    async_engine = Held(StateHolder.get_for_loop, holder, "async_engine", name, _build_async_engine)
+    async_sessionmaker = Held(
+        StateHolder.get, holder, "async_sessionmaker", name, _build_async_sessionmaker, async_engine.provider
+    )
+    async_scoped_session = Held(
+        StateHolder.get, holder, "async_scoped_session", name, _build_async_scoped_session, async_sessionmaker.provider
+    )
     async_session = providers.Callable(_current_async_session, async_scoped_session)
 
 
@@ -283,11 +257,11 @@ class Connection(providers.Container[ConnectionContainer]):
     """
 
     if TYPE_CHECKING:
-        engine: EngineProvider
+        engine: Held[Engine]
         sessionmaker: providers.Provider[sessionmaker[Session]]
         scoped_session: providers.Provider[scoped_session[Session]]
         session: providers.Provider[Session]
-        async_engine: AsyncEngineProvider
+        async_engine: Held[AsyncEngine]
         async_sessionmaker: providers.Provider[async_sessionmaker[AsyncSession]]
         async_scoped_session: providers.Provider[async_scoped_session[AsyncSession]]
         async_session: providers.Provider[AsyncSession]
@@ -297,6 +271,7 @@ class Connection(providers.Container[ConnectionContainer]):
     def __set_name__(self, owner: type[DatabaseContainer], name: str) -> None:
         super().__init__(ConnectionContainer)
         self.container.name.set_provides(name)
+        self.container.holder.set_provides(DatabaseContainer.core.holder)
         for kind in KINDS:
             setattr(owner, f"{name}_{kind}", getattr(self.container, kind))
 
@@ -319,12 +294,12 @@ def _refuse_taken_names(name: str, bases: Iterable[type], attributes: Iterable[s
 
 def _routing_home(container: DatabaseContainer | None, kind: str) -> tuple[RoutingHome, SessionSettings]:
     container = _require_instance(container, kind)
-    home = RoutingHome(container.coordinator(), _holders(container, kind), container.settings, lambda: _names_in(container))
+    home = RoutingHome(container.core.coordinator(), _holders(container, kind), container.settings, lambda: _names_in(container))
     return home, home.session_settings()
 
 
-def _build_routing(container: DatabaseContainer | None) -> scoped_session[RoutingSession]:
-    return build_routing_session(*_routing_home(container, "session"))
+def _build_routing(container: DatabaseContainer | None, name: str) -> scoped_session[RoutingSession]:
+    return build_routing_session(*_routing_home(container, name))
 
 
 def _current_routing_session(scoped: scoped_session[RoutingSession]) -> RoutingSession:
@@ -332,11 +307,11 @@ def _current_routing_session(scoped: scoped_session[RoutingSession]) -> RoutingS
     return session
 
 
-def _build_async_routing(container: DatabaseContainer | None) -> async_scoped_session[AsyncRoutingSession]:
+def _build_async_routing(container: DatabaseContainer | None, name: str) -> async_scoped_session[AsyncRoutingSession]:
     require_greenlet()
     from app_db._sessions.async_routing import build_async_routing_session
 
-    return build_async_routing_session(*_routing_home(container, "async_session"))
+    return build_async_routing_session(*_routing_home(container, name))
 
 
 def _current_async_routing_session(scoped: async_scoped_session[AsyncRoutingSession]) -> AsyncRoutingSession:
@@ -347,6 +322,19 @@ def _current_async_routing_session(scoped: async_scoped_session[AsyncRoutingSess
 # ---- what an application subclasses -----------------------------------------------------------------------------------
 
 
+class CoreContainer(containers.DeclarativeContainer):
+    """What a database container has for itself: no application needs these providers."""
+
+    database_container: providers.Object[Any] = providers.Object(None)
+    holder = HolderProvider(StateHolder, database_container)
+    state: providers.Provider[State] = providers.Callable(attrgetter("state"), holder)
+    decision_places: providers.Provider[DecisionPlaces] = providers.Callable(attrgetter("decision_places"), state)
+    coordinator = Lasting(build_coordinator, database_container, decision_places.provider)
+    lifecycle = Lifecycle(None, holder)
+    routing = Held(StateHolder.get, holder, "routing", "session", _build_routing)
+    async_routing = Held(StateHolder.get, holder, "async_routing", "async_session", _build_async_routing)
+
+
 class DatabaseContainerMeta(DeclarativeMeta):
     """Gives a container class the flat names, `Container.writer_session`, and a clear error for those it has not."""
 
@@ -354,6 +342,8 @@ class DatabaseContainerMeta(DeclarativeMeta):
         for attribute, value in attributes.items():
             if isinstance(value, Connection):
                 _refuse_taken_names(attribute, bases, attributes)
+        if "core" in attributes and any(hasattr(base, "core") for base in bases):
+            raise InvalidUse(f"{name} defines 'core', where app_db keeps its own providers", "Give it another name")
         for base in bases:  # wiring leaves `__self__` there, and a subclass would take its base for itself
             getattr(base, "providers", {}).pop("__self__", None)
         return super().__new__(cls, name, bases, attributes, **arguments)
@@ -374,28 +364,25 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
 
     instance_type = _DatabaseInstance
 
-    settings: providers.Provider[DatabaseSettings] = providers.ThreadSafeSingleton(DatabaseSettings)
+    core: type[CoreContainer] = cast("Any", providers.Container(CoreContainer))
+    settings: providers.Provider[DatabaseSettings] = Held(StateHolder.get, core.holder, "settings", "", _build_settings)
     transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
-    database_container: providers.Object[Any] = providers.Object(None)
-    decision_places: providers.Provider[DecisionPlaces] = Lasting(build_decision_places, database_container)
-    coordinator = Lasting(build_coordinator, database_container)
-    recovery: providers.Provider[Recovery] = providers.Factory(build_recovery, database_container)
-    check: providers.Provider[None] = providers.Callable(check, database_container)
-    lifecycle = Lifecycle(None, database_container)
-    transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, coordinator)
-    unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, coordinator)
-    session_of: providers.Provider[Session] = providers.Callable(_session_of, database_container)
-    async_session_of: providers.Provider[AsyncSession] = providers.Callable(_async_session_of, database_container)
-    reflect: providers.Provider[None] = providers.Callable(reflect, database_container)
-    reflect_schema: providers.Provider[ReflectedSchema] = providers.Callable(reflect_schema, database_container)
-    create_all: providers.Provider[None] = providers.Callable(create_all, database_container)
-    drop_all: providers.Provider[None] = providers.Callable(drop_all, database_container)
-    bootstrap: providers.Provider[bool] = providers.Callable(bootstrap, database_container)
-    async_bootstrap: providers.Provider[Awaitable[bool]] = providers.Callable(async_bootstrap, database_container)
-    routing = providers.ThreadSafeSingleton(_build_routing, database_container)
-    session: providers.Provider[RoutingSession] = providers.Callable(_current_routing_session, routing)
-    async_routing = providers.ThreadSafeSingleton(_build_async_routing, database_container)
-    async_session: providers.Provider[AsyncRoutingSession] = providers.Callable(_current_async_routing_session, async_routing)
+    recovery: providers.Provider[Recovery] = providers.Factory(build_recovery, core.database_container, core.decision_places)
+    check: providers.Provider[None] = providers.Callable(check, core.decision_places)
+    transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, core.coordinator)
+    unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, core.coordinator)
+    session_of: providers.Provider[Session] = providers.Callable(_session_of, core.database_container)
+    async_session_of: providers.Provider[AsyncSession] = providers.Callable(_async_session_of, core.database_container)
+    reflect: providers.Provider[None] = providers.Callable(reflect, core.database_container)
+    reflect_schema: providers.Provider[ReflectedSchema] = providers.Callable(reflect_schema, core.database_container)
+    create_all: providers.Provider[None] = providers.Callable(create_all, core.database_container)
+    drop_all: providers.Provider[None] = providers.Callable(drop_all, core.database_container)
+    bootstrap: providers.Provider[bool] = providers.Callable(bootstrap, core.database_container)
+    async_bootstrap: providers.Provider[Awaitable[bool]] = providers.Callable(async_bootstrap, core.database_container)
+    session: providers.Provider[RoutingSession] = providers.Callable(_current_routing_session, core.routing)
+    async_session: providers.Provider[AsyncRoutingSession] = providers.Callable(
+        _current_async_routing_session, core.async_routing
+    )
 
     if TYPE_CHECKING:
 

@@ -404,7 +404,7 @@ def _commit_routed(container: DatabaseContainer, unit: str, steps: Steps) -> Non
         items = [_item_of(name)(name=unit) for name in _written(container)]
         container.session().add_all(items)
         container.session().flush()
-        held = container.coordinator().get().sessions
+        held = container.core.coordinator().get().sessions
         assert all(isinstance(held[name], StandIn) for name in _written(container)), "a database has a session of its own"
         for item in items:
             item.amount = 1

@@ -365,7 +365,7 @@ def test_a_part_that_is_cancelled_as_it_begins_leaves_nothing_in_the_unit(postgr
                     async with databases.container.transaction(**options):
                         pytest.fail("entered")
                 current.uncancel()
-                work: Any = databases.container.coordinator().get()
+                work: Any = databases.container.core.coordinator().get()
                 assert not work.timed
                 assert work.last_savepoint() is None
                 await databases.write("b")

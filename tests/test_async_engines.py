@@ -1185,6 +1185,7 @@ async def parent():
     mine = container.writer_async_engine()
     pid = os.fork()
     if pid == 0:
+        assert not container.writer_async_engine.is_built, "those of a loop that does not run here"
         print("child", asyncio.run(child()), container.writer_async_engine() is not mine, flush=True)
         container.shutdown_resources()
         os._exit(0)

@@ -113,7 +113,7 @@ def app(request: pytest.FixtureRequest, driver: str, new_postgres_url: NewUrl, t
     """Three databases, and decisions in a file, or in one of them."""
     log = f"file:{tmp_path}/decisions" if request.param == "file" else str(request.param)
     with awaiting(driver, log, **{name: new_postgres_url() for name in NAMES}) as app:
-        assert app.container.decision_places().configured.id
+        assert app.container.core.decision_places().configured.id
         yield app
 
 
@@ -191,7 +191,7 @@ def test_sessions_of_both_kinds_are_prepared_at_once(driver: str, new_postgres_u
 def test_a_slow_decision_log_does_not_hold_the_loop_up(driver: str, new_postgres_url: NewUrl) -> None:
     urls: dict[str, Any] = {"writer": new_postgres_url(), "warehouse": new_postgres_url(), "journal": without(new_postgres_url())}
     with awaiting(driver, "journal", **urls) as app:
-        app.container.decision_places().of("journal").ensure()
+        app.container.core.decision_places().of("journal").ensure()
 
         async def main() -> tuple[float, float]:
             await app.unit_of("before", "writer", "warehouse")
@@ -403,7 +403,7 @@ def test_a_sqlite_file_that_is_busy_leaves_nothing(driver: str, new_postgres_url
 def test_a_decision_log_that_is_away_leaves_the_outcome_to_recovery(driver: str, new_postgres_url: NewUrl) -> None:
     urls: dict[str, Any] = {"writer": new_postgres_url(), "warehouse": new_postgres_url(), "journal": without(new_postgres_url())}
     with awaiting(driver, "journal", **urls) as app:
-        app.container.decision_places().of("journal").ensure()
+        app.container.core.decision_places().of("journal").ensure()
 
         async def main() -> None:
             await app.unit_of("before", "writer", "warehouse")

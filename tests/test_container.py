@@ -36,6 +36,7 @@ from app_db.errors import ConnectionNotConfigured, InvalidUse, NotWired, NoUnitO
 from servers import PostgresServer
 
 KINDS = ("engine", "sessionmaker", "scoped_session", "session")
+ALL_KINDS = (*KINDS, *(f"async_{kind}" for kind in KINDS))
 NOWHERE = "postgresql+psycopg://nobody:nothing@127.0.0.1:1/nothing"
 """Nobody listens there: whoever connects is found out."""
 
@@ -402,7 +403,7 @@ def test_a_subclass_may_redefine_settings(
     container = wire(cast("Any", type(Shop))("Redefined", (Shop,), {"settings": made})())
     assert results(STRING_FORMS) == {"redefined"}
     assert results(CLASS_FORMS) == {"redefined"}, "the providers are inherited, so the base's names work too"
-    assert container.coordinator().atomicity() == "strict"
+    assert container.core.coordinator().atomicity() == "strict"
 
 
 def test_a_subclass_may_redefine_the_transaction_manager(settings: DatabaseSettings, wire: Callable[[Any], Any]) -> None:
@@ -421,7 +422,7 @@ def test_a_subclass_may_redefine_the_transaction_manager(settings: DatabaseSetti
 
     own = wire(Own(settings=settings))
     assert results() == {"first"}
-    assert own.coordinator().manager is own.transaction_manager()
+    assert own.core.coordinator().manager is own.transaction_manager()
     assert own.transaction_manager() is own.transaction_manager()
 
 
@@ -651,11 +652,12 @@ def test_two_containers_side_by_side_share_nothing(settings: DatabaseSettings, w
     first, second = _pairs(settings)[which]()
     for kind in KINDS[:3]:
         assert getattr(first, f"writer_{kind}")() is not getattr(second, f"writer_{kind}")()
-    for provider in ("transaction_manager", "coordinator"):
-        assert getattr(first, provider)() is not getattr(second, provider)()
+    assert first.transaction_manager() is not second.transaction_manager()
+    for provider in ("coordinator", "state", "decision_places"):
+        assert getattr(first.core, provider)() is not getattr(second.core, provider)()
     for container in (first, second):
-        assert container.coordinator().manager is container.transaction_manager()
-        assert container.writer_sessionmaker().kw["home"].coordinator is container.coordinator()
+        assert container.core.coordinator().manager is container.transaction_manager()
+        assert container.writer_sessionmaker().kw["home"].coordinator is container.core.coordinator()
     with first.transaction():
         session = first.writer_session()
         with pytest.raises(NoUnitOfWork):
@@ -903,8 +905,7 @@ TAKEN = (
     "transaction",
     "transaction_manager",
     "unit",
-    "coordinator",
-    "database_container",
+    "core",
     "providers",
     "wire",
     "parent",
@@ -925,6 +926,23 @@ def test_a_connection_may_not_take_a_name_that_another_one_provides() -> None:
 
         class Taken(Shop):
             writer_engine = Connection()
+
+
+def test_a_container_shows_what_applications_use() -> None:
+    of_all = """
+        async_bootstrap async_session async_session_of bootstrap check create_all drop_all recovery reflect reflect_schema session
+        session_of settings transaction transaction_manager unit
+    """.split()
+    of_each = [f"{name}_{kind}" for name in ("writer", "log") for kind in ALL_KINDS]
+    container = Shop()
+    assert set(container.providers) == {"core", "writer", "log", *of_all, *of_each}
+    shown = {name for name in dir(container) if not name.startswith("_")}
+    assert shown - set(dir(containers.DynamicContainer())) == set(container.providers)
+
+
+def test_a_subclass_may_not_take_the_place_of_the_internal_providers() -> None:
+    with pytest.raises(InvalidUse, match=r"Taken defines 'core', where app_db keeps its own providers\. Give it another"):
+        cast("Any", type(Shop))("Taken", (Shop,), {"core": providers.Object("the application's")})
 
 
 def test_a_subclass_may_declare_a_connection_of_its_base_again(settings: DatabaseSettings) -> None:
@@ -962,7 +980,7 @@ def test_a_container_that_was_used_and_shut_down_is_collected() -> None:
             container.writer_session().execute(text("CREATE TABLE item (id INTEGER)"))
             unit.on_commit(lambda: None)
         container.shutdown_resources()
-        return [weakref.ref(container), weakref.ref(container.coordinator())]
+        return [weakref.ref(container), weakref.ref(container.core.coordinator())]
 
     kept = use()
     gc.collect()

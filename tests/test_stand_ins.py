@@ -48,7 +48,7 @@ def everywhere(new_database_url: NewUrl) -> Iterator[RoutedApplication]:
 
 def sessions(app: RoutedApplication) -> set[str]:
     """Whose sessions the unit has."""
-    found = app.container.coordinator().get().sessions
+    found = app.container.core.coordinator().get().sessions
     return {name for name, session in found.items() if not isinstance(session, StandIn)}
 
 
@@ -210,7 +210,7 @@ def test_it_is_no_work_for_the_garbage_collector(fails: bool, app: RoutedApplica
         with suppress(ValueError), app.unit():
             app.session.add_all([Item(name="a"), Fact(name="a")])
             app.session.flush()
-            work = app.container.coordinator().get()
+            work = app.container.core.coordinator().get()
             left.extend(weakref.ref(part) for part in (*work.sessions.values(), *work.branches) if not isinstance(part, Session))
             del work
             write_beside(app, "b")
@@ -379,7 +379,7 @@ def test_a_coroutine_ends_it_off_its_loop(fails: bool, preparing: RoutedApplicat
         async with app.unit():
             await asyncio.to_thread(write_both, app, "a")
             assert sessions(app) == {"session"}
-            assert {type(branch) for branch in app.container.coordinator().get().branches} == {BranchOffLoop}
+            assert {type(branch) for branch in app.container.core.coordinator().get().branches} == {BranchOffLoop}
             async with app.unit(propagation="nested"):
                 await asyncio.to_thread(write_both, app, "b")
             if fails:

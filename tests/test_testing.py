@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from dependency_injector import providers
+from dependency_injector import containers, providers
 from dependency_injector.wiring import Provide
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import Engine
@@ -91,7 +94,7 @@ def everything(container: DatabaseContainer) -> dict[str, object]:
     """What the container's connections hold: engines, makers, scoped sessions."""
     kinds = [kind for kind in KINDS if not kind.endswith("session") or "scoped" in kind]
     held = {f"{name}_{kind}": container.providers[f"{name}_{kind}"]() for name in ("writer", "reader") for kind in kinds}
-    return {**held, "settings": container.settings(), "decision_places": container.decision_places()}
+    return {**held, "settings": container.settings(), "decision_places": container.core.decision_places()}
 
 
 def open_files(name: str) -> list[str]:
@@ -165,6 +168,110 @@ def test_what_code_does_to_the_providers_meanwhile_is_undone(container: Containe
         container.settings.reset_override()
     assert everything(container) == before
     assert where(container) == "before"
+
+
+def test_overrides_of_the_whole_container_may_be_reset_meanwhile(container: Container, place: Callable[[str], str]) -> None:
+    before = everything(container)
+    with overridden(container, settings_for(writer=place("meanwhile"))):
+        assert where(container) == "meanwhile"
+        cast("Any", container).reset_override()
+        with suppress(SettingsError):  # none were in the environment
+            container.writer.engine.reset()
+            container.writer_engine()
+    assert everything(container) == before
+    assert where(container) == "before"
+
+
+def test_resetting_the_singletons_of_an_application_reaches_the_blocks_and_not_what_is_set_aside(
+    place: Callable[[str], str],
+) -> None:
+    class Application(containers.DeclarativeContainer):
+        db = providers.Container(Container, settings=settings_for(writer=place("before")))
+
+    application = cast("Any", Application())
+    before = everything(application.db)
+    with overridden(application.db, {"writer": place("meanwhile")}):
+        meanwhile = application.db.writer_engine()
+        application.reset_singletons()
+        assert application.db.writer_engine() is not meanwhile
+        assert where(application.db) == "meanwhile"
+    assert everything(application.db) == before
+    application.shutdown_resources()
+
+
+def test_settings_of_an_applications_own_provider_are_made_anew_when_it_resets_them_meanwhile(
+    place: Callable[[str], str],
+) -> None:
+    """What that provider holds is not the container's, so nothing can set it aside."""
+    own = settings_for(writer=place("before"))
+
+    class Own(Container):
+        settings = providers.ThreadSafeSingleton(own.with_connections, own.connections)
+
+    container = Own()
+    before: dict[str, Any] = everything(container)
+    with overridden(container, {"writer": place("meanwhile")}):
+        assert where(container) == "meanwhile"
+        container.reset_singletons()
+    after: dict[str, Any] = everything(container)
+    assert {name for name in before if after[name] is not before[name]} == {"settings"}
+    assert after["settings"].connection("writer").place == before["settings"].connection("writer").place
+    container.shutdown_resources()
+
+
+def test_a_copy_that_is_made_meanwhile_shares_nothing(container: Container, place: Callable[[str], str]) -> None:
+    others = settings_for(writer=place("meanwhile"))
+    with overridden(container, others):
+        meanwhile = everything(container)
+        copied = copy.deepcopy(container)
+        held = everything(copied)
+        assert [name for name in meanwhile if held[name] is meanwhile[name]] == ["settings"]
+        assert where(copied) == "meanwhile"
+    assert everything(copied) == held
+    assert where(container) == "before"
+    copied.shutdown_resources()
+
+
+def test_the_session_that_finds_its_database_follows_too(container: Container, place: Callable[[str], str]) -> None:
+    def autoflush() -> bool:
+        with container.transaction():
+            assert container.session().scalar(WHERE) in ("before", "meanwhile")
+            return container.session().autoflush
+
+    assert autoflush()
+    with overridden(container, settings_for(writer={"url": place("meanwhile"), "session": {"autoflush": False}})):
+        assert not autoflush()
+    assert autoflush()
+
+
+def test_threads_never_make_an_engine_of_one_blocks_settings_that_another_one_keeps(
+    container: Container, place: Callable[[str], str]
+) -> None:
+    others = settings_for(writer=place("meanwhile"))
+    done = threading.Event()
+
+    def use() -> None:
+        while not done.is_set():
+            container.writer_engine()
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    wrong = []
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(300):
+            container.writer.engine.reset()
+            with overridden(container, others):
+                wrong += [url for url in [str(container.writer_engine().url)] if "meanwhile" not in url]
+            wrong += [url for url in [str(container.writer_engine().url)] if "before" not in url]
+    finally:
+        done.set()
+        sys.setswitchinterval(switching)
+        for thread in threads:
+            thread.join()
+    assert wrong == []
 
 
 def test_overrides_that_were_there_are_set_aside(container: Container, place: Callable[[str], str]) -> None:
@@ -258,13 +365,13 @@ def test_decisions_go_where_the_settings_say(new_postgres: Any) -> None:
     container = container_of("writer", "warehouse")(
         settings=settings_for(writer={"url": server.url("a"), **each}, warehouse={"url": server.url("b"), **each})
     )
-    before = container.decision_places()
+    before = container.core.decision_places()
     with overridden(container, {"writer": server.url("c"), "warehouse": server.url("d")}):
         with container.transaction():
             for name in ("writer", "warehouse"):
                 container.providers[f"{name}_session"]().execute(text("CREATE TABLE written (name TEXT)"))
-        assert container.decision_places() is not before
-    assert container.decision_places() is before
+        assert container.core.decision_places() is not before
+    assert container.core.decision_places() is before
     tables = text("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
     seen = {}
     for name in ("a", "b", "c", "d"):
@@ -272,8 +379,12 @@ def test_decisions_go_where_the_settings_say(new_postgres: Any) -> None:
         with engine.connect() as connection:
             seen[name] = list(connection.scalars(tables))
             assert not seen[name] or connection.scalar(text("SELECT count(*) FROM pg_prepared_xacts")) == 0
+            if "app_db_decisions" in seen[name]:
+                left = connection.scalar(text("SELECT count(*) FROM app_db_decisions WHERE verdict = 'commit'"))
+                assert left == 0, "what all databases of the block have acknowledged is forgotten there"
         engine.dispose()
     assert [bool(seen[name]) for name in ("a", "b", "c", "d")] == [False, False, True, True]
+    assert "app_db_decisions" in [*seen["c"], *seen["d"]]
     container.shutdown_resources()
 
 
@@ -351,7 +462,7 @@ def test_other_settings_inside_an_isolation_are_not_isolated_and_it_goes_on_afte
         with container.transaction(read_only=True):
             return int(container.writer_session().scalar(count) or 0)
 
-    coordinator = container.coordinator()
+    coordinator = container.core.coordinator()
     with isolated(container) as isolation:
         assert write_and_count() == 2
         with overridden(container, settings_for(writer=place("meanwhile"))):

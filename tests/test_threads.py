@@ -16,7 +16,7 @@ from sqlalchemy import Engine, event, exc, select, text
 from sqlalchemy.orm import Session
 
 import app_db._databases.engines
-import app_db._databases.providers
+import app_db._sessions.state
 import app_db.container
 from app_db.errors import ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded
 from items import Databases, Item, checked_out, database_name, opened
@@ -188,7 +188,7 @@ def test_every_engine_that_was_ever_made_is_retired_at_some_reset(databases: Dat
         retire(engine)
 
     monkeypatch.setattr(app_db.container, "build_engine", build_and_note)
-    monkeypatch.setattr(app_db._databases.providers, "retire", retire_and_note)
+    monkeypatch.setattr(app_db._sessions.state, "retire", retire_and_note)
     engine = databases.container.writer.engine  # type: ignore[attr-defined]  # its connections are known at run time
     done = threading.Event()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Protocol
 
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.decisions import DecisionLog, Verdict
@@ -15,17 +14,12 @@ from app_db.settings.sources import variable_for
 log = logging.getLogger("app_db")
 
 
-class _Container(Protocol):
-    def decision_places(self) -> DecisionPlaces: ...
-
-
-def check(container: _Container) -> None:
+def check(places: DecisionPlaces) -> None:
     """Raise TwoPhaseUnavailable if a two-phase connection's server can't prepare, or decisions can't be written.
 
     It connects to the two-phase connections and to the decision log only, makes the log if it is not there yet, and writes a
     decision about nothing there, which it takes away again. Without two-phase connections it does nothing.
     """
-    places = container.decision_places()
     problems = [*_servers(places), *_log(places.configured)] if places.two_phase() else []
     if problems:
         raise TwoPhaseUnavailable(problems)

@@ -179,4 +179,4 @@ def build_decision_places(container: _Container) -> DecisionPlaces:
         provider = container.providers.get(f"{name}_engine")  # what is called `name` may be a provider of another kind
         return None if provider is None else provider()
 
-    return DecisionPlaces(container.settings, engine)
+    return DecisionPlaces(lambda: container.settings(), engine)

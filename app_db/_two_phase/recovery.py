@@ -380,9 +380,8 @@ def _noting(subject: str, unreachable: dict[str, str] | None) -> Generator[None]
 
 class _Container(Protocol):
     def settings(self) -> DatabaseSettings: ...
-    def decision_places(self) -> DecisionPlaces: ...
 
 
-def build_recovery(container: _Container) -> Recovery:
+def build_recovery(container: _Container, places: DecisionPlaces) -> Recovery:
     """Return the recovery of a container's connections, with the settings as they stand now."""
-    return Recovery(container.settings, container.decision_places())
+    return Recovery(container.settings, places)

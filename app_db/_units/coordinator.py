@@ -494,14 +494,13 @@ class Coordinator:
 class _Container(Protocol):
     def transaction_manager(self) -> Any: ...
     def settings(self) -> Any: ...
-    def decision_places(self) -> DecisionPlaces: ...
 
 
-def build_coordinator(container: _Container) -> Coordinator:
+def build_coordinator(container: _Container, places: Callable[[], DecisionPlaces]) -> Coordinator:
     """Return the coordinator of a container. The container's settings are asked when they matter, so they may change."""
     return Coordinator(
         container.transaction_manager(),
         atomicity=lambda: str(container.settings().atomicity),
         application=lambda: str(container.settings().application),
-        places=lambda: container.decision_places(),
+        places=places,
     )

@@ -101,7 +101,7 @@ def _container(name: str | None) -> DatabaseContainer:
         except AttributeError:
             raise _NoContainer(f"there is no {part!r}. Name a container, its class, or a function: MODULE:NAME") from None
     made = _called(found) if callable(found) else found
-    if not hasattr(made, "decision_places"):
+    if not hasattr(made, "session_of"):
         raise _NoContainer("it is no database container. Name one, its class, or a function that returns it: MODULE:NAME")
     container: DatabaseContainer = made
     return container
@@ -245,7 +245,7 @@ def _counted(number: int, thing: str) -> str:
 def _check(container: DatabaseContainer, options: argparse.Namespace) -> int:
     """Ask the server of every two-phase connection whether it can prepare, and try whether decisions can be written."""
     container.check()
-    places = container.decision_places()
+    places = container.core.decision_places()
     names = places.two_phase()
     if names:
         print(f"{', '.join(names)} can be prepared. Decisions are written to {places.configured.place}.")

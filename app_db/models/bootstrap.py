@@ -20,10 +20,10 @@ _ATTEMPTS = 10
 
 
 class _Container(Protocol):
+    core: Any
     providers: Any
 
     def settings(self) -> Any: ...
-    def coordinator(self) -> Any: ...
     def transaction(self, *args: Any, **options: Any) -> Any: ...
 
 

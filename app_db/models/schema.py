@@ -26,10 +26,10 @@ _ATTEMPTS = 10
 
 
 class _Container(Protocol):
+    core: Any
     providers: Any
 
     def settings(self) -> Any: ...
-    def coordinator(self) -> Any: ...
 
 
 def create_all(container: _Container, *names: str) -> None:
@@ -116,7 +116,7 @@ def _change_once(container: _Container, name: str, tables: list[Table], verb: Ca
 def _refuse_inside_unit(container: _Container, name: str) -> None:
     """Raise where the change would wait for the locks of the unit that waits for it."""
     try:
-        work = container.coordinator().get()
+        work = container.core.coordinator().get()
     except (NoTransaction, UnitOfWorkError):
         return
     database = container.settings().connection(name).database_identity()

@@ -1,28 +1,20 @@
-"""Other settings for a while: what the providers of a container hold is set aside, and put back afterwards.
-
-Overriding `settings` alone changes nothing for what was made from the old ones. And an override that is laid over the
-providers does not protect what is below it: `reset_singletons()` reaches both. So the providers themselves are emptied.
-"""
+"""Other settings for a while: the container gets another state, and its own back afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from dependency_injector import providers
 
-from app_db._databases.disposal import disposed
-from app_db._databases.providers import AsyncEngineProvider, EngineProvider
+from app_db._sessions.state import MAKING, State
 from app_db._units.coordinator import Rehearsal
 from app_db.container import KINDS, Connection, DatabaseContainer
 from app_db.errors import InvalidUse, NothingConfigured, Problem, SettingsError, did_you_mean
 from app_db.settings import ConnectionSettings, DatabaseSettings
 from app_db.settings.sources import variable_for
 from app_db.settings.urls import UNREADABLE_URL, URL_PARTS, parse_url
-
-_NOTHING = object()
 
 
 class Override:
@@ -31,22 +23,29 @@ class Override:
     def __init__(self, container: DatabaseContainer, settings: DatabaseSettings | Mapping[str, str]) -> None:
         self.container = container
         self._settings = settings
-        self._held: list[_Held] = []
+        self._own: State | None = None
+        """The container's own state, while the block lasts."""
+        self._overridden: list[tuple[providers.Provider[Any], Sequence[providers.Provider[Any]]]] = []
         self._rehearsal: Rehearsal | None = None
 
     def __enter__(self) -> DatabaseSettings:
-        if self._held:
+        if self._own is not None:
             raise InvalidUse("The same override was entered twice", "Make another one for each block")
         settings = self.other_settings()
-        self._held = [_Held(provider) for provider in _providers(self.container)]
-        coordinator = self.container.coordinator()
-        self._rehearsal, coordinator.rehearsal = coordinator.rehearsal, None  # other databases are not isolated
-        self.container.settings.override(providers.Object(settings))
+        holder, coordinator = self.container.core.holder(), self.container.core.coordinator()
+        with MAKING:  # or a thread could make an engine from these settings for the other state
+            self._overridden = [(provider, provider.overridden) for provider in _providers(self.container)]
+            for provider, _ in self._overridden:
+                provider.reset_override()
+            self.container.settings.override(providers.Object(settings))
+            self._own, holder.state = holder.state, holder.new_state()
+            self._rehearsal, coordinator.rehearsal = coordinator.rehearsal, None  # other databases are not isolated
         return settings
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        state = self._put_back()
         try:
-            self._put_back()
+            state.close()
         finally:
             self.clean_up()
 
@@ -54,15 +53,11 @@ class Override:
         return self.__enter__()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        here = [engine for engine in _async_engines(self.container) if engine.is_built_here]
-        waits = [wait for engine in here for wait in engine.begin_to_retire()]
+        state = self._put_back()
         try:
-            self._put_back()
+            await state.close_awaited()
         finally:
-            try:
-                await disposed(waits)
-            finally:
-                self.clean_up()
+            self.clean_up()
 
     def other_settings(self) -> DatabaseSettings:
         """Return what the container is to have. Nothing was changed yet."""
@@ -72,20 +67,23 @@ class Override:
     def clean_up(self) -> None:
         """Do what is left to do when the container has everything back."""
 
-    def _put_back(self) -> None:
-        held, self._held = self._held, []
-        coordinator = self.container.coordinator()
-        with ExitStack() as stack:  # what fails keeps nothing else from being put back
-            for one in reversed(held):
-                stack.callback(one.put_back)
-            stack.callback(setattr, coordinator, "rehearsal", self._rehearsal)
-            stack.callback(_close_decision_places, self.container)
+    def _put_back(self) -> State:
+        """Give the container its own state and overrides back, and return the state of the block."""
+        holder, coordinator = self.container.core.holder(), self.container.core.coordinator()
+        holder.state.decision_places.forget_acknowledged()  # while engines are still the block's
+        with MAKING:
+            for provider, overriding in self._overridden:
+                provider.reset_override()
+                for each in overriding:
+                    provider.override(each)
+            coordinator.rehearsal = self._rehearsal
+            state, holder.state, self._own = holder.state, cast("State", self._own), None
+        return state
 
 
 def _providers(container: DatabaseContainer) -> Iterator[providers.Provider[Any]]:
-    """Yield what follows the settings: first the settings themselves, so that nothing is made from the wrong ones meanwhile."""
+    """Yield the providers whose overrides belong to the settings."""
     yield container.settings
-    yield container.decision_places
     for connection in connections_of(container).values():
         for kind in KINDS:
             yield getattr(connection, kind)
@@ -94,90 +92,6 @@ def _providers(container: DatabaseContainer) -> Iterator[providers.Provider[Any]
 def connections_of(container: DatabaseContainer) -> dict[str, Connection]:
     """Return the connections that a container declares, by name."""
     return {name: provider for name, provider in container.providers.items() if isinstance(provider, Connection)}
-
-
-def _async_engines(container: DatabaseContainer) -> list[AsyncEngineProvider]:
-    return [connection.async_engine for connection in connections_of(container).values()]
-
-
-def _close_decision_places(container: DatabaseContainer) -> None:
-    container.decision_places.reset_override()
-    places = _instance_of(container.decision_places)
-    if places is not _NOTHING:
-        places.close()
-
-
-# ---- what a provider holds -----------------------------------------------------------------------------------------
-
-
-class _Held:
-    """What a provider was overridden by and what it had made, taken away from it."""
-
-    def __init__(self, provider: providers.Provider[Any]) -> None:
-        self._provider = provider
-        self._overridden = provider.overridden
-        provider.reset_override()
-        self._made = _take(provider)
-
-    def put_back(self) -> None:
-        """Give it all back, and let go of what took its place, whatever was done to the provider since."""
-        self._provider.reset_override()
-        _give_back(self._provider, self._made)
-        for overriding in self._overridden:
-            self._provider.override(overriding)
-
-
-def _take(provider: providers.Provider[Any]) -> Any:
-    if isinstance(provider, (EngineProvider, AsyncEngineProvider)):
-        return provider.taken_away()
-    if not isinstance(provider, providers.ThreadSafeSingleton):
-        return _NOTHING
-    lock: Any = provider
-    with lock.storage_lock:
-        made = _instance_of(provider)
-        _forget(provider)
-        return made
-
-
-def _give_back(provider: providers.Provider[Any], made: Any) -> None:
-    if isinstance(provider, (EngineProvider, AsyncEngineProvider)):
-        provider.give_back(made)
-    elif isinstance(provider, providers.ThreadSafeSingleton):
-        lock: Any = provider
-        with lock.storage_lock:  # or another thread would make one
-            _forget(provider)
-            if made is not _NOTHING:
-                _call_with(provider, made)
-
-
-def _instance_of(provider: providers.Provider[Any]) -> Any:
-    """Return what a singleton has made, without having it made. A provider has no other way to say so than to be called."""
-    if not isinstance(provider, providers.ThreadSafeSingleton):
-        return _NOTHING
-    lock: Any = provider
-    with lock.storage_lock:
-        made = _call_with(provider, _NOTHING)
-        if made is _NOTHING:
-            _forget(provider)
-        return made
-
-
-def _call_with(provider: providers.ThreadSafeSingleton[Any], made: Any) -> Any:
-    """Call a singleton that, if it has nothing yet, is to have `made`."""
-    provides, args, kwargs = provider.provides, provider.args, provider.kwargs
-    provider.set_provides(lambda: made)
-    provider.clear_args()
-    provider.clear_kwargs()
-    try:
-        return provider()
-    finally:
-        provider.set_provides(provides)
-        provider.set_args(*args)
-        provider.set_kwargs(**kwargs)
-
-
-def _forget(provider: providers.ThreadSafeSingleton[Any]) -> None:
-    providers.ThreadSafeSingleton.reset(provider)  # what lasts resets nothing by itself
 
 
 # ---- settings from settings ----------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class RowCounts:
             yield _sentence(name, table, change) + (" (deleted again)" if table in again else "")
 
     def _count(self) -> Iterator[tuple[str, Mapping[str, int] | str]]:
-        if self._container.coordinator().rehearsal is not None:  # inside another isolation, nobody sees what others see
+        if self._container.core.coordinator().rehearsal is not None:  # inside another isolation, nobody sees what others see
             return
         for name in _written(self._container, self._connections):
             try:

@@ -69,7 +69,7 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
         self._isolation: Isolation | None = None
 
     def __enter__(self) -> Isolation:
-        coordinator = self._container.coordinator()
+        coordinator = self._container.core.coordinator()
         if self._isolation is not None or current(coordinator.manager) is not None:
             raise InvalidUse("A test is isolated before its first unit of work, and once", "Put `isolated(...)` around the unit")
         self._liveness = self.liveness_to_enter()
@@ -132,7 +132,7 @@ def _connections_of(container: Any, names: Collection[str] | None) -> dict[str, 
 
 def _unless_overridden(provider: Any) -> Any:
     """Return what gives what a provider gives now, whatever will override it."""
-    return provider.overridden[-1] if provider.overridden else partial(provider._provide, (), {})
+    return provider.overridden[-1] if provider.overridden else provider.own
 
 
 def _overriding(provider: Any, function: Any) -> Any:
@@ -147,7 +147,8 @@ def overridden(container: DatabaseContainer, settings: DatabaseSettings | Mappin
 
     Engines, makers and sessions, for threads and for coroutines, follow at once, whatever existed before or was overridden; and
     at the end of the block everything is as it was, the same objects as before, and what was made in the meantime is disposed.
-    A unit of work that is under way keeps the sessions that it has.
+    A unit of work that is under way keeps the sessions that it has. If the container class has a settings provider of its own,
+    `reset_singletons()` in the block resets that, too.
 
     `settings` may be a mapping of connections to URLs. Then only the databases of those connections are replaced, and how they
     are used stays as it is. A wrong name or URL is a SettingsError, and changes nothing.
@@ -236,7 +237,7 @@ def captured_hooks(container: DatabaseContainer) -> Generator[CapturedHooks]:
     >>> told
     ['A-1']
     """
-    captures = container.coordinator().captures
+    captures = container.core.coordinator().captures
     hooks = CapturedHooks()
     captures.append(hooks)
     try:

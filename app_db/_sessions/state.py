@@ -1,0 +1,166 @@
+"""What the providers of one container instance hold, in one object.
+
+The providers are views on a `State`. Other settings for a while are another `State` for a while.
+"""
+
+from __future__ import annotations
+
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+from dependency_injector import providers
+
+from app_db._compat.asyncio import running_loop
+from app_db._compat.os import after_fork_in_child
+from app_db._databases.disposal import begin_to_retire, cut_off, disposed, retire_async
+from app_db._databases.engines import retire
+from app_db._two_phase.decision_places import DecisionPlaces, build_decision_places
+
+T = TypeVar("T")
+Key = tuple[str, str, AbstractEventLoop | None]
+"""The kind of an object, its connection, and its event loop.
+
+Only engines of coroutines have a loop, because connections can't change loops. With None they are
+an engine that was asked for where no loop runs; the first loop that asks takes it.
+"""
+
+ENGINES = "engine", "async_engine"
+
+# `storage_lock` is public, but not in the stubs.
+MAKING: AbstractContextManager[Any] = vars(providers.ThreadSafeSingleton)["storage_lock"]
+"""The lock under which objects are made: the one of dependency-injector.
+
+A lock of our own could deadlock with it: one thread makes an application's singleton that asks for
+an engine, another one makes an engine whose settings are an application's singleton.
+"""
+
+
+class State:
+    """The objects that the providers of one container instance have made, and its decision places."""
+
+    def __init__(self, decision_places: DecisionPlaces) -> None:
+        self.decision_places = decision_places
+        self.objects: dict[Key, Any] = {}
+        _states.add(self)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is something to close."""
+        return self.decision_places.in_use or any(key[0] in ENGINES for key in list(self.objects))
+
+    @property
+    def in_use_here(self) -> bool:
+        """Whether the running event loop has engines, so that closing has to be awaited."""
+        here = running_loop()
+        return here is not None and any(loop is here for _, _, loop in list(self.objects))
+
+    def has(self, kind: str, name: str, *_: object) -> bool:
+        """Return whether the object was made. It takes what `StateHolder.get` takes."""
+        return any(key[:2] == (kind, name) for key in list(self.objects))
+
+    def forget(self, kind: str, name: str, *_: object) -> None:
+        """Forget the object, and retire it if it is an engine. It takes what `StateHolder.get` takes."""
+        _retire(self._take(lambda key: key[:2] == (kind, name)))
+
+    def forget_closed_loops(self) -> None:
+        """Retire the engines of event loops that are closed. Each `asyncio.run()` may leave some."""
+        for _, engine in self._take(lambda key: key[2] is not None and key[2].is_closed()):
+            cut_off(engine.sync_engine, quietly=True)
+
+    def forget_loops(self) -> None:
+        """Forget the engines of all loops, in a forked child: the loops run in its parent only."""
+        # Without the lock, which another thread of the parent may have held.
+        self.objects = {key: made for key, made in self.objects.items() if key[2] is None}
+
+    def reset(self) -> None:
+        """Forget all objects, and retire the engines. Units under way stand on the decision places."""
+        _retire(self._take(lambda _: True))
+
+    def close(self) -> None:
+        """Forget acknowledged decisions, and retire the engines. Later use makes new ones."""
+        self.decision_places.close()
+        _retire(self._take(lambda key: key[0] in ENGINES))
+
+    async def close_awaited(self) -> None:
+        """Close, and wait until the engines that coroutines use are disposed."""
+        taken = self._take(lambda key: key[0] == "async_engine")
+        waits = [begin_to_retire(engine, loop) for (_, _, loop), engine in taken]
+        try:
+            self.close()
+        finally:
+            await disposed(waits)
+
+    def _take(self, is_meant: Callable[[Key], bool]) -> list[tuple[Key, Any]]:
+        with MAKING:
+            return [(key, self.objects.pop(key)) for key in list(self.objects) if is_meant(key)]
+
+
+def _retire(taken: Iterable[tuple[Key, Any]]) -> None:
+    """Close idle connections of engines now, and those in use when their units end."""
+    for (kind, _, loop), made in taken:
+        if kind == "engine":
+            retire(made)
+        elif kind == "async_engine":
+            retire_async(made, loop)
+
+
+class StateHolder:
+    """Has the state of one container instance, and makes the objects that it does not have yet.
+
+    An object is made once, however many threads ask.
+    """
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+        """None for the providers of a container class."""
+        self.state = self.new_state()
+
+    def new_state(self) -> State:
+        """Return a state without objects."""
+        return State(build_decision_places(self.container))
+
+    def get(self, kind: str, name: str, build: Callable[..., T], *arguments: Any) -> T:
+        """Return the object of a kind that a connection has.
+
+        At first use, `build(container, name, *arguments)` makes it.
+        """
+        made: T | None = self.state.objects.get((kind, name, None))
+        return self._make((kind, name, None), build, *arguments) if made is None else made
+
+    def get_for_loop(self, kind: str, name: str, build: Callable[[Any, str], T]) -> T:
+        """Return the object that a connection has for the running event loop."""
+        loop = running_loop()
+        made: T | None = self.state.objects.get((kind, name, loop))
+        if made is not None:
+            return made
+
+        def take_or_build(container: Any, name: str) -> T:
+            waiting: T | None = self.state.objects.pop((kind, name, None), None)
+            return build(container, name) if waiting is None else waiting
+
+        new = self._make((kind, name, loop), take_or_build)
+        self.state.forget_closed_loops()
+        return new
+
+    def _make(self, key: Key, build: Callable[..., T], *arguments: Any) -> T:
+        # The state is looked at under the lock only: before, it may have been swapped. And the lock
+        # is held until the object is noted, or a reset in between would never retire an engine.
+        with MAKING:
+            made: T | None = self.state.objects.get(key)
+            if made is None:
+                made = self.state.objects[key] = build(self.container, key[1], *arguments)
+            return made
+
+
+_states: WeakSet[State] = WeakSet()
+
+
+def _forget_loops() -> None:
+    for state in list(_states):
+        state.forget_loops()
+
+
+after_fork_in_child(_forget_loops)
