@@ -69,7 +69,7 @@ ON_DEMAND = {
 }
 """What may be imported inside a function, under TYPE_CHECKING or in a `try`, and never by importing app_db."""
 
-ABOUT_ONE_DRIVER = {"_databases.psycopg_cursors": "psycopg"}
+ABOUT_ONE_DRIVER = {"_databases.drivers.begin_along": "psycopg"}
 """Modules that import a driver, and are themselves imported on demand, where that driver is used."""
 
 EDGES = {"integrations", "testing", "cli", "__main__"}

@@ -40,7 +40,7 @@ IMPORT_EVERYTHING = """
 import pkgutil
 from importlib import import_module
 import app_db
-left_out = {"app_db.__main__", "app_db._databases.psycopg_cursors"}  # a program, and a module that its driver brings in
+left_out = {"app_db.__main__", "app_db._databases.drivers.begin_along"}  # a program, and a module that its driver brings in
 if "greenlet" in modules:
     # SQLAlchemy's own asyncio needs greenlet.
     left_out |= {"app_db._sessions.async_routing", "app_db._sessions.async_sessions", "app_db.asyncio"}

@@ -14,7 +14,7 @@ _LONGEST_CLOSE = 1.0
 
 
 def is_left_in_the_middle(dbapi_connection: Any) -> bool:
-    """Return whether a connection of coroutines can't be used again, because an exception from outside came at a bad moment.
+    """Return whether a connection can't be used again, because an exception from outside came at a bad moment.
 
     SQLAlchemy's adapter for asyncpg does not know of a transaction when it was interrupted right after BEGIN, and its rollback
     does nothing then. asyncpg would begin a savepoint for the next unit, whose commit would only release that.
@@ -22,6 +22,8 @@ def is_left_in_the_middle(dbapi_connection: Any) -> bool:
     if sqlalchemy.is_executing(dbapi_connection):
         return True  # the next statement would wait without an end
     driver_connection = driver_of(dbapi_connection)
+    if getattr(driver_connection, "is_left_in_the_middle", False):  # psycopg's, on which BEGIN goes along
+        return True
     if not hasattr(driver_connection, "is_in_transaction"):  # asyncpg's
         return False
     return (

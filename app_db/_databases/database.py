@@ -19,7 +19,7 @@ from app_db._databases.sharing_rules import SharingRules
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
-    from sqlalchemy.engine import Connection, Engine, ExecutionContext
+    from sqlalchemy.engine import Connection, Dialect, Engine, ExecutionContext
     from sqlalchemy.exc import DBAPIError
 
     from app_db._databases.prepare_verbs import PrepareVerbs
@@ -71,6 +71,10 @@ class Database:
     def isolation_level(self, settings: ConnectionSettings) -> str | None:
         """Return the isolation level an engine is created with."""
         return settings.isolation_level
+
+    def connector(self, dialect: Dialect, settings: ConnectionSettings) -> Callable[..., Any]:
+        """Return what makes a new DBAPI connection, called with the driver's arguments."""
+        return dialect.connect
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         """Set up what every connection of `engine` needs."""

@@ -105,7 +105,7 @@ class _Setup:
         self._is_async = engine.dialect.is_async
         self._done = False
         self._lock = Lock()
-        self._connect = engine.dialect.connect
+        self._connect = database.connector(engine.dialect, connection)
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
 
     def connect(self, *arguments: Any, **parameters: Any) -> Any:

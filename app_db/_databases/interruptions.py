@@ -18,12 +18,21 @@ def interrupted(error: BaseException, driver_connection: object) -> bool:
     for the answer to the next statement, and later a refused COMMIT for one that worked. So the connection has to be closed.
     The driver's own errors, and those of listeners, which SQLAlchemy calls before the driver, are no such interruptions.
     """
-    driver = _package_of(type(driver_connection).__module__)
+    driver = _driver_package(driver_connection)
     return any(_is_raised_inside(each, driver) for each in _chain(error))
+
+
+def _driver_package(driver_connection: object) -> str:
+    """Return the package of the driver, also for a connection of a class that app_db or the application derived from its own."""
+    packages = [_package_of(each.__module__) for each in type(driver_connection).__mro__]
+    return [package for package in packages if package not in _BASES][-1]
 
 
 _CALLS_OTHERS = transactions_calls | frozenset({"sqlalchemy.event.attr", "app_db._units.manager", "app_db._units.hooks"})
 """Modules that call functions of applications: listeners, synchronizers, hooks."""
+
+_BASES = frozenset({"builtins", "typing", "abc"})
+"""Packages of what a driver derives its own classes from."""
 
 _LIBRARIES = frozenset({"sqlalchemy", "zope", "transaction", "app_db"})
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, text
@@ -13,14 +14,14 @@ from sqlalchemy.exc import DBAPIError
 
 from app_db._compat.psycopg import async_view as psycopg_async_view
 from app_db._databases.database import NEVER, Connected, Database, Terms, driver_of, execute, milliseconds, quoted
-from app_db._databases.postgresql_channels import AsyncpgChannel, AsyncPsycopgChannel, PsycopgChannel
+from app_db._databases.drivers.postgresql_channels import AsyncpgChannel, AsyncPsycopgChannel, PsycopgChannel
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._databases.sharing_rules import SharingRules, new_mark
 from app_db.errors import CannotIsolate, code_of
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
-    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine import Connection, Dialect, Engine
 
     from app_db._databases.exchange import AsyncChannel, Channel
     from app_db.settings import ConnectionSettings
@@ -83,8 +84,6 @@ class PostgreSQL(Database):
     _idle = 0  # libpq's PQTRANS_IDLE
     _failed = 3  # libpq's PQTRANS_INERROR
 
-    _known_psycopgs = ("3.2.", "3.3.")  # to app_db._databases.psycopg_cursors
-
     _words = {"sslmode": "ssl", "connect_timeout": "timeout"}  # noqa: RUF012  # libpq's, and what asyncpg says for them
     _asyncpg_alone = frozenset(
         "statement_cache_size prepared_statement_cache_size prepared_statement_name_func max_cached_statement_lifetime "
@@ -135,11 +134,22 @@ class PostgreSQL(Database):
         # In autocommit a read is one round trip; with BEGIN and COMMIT around it, it is three.
         return settings.isolation_level or ("AUTOCOMMIT" if settings.read_only else None)
 
+    def connector(self, dialect: Dialect, settings: ConnectionSettings) -> Callable[..., Any]:
+        if not settings.begin_with_statement or dialect.driver != "psycopg" or self.isolation_level(settings) == "AUTOCOMMIT":
+            return dialect.connect
+        from psycopg import Pipeline
+
+        if not Pipeline.is_supported():  # by an old libpq
+            return dialect.connect
+        from app_db._databases.drivers import begin_along
+
+        if dialect.is_async:
+            return partial(dialect.connect, async_creator_fn=begin_along.connect_async)
+        return begin_along.connect
+
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         if self.isolation_level(settings) == "AUTOCOMMIT":
             engine.dialect.supports_server_side_cursors = False  # they need a transaction; `yield_per` then fetches at once
-        elif engine.dialect.driver == "psycopg":
-            self._save_a_round_trip(engine)
         parameters: dict[str, str] = {}
         if settings.read_only:
             parameters["default_transaction_read_only"] = "on"
@@ -155,17 +165,6 @@ class PostgreSQL(Database):
             dbapi_connection.autocommit = True  # a rollback would otherwise take the parameters back
             execute(dbapi_connection, statement)
             dbapi_connection.autocommit = autocommit
-
-    def _save_a_round_trip(self, engine: Engine) -> None:
-        import psycopg
-
-        if not psycopg.__version__.startswith(self._known_psycopgs) or not psycopg.capabilities.has_pipeline():
-            return
-        from app_db._databases.psycopg_cursors import send_begin_along
-
-        @event.listens_for(engine, "connect")
-        def set_cursors(dbapi_connection: Any, record: Any) -> None:
-            send_begin_along(driver_of(dbapi_connection))
 
     def unit_options(self, settings: ConnectionSettings, terms: Terms) -> dict[str, Any]:
         options = super().unit_options(settings, terms)
@@ -203,6 +202,11 @@ class PostgreSQL(Database):
             return _may_be_in_asyncpgs_transaction(driver_connection)
         libpq = getattr(driver_connection, "pgconn", None)
         return libpq is None or bool(libpq.transaction_status != self._idle)
+
+    def clean_up(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
+        # The transaction may have been ended below the driver's commit() and rollback(): by PREPARE TRANSACTION, say.
+        if getattr(driver_of(dbapi_connection), "is_left_in_autocommit", False):
+            dbapi_connection.autocommit = False
 
     def refuses_write(self, error: BaseException) -> bool:
         return getattr(error, "sqlstate", None) == "25006"

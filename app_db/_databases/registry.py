@@ -25,7 +25,7 @@ def is_transient(error: BaseException) -> bool:
 
 @cache
 def _databases() -> dict[str, Database]:
-    names = [module.name for module in iter_modules(app_db._databases.__path__) if module.name != "psycopg_cursors"]
+    names = [module.name for module in iter_modules(app_db._databases.__path__)]
     modules = {name: import_module(f"app_db._databases.{name}") for name in names}
     found = {name: getattr(module, "DATABASE", None) for name, module in modules.items()}
     return {name: database for name, database in found.items() if database is not None}

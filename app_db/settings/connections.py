@@ -133,6 +133,7 @@ class ConnectionSettings(Group):
     two_phase: bool = False
     transactional: bool = True
     isolation_level: _IsolationLevel | None = None
+    begin_with_statement: bool = False
     statement_timeout: _Finite | None = Field(default=None, gt=0)
     echo: bool = False
     pool: PoolSettings = Field(default_factory=PoolSettings)

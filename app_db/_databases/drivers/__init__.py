@@ -1,0 +1,1 @@
+"""What app_db does on the drivers' own connections."""
