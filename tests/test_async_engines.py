@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
 
 from app_db import ConnectionSettings, Container, DatabaseSettings, PoolSettings
-from app_db._databases.disposal import retire_async
+from app_db._databases.disposal import begin_to_retire, wait_outside
 from app_db._databases.engines import build_async_engine, build_engine
 from app_db.errors import InvalidUse, SettingsError
 from app_db.settings.urls import for_coroutines, for_threads
@@ -1001,11 +1001,15 @@ def a_while(condition: Callable[[], bool]) -> Iterator[float]:
         yield 0.002
 
 
+def retire(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
+    wait_outside(begin_to_retire(engine, loop))
+
+
 async def connected_slowly(url: str) -> tuple[AsyncEngine, threading.Thread]:
     """An engine with a connection that is closed slowly, and the thread of another loop, say, that will retire it."""
     engine = build_async_engine("writer", settings_of(url, connect_args={"factory": SlowlyClosed}))
     assert await scalar(engine, "SELECT 1") == 1
-    return engine, threading.Thread(target=retire_async, args=(engine, asyncio.get_running_loop()))
+    return engine, threading.Thread(target=retire, args=(engine, asyncio.get_running_loop()))
 
 
 def test_a_loop_that_ends_lets_a_connection_close_that_another_thread_has_retired(slow_url: str) -> None:
@@ -1100,7 +1104,7 @@ def test_a_server_that_does_not_say_good_bye_holds_up_the_end_of_a_loop_for_a_mo
             engine = build_async_engine("writer", settings)
             assert await scalar(engine, "SELECT 1") == 1
             silenced = proxy.lose("request", to=rb"^X\x00\x00\x00\x04", then="stall")
-            retire_async(engine, asyncio.get_running_loop())
+            retire(engine, asyncio.get_running_loop())
             for pause in a_while(lambda: silenced.happened):
                 await asyncio.sleep(pause)
             assert silenced.happened

@@ -136,7 +136,7 @@ def test_the_socket_of_a_closed_loop_can_be_closed_without_a_complaint(server: E
     transport, _ = asyncio.run(connected(server))
     before = sockets()
     hang_up(transport, transport.close)
-    assert sockets() == before - 1
+    assert sockets() < before  # those of other tests may go, too
     assert server.client_has_gone.wait(10)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from asyncio import AbstractEventLoop, get_running_loop, timeout, to_thread
+from asyncio import AbstractEventLoop, CancelledError, get_running_loop, timeout, to_thread
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -13,7 +13,7 @@ from threading import Event, Thread, current_thread
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from app_db._compat.asyncio import begin_unseen, running_loop
+from app_db._compat.asyncio import begin_unseen, outlast, running_loop
 from app_db._databases.async_connections import hang_up
 
 if TYPE_CHECKING:
@@ -67,11 +67,6 @@ def settle(name: str, engine: AsyncEngine) -> None:
     weakref.finalize(engine, _look_for_forgotten, engine.sync_engine)  # which also looks when the process ends
 
 
-def retire_async(engine: AsyncEngine, loop: AbstractEventLoop | None) -> None:
-    """Close an engine's idle connections, and those in use as they are returned. Inside a running loop, don't wait for that."""
-    wait_outside(begin_to_retire(engine, loop))
-
-
 def wait_outside(wait: Callable[[], None]) -> None:
     """Wait for what `begin_to_retire` has begun; in a thread, where a loop runs here on which the other one may depend."""
     if running_loop() is None:
@@ -80,10 +75,16 @@ def wait_outside(wait: Callable[[], None]) -> None:
         Thread(target=wait).start()
 
 
-async def disposed(waits: Iterable[Callable[[], None]]) -> None:
-    """Wait for what `begin_to_retire` has begun."""
+async def dispose_here(engines: Iterable[AsyncEngine], waits: Iterable[Callable[[], None]]) -> None:
+    """Dispose engines of the running loop, to the end, and wait for what `begin_to_retire` has begun elsewhere."""
+    cancelled: CancelledError | None = None
+    for engine in engines:
+        retired.add(engine.sync_engine)
+        cancelled = await outlast(begin_unseen(_dispose(engine))) or cancelled
     for wait in waits:
         await to_thread(wait)
+    if cancelled is not None:
+        raise cancelled
 
 
 def begin_to_retire(engine: AsyncEngine, loop: AbstractEventLoop | None) -> Callable[[], None]:
@@ -105,9 +106,7 @@ def _dispose_here(engine: AsyncEngine, ended: Event) -> None:
     """Dispose an engine in the running loop, to the end: no task that `asyncio.run()` sees and cancels when its loop ends."""
 
     async def dispose() -> None:
-        with suppress(TimeoutError):
-            async with timeout(_LONGEST_DISPOSAL):  # by its timer, the loop holds the task
-                await engine.dispose()
+        await _dispose(engine)
         ended.set()
 
     try:
@@ -116,6 +115,12 @@ def _dispose_here(engine: AsyncEngine, ended: Event) -> None:
         ended.set()
     else:
         begin_unseen(dispose())
+
+
+async def _dispose(engine: AsyncEngine) -> None:
+    with suppress(TimeoutError):
+        async with timeout(_LONGEST_DISPOSAL):  # by its timer, the loop holds the task
+            await engine.dispose()
 
 
 def _wait_for_loop(engine: AsyncEngine, loop: AbstractEventLoop, ended: Event) -> None:

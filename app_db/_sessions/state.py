@@ -6,7 +6,7 @@ The providers are views on a `State`. Other settings for a while are another `St
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -15,7 +15,7 @@ from dependency_injector import providers
 
 from app_db._compat.asyncio import running_loop
 from app_db._compat.os import after_fork_in_child
-from app_db._databases.disposal import begin_to_retire, cut_off, disposed, retire_async
+from app_db._databases.disposal import begin_to_retire, cut_off, dispose_here, wait_outside
 from app_db._databases.engines import retire
 from app_db._two_phase.decision_places import DecisionPlaces, build_decision_places
 
@@ -63,7 +63,7 @@ class State:
 
     def forget(self, kind: str, name: str, *_: object) -> None:
         """Forget the object, and retire it if it is an engine. It takes what `StateHolder.get` takes."""
-        _retire(self._take(lambda key: key[:2] == (kind, name)))
+        self._retire(lambda key: key[:2] == (kind, name))
 
     def forget_closed_loops(self) -> None:
         """Retire the engines of event loops that are closed. Each `asyncio.run()` may leave some."""
@@ -77,34 +77,46 @@ class State:
 
     def reset(self) -> None:
         """Forget all objects, and retire the engines. Units under way stand on the decision places."""
-        _retire(self._take(lambda _: True))
+        self._retire(lambda _: True)
 
     def close(self) -> None:
         """Forget acknowledged decisions, and retire the engines. Later use makes new ones."""
         self.decision_places.close()
-        _retire(self._take(lambda key: key[0] in ENGINES))
+        self._retire(lambda key: key[0] in ENGINES)
 
     async def close_awaited(self) -> None:
         """Close, and wait until the engines that coroutines use are disposed."""
-        taken = self._take(lambda key: key[0] == "async_engine")
-        waits = [begin_to_retire(engine, loop) for (_, _, loop), engine in taken]
+        here = running_loop()
+        own = self._take(lambda key: key[0] == "async_engine" and key[2] is here)
+        waits = self._begin_to_retire(lambda key: key[0] == "async_engine")
         try:
             self.close()
         finally:
-            await disposed(waits)
+            await dispose_here((engine for _, engine in own), waits)
+
+    def _retire(self, is_meant: Callable[[Key], bool]) -> None:
+        """Forget objects. Close idle connections of engines now, and those in use when their units end."""
+        for wait in self._begin_to_retire(is_meant):
+            wait_outside(wait)
+        for (kind, _, _), made in self._take(is_meant):
+            if kind == "engine":
+                retire(made)
+
+    def _begin_to_retire(self, is_meant: Callable[[Key], bool]) -> list[Callable[[], None]]:
+        """Begin to retire engines of coroutines; return what waits until their loops have done so."""
+        waits = []
+        for key, engine in list(self.objects.items()):
+            if key[0] == "async_engine" and is_meant(key):
+                # Begun before it is forgotten: a loop that is about to end either waits for the disposal, or finds its engine.
+                waits.append(begin_to_retire(engine, key[2]))
+                with MAKING:
+                    if self.objects.get(key) is engine:
+                        del self.objects[key]
+        return waits
 
     def _take(self, is_meant: Callable[[Key], bool]) -> list[tuple[Key, Any]]:
         with MAKING:
             return [(key, self.objects.pop(key)) for key in list(self.objects) if is_meant(key)]
-
-
-def _retire(taken: Iterable[tuple[Key, Any]]) -> None:
-    """Close idle connections of engines now, and those in use when their units end."""
-    for (kind, _, loop), made in taken:
-        if kind == "engine":
-            retire(made)
-        elif kind == "async_engine":
-            retire_async(made, loop)
 
 
 class StateHolder:
