@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -319,14 +320,40 @@ def test_the_declared_dependencies_are_the_five() -> None:
 
 def test_the_lowest_versions_are_tested() -> None:
     """The pins of tox.ini's lowest environment are the lower bounds of pyproject.toml, extras included."""
-    project = _project()
-    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
-    bounds = {_distribution(line): line.partition(">=")[2] for line in lines}
     tox = configparser.ConfigParser(interpolation=None)
     tox.read(ROOT / "tox.ini")
     pins = [line.partition("==") for line in tox["testenv:py311-lowest"]["deps"].split()]
     pinned = {_distribution(name): version for name, _, version in pins}
-    assert {name: pinned.get(name) for name in bounds} == bounds
+    assert {name: pinned.get(name) for name in _bounds()} == {name: lowest for name, (lowest, _) in _bounds().items()}
+
+
+def test_no_minor_release_is_allowed_that_was_not_tested() -> None:
+    """A library is capped at the minor release after the one that is installed here. The lowest ones say nothing about that."""
+    for name, (lowest, cap) in _bounds().items():
+        installed = _numbers(version(name))
+        is_lowest = installed[: len(_numbers(lowest))] == _numbers(lowest)
+        assert is_lowest or _numbers(cap)[:2] <= (installed[0], installed[1] + 1), f"{name} {version(name)} is tested, cap {cap}"
+
+
+def test_the_newest_releases_are_allowed() -> None:
+    """What is installed without pins is what the caps allow: nothing newer was left out."""
+    allowed = [name for name, (lowest, cap) in _bounds().items() if _numbers(lowest) <= _numbers(version(name)) < _numbers(cap)]
+    assert allowed == list(_bounds())
+
+
+def _bounds() -> dict[str, tuple[str, str]]:
+    """The lowest version of each library, and the first that is not allowed."""
+    project = _project()
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    found = {}
+    for line in lines:
+        lowest, _, cap = line.partition(">=")[2].partition(",<")
+        found[_distribution(line)] = (lowest, cap)
+    return found
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))
 
 
 def _project() -> dict[str, dict[str, list[str]]]:
