@@ -36,6 +36,7 @@ from sqlalchemy import (
     union_all,
     update,
 )
+from sqlalchemy.ext.associationproxy import association_proxy
 from sqlalchemy.orm import (
     Bundle,
     DeclarativeBase,
@@ -47,6 +48,7 @@ from sqlalchemy.orm import (
     mapped_column,
     registry,
     relationship,
+    synonym,
 )
 from sqlalchemy.schema import CreateIndex, CreateTable, Index
 
@@ -195,10 +197,21 @@ def test_a_model_that_forgot_its_table_is_still_told_so() -> None:
         class Forgotten(base):  # type: ignore[misc]
             id: Mapped[int] = mapped_column(primary_key=True)
 
-    with pytest.raises(Exception, match="__tablename__"):
 
-        class ForgottenToo(base):  # type: ignore[misc]
-            id = mapped_column(Integer, primary_key=True)
+DECLARED: dict[str, Callable[[], object]] = {
+    "a column": lambda: Column(Integer, primary_key=True),
+    "a mapped column": lambda: mapped_column(Integer, primary_key=True),
+    "a column property": lambda: column_property(Column(Integer)),
+    "a relationship": lambda: relationship("Other"),
+    "a synonym": lambda: synonym("other"),
+    "an association proxy": lambda: association_proxy("other", "id"),
+}
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+def test_a_model_without_annotations_that_forgot_its_table_is_told_so_too(declared: str) -> None:
+    with pytest.raises(Exception, match="__tablename__"):
+        type("Forgotten", (orm_base("forgotten"),), {"attribute": DECLARED[declared]()})
 
 
 def test_dataclass_models_work() -> None:

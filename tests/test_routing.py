@@ -191,6 +191,16 @@ class EagerItem(WarehouseBase):
     )
 
 
+class Shelf(WarehouseBase):
+    __tablename__ = "shelves"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    content_id: Mapped[int]
+    content: Mapped[EagerItem] = relationship(
+        EagerItem, primaryjoin=lambda: foreign(Shelf.content_id) == EagerItem.id, viewonly=True, lazy="joined"
+    )
+
+
 def test_an_object_of_another_database_is_loaded_by_a_statement_of_its_own(app: RoutedApplication) -> None:
     with app.unit():
         app.session.add(WarehouseItem(id=1, item_id=1))
@@ -209,12 +219,24 @@ def test_an_object_of_another_database_is_loaded_by_a_statement_of_its_own(app: 
         select(WarehouseItem).join(WarehouseItem.item),
         select(EagerItem),
         lambda_stmt(lambda: select(EagerItem)),
+        select(WarehouseItem).options(joinedload("*")),
+        select(Shelf),
+        select(Shelf).limit(1),
     ],
-    ids=["joinedload", "subqueryload", "join", "lazy=joined", "lazy=joined in a function"],
+    ids=[
+        "joinedload",
+        "subqueryload",
+        "join",
+        "lazy=joined",
+        "lazy=joined in a function",
+        "joinedload of all",
+        "lazy=joined by way of another",
+        "lazy=joined around a subquery",
+    ],
 )
 def test_objects_of_another_database_are_not_joined(statement: Any, app: RoutedApplication) -> None:
     with app.unit():
-        app.session.add(WarehouseItem(id=1, item_id=1))
+        app.session.add_all([WarehouseItem(id=1, item_id=1), Shelf(id=1, content_id=1)])
         app.session.flush()
         with pytest.raises(errors.SpansDatabases, match="'writer'"):
             app.session.scalars(statement).unique().all()
@@ -225,6 +247,11 @@ def test_a_relationship_that_joins_can_be_loaded_otherwise(app: RoutedApplicatio
         app.session.add(EagerItem(id=1, item_id=1))
         app.session.flush()
         assert app.session.scalars(select(EagerItem).options(selectinload(EagerItem.item))).one().item.name == "replica"
+        app.session.add(Shelf(id=1, content_id=1))
+        app.session.flush()
+        app.session.expunge_all()
+        shelf = app.session.scalars(select(Shelf).options(joinedload(Shelf.content).lazyload(EagerItem.item))).one()
+        assert shelf.content.item.name == "replica"
 
 
 DML: dict[str, Callable[[Session], Any]] = {

@@ -293,18 +293,6 @@ def test_a_unit_of_its_own_has_a_session_of_its_own(new_postgres_url: NewUrl) ->
         assert app.names() == ["a"]
 
 
-def test_sessions_serve_one_unit_after_the_other_without_being_noticed(app: RoutedApplication) -> None:
-    with app.unit():
-        first = id(app.session)
-        app.session.add(Item(name="a"))
-    with app.unit():
-        assert id(app.session) == first, "else a unit costs what a new session costs"
-        assert list(app.session) == []
-        kept = app.session
-    with app.unit():
-        assert app.session is not kept
-
-
 # ---- savepoints -----------------------------------------------------------------------------------------
 
 

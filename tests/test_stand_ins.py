@@ -105,6 +105,42 @@ def test_what_the_session_that_goes_on_has_pending_is_committed(everywhere: Rout
     assert app.names() == ["a", "b"]
 
 
+def test_the_session_that_goes_on_inside_a_savepoint_is_in_the_whole_transaction(everywhere: RoutedApplication) -> None:
+    """Of a connection in a savepoint, SQLAlchemy by itself takes the savepoint for the transaction of the session."""
+    app = everywhere
+    with app.unit():
+        write(app, "a")
+        with app.session.begin_nested():
+            write(app, "b")
+            write_beside(app, "c")
+        write_beside(app, "d")
+    assert app.names() == ["a", "b", "c", "d"]
+    with pytest.raises(ValueError, match="own"), app.unit():
+        write(app, "e")
+        with app.session.begin_nested():
+            write_beside(app, "f")
+        raise ValueError("the application's own")
+    assert app.names() == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("name", ["after_transaction_create", "after_begin"])
+def test_a_listener_that_fails_as_a_session_goes_on_loses_no_later_write(name: str, app: RoutedApplication) -> None:
+    """The session that was to be put in the place is no part of the unit, and says so."""
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("the listener's own")
+
+    with app.unit():
+        write(app, "a")
+        session = app.container.writer_sessionmaker()()
+        event.listen(session, name, refuse)
+        with pytest.raises(ValueError, match="own"):
+            app.container.writer_scoped_session().registry.set(session)
+        assert session.branch is None
+        write_beside(app, "b")
+    assert app.names() == ["a", "b"]
+
+
 def test_the_session_that_goes_on_follows_savepoints(everywhere: RoutedApplication) -> None:
     app = everywhere
     with app.unit() as unit:

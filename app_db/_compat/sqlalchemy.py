@@ -1,8 +1,90 @@
-"""Private names of SQLAlchemy."""
+"""What app_db needs of SQLAlchemy and SQLAlchemy has no public way for: each private name once, and a test for each."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sqlalchemy.sql.cache_key import HasCacheKey
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.orm import Session, SessionTransaction
+
+# ---- sessions and their transactions ------------------------------------------------------------------------------------
+
+
+def is_flushing(session: Session) -> bool:
+    """Return whether a flush, or a bulk method, is under way in a session.
+
+    An override of `flush()` could note it, but an exception from a signal handler between two lines of the override would leave
+    the note, and the end of the unit would wait for a flush that is over.
+    """
+    return session._flushing
+
+
+def prepare_to_commit(transaction: SessionTransaction) -> None:
+    """Do all that precedes a session's COMMIT: call the listeners to `before_commit`, release savepoints, flush.
+
+    The session refuses statements afterwards, until `transaction.commit()` sends COMMIT and nothing else. The public `prepare()`
+    is for sessions with `twophase=True`, which prepare their connections themselves.
+    """
+    transaction._prepare_impl()
+
+
+class _NotItsOwn:
+    """Stands for the transaction of a connection that is lent: the session does not roll it back."""
+
+    def rollback(self) -> None:
+        """Do nothing."""
+
+
+def lend(connection: Connection, transaction: SessionTransaction) -> None:
+    """Have a session use a connection in `transaction` that the session does not begin, commit, roll back or close.
+
+    Of the public `join_transaction_mode`s, "rollback_only" rolls the connection's transaction back, and "create_savepoint" sends
+    SAVEPOINT.
+    """
+    transaction._connections.setdefault(connection, (connection, _NOT_ITS_OWN, False, False))
+
+
+def take_away(transaction: SessionTransaction, connections: Iterable[Connection] | None = None) -> None:
+    """Have a session's transaction forget these connections, or all of them. Nothing is sent on them."""
+    held = transaction._connections
+    if connections is None:
+        held.clear()
+        return
+    for connection in connections:
+        held.pop(connection, None)
+        held.pop(connection.engine, None)
+
+
+_NOT_ITS_OWN: Any = _NotItsOwn()
+
+# ---- statements -----------------------------------------------------------------------------------------------------------
+
+
+def cache_key_of(element: object) -> Hashable | None:
+    """Return what is equal for statements that differ in their parameters only; None for what SQLAlchemy does not cache.
+
+    SQLAlchemy needs the same key to find the compiled statement, and keeps it on the statement until then.
+    """
+    caching = element._generate_cache_key() if isinstance(element, HasCacheKey) else None
+    return None if caching is None else caching.key
+
+
+# ---- models -----------------------------------------------------------------------------------------------------------------
+
+
+def when_unmapped(base: Any, refuse: Callable[[type[Any]], NoReturn]) -> None:
+    """Have SQLAlchemy call `refuse` with a class below `base` that is used before it is mapped.
+
+    Otherwise SQLAlchemy raises UnmappedClassError, whose message names methods that users of app_db do not call.
+    """
+    base._sa_raise_deferred_config = classmethod(refuse)
+
+
+# ---- connections of coroutines ------------------------------------------------------------------------------------------
 
 
 def is_executing(dbapi_connection: Any) -> bool:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
 
 from app_db._sessions.async_sessions import AsyncUnitSession
-from app_db._sessions.idle_sessions import NewSessions
 from app_db._sessions.routing import OverlaidHome, RoutingHome, RoutingSession
 from app_db._sessions.sessions import UnitRegistry
 
@@ -32,9 +31,7 @@ class AsyncRoutingSession(AsyncUnitSession):
 def build_async_routing_sessionmaker(home: OverlaidHome, settings: SessionSettings) -> async_sessionmaker[AsyncRoutingSession]:
     """Return the maker of the sessions that coroutines use of a home."""
     arguments: Any = {"home": home, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
-    maker = async_sessionmaker(class_=AsyncRoutingSession, **arguments)
-    home.idle = NewSessions(maker)
-    return maker
+    return async_sessionmaker(class_=AsyncRoutingSession, **arguments)
 
 
 def build_async_routing_session(home: RoutingHome, settings: SessionSettings) -> async_scoped_session[AsyncRoutingSession]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 
-from app_db._sessions.idle_sessions import NewSessions
 from app_db._sessions.sessions import SessionHome, UnitRegistry, UnitSession
 from app_db._units.coordinator import Work
 from app_db.errors import AwaitRequired
@@ -49,9 +48,7 @@ def build_async_sessionmaker(home: AsyncSessionHome) -> async_sessionmaker[Async
     """Return the maker of the sessions that coroutines use on one connection."""
     settings = home.settings.session
     arguments: Any = {"home": home, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
-    maker = async_sessionmaker(class_=AsyncUnitSession, **arguments)
-    home.idle = NewSessions(maker)
-    return maker
+    return async_sessionmaker(class_=AsyncUnitSession, **arguments)
 
 
 def build_async_scoped_session(maker: async_sessionmaker[AsyncUnitSession]) -> async_scoped_session[AsyncUnitSession]:

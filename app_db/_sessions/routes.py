@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import inspect
-from sqlalchemy.sql.elements import ClauseElement, ColumnClause, TextClause
+from sqlalchemy.sql.elements import ColumnClause, TextClause
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.lambdas import LambdaElement
 from sqlalchemy.sql.selectable import ForUpdateArg
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.util import LRUCache
 
+from app_db._compat.sqlalchemy import cache_key_of
 from app_db._databases.statements import Effect, effect_of, is_harmless
-from app_db.errors import InvalidUse, SpansDatabases, UnknownModel
+from app_db.errors import InvalidUse, UnknownModel
 from app_db.models.bases import connection_of
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Mapper
+
     from app_db.settings import DatabaseSettings
 
-_JOINED = ("joined", False)
 _STRICT = ("REPEATABLE READ", "SERIALIZABLE")
 
 
@@ -105,23 +106,31 @@ class Routes:
 
     def of_statement(self, statement: Any) -> Route:
         """Return the route of a statement. Asked again for one of the same shape, it needn't look at it."""
-        # SQLAlchemy makes this key as well when it looks for the compiled statement, and keeps it until then.
-        key = statement._generate_cache_key() if isinstance(statement, ClauseElement) else None
+        key = cache_key_of(statement)
         if key is None:
-            return _route_of(statement)
-        route: Route | None = self._routes.get(key.key)
+            return self._route_of(statement)
+        route: Route | None = self._routes.get(key)
         if route is None:
-            route = self._routes[key.key] = _route_of(statement)
+            route = self._routes[key] = self._route_of(statement)
         return route
+
+    def _route_of(self, statement: Any) -> Route:
+        self._refuse_joined_loads(statement)
+        return Route(_connection_of(statement), is_query(statement))
+
+    def _refuse_joined_loads(self, statement: Any) -> None:
+        """Raise where objects are to be loaded by joins across databases. Such joins are no part of the statement yet."""
+        if any(map(self._leads_elsewhere, _mappers_in(statement))):  # compiling a statement takes its time
+            for joined in statement.get_final_froms():
+                _connection_of(joined)
+
+    def _leads_elsewhere(self, mapper: Mapper[Any]) -> bool:
+        """Return whether relationships lead from a mapper's objects, one after the other, to another database."""
+        return len({self.of_mapper(near) for near in _around(mapper)} - {None}) > 1
 
 
 def _is_strict(settings: DatabaseSettings, name: str) -> bool:
     return (name in settings.connections) and settings.connection(name).isolation_level in _STRICT
-
-
-def _route_of(statement: Any) -> Route:
-    _refuse_joined_loads(statement._resolved if isinstance(statement, LambdaElement) else statement)
-    return Route(_connection_of(statement), is_query(statement))
 
 
 def _connection_of(subject: Any) -> str | None:
@@ -131,42 +140,31 @@ def _connection_of(subject: Any) -> str | None:
         return None
 
 
-def _refuse_joined_loads(statement: Any) -> None:
-    """Raise where objects are to be loaded by joins across databases: they are no part of the statement yet."""
-    for parent, child in _joined_loads(statement):
-        tables = [(mapper.local_table, _connection_of(mapper)) for mapper in (parent, child)]
-        if len({connection for _, connection in tables if connection is not None}) > 1:
-            raise SpansDatabases([(str(table), str(connection)) for table, connection in tables])
+def _mappers_in(statement: Any) -> set[Mapper[Any]]:
+    """Return the mappers of the models that a SELECT loads."""
+    if not (getattr(statement, "is_select", False) and hasattr(statement, "get_final_froms")):
+        return set()
+    found = (inspect(column["entity"], raiseerr=False) for column in statement.column_descriptions if "entity" in column)
+    return {entity.mapper for entity in found if hasattr(entity, "mapper")}
 
 
-def _joined_loads(statement: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the pairs of mappers that loading joins: by an option, or because the relationship says so."""
-    options = [load for option in getattr(statement, "_with_options", ()) for load in getattr(option, "context", ())]
-    paths = [(load, load.path.path) for load in options if getattr(load, "path", None) and len(load.path.path) > 2]
-    yield from ((path[-3], path[-1]) for load, path in paths if ("lazy", "joined") in (load.strategy or ()))
-    chosen = {path[-2] for _, path in paths}
-    for mapper in _entities_of(statement):
-        for relationship in mapper.relationships:
-            if relationship.lazy in _JOINED and relationship not in chosen:
-                yield mapper, relationship.mapper
-
-
-def _entities_of(statement: Any) -> Iterator[Any]:
-    if getattr(statement, "is_select", False) and hasattr(statement, "column_descriptions"):
-        found = (inspect(column["entity"], raiseerr=False) for column in statement.column_descriptions if "entity" in column)
-        yield from {entity.mapper for entity in found if hasattr(entity, "mapper")}
+def _around(mapper: Mapper[Any]) -> set[Mapper[Any]]:
+    """Return a mapper and those to which relationships lead from it, directly or by others."""
+    found: set[Mapper[Any]] = set()
+    remaining = [mapper]
+    while remaining:
+        near = remaining.pop()
+        if near not in found:
+            found.add(near)
+            remaining += [*near.self_and_descendants, *(relationship.mapper for relationship in near.relationships)]
+    return found
 
 
 def is_query(statement: Any) -> bool:
     """Return whether all of a statement is known to do nothing but read, and to lock nothing."""
     return bool(getattr(statement, "is_select", False) or getattr(statement, "is_from_statement", False)) and not any(
-        _may_do_more(element) for element in _elements_of(statement)
+        _may_do_more(element) for element in iterate(statement)
     )
-
-
-def _elements_of(statement: Any) -> Iterator[Any]:
-    whole: Any = statement._resolved if isinstance(statement, LambdaElement) else statement
-    return iterate(whole)
 
 
 def _may_do_more(element: Any) -> bool:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import scoped_session, sessionmaker
 
+from app_db._compat.sqlalchemy import lend
 from app_db._databases.statements import Effect
-from app_db._sessions.idle_sessions import IdleSessions, NewSessions
 from app_db._sessions.routes import Routes
 from app_db._sessions.sessions import UnitRegistry, UnitSession
 from app_db.errors import AppDbError, AwaitRequired, InvalidUse, ReplicaUnavailable
@@ -46,7 +46,7 @@ class OverlaidHome:
 
     read_only = False
     autonomous = False
-    has_stand_ins = False
+    stand_ins = None
     name: str
     routes: Any
     """Where statements go: `Routes`, or what answers as they do."""
@@ -54,7 +54,6 @@ class OverlaidHome:
     def __init__(self, coordinator: Coordinator, holders: Holders) -> None:
         self.coordinator = coordinator
         self.asynchronous = holders.asynchronous
-        self.idle: IdleSessions | NewSessions | None = None
         self._holders = holders
 
     def session_of(self, name: str) -> UnitSession:
@@ -108,15 +107,6 @@ class RoutingHome(OverlaidHome):
         return settings.connection(routes.default).session if routes.has_default else SessionSettings()
 
 
-class _NoTransaction:
-    """Stands where SQLAlchemy expects a transaction to roll back: it is the branch's, and the unit rolls it back."""
-
-    def rollback(self) -> None: ...
-
-
-_ITS_BRANCHES: Any = _NoTransaction()
-
-
 class _InUse(NamedTuple):
     """A connection that a session uses, as long as neither its own transaction nor that of who holds it is another."""
 
@@ -129,7 +119,7 @@ class _InUse(NamedTuple):
         """Return whether it can be used again without asking its holder: a session begins savepoints when it is asked."""
         return (
             own_transaction is self.own_transaction
-            and self.holder._transaction is self.its_transaction
+            and self.holder.current_transaction is self.its_transaction
             and self.its_transaction is not None
             and self.its_transaction.is_active
         )
@@ -173,8 +163,8 @@ class RoutingSession(UnitSession):
         if self.overlay is None:
             self.require_unit()
             work: Any = self._work
-            self._autobegin_t()
-            self.overlay = work.overlay(self, self.get_transaction(), asynchronous=self.home.asynchronous)
+            transaction = self.get_transaction() or super(UnitSession, self).begin()
+            self.overlay = work.overlay(self, transaction, asynchronous=self.home.asynchronous)
 
     def begin_on(self, connection: Connection) -> None:
         """Begin a savepoint on a connection that is a branch's already."""
@@ -209,13 +199,25 @@ class RoutingSession(UnitSession):
             self.home.session_of(self._destination(**(bind_arguments or {}))).connection(execution_options=execution_options)
         return super().connection(bind_arguments)
 
-    def _execute_internal(self, statement: Any, *args: Any, bind_arguments: Any = None, **arguments: Any) -> Any:
-        bind_arguments = {"clause": statement, **(bind_arguments or {})}  # of a UNION, SQLAlchemy says nothing else
+    if not TYPE_CHECKING:  # whose results have the types that SQLAlchemy gives them
+
+        def execute(self, statement: Any, *args: Any, **arguments: Any) -> Any:
+            return self._told_of(statement, super().execute, *args, **arguments)
+
+        def scalar(self, statement: Any, *args: Any, **arguments: Any) -> Any:
+            return self._told_of(statement, super().scalar, *args, **arguments)
+
+        def scalars(self, statement: Any, *args: Any, **arguments: Any) -> Any:
+            return self._told_of(statement, super().scalars, *args, **arguments)
+
+    def _told_of(self, statement: Any, send: Callable[..., Any], *args: Any, bind_arguments: Any = None, **arguments: Any) -> Any:
+        """Send a statement, and have SQLAlchemy pass it to `get_bind`. For a UNION, say, SQLAlchemy passes nothing."""
+        bind_arguments = {"clause": statement, **(bind_arguments or {})}
         if not getattr(statement, "is_dml", False):
-            return super()._execute_internal(statement, *args, bind_arguments=bind_arguments, **arguments)
+            return send(statement, *args, bind_arguments=bind_arguments, **arguments)
         before, self._is_writing = self._is_writing, True  # SQLAlchemy may look first which rows it is about to change
         try:
-            return super()._execute_internal(statement, *args, bind_arguments=bind_arguments, **arguments)
+            return send(statement, *args, bind_arguments=bind_arguments, **arguments)
         finally:
             self._is_writing = before
 
@@ -224,7 +226,7 @@ class RoutingSession(UnitSession):
         named, reads = (None, False) if clause is None else routes.of_statement(clause)
         if named is None and mapper is not None:
             named = routes.of_mapper(mapper)
-        if self._flushing:
+        if self.is_flushing:
             return named or routes.default
         if self._told is not None and (named is None or routes.owner(self._told) == routes.owner(named)):
             return self._told
@@ -248,7 +250,7 @@ class RoutingSession(UnitSession):
     def _connection_to(self, name: str) -> Connection:
         self.last_used = name
         known = self._in_use.get(name)
-        if known is not None and known.stands(self._transaction):
+        if known is not None and known.stands(self.current_transaction):
             return known.connection
         self.take_part()
         holder = self.home.holder_of(name)
@@ -260,18 +262,17 @@ class RoutingSession(UnitSession):
                 raise ReplicaUnavailable(name, routes.owner(name)) from error
             raise
         self._use(connection, holder)
-        self._in_use[name] = _InUse(connection, holder, holder._transaction, self._transaction)
+        self._in_use[name] = _InUse(connection, holder, holder.current_transaction, self.current_transaction)
         return connection
 
     def _use(self, connection: Connection, holder: UnitSession | StandIn) -> None:
         """Have SQLAlchemy take `connection` for one that this session has begun on already."""
-        entry = (connection, _ITS_BRANCHES, False, False)
         has_savepoints = holder.branch is None or holder.branch.has_savepoints
-        transaction: Any = self._transaction
+        transaction = self.current_transaction
         while transaction is not None:
             if (self.overlay and transaction in self.overlay.levels) or (transaction.nested and not has_savepoints):
-                transaction._connections.setdefault(connection, entry)
-            transaction = transaction._parent
+                lend(connection, transaction)
+            transaction = transaction.parent
 
 
 def _no_bind() -> InvalidUse:
@@ -283,11 +284,9 @@ def _no_bind() -> InvalidUse:
 
 def build_routing_sessionmaker(home: OverlaidHome, settings: SessionSettings) -> sessionmaker[RoutingSession]:
     """Return the maker of the sessions of a home."""
-    maker: sessionmaker[Any] = sessionmaker(
+    return sessionmaker(
         class_=RoutingSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
     )
-    home.idle = IdleSessions(maker)
-    return maker
 
 
 def build_routing_session(home: RoutingHome, settings: SessionSettings) -> scoped_session[RoutingSession]:

@@ -8,7 +8,6 @@ joins through zope.sqlalchemy as changed, so nothing it writes depends on being 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -19,10 +18,10 @@ from sqlalchemy.util import ScopedRegistry
 from transaction.interfaces import NoTransaction
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
+from app_db._compat.sqlalchemy import is_flushing, prepare_to_commit
 from app_db._databases.engines import told_of_checkout
 from app_db._databases.registry import database_of
-from app_db._sessions.idle_sessions import IdleSessions, NewSessions
-from app_db._sessions.stand_ins import StandIn
+from app_db._sessions.stand_ins import StandIn, StandIns
 from app_db._units.branches import Branch
 from app_db._units.coordinator import Coordinator, Work
 from app_db._units.manager import Owner
@@ -38,7 +37,7 @@ from app_db.errors import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Dialect, Engine, RootTransaction
+    from sqlalchemy.engine import Connection, Dialect, Engine
     from sqlalchemy.orm import SessionTransaction
 
     from app_db.settings import ConnectionSettings
@@ -51,8 +50,8 @@ class SessionHome:
 
     asynchronous = False
     """Whether its drivers wait by way of the event loop."""
-    has_stand_ins = True
-    """Whether something may stand for a session that nobody has asked for."""
+    stand_ins: StandIns | None = None
+    """Says whether something may stand for a session that nobody has asked for. None: never."""
 
     def __init__(self, name: str, settings: ConnectionSettings, coordinator: Coordinator, engine: Callable[[], Engine]) -> None:
         self.name = name
@@ -66,7 +65,6 @@ class SessionHome:
         self.autonomous = not settings.transactional
         self.two_phase = settings.two_phase
         self._keeps_decisions: bool | None = None
-        self.idle: IdleSessions | NewSessions | None = None
         self.watched: Dialect | None = None  # the last one passed to `watch`, which spares asking for it at each beginning
 
     def engine_for(self, work: Work) -> Engine:
@@ -118,13 +116,6 @@ class UnitSession(Session):
         self.home = home
         self.branch: Branch | None = None
         self._work: Work | None = None
-        # A dispatcher looks up the listeners of an event when it is asked first, by way of an AttributeError for each.
-        dispatch: Any = self.dispatch
-        for event_name, listeners in dispatch._empty_listeners.items():
-            setattr(dispatch, event_name, listeners)
-        # By now CPython 3.11 and 3.12 keep the attributes in a dictionary that shares its keys with those of other sessions, from
-        # which they read at several times the price. SQLAlchemy reads them hundreds of times in a unit.
-        self.__dict__ = dict(self.__dict__)
 
     def get_bind(self, *args: Any, **arguments: Any) -> Any:
         """Return the engine to use. SQLAlchemy asks before all that needs the database, which makes this the place to check."""
@@ -170,31 +161,35 @@ class UnitSession(Session):
         self.home.watch(connection)
         branch.uses(connection)
 
-    def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None:
+    def take_over(self, branch: Branch, connection: Connection) -> None:
         """Go on with a branch whose transaction has begun, as if this session had begun it."""
-        own: Any = self._autobegin_t()
+        self.branch = branch  # first, or the listener to `after_begin` would have the session join as another branch
+        try:
+            super().connection({"bind": cast(Any, _AlreadyBegun(connection))})
+        except BaseException:
+            self.branch = None
+            raise
         self.bind = connection.engine
-        own._connections[connection] = own._connections[connection.engine] = (connection, transaction, True, True)
-        self.branch = branch
         _join(self)
 
     def flush_for_good(self) -> None:
         """Do all that precedes COMMIT, the listeners to `before_commit` included."""
-        transaction: Any = self.get_transaction()
-        # The public prepare() is for sessions that prepare by themselves, one after the other.
-        transaction._prepare_impl()
+        prepare_to_commit(cast("SessionTransaction", self.get_transaction()))
 
     @property
     def has_unflushed(self) -> bool:
         """Whether something was changed that no flush has reached."""
-        if self._is_clean():  # as most are that are asked, and this says so at once
-            return False
         return bool(self.new or self.deleted or any(self.is_modified(instance) for instance in self.dirty))
 
     @property
     def is_flushing(self) -> bool:
-        """Whether a flush is under way: where another thread asks, that it had better wait."""
-        return bool(self._flushing)
+        """Whether a flush is under way. Another thread that wants to roll back waits for it."""
+        return is_flushing(self)
+
+    @property
+    def current_transaction(self) -> SessionTransaction | None:
+        """The innermost savepoint, or the transaction if there is none."""
+        return self.get_nested_transaction() or self.get_transaction()
 
     @property
     def _subject(self) -> str:
@@ -268,11 +263,25 @@ class UnitSession(Session):
         super().bulk_update_mappings(*args, **arguments)
 
 
+class _AlreadyBegun:
+    """A bind whose transaction has begun. A session that connects to it goes on in that transaction, and ends it with its own.
+
+    Given the connection itself, the session would go on in the innermost savepoint, and leave the connection open at its end.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def connect(self) -> Connection:
+        """Return the connection, as an engine returns a new one."""
+        return self._connection
+
+
 def build_sessionmaker(home: SessionHome) -> sessionmaker[UnitSession]:
     """Return the maker of one connection's sessions."""
     settings = home.settings.session
     maker = sessionmaker(class_=UnitSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit)
-    home.idle = IdleSessions(maker)
+    home.stand_ins = StandIns(maker, OF_TRANSACTIONS)
     return maker
 
 
@@ -286,9 +295,8 @@ class UnitRegistry(ScopedRegistry[Any]):
 
     def __init__(self, maker: Any) -> None:
         super().__init__(maker, lambda: None)
+        self._maker = maker
         self._home: SessionHome = maker.kw["home"]
-        idle = self._home.idle
-        self._idle = idle if idle is not None and idle.are_of(maker) else NewSessions(maker)
         self._key = f"{self._home.name} (async)" if self._home.asynchronous else self._home.name
 
     def __call__(self) -> Any:
@@ -297,7 +305,7 @@ class UnitRegistry(ScopedRegistry[Any]):
         return self._made_for(work) if found is None or type(found) is StandIn else found
 
     def _made_for(self, work: Work) -> Any:
-        made = self._idle.get()
+        made = self._maker()
         made.enter(work)
         found = work.sessions.setdefault(self._key, made)  # threads of one unit get one session
         if type(found) is StandIn:
@@ -308,7 +316,7 @@ class UnitRegistry(ScopedRegistry[Any]):
         """Return what holds the connection in the unit: its session, or what stands for that while nobody has asked for it."""
         work = self._work()
         found = work.sessions.get(self._key)
-        if found is None and self._home.has_stand_ins and self._idle.hear_only(OF_TRANSACTIONS):
+        if found is None and self._home.stand_ins is not None and self._home.stand_ins.may_be_for(self._maker):
             found = work.sessions.setdefault(self._key, StandIn(self._home, work, self))
         return self() if found is None else found
 
@@ -391,13 +399,13 @@ def _join(session: UnitSession) -> None:
     join_transaction(session, STATUS_CHANGED, manager)
 
 
-OF_TRANSACTIONS: dict[str, deque[Any]] = {
-    "after_begin": deque([_join_with_connection]),
-    "before_commit": deque([_refuse_foreign_commit]),
-    "after_commit": deque(),
-    "after_rollback": deque(),
-    "after_soft_rollback": deque(),
-    "after_transaction_create": deque(),
-    "after_transaction_end": deque(),
+OF_TRANSACTIONS: dict[str, list[Any]] = {
+    "after_begin": [_join_with_connection],
+    "before_commit": [_refuse_foreign_commit],
+    "after_commit": [],
+    "after_rollback": [],
+    "after_soft_rollback": [],
+    "after_transaction_create": [],
+    "after_transaction_end": [],
 }
 """The events of which a session is told that has no objects and is sent no statements, and app_db's own listeners to each."""

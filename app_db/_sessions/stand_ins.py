@@ -6,16 +6,16 @@ branch would cost; so there is none until somebody asks for it, and then it goes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from threading import RLock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from app_db._units.branches import Branch, BranchSession, Home
 from app_db.errors import InvalidUse
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine, RootTransaction
-    from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.orm import SessionTransaction, sessionmaker
 
     from app_db._units.coordinator import Coordinator, Work
 
@@ -35,7 +35,26 @@ class Successor(BranchSession, Protocol):
     """The session that a stand-in stands for."""
 
     def connection(self) -> Connection: ...
-    def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None: ...
+    def take_over(self, branch: Branch, connection: Connection) -> None: ...
+
+
+class StandIns:
+    """Says whether stand-ins may be used for the sessions of one maker: whether nobody could tell one from a session."""
+
+    def __init__(self, maker: sessionmaker[Any], listeners: Mapping[str, list[Any]]) -> None:
+        self._maker = maker
+        self._arguments = dict(maker.kw)
+        self._own_listeners = listeners
+        self._all_listeners: list[Iterable[Any]] | None = None
+
+    def may_be_for(self, maker: object) -> bool:
+        """Return whether `maker` is still as app_db made it, and only app_db listens to what a session without objects does."""
+        if maker is not self._maker or self._maker.kw != self._arguments:
+            return False
+        if self._all_listeners is None:
+            dispatch = self._maker().dispatch  # SQLAlchemy adds to these when somebody begins to listen to the class
+            self._all_listeners = [getattr(dispatch, name) for name in self._own_listeners]
+        return [*map(list, self._all_listeners)] == [*self._own_listeners.values()]
 
 
 class _DataManager:
@@ -70,7 +89,7 @@ class StandIn:
     has_unflushed = False
     is_flushing = False
     _connection: Connection | None = None
-    _transaction: RootTransaction | None = None
+    current_transaction: RootTransaction | None = None
     _is_beginning = False
     _successor: Successor | None = None
 
@@ -82,7 +101,7 @@ class StandIn:
 
     def connection(self) -> Connection:
         """Return the connection, on which a transaction has begun as a branch of the unit."""
-        if self._transaction is not None and self._connection is not None:
+        if self.current_transaction is not None and self._connection is not None:
             return self._connection
         with self._lock:
             self._refuse_another_thread()
@@ -110,7 +129,7 @@ class StandIn:
             if self.branch is not None:
                 self.branch.uses(connection)
         finally:  # not before, or another thread would use it as it is
-            self._connection, self._transaction = connection, begun.tx
+            self._connection, self.current_transaction = connection, begun.tx
         return connection
 
     def give_way_to(self, session: Successor) -> Successor:
@@ -127,8 +146,8 @@ class StandIn:
             return self._successor
 
     def _hand_over_to(self, session: Successor) -> None:
-        if self.branch is not None and self._connection is not None and self._transaction is not None:
-            session.take_over(self.branch, self._connection, self._transaction)
+        if self.branch is not None and self._connection is not None and self.current_transaction is not None:
+            session.take_over(self.branch, self._connection)
             self.forget()
 
     def _refuse_another_thread(self) -> None:
@@ -140,13 +159,13 @@ class StandIn:
 
     def forget(self) -> None:
         """Let go of the connection: its transaction has ended, or is another's."""
-        self._connection = self._transaction = None
+        self._connection = self.current_transaction = None
 
     # -- what a branch asks of a session
 
     def get_transaction(self) -> RootTransaction | None:
         """Return the transaction in which the connection is."""
-        return self._transaction
+        return self.current_transaction
 
     def get_nested_transaction(self) -> None:
         """Return nothing: where there are savepoints, there is a session."""

@@ -265,7 +265,7 @@ class Work:
         self._ended = True
         self.branches.clear()
         self._end_overlays()
-        self._give_sessions_back()
+        self.sessions.clear()
 
     def tpc_finish(self, transaction: Transaction) -> None:
         """All is done by the vote."""
@@ -354,13 +354,6 @@ class Work:
                 log.exception("A unit of work has committed, and then a listener of its session failed")
                 self.errors_afterwards.append(error)
         self.overlays.clear()
-
-    def _give_sessions_back(self) -> None:
-        """Offer the sessions to units to come."""
-        sessions, self.sessions = self.sessions, {}
-        while sessions:
-            held: list[Any] = [sessions.popitem()[1]]  # and nowhere else, for what takes it to see that
-            held[0].home.idle.offer(held)
 
     def savepoint(self) -> WorkSavepoint:
         """Take a savepoint on every branch that has them."""

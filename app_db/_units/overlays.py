@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
+from app_db._compat.sqlalchemy import take_away
 from app_db._units.branches import PATIENCE, PartSession, off_loop
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ class OverlaidSession(PartSession, Protocol):
 
     overlay: Overlay | None
     last_used: str
-    _transaction: SessionTransaction | None
 
+    @property
+    def current_transaction(self) -> SessionTransaction | None: ...
     def close(self) -> None: ...
     def forget(self) -> None: ...
 
@@ -103,7 +105,7 @@ class Overlay:
             time.sleep(0.005)
         try:
             for transaction in self._transactions():
-                transaction._connections.clear()  # their branches are rolled back, and this has nothing of its own there
+                take_away(transaction)  # their branches are rolled back, and this has nothing of its own there
             if self.session.get_transaction() is self._transaction:
                 self._transaction.rollback()
         except Exception:
@@ -115,7 +117,7 @@ class Overlay:
         """Let go of everything after an exception from outside, which may have come between two steps of the session."""
         try:
             for transaction in self._transactions():
-                transaction._connections.clear()
+                take_away(transaction)
             self._close()
         except Exception:
             log.debug("A session could not be closed when its unit of work was torn down", exc_info=True)
@@ -123,15 +125,13 @@ class Overlay:
     def leave(self, connections: Iterable[Connection]) -> None:
         """Let go of connections that are about to be rolled back as a whole, the savepoints on them included."""
         for transaction in self._transactions():
-            for connection in connections:
-                transaction._connections.pop(connection, None)
-                transaction._connections.pop(connection.engine, None)
+            take_away(transaction, connections)
 
-    def _transactions(self) -> Iterator[Any]:
-        transaction: Any = self.session._transaction
+    def _transactions(self) -> Iterator[SessionTransaction]:
+        transaction = self.session.current_transaction
         while transaction is not None:
             yield transaction
-            transaction = transaction._parent
+            transaction = transaction.parent
 
     def _close(self) -> None:
         self.finished = True

@@ -12,15 +12,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from sqlalchemy import Column, MetaData, Sequence, Table, inspect
 from sqlalchemy.ext.declarative import DeferredReflection
-from sqlalchemy.orm import DeclarativeBase, InstanceState, Mapper, QueryableAttribute
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    InspectionAttr,
+    InstanceState,
+    MappedColumn,
+    Mapper,
+    MapperProperty,
+    QueryableAttribute,
+)
 from sqlalchemy.orm.decl_api import DeclarativeAttributeIntercept
 from sqlalchemy.orm.util import AliasedInsp
-from sqlalchemy.sql.cache_key import HasCacheKey
 from sqlalchemy.sql.ddl import BaseDDLElement
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 from sqlalchemy.sql.functions import next_value
-from sqlalchemy.sql.lambdas import LambdaElement
 
+from app_db._compat.sqlalchemy import cache_key_of, when_unmapped
 from app_db.errors import InvalidUse, NotReflected, SpansDatabases, UnknownModel
 from app_db.settings.connections import CONNECTION_NAME_RULE, is_connection_name
 
@@ -88,7 +95,10 @@ def _declares_nothing(base: type[Any]) -> bool:
 
 
 def _is_declared(name: str, value: object) -> bool:
-    return name in _SAYS_WHAT_A_TABLE_IS or isinstance(value, Column) or hasattr(value, "_attribute_options")
+    if name in _SAYS_WHAT_A_TABLE_IS or isinstance(value, Column | MappedColumn | MapperProperty):
+        return True
+    # An association proxy, whose module takes long to import.
+    return isinstance(value, InspectionAttr) and value.extension_type.name == "ASSOCIATION_PROXY"
 
 
 def orm_base(
@@ -166,9 +176,12 @@ class Reflected(DeferredReflection, metaclass=_ReflectedMeta):
             table.info[REFLECTED] = True
             _unreflected.add(cls)
 
-    @classmethod
-    def _sa_raise_deferred_config(cls) -> NoReturn:
-        raise _not_reflected(cls)
+
+def _refuse_unmapped(model: type[Any]) -> NoReturn:
+    raise _not_reflected(model)
+
+
+when_unmapped(Reflected, _refuse_unmapped)
 
 
 def _not_reflected(model: type[Any]) -> NotReflected:
@@ -229,14 +242,14 @@ _of_statements: dict[Any, str] = {}
 
 def _connection_of_parts(subject: Any) -> str:
     """Return the connection of a statement, which is looked through only once for all that differ in their parameters alone."""
-    caching = subject._generate_cache_key() if isinstance(subject, HasCacheKey) else None  # SQLAlchemy needs it anyway, later
-    if caching is None:
+    key = cache_key_of(subject)
+    if key is None:
         return _only_connection(subject)
-    name = _of_statements.get(caching.key)
+    name = _of_statements.get(key)
     if name is None:
         if len(_of_statements) >= _MOST_STATEMENTS:
             _of_statements.clear()
-        name = _of_statements[caching.key] = _only_connection(subject)
+        name = _of_statements[key] = _only_connection(subject)
     return name
 
 
@@ -272,8 +285,6 @@ def _tables_in(subject: Any) -> Iterator[Table | Sequence]:
 def _parts_of(element: Any) -> Iterable[Any]:
     if isinstance(element, ColumnClause):
         return () if element.table is None else (element.table,)
-    if isinstance(element, LambdaElement):
-        return (element._resolved,)
     if isinstance(element, BaseDDLElement):
         made = getattr(element, "element", None)
         return (getattr(made, "table", made),)  # an index or a constraint has one

@@ -98,7 +98,9 @@ def _with_other_driver(url: URL, others: dict[str, str]) -> URL:
 def dialect_of(url: URL, *, asynchronous: bool = False) -> type[Dialect] | str:
     """Return the dialect of a URL, or a sentence that says what is wrong with its driver, and what to install."""
     try:
-        dialect = url.get_dialect(_is_async=asynchronous)
+        dialect = url.get_dialect()
+        if asynchronous:
+            dialect = dialect.get_async_dialect_cls(url)
     except (ArgumentError, ImportError):  # NoSuchModuleError is an ArgumentError
         return "names a dialect that SQLAlchemy does not have. Check the spelling, or pip install the package of the dialect."
     module, package = _PACKAGES.get(dialect.driver, ("", ""))

@@ -31,7 +31,7 @@ AsyncView = Callable[[Any], Awaitable[Any]]
 """Gives coroutines a connection that the driver for threads has made."""
 
 _INSTEAD = frozenset(
-    "dispatch _has_events connect do_begin do_commit do_rollback do_close do_terminate do_savepoint do_rollback_to_savepoint "
+    "dispatch connect do_begin do_commit do_rollback do_close do_terminate do_savepoint do_rollback_to_savepoint "
     "do_release_savepoint do_execute do_executemany do_execute_no_params connection_characteristics "
     "supports_server_side_cursors".split()
 ) | {SHARED}
