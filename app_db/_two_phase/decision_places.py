@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from app_db._compat.os import after_fork_in_child
+from app_db._databases.containers import Container
 from app_db._databases.engines import build_engine
 from app_db._databases.prepare_verbs import PrepareVerbs
 from app_db._databases.registry import database_of
@@ -166,13 +167,7 @@ def _forget_parents_locks() -> None:
 after_fork_in_child(_forget_parents_locks)
 
 
-class _Container(Protocol):
-    providers: Any
-
-    def settings(self) -> Any: ...
-
-
-def build_decision_places(container: _Container) -> DecisionPlaces:
+def build_decision_places(container: Container) -> DecisionPlaces:
     """Return the places where the decisions of a container's units can be."""
 
     def engine(name: str) -> Engine | None:

@@ -17,8 +17,9 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from app_db._databases.containers import Container
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.decisions import Decision, DecisionLog, Verdict
@@ -378,10 +379,6 @@ def _noting(subject: str, unreachable: dict[str, str] | None) -> Generator[None]
         unreachable[subject] = in_one_line(error)
 
 
-class _Container(Protocol):
-    def settings(self) -> DatabaseSettings: ...
-
-
-def build_recovery(container: _Container, places: DecisionPlaces) -> Recovery:
+def build_recovery(container: Container, places: DecisionPlaces) -> Recovery:
     """Return the recovery of a container's connections, with the settings as they stand now."""
     return Recovery(container.settings, places)

@@ -35,7 +35,9 @@ from app_db.errors import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Engine
+
+    from app_db._databases.database import Terms
 
 log = logging.getLogger("app_db")
 
@@ -44,8 +46,9 @@ R = TypeVar("R")
 
 
 class Rehearsal(Protocol):
-    """What committing asks of an isolated test."""
+    """What a unit of work asks of an isolated test, in which it only seems to commit."""
 
+    def engine_for_unit(self, engine: Engine, terms: Terms) -> Engine: ...
     def check_commit(self, connection: Connection) -> None: ...
 
 

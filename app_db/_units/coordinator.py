@@ -11,19 +11,20 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import ReferenceType, ref
 
 from sqlalchemy.exc import PendingRollbackError
 from transaction.interfaces import IRetryDataManager, ISavepointDataManager
 from zope.interface import implementer
 
+from app_db._databases.containers import Container
 from app_db._databases.database import NEVER
 from app_db._liveness import always
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.xids import Xid, new_unit_id
 from app_db._units.branches import Branch, BranchOffLoop, position
-from app_db._units.commit import commit_branches, commit_or_log, flush_for_good, unpreparable
+from app_db._units.commit import Rehearsal, commit_branches, commit_or_log, flush_for_good, unpreparable
 from app_db._units.manager import retryable
 from app_db._units.overlays import OverlaidSession, Overlay
 from app_db.errors import (
@@ -35,11 +36,9 @@ from app_db.errors import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.pool import PoolProxiedConnection
     from transaction import Transaction
 
-    from app_db._databases.database import Terms
     from app_db._two_phase.decisions import DecisionLog
     from app_db._units.hooks import CapturedHooks, Hooks
     from app_db._units.manager import AwaitedTransaction
@@ -443,13 +442,6 @@ class WorkSavepoint:
             del savepoints[savepoints.index(self) + 1 :]
 
 
-class Rehearsal(Protocol):
-    """What a unit of work asks of an isolated test, in which it only seems to commit."""
-
-    def engine_for_unit(self, engine: Engine, terms: Terms) -> Engine: ...
-    def check_commit(self, connection: Connection) -> None: ...
-
-
 class Coordinator:
     """Finds, under any zope transaction manager, the `Work` of the unit that is under way."""
 
@@ -484,12 +476,7 @@ class Coordinator:
         return work
 
 
-class _Container(Protocol):
-    def transaction_manager(self) -> Any: ...
-    def settings(self) -> Any: ...
-
-
-def build_coordinator(container: _Container, places: Callable[[], DecisionPlaces]) -> Coordinator:
+def build_coordinator(container: Container, places: Callable[[], DecisionPlaces]) -> Coordinator:
     """Return the coordinator of a container. The container's settings are asked when they matter, so they may change."""
     return Coordinator(
         container.transaction_manager(),

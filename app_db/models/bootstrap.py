@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
 
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from app_db._databases.containers import Container
 from app_db.errors import InvalidUse
 from app_db.models.reflection import connections_in
 from app_db.models.schema import create_all, create_bootstrap_table, steps, writable
@@ -19,20 +19,12 @@ _ATTEMPTS = 10
 """Whoever comes second waits for the first one, and SQLite and MariaDB give up waiting after a while."""
 
 
-class _Container(Protocol):
-    core: Any
-    providers: Any
-
-    def settings(self) -> Any: ...
-    def transaction(self, *args: Any, **options: Any) -> Any: ...
-
-
 class _DoneBefore(Exception):
     """Ends the unit of work of whoever comes second."""
 
 
 def bootstrap(
-    container: _Container, callback: Callable[[], object] | None = None, *, on: str | None = None, step: str = "bootstrap"
+    container: Container, callback: Callable[[], object] | None = None, *, on: str | None = None, step: str = "bootstrap"
 ) -> bool:
     """Make the tables, and call `callback` in a unit of work, once: return whether that was now.
 
@@ -59,7 +51,7 @@ def bootstrap(
 
 
 async def async_bootstrap(
-    container: _Container, callback: Callable[[], Awaitable[object]], *, on: str | None = None, step: str = "bootstrap"
+    container: Container, callback: Callable[[], Awaitable[object]], *, on: str | None = None, step: str = "bootstrap"
 ) -> bool:
     """Do what `bootstrap` does with a coroutine function. The tables are made in a thread, by the drivers of threads."""
     if not inspect.iscoroutinefunction(callback):
@@ -89,7 +81,7 @@ def _claim(session: Session, step: str) -> None:
         raise _DoneBefore from None
 
 
-def _place(container: _Container, on: str | None) -> str:
+def _place(container: Container, on: str | None) -> str:
     """Return the connection that remembers what was done, with a table for that."""
     place = _usual_place(container) if on is None else on
     writable(container, [place])
@@ -102,7 +94,7 @@ def _place(container: _Container, on: str | None) -> str:
     return place
 
 
-def _usual_place(container: _Container) -> str:
+def _usual_place(container: Container) -> str:
     if "writer" in connections_in(container):
         return "writer"
     candidates = [name for name in writable(container, ()) if container.settings().connection(name).transactional]

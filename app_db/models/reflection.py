@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import Connection, Inspector, MetaData, Table, inspect
 from sqlalchemy.engine.reflection import ObjectKind
 from sqlalchemy.ext.declarative import DeferredReflection
 
 from app_db._compat.os import after_fork_in_child
+from app_db._databases.containers import Container
 from app_db._databases.registry import database_of
 from app_db.errors import CannotReflect, UnknownConnection, UnknownTable, Unreflectable
 from app_db.models.bases import CONNECTION, REFLECTED, Reflected, note_reflected, unreflected_models
-
-
-class _Container(Protocol):
-    providers: Any
-
-    def settings(self) -> Any: ...
 
 
 class _Looking:
@@ -36,7 +31,7 @@ _reflecting = Lock()
 """Models are the process's, whoever has them filled."""
 
 
-def connections_in(container: _Container, names: Iterable[str] = ()) -> list[str]:
+def connections_in(container: Container, names: Iterable[str] = ()) -> list[str]:
     """Return the connections that a container declares, or of these the ones that were asked for by name."""
     declared = sorted(name.removesuffix("_sessionmaker") for name in container.providers if name.endswith("_sessionmaker"))
     declared = [name for name in declared if name in container.providers]
@@ -47,7 +42,7 @@ def connections_in(container: _Container, names: Iterable[str] = ()) -> list[str
 
 
 @contextmanager
-def _looking_at(container: _Container, name: str) -> Generator[Connection]:
+def _looking_at(container: Container, name: str) -> Generator[Connection]:
     engine = container.providers[f"{name}_engine"]()
     settings = container.settings().connection(name)
     with database_of(engine.dialect.name).engine_for_unit(engine, settings, _LOOKING).connect() as connection:
@@ -57,7 +52,7 @@ def _looking_at(container: _Container, name: str) -> Generator[Connection]:
 # ---- models -----------------------------------------------------------------------------------------------------------
 
 
-def reflect(container: _Container, *names: str) -> None:
+def reflect(container: Container, *names: str) -> None:
     """Fill the reflected models of the container's connections, or of those named, from their databases.
 
     Each model is filled once in a process, by whichever container comes first; when all are, nothing connects. Threads that ask
@@ -73,7 +68,7 @@ def reflect(container: _Container, *names: str) -> None:
         raise CannotReflect(problems)
 
 
-def _fill(container: _Container, name: str) -> list[Unreflectable]:
+def _fill(container: Container, name: str) -> list[Unreflectable]:
     models = unreflected_models(name)  # asked again, because another thread may have done it meanwhile
     if not models:
         return []
@@ -173,7 +168,7 @@ class ReflectedSchema(Mapping[str, Table]):
         return f"<{len(self)} tables of {self.connection!r}>"
 
 
-def reflect_schema(container: _Container, name: str, schema: str | None = None) -> ReflectedSchema:
+def reflect_schema(container: Container, name: str, schema: str | None = None) -> ReflectedSchema:
     """Read all tables and views of a connection's schema, its default one unless said otherwise, and return them by name.
 
     They are Tables, with primary key or without, which belong to the connection and to a MetaData of their own.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import Column, Connection, DateTime, Engine, MetaData, String, Table, func
 from sqlalchemy.exc import DBAPIError
 from transaction.interfaces import NoTransaction
 
+from app_db._databases.containers import Container
 from app_db._databases.registry import database_of
 from app_db._units.manager import retryable
 from app_db.errors import InvalidUse, UnitOfWorkError
@@ -25,14 +26,7 @@ _ATTEMPTS = 10
 """SQLite waits for others for a while only."""
 
 
-class _Container(Protocol):
-    core: Any
-    providers: Any
-
-    def settings(self) -> Any: ...
-
-
-def create_all(container: _Container, *names: str) -> None:
+def create_all(container: Container, *names: str) -> None:
     """Make the tables of `metadata_of(name)` that are not there yet, for all the container's connections or those named.
 
     Read-only connections and mirrors are passed over, and refused when they are named. Reflected tables are left alone. Nothing
@@ -42,7 +36,7 @@ def create_all(container: _Container, *names: str) -> None:
         _change(container, name, own_tables(name), MetaData.create_all)
 
 
-def drop_all(container: _Container, *names: str) -> None:
+def drop_all(container: Container, *names: str) -> None:
     """Drop the tables that `create_all` makes, with all that is in them, and what is remembered there of a bootstrap."""
     for name in reversed(writable(container, names)):
         _change(container, name, [*own_tables(name), steps()], MetaData.drop_all)
@@ -61,7 +55,7 @@ def steps() -> Table:
     )
 
 
-def create_bootstrap_table(container: _Container, name: str) -> None:
+def create_bootstrap_table(container: Container, name: str) -> None:
     """Make the table `steps` unless it is there."""
     _change(container, name, [steps()], MetaData.create_all)
 
@@ -71,7 +65,7 @@ def own_tables(name: str) -> list[Table]:
     return [table for table in metadata_of(name).tables.values() if not table.info.get(REFLECTED)]
 
 
-def writable(container: _Container, names: Iterable[str]) -> list[str]:
+def writable(container: Container, names: Iterable[str]) -> list[str]:
     """Return the connections whose tables can be made. Raises InvalidUse if one of `names` is a mirror or read-only."""
     asked = tuple(names)
     found = connections_in(container, asked)
@@ -93,7 +87,7 @@ def _obstacle(settings: Any, name: str) -> str:
     return f"it is read-only ({variable_for(('connections', name, 'read_only'))})" if used.read_only else ""
 
 
-def _change(container: _Container, name: str, tables: list[Table], verb: Callable[..., None]) -> None:
+def _change(container: Container, name: str, tables: list[Table], verb: Callable[..., None]) -> None:
     """Create or drop tables of a connection, alone among all processes that do."""
     if not tables:
         return
@@ -107,13 +101,13 @@ def _change(container: _Container, name: str, tables: list[Table], verb: Callabl
                 raise
 
 
-def _change_once(container: _Container, name: str, tables: list[Table], verb: Callable[..., None]) -> None:
+def _change_once(container: Container, name: str, tables: list[Table], verb: Callable[..., None]) -> None:
     with _changing(container.providers[f"{name}_engine"]()) as connection:
         for metadata in {table.metadata: None for table in tables}:
             verb(metadata, connection, tables=[table for table in tables if table.metadata is metadata])
 
 
-def _refuse_inside_unit(container: _Container, name: str) -> None:
+def _refuse_inside_unit(container: Container, name: str) -> None:
     """Raise where the change would wait for the locks of the unit that waits for it."""
     try:
         work = container.core.coordinator().get()
