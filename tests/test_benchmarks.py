@@ -69,7 +69,7 @@ def check_tables(printed: str, *, at_least: int) -> list[list[list[str]]]:
     return tables
 
 
-@pytest.mark.representative("threads", "routing", "isolation", "building")
+@pytest.mark.representative("routing", "isolation")
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "units"])
 def test_a_benchmark_prints_whole_tables(name: str, postgres: object) -> None:
     """`postgres` is asked for only so that this is skipped where PostgreSQL is missing."""

@@ -286,14 +286,21 @@ def as_it_is(path: Path) -> dict[str, bytes]:
     return {each.name: each.read_bytes() for each in path.parent.iterdir() if not each.name.endswith("-shm")}
 
 
-@pytest.mark.parametrize("where", ["header", "first page", "table", "everything"])
+@pytest.mark.parametrize("where", ["header", "first page", "table", "a key", "everything"])
 def test_a_damaged_file_is_an_error_that_says_what_to_do_and_stays_as_it_is(path: Path, where: str) -> None:
-    filled(path, 200)
+    units = filled(path, 200)[1]
     gc.collect()  # which closes it
     content = path.read_bytes()
-    places = {"header": (0, 16), "first page": (100, 500), "table": (4096, 3 * 4096), "everything": (0, len(content))}
+    key = content.index(units[7].encode())  # in the index: the decision would not be found there, and be taken for none
+    places = {
+        "header": (0, 16),
+        "first page": (100, 500),
+        "table": (4096, 3 * 4096),
+        "a key": (key, key + 1),
+        "everything": (0, len(content)),
+    }
     start, end = places[where]
-    path.write_bytes(content[:start] + b"\xa5" * (end - start) + content[end:])
+    path.write_bytes(content[:start] + b"!" * (end - start) + content[end:])
     before = path.read_bytes()
     uses: list[Callable[[FileLog], object]] = [
         lambda log: log.id,
@@ -413,6 +420,22 @@ def test_a_decision_into_a_file_that_was_deleted_meanwhile_is_in_doubt(path: Pat
     assert log.decide(unit, ABORT, []) is COMMIT, "the file says what became of it"
 
 
+def test_a_file_that_is_moved_while_a_decision_waits_for_it_is_noticed_before_it_is_written(path: Path) -> None:
+    log, _ = filled(path)
+    unit, kept = new_unit_id(log.id), path.parent / "kept"
+    with plain(path) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("BEGIN IMMEDIATE")
+        waiting = pool.submit(log.decide, unit, COMMIT, [])
+        time.sleep(0.1)
+        path.rename(kept)
+        other.execute("COMMIT")
+        with pytest.raises(DecisionFileUnusable) as caught:
+            waiting.result(20)
+        assert caught.value.undecided
+        kept.rename(path)
+    assert log.find(unit) is None
+
+
 def test_a_decision_whose_write_failed_is_in_doubt_until_the_file_is_asked_again(path: Path) -> None:
     log, _ = filled(path)
     unit, limits = new_unit_id(log.id), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -441,8 +464,38 @@ def test_a_process_does_not_take_another_log_for_its_own(path: Path) -> None:
     assert log.id == own
 
 
+def test_a_thread_that_gives_up_while_its_decision_is_written_does_not_know_what_became_of_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, _ = filled(path)
+    units, under_way, go_on = [new_unit_id(log.id) for _ in "ab"], threading.Event(), threading.Event()
+
+    def wait() -> None:
+        under_way.set()
+        go_on.wait(20)
+
+    with plain(path) as other, before_commit(monkeypatch, wait), ThreadPoolExecutor(2) as pool:
+        other.execute("BEGIN IMMEDIATE")
+        log._lock_wait = 5.0
+        leader = pool.submit(log.decide, units[0], COMMIT, [])
+        while not log._waiting:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        log._lock_wait = 0.3
+        follower = pool.submit(log.decide, units[1], COMMIT, [])
+        time.sleep(0.05)
+        other.execute("COMMIT")
+        assert under_way.wait(20)
+        with pytest.raises(DecisionFileUnusable) as caught:
+            follower.result(20)
+        go_on.set()
+        assert leader.result(20) is COMMIT
+    assert not caught.value.undecided
+    assert log.decide(units[1], ABORT, []) is COMMIT
+
+
 def test_a_connection_to_a_file_that_was_replaced_does_not_delete_the_wal_of_the_new_one(path: Path) -> None:
-    """SQLite deletes it by its name when the last connection to a file is closed."""
+    """SQLite deletes a -wal by its name when the last connection is closed, but looks whether the file has moved."""
     log, _ = filled(path)
     for suffix in ("", "-wal", "-shm"):
         beside(path, suffix).unlink()
@@ -640,6 +693,29 @@ def test_an_interruption_at_any_line_of_a_decision_damages_nothing(tmp_path: Pat
         if number > 1 and not interrupter.where and not number % 2:
             assert stands is COMMIT
             return
+
+
+def test_an_interruption_of_cleaning_up_after_one_keeps_no_other_process_waiting(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, other = FileLog(path), FileLog(path, lock_wait=1.0)
+    unit = new_unit_id(other.id)
+    assert log.id
+    real, interruptions = _Database.roll_back, [KeyboardInterrupt]
+
+    def roll_back(database: _Database) -> None:
+        if database._connection.in_transaction and interruptions:
+            raise interruptions.pop()
+        real(database)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with before_commit(monkeypatch, interrupt), monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(_Database, "roll_back", roll_back)
+        log.decide(unit, COMMIT, [])
+    assert not interruptions
+    assert other.decide(unit, ABORT, []) is ABORT
 
 
 @pytest.mark.parametrize("number", range(1, 200, 13))

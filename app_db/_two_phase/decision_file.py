@@ -188,20 +188,15 @@ class _Turn(WithBlock):
 
     def __enter__(self) -> bool:
         self._user = self.liveness_to_enter()
-        self._user.torn = self
         is_ours = self._log._threads.try_to_take(self._user)
         if is_ours:
             self._log.roll_back()
         return is_ours
 
     def _leave(self, error: BaseException | None) -> None:
+        if error is not None and self._log._threads.is_held_by(self._user):
+            self._log.roll_back()  # other processes wait
         self._log._threads.leave(self._user)
-        self._user.torn = None
-
-    def torn_down(self) -> None:
-        """Let other processes have the file, unless another thread has it by now."""
-        with _Turn(self._log):
-            pass
 
 
 class _Waiting:
@@ -245,7 +240,7 @@ class _Database:
         except BaseException:
             self._connection.close()
             raise
-        self._finalizer = weakref.finalize(self, _close, self._connection, self._files)
+        self._finalizer = weakref.finalize(self, self._connection.close)
 
     def read(self, statement: str, give_up: float) -> list[Any]:
         """Return the rows of a statement. They are on disk."""
@@ -299,9 +294,11 @@ class _Database:
             raise _moved(self._path, undecided=not self._in_commit)
 
     def leave_open(self) -> None:
-        """Never close the connection."""
+        """Never close the connection, not even when Python ends: it gets a reference that nothing takes away."""
+        from ctypes import py_object, pythonapi
+
         self._finalizer.detach()
-        _leave_open(self._connection)
+        pythonapi.Py_IncRef(py_object(self._connection))
 
     # -- opening
 
@@ -496,21 +493,7 @@ def _moved(path: Path, *, undecided: bool = True) -> DecisionFileUnusable:
     )
 
 
-# ---- connections that must not be closed ----------------------------------------------------------------------------------
-
-
-def _close(connection: sqlite3.Connection, files: dict[str, _Identity]) -> None:
-    if _are_in_place(files):
-        connection.close()
-    else:
-        _leave_open(connection)  # closing deletes the -wal by its name, which may be that of another file by now
-
-
-def _leave_open(connection: sqlite3.Connection) -> None:
-    """Keep a connection from being closed, also when Python ends: it gets a reference that nothing takes away."""
-    from ctypes import py_object, pythonapi
-
-    pythonapi.Py_IncRef(py_object(connection))
+# ---- forked children ---------------------------------------------------------------------------------------------------------
 
 
 _logs: weakref.WeakSet[FileLog] = weakref.WeakSet()
