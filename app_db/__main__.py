@@ -2,6 +2,6 @@
 
 import sys
 
-from app_db.cli.commands import main
+from app_db.cli._commands import main
 
 sys.exit(main())

@@ -25,12 +25,12 @@ from app_db._units.manager import ContextTransactionManager
 from app_db._units.transactions import Transaction, build_transaction, build_unit
 from app_db._units.unit_of_work import UnitOfWork
 from app_db.errors import InvalidUse, UnknownConnection, UnknownModel
-from app_db.models.bases import connection_of, described
-from app_db.models.bootstrap import async_bootstrap, bootstrap
-from app_db.models.reflection import ReflectedSchema, connections_in, reflect, reflect_schema
-from app_db.models.schema import create_all, drop_all
+from app_db.models._bases import connection_of, described
+from app_db.models._bootstrap import async_bootstrap, bootstrap
+from app_db.models._reflection import ReflectedSchema, connections_in, reflect, reflect_schema
+from app_db.models._schema import create_all, drop_all
 from app_db.settings import DatabaseSettings, SessionSettings
-from app_db.settings.urls import require_greenlet
+from app_db.settings._urls import require_greenlet
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     DeclarativeMeta = type
 else:
     from dependency_injector.containers import DeclarativeContainerMetaClass as DeclarativeMeta
+
+__all__ = ["Connection", "ConnectionContainer", "Container", "DatabaseContainer", "container_of"]
 
 KINDS = (
     "engine",
@@ -322,7 +324,7 @@ def _current_async_routing_session(scoped: async_scoped_session[AsyncRoutingSess
 # ---- what an application subclasses -----------------------------------------------------------------------------------
 
 
-class CoreContainer(containers.DeclarativeContainer):
+class _CoreContainer(containers.DeclarativeContainer):
     """What a database container has for itself: no application needs these providers."""
 
     database_container: providers.Object[Any] = providers.Object(None)
@@ -335,7 +337,7 @@ class CoreContainer(containers.DeclarativeContainer):
     async_routing = Held(StateHolder.get, holder, "async_routing", "async_session", _build_async_routing)
 
 
-class DatabaseContainerMeta(DeclarativeMeta):
+class _DatabaseContainerMeta(DeclarativeMeta):
     """Gives a container class the flat names, `Container.writer_session`, and a clear error for those it has not."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any], **arguments: Any) -> Any:
@@ -352,7 +354,7 @@ class DatabaseContainerMeta(DeclarativeMeta):
         raise _unknown(name, getattr(cls, "providers", ()))
 
 
-class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseContainerMeta):
+class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseContainerMeta):
     """What an application subclasses, with a `Connection()` for every database.
 
     `settings` come from the environment, unless an instance is given others. `transaction` makes a unit of work for `with`,
@@ -364,7 +366,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=DatabaseConta
 
     instance_type = _DatabaseInstance
 
-    core: type[CoreContainer] = cast("Any", providers.Container(CoreContainer))
+    core: type[_CoreContainer] = cast("Any", providers.Container(_CoreContainer))
     settings: providers.Provider[DatabaseSettings] = Held(StateHolder.get, core.holder, "settings", "", _build_settings)
     transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
     recovery: providers.Provider[Recovery] = providers.Factory(build_recovery, core.database_container, core.decision_places)

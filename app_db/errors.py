@@ -10,34 +10,63 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import ClassVar
 
 from transaction.interfaces import AlreadyInTransaction, DoomedTransaction, NoTransaction, TransientError
 
+from app_db._wording import did_you_mean
+
+__all__ = [
+    "AbortedByRecovery",
+    "AlreadyInUnitOfWork",
+    "AppDbError",
+    "AwaitRequired",
+    "CannotIsolate",
+    "CannotMakeDatabase",
+    "CannotReflect",
+    "CommitError",
+    "CommitUnconfirmed",
+    "ConnectionNotConfigured",
+    "ContradictorySettings",
+    "DecisionFileDamaged",
+    "DecisionFileFull",
+    "DecisionFileUnusable",
+    "ForeignUnitOfWork",
+    "HookFailed",
+    "InvalidUse",
+    "IsolationBroken",
+    "IsolationError",
+    "IsolationTimeout",
+    "NoUnitOfWork",
+    "NotAtomic",
+    "NotReflected",
+    "NotWired",
+    "NothingConfigured",
+    "OutcomeUnknown",
+    "PartialCommit",
+    "Problem",
+    "ReadOnlyViolation",
+    "ReplicaUnavailable",
+    "SessionIsManaged",
+    "SettingsError",
+    "SpansDatabases",
+    "TransactionLost",
+    "TwoPhaseUnavailable",
+    "UnitOfWorkDoomed",
+    "UnitOfWorkEnded",
+    "UnitOfWorkError",
+    "UnitOfWorkInUse",
+    "UnitOfWorkTimeout",
+    "UnknownConnection",
+    "UnknownModel",
+    "UnknownTable",
+    "UnknownVariable",
+    "Unreflectable",
+]
+
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` when a known name is close to `name`, else an empty string."""
-    close = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def in_one_line(error: BaseException) -> str:
-    """Return what a report says of an error: its kind, and the first line of what the driver or the system said."""
-    cause = getattr(error, "orig", None) or error
-    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0].rstrip('.')}"
-
-
-def code_of(error: BaseException) -> object:
-    """Return PostgreSQL's SQLSTATE or MySQL's number of an error, the driver's or SQLAlchemy's around it."""
-    original: BaseException = getattr(error, "orig", None) or error
-    if original.args and isinstance(original.args[0], int):
-        return original.args[0]
-    return getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
 
 
 class AppDbError(Exception):

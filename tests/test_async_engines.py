@@ -29,7 +29,7 @@ from app_db import ConnectionSettings, Container, DatabaseSettings, PoolSettings
 from app_db._databases.disposal import begin_to_retire, wait_outside
 from app_db._databases.engines import build_async_engine, build_engine
 from app_db.errors import InvalidUse, SettingsError
-from app_db.settings.urls import for_coroutines, for_threads
+from app_db.settings._urls import for_coroutines, for_threads
 from choosing import mostly
 from proxies import Proxy
 from servers import MariaDBServer, PostgresServer
@@ -147,7 +147,7 @@ def test_drivers_that_are_not_installed_here_have_their_counterparts(named: str,
 
 def test_a_missing_driver_says_what_to_install_when_the_engine_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     container: Any = Container(settings=settings_of("sqlite://"))
-    monkeypatch.setattr("app_db.settings.urls.find_spec", lambda module: None)
+    monkeypatch.setattr("app_db.settings._urls.find_spec", lambda module: None)
     variable = "APP_DB_CONNECTIONS__WRITER__URL"
     with pytest.raises(
         SettingsError, match=rf"{variable}: needs a driver that is not installed: pip install 'app-db\[asyncio\]'"
@@ -162,14 +162,14 @@ def test_a_missing_driver_says_what_to_install_when_the_engine_is_asked_for(monk
     ("url", "extra"), [("postgresql+psycopg2://h/d", "asyncpg"), ("mysql+pymysql://h/d", "asyncmy"), ("sqlite://", "asyncio")]
 )
 def test_a_missing_driver_is_named_by_its_extra(url: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from app_db.settings.urls import dialect_of
+    from app_db.settings._urls import dialect_of
 
-    monkeypatch.setattr("app_db.settings.urls.find_spec", lambda module: None)
+    monkeypatch.setattr("app_db.settings._urls.find_spec", lambda module: None)
     assert f"pip install 'app-db[{extra}]'" in str(dialect_of(for_coroutines(make_url(url))))
 
 
 def test_a_driver_that_coroutines_cannot_use_is_refused_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app_db.settings.urls._FOR_COROUTINES", {})
+    monkeypatch.setattr("app_db.settings._urls._FOR_COROUTINES", {})
     with pytest.raises(SettingsError, match=r"__URL: names the driver pymysql, which coroutines can't use\. Name one"):
         build_async_engine("writer", settings_of("mysql://h/d"))
     with pytest.raises(SettingsError, match="__DRIVER: names the driver pymysql"):

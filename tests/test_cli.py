@@ -14,7 +14,7 @@ import commands
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.recovery import BranchInDoubt, BranchState, Settlement, UnitInDoubt
 from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
-from app_db.cli import commands as cli
+from app_db.cli import _commands as cli
 from crashing import Zygote, variables
 from servers import PASSWORD, PostgresServer, Server
 from stranded import Scene, stranded

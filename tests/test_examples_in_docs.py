@@ -35,7 +35,7 @@ from typing import Any
 
 import pytest
 
-from app_db.models import bases as models
+from app_db.models import _bases as models
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

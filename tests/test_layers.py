@@ -24,6 +24,7 @@ PACKAGE = ROOT / "app_db"
 PLUGIN = ROOT / "pytest_app_db.py"
 
 ROOMS = (
+    ("_wording",),
     ("errors", "_compat"),
     ("_liveness",),
     ("settings",),
@@ -283,7 +284,7 @@ def _listed(module: ModuleType) -> list[str]:
         ("_databases.engines", "if TYPE_CHECKING:\n    from app_db import _units", "upward, from _databases to _units"),
         ("_databases.engines", "importlib.import_module('app_db._two_phase.recovery')", "upward, from _databases to _two_phase"),
         ("_compat.os", "import app_db.errors", "sideways, from _compat to errors"),
-        ("testing.isolation", "from .. import migrations", "sideways, from testing to migrations"),
+        ("testing._isolation", "from .. import migrations", "sideways, from testing to migrations"),
         ("container", "from app_db import Connection", "only the rooms above the container read the root"),
         ("__init__", "from app_db.cli import main", "the root lists nothing of the rooms above the container"),
         ("_databases.engines", "from ..settings import ConnectionSettings", ""),

@@ -68,6 +68,13 @@ def test_the_root_fits_on_a_page() -> None:
     assert 12 <= len(names) <= 25, "the root is a table of contents: what only some need is imported from its module"
 
 
+def test_every_public_module_lists_its_names() -> None:
+    """A module is public if no part of its path begins with an underscore."""
+    public = [path for path in MODULES if not any(part.startswith("_") and part != "__init__.py" for part in path.parts)]
+    assert len(public) > 5
+    assert [str(path) for path in public if listed(parse(path)) is None] == []
+
+
 def test_the_root_exports_exist() -> None:
     import app_db
 

@@ -337,7 +337,7 @@ def test_an_unknown_dialect_is_a_problem(environment: Set) -> None:
 def test_a_driver_that_is_not_installed_is_a_problem_that_says_what_to_install(
     environment: Set, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app_db.settings.urls.find_spec", lambda module: None)
+    monkeypatch.setattr("app_db.settings._urls.find_spec", lambda module: None)
     environment(WRITER__URL=f"postgresql://u:{SECRET}@h/db", WRITER__TWO_PHASE="yes", LOG__URL="sqlite:///l.db")
     assert "pip install 'psycopg[binary]'" in refused()["APP_DB_CONNECTIONS__WRITER__URL"]
 

@@ -25,7 +25,7 @@ from app_db._databases.exchange import Exchange, exchange
 from app_db._two_phase.decisions import Decision
 from app_db._two_phase.recovery import Settlement
 from app_db._two_phase.xids import Xid
-from app_db.settings.urls import for_threads
+from app_db.settings._urls import for_threads
 from applications import Application, Base, Settings
 from servers import MariaDBServer, PostgresServer
 

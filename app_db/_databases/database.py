@@ -252,3 +252,11 @@ def execute(dbapi_connection: Any, *statements: str) -> None:
 def quoted(connection: Connection, name: str) -> str:
     """Return a name as an identifier of the connection's database."""
     return connection.dialect.identifier_preparer.quote_identifier(name)
+
+
+def code_of(error: BaseException) -> object:
+    """Return PostgreSQL's SQLSTATE or MySQL's number of an error, the driver's or SQLAlchemy's around it."""
+    original: BaseException = getattr(error, "orig", None) or error
+    if original.args and isinstance(original.args[0], int):
+        return original.args[0]
+    return getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)

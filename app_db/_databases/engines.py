@@ -23,7 +23,7 @@ from app_db._databases.database import Database
 from app_db._databases.disposal import retired, settle
 from app_db._databases.registry import database_of
 from app_db.errors import Problem, SettingsError
-from app_db.settings.urls import dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
+from app_db.settings._urls import dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
-from app_db._databases.database import NEVER, Connected, Database, driver_of, execute, milliseconds, quoted
+from app_db._databases.database import NEVER, Connected, Database, code_of, driver_of, execute, milliseconds, quoted
 from app_db._databases.drivers.mysql_channels import AsyncmyChannel, PyMySQLChannel
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._databases.sharing_rules import SharingRules
-from app_db.errors import CannotIsolate, InvalidUse, code_of
+from app_db.errors import CannotIsolate, InvalidUse
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

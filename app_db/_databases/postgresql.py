@@ -13,11 +13,11 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
 from app_db._compat.psycopg import async_view as psycopg_async_view
-from app_db._databases.database import NEVER, Connected, Database, Terms, driver_of, execute, milliseconds, quoted
+from app_db._databases.database import NEVER, Connected, Database, Terms, code_of, driver_of, execute, milliseconds, quoted
 from app_db._databases.drivers.postgresql_channels import AsyncpgChannel, AsyncPsycopgChannel, PsycopgChannel
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._databases.sharing_rules import SharingRules, new_mark
-from app_db.errors import CannotIsolate, code_of
+from app_db.errors import CannotIsolate
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

@@ -22,7 +22,7 @@ from sqlalchemy.util.concurrency import await_only
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
 from app_db._databases.database import NEVER, Connected, Database, driver_of, execute, on_execute
 from app_db._databases.sharing_rules import SharingRules
-from app_db.settings.urls import is_memory
+from app_db.settings._urls import is_memory
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

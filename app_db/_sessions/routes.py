@@ -16,7 +16,7 @@ from sqlalchemy.util import LRUCache
 from app_db._compat.sqlalchemy import cache_key_of
 from app_db._databases.statements import Effect, effect_of, is_harmless
 from app_db.errors import InvalidUse, UnknownModel
-from app_db.models.bases import connection_of
+from app_db.models._bases import connection_of
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper

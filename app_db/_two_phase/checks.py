@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.decisions import DecisionLog, Verdict
 from app_db._two_phase.xids import new_unit_id
-from app_db.errors import Problem, TwoPhaseUnavailable, in_one_line
-from app_db.settings.sources import variable_for
+from app_db._wording import in_one_line
+from app_db.errors import Problem, TwoPhaseUnavailable
+from app_db.settings._sources import variable_for
 
 log = logging.getLogger("app_db")
 

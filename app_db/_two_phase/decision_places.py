@@ -20,7 +20,7 @@ from app_db._two_phase.decision_table import TableLog
 from app_db._two_phase.decisions import DecisionLog
 from app_db.errors import InvalidUse
 from app_db.settings import ConnectionSettings, DatabaseSettings
-from app_db.settings.databases import FILE
+from app_db.settings._database_settings import FILE
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL, Engine

@@ -24,7 +24,7 @@ from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.decisions import Decision, DecisionLog, Verdict
 from app_db._two_phase.xids import Xid, log_of
-from app_db.errors import in_one_line
+from app_db._wording import in_one_line
 from app_db.settings import DatabaseSettings
 
 if TYPE_CHECKING:

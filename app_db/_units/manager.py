@@ -29,7 +29,7 @@ from app_db._compat.transaction import TransactionManager, current_of, set_curre
 from app_db._databases.registry import is_transient
 from app_db._liveness import WithBlock, always, gone, tear_down
 from app_db.errors import AlreadyInUnitOfWork, AwaitRequired, ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded, UnitOfWorkError
-from app_db.settings.urls import require_greenlet
+from app_db.settings._urls import require_greenlet
 
 
 class _Process:

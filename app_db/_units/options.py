@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from app_db.errors import InvalidUse, did_you_mean
+from app_db._wording import did_you_mean
+from app_db.errors import InvalidUse
 
 
 class Propagation(StrEnum):

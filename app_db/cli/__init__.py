@@ -1,5 +1,5 @@
 """The command line, `app-db`."""
 
-from app_db.cli.commands import main
+from app_db.cli._commands import main
 
 __all__ = ["main"]

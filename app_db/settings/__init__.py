@@ -1,8 +1,8 @@
 """What the databases are, and where each setting comes from."""
 
-from app_db.settings.connections import ConnectionSettings, PoolSettings, SessionSettings
-from app_db.settings.databases import DatabaseSettings
-from app_db.settings.sources import Origin
+from app_db.settings._connection_settings import ConnectionSettings, PoolSettings, SessionSettings
+from app_db.settings._database_settings import DatabaseSettings
+from app_db.settings._sources import Origin
 
 __all__ = [
     "ConnectionSettings",

@@ -4,9 +4,9 @@ They are context managers, for every test runner. Under pytest they are fixtures
 """
 
 from app_db._units.hooks import CapturedHook, CapturedHooks
-from app_db.testing.isolation import Isolation
-from app_db.testing.row_counts import RowCounts
-from app_db.testing.switches import (
+from app_db.testing._isolation import Isolation
+from app_db.testing._row_counts import RowCounts
+from app_db.testing._switches import (
     IsolatedTestCase,
     captured_hooks,
     isolated,

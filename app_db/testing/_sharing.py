@@ -21,8 +21,9 @@ from app_db._databases.interruptions import interrupted
 from app_db._databases.registry import database_of
 from app_db._databases.sharing_rules import new_mark
 from app_db._databases.statements import Effect, effect_of
-from app_db.errors import CannotIsolate, in_one_line
-from app_db.testing.turns import Holder, OnTheWire, Turns, Wire
+from app_db._wording import in_one_line
+from app_db.errors import CannotIsolate
+from app_db.testing._turns import Holder, OnTheWire, Turns, Wire
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine

@@ -15,8 +15,9 @@ from typing import Any
 
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.recovery import GRACE, BranchInDoubt, BranchState, Settlement, UnitInDoubt
+from app_db._wording import in_one_line
 from app_db.container import DatabaseContainer, container_of
-from app_db.errors import AppDbError, in_one_line
+from app_db.errors import AppDbError
 from app_db.settings import DatabaseSettings
 
 EXIT_CODES = """\

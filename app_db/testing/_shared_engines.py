@@ -16,7 +16,7 @@ from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from app_db._compat.aiosqlite import is_view, leave_open
-from app_db.testing.sharing import SHARED, SHARER, SharedConnection, Sharer
+from app_db.testing._sharing import SHARED, SHARER, SharedConnection, Sharer
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

@@ -29,7 +29,7 @@ from sqlalchemy.sql.functions import next_value
 
 from app_db._compat.sqlalchemy import cache_key_of, when_unmapped
 from app_db.errors import InvalidUse, NotReflected, SpansDatabases, UnknownModel
-from app_db.settings.connections import CONNECTION_NAME_RULE, is_connection_name
+from app_db.settings._connection_settings import CONNECTION_NAME_RULE, is_connection_name
 
 CONNECTION = "app_db_connection"
 """The key in a MetaData's `info` under which the name of its connection stands."""

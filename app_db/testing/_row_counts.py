@@ -10,10 +10,11 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Engine, Table, inspect
 
 from app_db._databases.registry import database_of
+from app_db._wording import in_one_line
 from app_db.container import DatabaseContainer
-from app_db.errors import SettingsError, in_one_line
-from app_db.models.bases import metadata_of
-from app_db.testing.overrides import connections_of
+from app_db.errors import SettingsError
+from app_db.models._bases import metadata_of
+from app_db.testing._overrides import connections_of
 
 log = logging.getLogger("app_db")
 

@@ -15,9 +15,9 @@ from app_db._databases.containers import Container
 from app_db._databases.registry import database_of
 from app_db._units.manager import retryable
 from app_db.errors import InvalidUse, UnitOfWorkError
-from app_db.models.bases import REFLECTED, metadata_of
-from app_db.models.reflection import connections_in
-from app_db.settings.sources import variable_for
+from app_db.models._bases import REFLECTED, metadata_of
+from app_db.models._reflection import connections_in
+from app_db.settings._sources import variable_for
 
 LOCK = "app_db create_all"
 """What processes that change a schema wait for on a server."""

@@ -1,6 +1,6 @@
 """What the databases are: the settings of every connection, checked as a whole.
 
-Where they come from, and which source wins, is told in `app_db.settings.sources`. `DatabaseSettings` may also be a field of an
+Where they come from, and which source wins, is told in `app_db.settings._sources`. `DatabaseSettings` may also be a field of an
 application's own settings, and take values from variables of the application; errors name the variables of app_db then too:
 
     class Settings(BaseSettings):
@@ -21,22 +21,17 @@ from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy.engine import Dialect
 
-from app_db.errors import (
-    ConnectionNotConfigured,
-    ContradictorySettings,
-    NothingConfigured,
-    Problem,
-    did_you_mean,
-)
-from app_db.settings.connections import (
+from app_db._wording import did_you_mean
+from app_db.errors import ConnectionNotConfigured, ContradictorySettings, NothingConfigured, Problem
+from app_db.settings._connection_settings import (
     DATABASE_FIELDS,
     ConnectionSettings,
     contradiction,
     findings_of,
     matching,
 )
-from app_db.settings.sources import DELIMITER, PREFIX, Finding, Origin, Reading, variable_for
-from app_db.settings.urls import dialect_of, is_memory
+from app_db.settings._sources import DELIMITER, PREFIX, Finding, Origin, Reading, variable_for
+from app_db.settings._urls import dialect_of, is_memory
 
 _Application = Annotated[
     str, matching(r"[A-Za-z][A-Za-z0-9_-]{0,15}", "must begin with a letter and have at most 16 letters, digits, '_' or '-'")
@@ -52,8 +47,8 @@ FILE = "file:"
 class DatabaseSettings(BaseSettings):
     """All connections and what they have in common. Raises one SettingsError that lists everything wrong with them.
 
-    What isn't given is read from variables that begin with `APP_DB_`; `app_db.settings.sources` says where else, and which source
-    wins. `_env_file=` and `_secrets_dir=` name other places to read from than `.env` and none.
+    What isn't given is read from environment variables that begin with `APP_DB_`, from `.env`, and from a secrets directory.
+    `_env_file=` and `_secrets_dir=` name other places to read from than `.env` and none.
 
     >>> from app_db import DatabaseSettings
     >>> settings = DatabaseSettings(connections={"writer": {"url": "postgresql://shop:secret@db/shop"}})

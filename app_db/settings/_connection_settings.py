@@ -16,8 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Pr
 from sqlalchemy.engine import URL
 
 from app_db.errors import ContradictorySettings, Problem, SettingsError
-from app_db.settings.sources import Finding, Group, Reading, variable_for
-from app_db.settings.urls import (
+from app_db.settings._sources import Finding, Group, Reading, variable_for
+from app_db.settings._urls import (
     UNREADABLE_URL,
     URL_PARTS,
     dialect_of,

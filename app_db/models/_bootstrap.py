@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from app_db._databases.containers import Container
 from app_db.errors import InvalidUse
-from app_db.models.reflection import connections_in
-from app_db.models.schema import create_all, create_bootstrap_table, steps, writable
+from app_db.models._reflection import connections_in
+from app_db.models._schema import create_all, create_bootstrap_table, steps, writable
 
 _ATTEMPTS = 10
 """Whoever comes second waits for the first one, and SQLite and MariaDB give up waiting after a while."""

@@ -13,11 +13,12 @@ from sqlalchemy.exc import DBAPIError
 
 from app_db._databases.engines import build_engine
 from app_db._databases.registry import database_of
+from app_db._wording import in_one_line
 from app_db.container import DatabaseContainer
-from app_db.errors import CannotMakeDatabase, SettingsError, in_one_line
+from app_db.errors import CannotMakeDatabase, SettingsError
 from app_db.settings import ConnectionSettings, DatabaseSettings
-from app_db.settings.urls import is_memory
-from app_db.testing.overrides import Override, connections_of, with_url
+from app_db.settings._urls import is_memory
+from app_db.testing._overrides import Override, connections_of, with_url
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

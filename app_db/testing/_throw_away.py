@@ -11,9 +11,9 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
 from app_db.container import DatabaseContainer
-from app_db.models.schema import own_tables
+from app_db.models._schema import own_tables
 from app_db.settings import ConnectionSettings, DatabaseSettings, PoolSettings
-from app_db.testing.overrides import Override, declared, names_of, settings_of
+from app_db.testing._overrides import Override, declared, names_of, settings_of
 
 
 class ThrowAway(Override):

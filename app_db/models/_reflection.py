@@ -15,7 +15,7 @@ from app_db._compat.os import after_fork_in_child
 from app_db._databases.containers import Container
 from app_db._databases.registry import database_of
 from app_db.errors import CannotReflect, UnknownConnection, UnknownTable, Unreflectable
-from app_db.models.bases import CONNECTION, REFLECTED, Reflected, note_reflected, unreflected_models
+from app_db.models._bases import CONNECTION, REFLECTED, Reflected, note_reflected, unreflected_models
 
 
 class _Looking:

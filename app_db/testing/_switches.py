@@ -19,14 +19,15 @@ from sqlalchemy import Engine, Table, inspect
 from app_db._liveness import WithBlock
 from app_db._units.hooks import CapturedHooks
 from app_db._units.manager import current
+from app_db._wording import did_you_mean
 from app_db.container import Connection, DatabaseContainer
-from app_db.errors import ConnectionNotConfigured, InvalidUse, IsolationBroken, did_you_mean
-from app_db.models.schema import own_tables, writable
+from app_db.errors import ConnectionNotConfigured, InvalidUse, IsolationBroken
+from app_db.models._schema import own_tables, writable
 from app_db.settings import DatabaseSettings
-from app_db.testing.isolation import Isolated, Isolation
-from app_db.testing.overrides import Override
-from app_db.testing.throw_away import ThrowAway
-from app_db.testing.worker_databases import WorkerDatabases
+from app_db.testing._isolation import Isolated, Isolation
+from app_db.testing._overrides import Override
+from app_db.testing._throw_away import ThrowAway
+from app_db.testing._worker_databases import WorkerDatabases
 
 _log = logging.getLogger("app_db")
 
@@ -43,7 +44,7 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
     In a coroutine it is `async with`. Inside another one it undoes its own part only.
 
     >>> from app_db import Container, DatabaseSettings
-    >>> from app_db.testing.switches import isolated
+    >>> from app_db.testing._switches import isolated
     >>> from sqlalchemy import text
     >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
     >>> with container.transaction():
@@ -154,7 +155,7 @@ def overridden(container: DatabaseContainer, settings: DatabaseSettings | Mappin
     are used stays as it is. A wrong name or URL is a SettingsError, and changes nothing.
 
     >>> from app_db import Container, DatabaseSettings
-    >>> from app_db.testing.switches import overridden
+    >>> from app_db.testing._switches import overridden
     >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite:///shop.db"}}))
     >>> with overridden(container, {"writer": "sqlite:///other.db"}):
     ...     container.writer_engine().url.database
@@ -177,7 +178,7 @@ def sqlite(container: DatabaseContainer) -> Override:
     said to a driver or about connections that idle, are left out.
 
     >>> from app_db import Container, DatabaseSettings
-    >>> from app_db.testing.switches import sqlite
+    >>> from app_db.testing._switches import sqlite
     >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "postgresql://shop@db/shop"}}))
     >>> with sqlite(container):
     ...     container.writer_engine().name
@@ -226,7 +227,7 @@ def captured_hooks(container: DatabaseContainer) -> Generator[CapturedHooks]:
     and `await run_awaited()` does in coroutines.
 
     >>> from app_db import Container, DatabaseSettings
-    >>> from app_db.testing.switches import captured_hooks
+    >>> from app_db.testing._switches import captured_hooks
     >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
     >>> told = []
     >>> with captured_hooks(container) as hooks, container.transaction() as unit:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, TypeGuard, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource
 
-from app_db.errors import Problem, SettingsError, UnknownVariable, did_you_mean
-from app_db.settings.urls import MASK, URL_PARTS, is_object, is_secret, shown
+from app_db._wording import did_you_mean
+from app_db.errors import Problem, SettingsError, UnknownVariable
+from app_db.settings._urls import MASK, URL_PARTS, is_object, is_secret, shown
 
 PREFIX = "APP_DB_"
 DELIMITER = "__"

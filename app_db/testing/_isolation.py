@@ -18,10 +18,10 @@ from app_db._compat.asyncio import running_loop
 from app_db._databases.registry import database_of
 from app_db._units.manager import current
 from app_db.errors import CannotIsolate, InvalidUse
-from app_db.settings.urls import for_coroutines, for_threads
-from app_db.testing.shared_engines import READ_ONLY, async_sharing_engine, sharing_engine
-from app_db.testing.sharing import SharedConnection, shared_by
-from app_db.testing.turns import Turns
+from app_db.settings._urls import for_coroutines, for_threads
+from app_db.testing._shared_engines import READ_ONLY, async_sharing_engine, sharing_engine
+from app_db.testing._sharing import SharedConnection, shared_by
+from app_db.testing._turns import Turns
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

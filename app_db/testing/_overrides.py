@@ -10,11 +10,12 @@ from dependency_injector import providers
 
 from app_db._sessions.state import MAKING, State
 from app_db._units.commit import Rehearsal
+from app_db._wording import did_you_mean
 from app_db.container import KINDS, Connection, DatabaseContainer
-from app_db.errors import InvalidUse, NothingConfigured, Problem, SettingsError, did_you_mean
+from app_db.errors import InvalidUse, NothingConfigured, Problem, SettingsError
 from app_db.settings import ConnectionSettings, DatabaseSettings
-from app_db.settings.sources import variable_for
-from app_db.settings.urls import UNREADABLE_URL, URL_PARTS, parse_url
+from app_db.settings._sources import variable_for
+from app_db.settings._urls import UNREADABLE_URL, URL_PARTS, parse_url
 
 
 class Override:
