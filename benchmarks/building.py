@@ -91,6 +91,7 @@ def _timed(build: Callable[[], Any], before: Callable[[], object] = lambda: None
         seconds = 0.0
         for _ in range(units):
             before()
+            gc.collect()  # the garbage of that is not the build's
             began = time.perf_counter()
             build()
             seconds += time.perf_counter() - began

@@ -812,7 +812,7 @@ def test_a_loop_that_stands_still_is_not_waited_for_in_another_one_of_its_thread
 def test_a_blocked_loop_is_waited_for_a_while_and_its_server_hears_that_nobody_is_there(
     pg_url: str, postgres: PostgresServer, resources: Resources, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("app_db._databases.disposal._LONGEST_DISPOSAL", 0.3)
+    monkeypatch.setattr("app_db._databases.disposal._LONGEST_WAIT", 0.3)
     container: Any = Container(settings=settings_of(pg_url, application="blocked"))
     ready, shut_down = threading.Event(), threading.Event()
 
@@ -1094,24 +1094,30 @@ def test_at_whatever_moment_of_its_loops_end_an_engine_is_closed(
     assert caplog.records == []
 
 
-def test_a_server_that_does_not_say_good_bye_holds_up_the_end_of_a_loop_for_a_moment_only(
-    postgres: PostgresServer, new_url: Callable[[str], str], resources: Resources
+@pytest.mark.parametrize("how", ["awaited", "begun inside", "run outside"])
+def test_a_server_that_does_not_say_good_bye_is_waited_for_a_moment_only(
+    how: str, postgres: PostgresServer, new_url: Callable[[str], str], resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("app_db._databases.disposal._LONGEST_DISPOSAL", 0.5)
     with Proxy(postgres) as proxy:
-        settings = settings_of(proxy.url(new_url("postgresql+asyncpg")))
+        container: Any = Container(settings=settings_of(proxy.url(new_url("postgresql+asyncpg"))))
+        start = time.monotonic()
 
         async def work() -> None:
-            engine = build_async_engine("writer", settings)
-            assert await scalar(engine, "SELECT 1") == 1
-            silenced = proxy.lose("request", to=rb"^X\x00\x00\x00\x04", then="stall")
-            retire(engine, asyncio.get_running_loop())
-            for pause in a_while(lambda: silenced.happened):
-                await asyncio.sleep(pause)
-            assert silenced.happened
+            nonlocal start
+            await use(container, 2)
+            proxy.lose("request", to=rb"^X\x00\x00\x00\x04", then="stall")
+            start = time.monotonic()
+            if how == "awaited":
+                await container.shutdown_resources()
+            elif how == "begun inside":
+                container.reset_singletons()  # for which the end of the loop waits
 
-        start = time.monotonic()
-        asyncio.run(work())
-        assert 1 <= time.monotonic() - start < 9
+        with left_open(), asyncio.Runner() as runner:
+            runner.run(work())
+            if how == "run outside":
+                container.shutdown_resources()
+        assert 0.4 < time.monotonic() - start < 4
         resources.settle()
 
 

@@ -13,6 +13,8 @@ from threading import Event, Thread, current_thread
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
+from sqlalchemy.util.concurrency import in_greenlet
+
 from app_db._compat.asyncio import begin_unseen, outlast, running_loop
 from app_db._databases.async_connections import hang_up
 
@@ -28,17 +30,23 @@ _homes: WeakKeyDictionary[Engine, _Home] = WeakKeyDictionary()
 _LONGEST_DISPOSAL = 5.0
 """Seconds to wait for an event loop, which may be blocked, and for its servers to say good-bye."""
 
+_LONGEST_WAIT = _LONGEST_DISPOSAL + 1.0
+"""The same, seen from outside: longer, or the end of the loop would not wait for the end of its disposal."""
+
 _LONGEST_STANDSTILL = 0.5
 """Seconds to wait for a loop of another thread that does not run: `asyncio.run()` ends its loop in several short runs."""
 
 
 class _Home:
-    """Where an engine connects: in one event loop, run by one thread. Elsewhere, connections are closed at their sockets."""
+    """Where an engine connects: in one event loop, run by one thread.
+
+    Its connections are closed by awaiting that in the loop, and at their sockets anywhere else.
+    """
 
     loop: AbstractEventLoop | None = None
     thread: Thread | None = None
     cut_off = 0
-    """The number of connections that were closed at their sockets."""
+    """The number of connections that were closed at their sockets, and not yet warned of."""
 
     def __init__(self, name: str, dialect: Any) -> None:
         self.name = name
@@ -51,7 +59,7 @@ class _Home:
         return self._connect(*arguments, **parameters)
 
     def close(self, in_the_loop: Callable[[Any], None], dbapi_connection: Any) -> None:
-        if running_loop() is self.loop:
+        if in_greenlet() and running_loop() is self.loop:
             return in_the_loop(dbapi_connection)
         self.cut_off += 1
         return hang_up(dbapi_connection)
@@ -76,10 +84,9 @@ def wait_outside(wait: Callable[[], None]) -> None:
 
 
 async def dispose_here(engines: Iterable[AsyncEngine], waits: Iterable[Callable[[], None]]) -> None:
-    """Dispose engines of the running loop, to the end, and wait for what `begin_to_retire` has begun elsewhere."""
+    """Dispose engines of the running loop, to the end, and wait for what `begin_to_retire` has begun in others."""
     cancelled: CancelledError | None = None
     for engine in engines:
-        retired.add(engine.sync_engine)
         cancelled = await outlast(begin_unseen(_dispose(engine))) or cancelled
     for wait in waits:
         await to_thread(wait)
@@ -97,52 +104,61 @@ def begin_to_retire(engine: AsyncEngine, loop: AbstractEventLoop | None) -> Call
                 loop.call_soon_threadsafe(_dispose_here, engine, ended)
             return partial(_wait_for_loop, engine, loop, ended)
         if running_loop() is None:
-            loop.run_until_complete(engine.dispose())
+            loop.run_until_complete(_dispose(engine))
     cut_off(engine.sync_engine)
     return lambda: None
+
+
+async def _dispose(engine: AsyncEngine) -> None:
+    """Dispose an engine in the running loop, unless its server doesn't say good-bye."""
+    retired.add(engine.sync_engine)
+    try:
+        async with timeout(_LONGEST_DISPOSAL):  # by its timer, the loop holds the task
+            await engine.dispose()
+    except TimeoutError:
+        _homes[engine.sync_engine].cut_off += 1  # by its driver, when it was interrupted
+        cut_off(engine.sync_engine)
 
 
 def _dispose_here(engine: AsyncEngine, ended: Event) -> None:
     """Dispose an engine in the running loop, to the end: no task that `asyncio.run()` sees and cancels when its loop ends."""
 
     async def dispose() -> None:
-        await _dispose(engine)
-        ended.set()
+        try:
+            await _dispose(engine)
+        finally:
+            ended.set()
 
     try:
-        get_running_loop().run_in_executor(None, ended.wait, _LONGEST_DISPOSAL)  # what `asyncio.run()` waits for last
+        get_running_loop().run_in_executor(None, ended.wait, _LONGEST_WAIT)  # what `asyncio.run()` waits for last
     except RuntimeError:  # it has done so
         ended.set()
     else:
         begin_unseen(dispose())
 
 
-async def _dispose(engine: AsyncEngine) -> None:
-    with suppress(TimeoutError):
-        async with timeout(_LONGEST_DISPOSAL):  # by its timer, the loop holds the task
-            await engine.dispose()
-
-
 def _wait_for_loop(engine: AsyncEngine, loop: AbstractEventLoop, ended: Event) -> None:
     """Wait until a loop has disposed an engine, and close at the socket what it doesn't come to."""
-    give_up = time.monotonic() + _LONGEST_DISPOSAL
-    while not (ended.wait(0.01) or loop.is_closed()) and time.monotonic() < give_up:
-        if not loop.is_running():
-            give_up = min(give_up, time.monotonic() + _LONGEST_STANDSTILL)
-    ended.set()
+    began = ran = now = time.monotonic()
+    while not ended.wait(0.01) and now - began < _LONGEST_WAIT and now - ran < _LONGEST_STANDSTILL:
+        now = time.monotonic()
+        if loop.is_closed():
+            ended.set()  # or the thread that the loop did not wait for would
+        elif loop.is_running():
+            ran = now
     cut_off(engine.sync_engine)
 
 
 def cut_off(engine: Engine, *, quietly: bool = False) -> None:
     """Close at their sockets the idle connections that an event loop has left behind, and warn of them."""
     home = _homes[engine]
-    before = home.cut_off
     retired.add(engine)
     engine.dispose()
-    if home.cut_off > before and not quietly:
+    number, home.cut_off = home.cut_off, 0
+    if number and not quietly:
         message = (
             f"The connection {home.name!r} was left open in an event loop that has ended or does not answer. DBAPI connections "
-            f"closed at their sockets: {home.cut_off - before}. Write `await container.shutdown_resources()` in that loop, "
+            f"closed at their sockets: {number}. Write `await container.shutdown_resources()` in that loop, "
             "before it ends"
         )
         # Said as by a destructor: where warnings are errors, this one is reported, and what else is to be closed is closed.
