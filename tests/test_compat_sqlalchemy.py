@@ -18,6 +18,7 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from app_db._compat.sqlalchemy import (
     cache_key_of,
+    hand_over,
     is_executing,
     is_flushing,
     lend,
@@ -169,6 +170,37 @@ def test_a_savepoint_is_taken_on_a_connection_that_is_lent_to_the_whole_transact
             session.execute(text("SELECT 1"))
             savepoint.rollback()
         assert sent == ["begin", "savepoint", "select", "rollback", "select"]
+
+
+HANDED_OVER = {"commit": (["commit"], 1), "rollback": (["rollback"], 0), "close": (["rollback"], 0)}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("in_savepoint", [False, True])
+def test_a_connection_that_is_handed_over_is_used_and_ended(
+    engine: Engine, sent: list[str], ending: str, in_savepoint: bool
+) -> None:
+    """A session that a unit asks for late goes on where the session that finds its database has begun on its connection.
+
+    Without this, the unit uses a second connection of that database, which on SQLite waits for the first.
+    """
+    connection = engine.connect()
+    begun = connection.begin()
+    savepoint = connection.begin_nested() if in_savepoint else None
+    session = Session(engine)
+    hand_over(connection, begun, transaction_of(session))
+    session.add(Item(name="a"))
+    session.flush()
+    assert session.connection() is connection
+    if savepoint is not None:
+        savepoint.commit()
+    before = len(sent)
+    ENDINGS[ending](session)
+    expected, kept = HANDED_OVER[ending]
+    assert sent[before:] == expected
+    assert connection.closed
+    with engine.connect() as outside:
+        assert outside.scalar(select(func.count()).select_from(Item)) == kept
 
 
 @pytest.mark.parametrize("which", ["all", "one"])

@@ -477,13 +477,14 @@ def test_coroutines_reflect_in_a_thread(driver: str, request: pytest.FixtureRequ
 
 FORKING = """
 import os, signal, sys
-from app_db import DatabaseSettings, container_of, orm_base, reflection
+from app_db import DatabaseSettings, container_of, orm_base
+from app_db.models import _reflection
 
 class Customer(orm_base("crm", reflected=True)):
     __tablename__ = "customers"
 
 container = container_of("crm")(settings=DatabaseSettings(connections={"crm": {"url": sys.argv[1]}}))
-with reflection._reflecting:  # as another thread of the parent would hold it
+with _reflection._reflecting:  # as another thread of the parent would hold it
     child = os.fork()
     if child == 0:
         signal.alarm(20)

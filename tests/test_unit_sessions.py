@@ -223,7 +223,7 @@ def test_a_maker_that_takes_the_place_of_ours_is_the_one_that_makes_them(contain
                 container.writer_session().execute(select(Item))
         with container.transaction():
             container.session().execute(select(Item))
-            found = container.coordinator().get().sessions["writer"]
+            found = container.core.coordinator().get().sessions["writer"]
             assert isinstance(found, Special), "nothing stands for a session whose class may do more"
     container.writer_scoped_session.reset()
     with container.transaction():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sqlalchemy.sql.cache_key import HasCacheKey
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, RootTransaction
     from sqlalchemy.orm import Session, SessionTransaction
 
 # ---- sessions and their transactions ------------------------------------------------------------------------------------
@@ -33,10 +33,13 @@ def prepare_to_commit(transaction: SessionTransaction) -> None:
 
 
 class _NotItsOwn:
-    """Stands for the transaction of a connection that is lent: the session does not roll it back."""
+    """Stands for the transaction of a connection that is lent. The session does not end that."""
 
     def rollback(self) -> None:
         """Do nothing."""
+
+
+_NOT_ITS_OWN: Any = _NotItsOwn()
 
 
 def lend(connection: Connection, transaction: SessionTransaction) -> None:
@@ -45,12 +48,22 @@ def lend(connection: Connection, transaction: SessionTransaction) -> None:
     Of the public `join_transaction_mode`s, "rollback_only" rolls the connection's transaction back, and "create_savepoint" sends
     SAVEPOINT.
     """
-    transaction._connections.setdefault(connection, (connection, _NOT_ITS_OWN, False, False))
+    _connections_of(transaction).setdefault(connection, (connection, _NOT_ITS_OWN, False, False))
+
+
+def hand_over(connection: Connection, begun: RootTransaction, transaction: SessionTransaction) -> None:
+    """Have a session go on in `begun`, the transaction of a connection, and commit, roll back and close it with its own.
+
+    A session that is bound to the connection does so by the public mode "control_fully", but takes the innermost savepoint for
+    the transaction, and leaves the connection open.
+    """
+    connections = _connections_of(transaction)
+    connections[connection] = connections[connection.engine] = (connection, begun, True, True)
 
 
 def take_away(transaction: SessionTransaction, connections: Iterable[Connection] | None = None) -> None:
     """Have a session's transaction forget these connections, or all of them. Nothing is sent on them."""
-    held = transaction._connections
+    held = _connections_of(transaction)
     if connections is None:
         held.clear()
         return
@@ -59,7 +72,10 @@ def take_away(transaction: SessionTransaction, connections: Iterable[Connection]
         held.pop(connection.engine, None)
 
 
-_NOT_ITS_OWN: Any = _NotItsOwn()
+def _connections_of(transaction: SessionTransaction) -> dict[Any, tuple[Connection, Any, bool, bool]]:
+    """Return, by connection and engine, what a transaction uses: with whose transaction, and whether to commit and close it."""
+    return transaction._connections
+
 
 # ---- statements -----------------------------------------------------------------------------------------------------------
 

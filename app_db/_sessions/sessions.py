@@ -18,7 +18,7 @@ from sqlalchemy.util import ScopedRegistry
 from transaction.interfaces import NoTransaction
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
-from app_db._compat.sqlalchemy import is_flushing, prepare_to_commit
+from app_db._compat.sqlalchemy import hand_over, is_flushing, prepare_to_commit
 from app_db._databases.engines import told_of_checkout
 from app_db._databases.registry import database_of
 from app_db._sessions.stand_ins import StandIn, StandIns
@@ -37,7 +37,7 @@ from app_db.errors import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Dialect, Engine
+    from sqlalchemy.engine import Connection, Dialect, Engine, RootTransaction
     from sqlalchemy.orm import SessionTransaction
 
     from app_db.settings import ConnectionSettings
@@ -161,15 +161,12 @@ class UnitSession(Session):
         self.home.watch(connection)
         branch.uses(connection)
 
-    def take_over(self, branch: Branch, connection: Connection) -> None:
+    def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None:
         """Go on with a branch whose transaction has begun, as if this session had begun it."""
-        self.branch = branch  # first, or the listener to `after_begin` would have the session join as another branch
-        try:
-            super().connection({"bind": cast(Any, _AlreadyBegun(connection))})
-        except BaseException:
-            self.branch = None
-            raise
+        own = self.get_transaction() or super().begin()
         self.bind = connection.engine
+        hand_over(connection, transaction, own)
+        self.branch = branch
         _join(self)
 
     def flush_for_good(self) -> None:
@@ -261,20 +258,6 @@ class UnitSession(Session):
     def bulk_update_mappings(self, *args: Any, **arguments: Any) -> None:
         self.require_unit()
         super().bulk_update_mappings(*args, **arguments)
-
-
-class _AlreadyBegun:
-    """A bind whose transaction has begun. A session that connects to it goes on in that transaction, and ends it with its own.
-
-    Given the connection itself, the session would go on in the innermost savepoint, and leave the connection open at its end.
-    """
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def connect(self) -> Connection:
-        """Return the connection, as an engine returns a new one."""
-        return self._connection
 
 
 def build_sessionmaker(home: SessionHome) -> sessionmaker[UnitSession]:

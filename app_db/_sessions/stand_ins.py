@@ -35,7 +35,7 @@ class Successor(BranchSession, Protocol):
     """The session that a stand-in stands for."""
 
     def connection(self) -> Connection: ...
-    def take_over(self, branch: Branch, connection: Connection) -> None: ...
+    def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None: ...
 
 
 class StandIns:
@@ -147,7 +147,7 @@ class StandIn:
 
     def _hand_over_to(self, session: Successor) -> None:
         if self.branch is not None and self._connection is not None and self.current_transaction is not None:
-            session.take_over(self.branch, self._connection)
+            session.take_over(self.branch, self._connection, self.current_transaction)
             self.forget()
 
     def _refuse_another_thread(self) -> None:
