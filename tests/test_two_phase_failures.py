@@ -499,7 +499,7 @@ def test_a_unit_whose_decision_file_can_not_be_used_leaves_nothing_prepared(
     path = tmp_path / "decisions"
     with two_phasing(f"file:{path}", writer=new_postgres_url(), warehouse=new_postgres_url()) as app:
         app.container.check()
-        put_right = harm(path, app.container.decision_places().configured)
+        put_right = harm(path, app.container.core.decision_places().configured)
         with pytest.raises(DecisionFileUnusable), app.unit():
             app.add_to_each("lost")
         assert app.prepared() == []
