@@ -58,11 +58,6 @@ class Exchange(Generic[K]):
     answers: Mapping[K, Answer]
     interruption: BaseException | None = None
 
-    @property
-    def all_done(self) -> bool:
-        """Whether every line has done all it was told, even if the exchange was interrupted."""
-        return all(answer.outcome is Outcome.DONE for answer in self.answers.values())
-
     def with_outcome(self, *outcomes: Outcome) -> list[K]:
         """Return the keys of the lines that came to one of `outcomes`."""
         return [key for key, answer in self.answers.items() if answer.outcome in outcomes]
