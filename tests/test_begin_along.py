@@ -825,6 +825,7 @@ class AtLine:
         return self._line
 
 
+@pytest.mark.exhaustive
 def test_an_interruption_at_any_line_harms_no_later_unit(databases: Databases) -> None:
     points = 0
     for number in itertools.count(1):
@@ -841,6 +842,7 @@ def test_an_interruption_at_any_line_harms_no_later_unit(databases: Databases) -
     assert points > 25
 
 
+@pytest.mark.exhaustive
 def test_an_interruption_at_any_line_harms_no_later_user_of_the_pool(databases: Databases) -> None:
     """SQLAlchemy, which has begun no transaction, does not roll back what is done on the driver's connection."""
     for number in itertools.count(1):
@@ -852,6 +854,7 @@ def test_an_interruption_at_any_line_harms_no_later_user_of_the_pool(databases: 
             break
 
 
+@pytest.mark.exhaustive
 def test_an_interruption_at_any_line_harms_no_later_statement_of_the_drivers_connection(databases: Databases) -> None:
     """A raw connection, which nobody closes after an interruption, either works or is closed."""
     for number in itertools.count(1):
@@ -873,9 +876,6 @@ def test_an_interruption_at_any_line_harms_no_later_statement_of_the_drivers_con
             break
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # a signal that comes in a weak reference's callback
 def ring_outside_pools(number: int, frame: FrameType | None) -> None:
     """Raise, but not inside SQLAlchemy's pool: there an exception costs a connection its place, whoever uses it."""
     while frame is not None:
@@ -886,6 +886,9 @@ def ring_outside_pools(number: int, frame: FrameType | None) -> None:
     raise Boom
 
 
+@pytest.mark.exhaustive
+# A signal may come in a weak reference's callback, whose errors Python only reports.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interruptions_at_random_times_harm_no_later_unit(databases: Databases) -> None:
     with suppress(KeyError), databases.container.transaction():
         databases.add("undone")  # with which SQLAlchemy configures the mappers
@@ -930,6 +933,7 @@ def test_a_cancelled_first_statement_leaves_a_connection_that_works(awaited: Awa
     assert awaited.run(main) == ["a"]
 
 
+@pytest.mark.exhaustive
 def test_cancellations_at_random_times_harm_no_later_unit(awaited: AwaitedDatabases) -> None:
     dice = random.Random(4711)
 
