@@ -85,6 +85,8 @@ class Alarms:
         self._tally = tally
         self.rung = 0
         self.raised = 0
+        self._returned = 0
+        self._in_a_row = 0
 
     @contextmanager
     def ringing(self) -> Iterator[None]:
@@ -96,6 +98,14 @@ class Alarms:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
 
+    def _is_fruitless(self) -> bool:
+        """Return whether ten interruptions in a row let no unit return: on a slow machine none ever would."""
+        returned = len(self._tally.returned)
+        if returned > self._returned:
+            self._returned, self._in_a_row = returned, 0
+        self._in_a_row += 1
+        return self._in_a_row > 10
+
     def _arm(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, random.uniform(*INTERVAL))
 
@@ -103,7 +113,7 @@ class Alarms:
         self._arm()
         self.rung += 1
         unit = self._unit_of(frame)
-        if unit is not None:
+        if unit is not None and not self._is_fruitless():
             self._tally.interrupted.add(unit.f_locals["name"])
             self.raised += 1
             raise INTERRUPTIONS[self.raised % 2]
@@ -256,7 +266,7 @@ class Tasks:
             await self._unit(name)
         except Boom:
             pass
-        except (ConnectionError, DBAPIError) as error:
+        except (ConnectionError, DBAPIError, asyncio.CancelledError) as error:
             # An interruption while asyncpg connects may leave a socket to the garbage collector, which closes it when another
             # connection has its number already.
             if name not in self.tally.interrupted:
@@ -284,7 +294,7 @@ class Tasks:
     ("tasks", "units"), [pytest.param(20, 20, id="short"), pytest.param(200, 50, id="long", marks=pytest.mark.exhaustive)]
 )
 def test_tasks_leave_exactly_the_rows_of_their_units(new_postgres: Callable[..., PostgresServer], tasks: int, units: int) -> None:
-    server = new_postgres(settings={"max_connections": 500})
+    server = new_postgres(settings={"max_connections": 500, "authentication_timeout": "60s"})
     server.create_database("exact")
     with opened_awaited(server.url("exact"), "asyncpg", each={"pool": NO_WAITING}) as databases:
         run = Tasks(databases, tasks, units)

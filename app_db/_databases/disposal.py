@@ -52,7 +52,8 @@ class _Home:
         self.name = name
         self._connect = dialect.connect
         dialect.connect = self.connect
-        dialect.do_close, dialect.do_terminate = partial(self.close, dialect.do_close), partial(self.close, dialect.do_terminate)
+        dialect.do_close = partial(self.close, dialect.do_close)
+        dialect.do_terminate = partial(self.terminate, dialect.do_terminate)
 
     def connect(self, *arguments: Any, **parameters: Any) -> Any:
         self.loop, self.thread = running_loop(), current_thread()
@@ -61,8 +62,17 @@ class _Home:
     def close(self, in_the_loop: Callable[[Any], None], dbapi_connection: Any) -> None:
         if in_greenlet() and running_loop() is self.loop:
             return in_the_loop(dbapi_connection)
+        return self._cut_off(dbapi_connection)
+
+    def terminate(self, in_the_loop: Callable[[Any], None], dbapi_connection: Any) -> None:
+        # SQLAlchemy's adapters do this without awaiting anything where they can't.
+        if running_loop() is self.loop:
+            return in_the_loop(dbapi_connection)
+        return self._cut_off(dbapi_connection)
+
+    def _cut_off(self, dbapi_connection: Any) -> None:
         self.cut_off += 1
-        return hang_up(dbapi_connection)
+        hang_up(dbapi_connection)
 
     def is_here(self) -> bool:
         """Return whether this thread may run the event loop: it is its own, or that of no living thread."""
