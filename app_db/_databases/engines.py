@@ -132,7 +132,7 @@ class _Setup:
         if engine is None or self._done:
             return
         self._database.tune(engine, self._connection)
-        _watch_pool(engine, self._connection)
+        _watch_pool(engine, self._connection, self._database)
         _clean_up_what_is_returned(engine, self._database)
         self._done = True
 
@@ -184,10 +184,10 @@ An exception from a signal handler may come before SQLAlchemy has noted that it 
 """
 
 
-def _watch_pool(engine: Engine, connection: ConnectionSettings) -> None:
+def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Database) -> None:
     alive_window = connection.pool.alive_window
     dialect = engine.dialect
-    pings = database_of(dialect.name).waits_for_answers
+    pings = database.waits_for_answers
 
     @event.listens_for(engine, "checkout")
     def check(dbapi_connection: Any, record: Any, proxy: Any) -> None:

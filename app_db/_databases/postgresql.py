@@ -219,7 +219,7 @@ class PostgreSQL(Database):
         return _VERBS if driver in ("psycopg", "asyncpg") else None
 
     def is_victim(self, error: BaseException) -> bool:
-        return self.is_transient(error)
+        return code_of(error) in ("40001", "40P01")
 
     def says_there_is_no_table(self, error: DBAPIError) -> bool:
         return code_of(error) == "42P01"

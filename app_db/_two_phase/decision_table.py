@@ -15,7 +15,6 @@ from sqlalchemy import Column, Double, Engine, MetaData, String, Table, Text, in
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.schema import CreateTable
 
-from app_db._databases.database import Database
 from app_db._databases.registry import database_of
 from app_db._two_phase.decisions import Decision, Verdict, batches, by_age, made
 from app_db._two_phase.xids import check_log_id, check_unit_id, log_id_for, new_log_id
@@ -215,29 +214,29 @@ class TableLog(DecisionRows):
 
     def _make(self, engine: Engine) -> None:
         with engine.begin() as connection:  # nobody else uses it: what is set stays
-            self._database().limit_log_creation(connection, self._lock_wait)
+            database_of(engine.dialect.name).limit_log_creation(connection, self._lock_wait)
             if not inspect(connection).has_table(_TABLE):  # IF NOT EXISTS takes the right to create one
                 connection.execute(CreateTable(decisions_table(), if_not_exists=True))
             connection.exec_driver_sql(insert_id(new_log_id()))
 
-    def _database(self) -> Database:
-        return database_of(self._engine().dialect.name)
-
     def _is_victim(self, error: DBAPIError) -> bool:
-        return error.orig is not None and self._database().is_victim(error.orig)
+        return error.orig is not None and database_of(self._engine().dialect.name).is_victim(error.orig)
 
     def _insert(self, decision: Decision) -> str:
         return _insert_on(self._engine(), decision, self._lock_wait)
 
     def _write(self, statement: str) -> None:
-        with self._engine().connect() as connection:
-            self._database().write_alone(connection, statement, self._lock_wait)
+        engine = self._engine()
+        with engine.connect() as connection:
+            database_of(engine.dialect.name).write_alone(connection, statement, self._lock_wait)
 
     def _read(self, statement: str) -> Sequence[Any]:
+        engine = self._engine()
+        database = database_of(engine.dialect.name)
         try:
-            return self._database().read_alone(self._engine(), statement)
+            return database.read_alone(engine, statement)
         except DBAPIError as error:
-            if self._database().says_there_is_no_table(error):
+            if database.says_there_is_no_table(error):
                 return []
             raise
 

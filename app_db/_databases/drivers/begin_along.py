@@ -94,7 +94,7 @@ class _BeginsAlong(BaseConnection[Any]):
         return " ".join(words).encode()
 
     def close_if_left_in_the_middle(self) -> None:
-        """Close the connection if it can't be used again. psycopg then says so to whoever uses it."""
+        """Close the connection if it can't be used again. Using it later raises psycopg's error for that."""
         if self._is_sending:
             self.pgconn.finish()
             self._is_sending = False
