@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -266,19 +267,30 @@ class Tasks:
             await self._unit(name)
         except Boom:
             pass
-        except (ConnectionError, DBAPIError, asyncio.CancelledError) as error:
+        except (ConnectionError, DBAPIError) as error:
             # An interruption while asyncpg connects may leave a socket to the garbage collector, which closes it when another
             # connection has its number already.
-            if name not in self.tally.interrupted:
-                self.tally.interrupted.add(name)
-                self.tally.collateral.append(f"{name}: {error!r}")
+            self._note_collateral(name, error)
+        except asyncio.CancelledError as error:
+            if _is_connecting(error):
+                self._note_collateral(name, error)
+            else:
+                self._note_wrong(name, error)
         except BaseException as error:
-            if name not in self.tally.interrupted:
-                self.tally.wrong.append(f"{name}: {error!r}")
+            self._note_wrong(name, error)
         else:
             self.tally.returned.add(name)
         if self._databases.container.transaction_manager().current() is not None:
             self.tally.wrong.append(f"{name}: a unit is current afterwards")
+
+    def _note_collateral(self, name: str, error: BaseException) -> None:
+        if name not in self.tally.interrupted:
+            self.tally.interrupted.add(name)
+            self.tally.collateral.append(f"{name}: {error!r}")
+
+    def _note_wrong(self, name: str, error: BaseException) -> None:
+        if name not in self.tally.interrupted:
+            self.tally.wrong.append(f"{name}: {''.join(traceback.format_exception(error))}")
 
     async def _unit(self, name: str) -> None:
         async with self._databases.container.transaction():
@@ -286,6 +298,13 @@ class Tasks:
             if _fails(name):
                 self.tally.raised.add(name)
                 raise Boom
+
+
+def _is_connecting(error: BaseException) -> bool:
+    """Return whether an exception came out of asyncpg's connect, and no task was cancelled."""
+    task = asyncio.current_task()
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return task is not None and task.cancelling() == 0 and any(file.endswith("connect_utils.py") for file in files)
 
 
 @pytest.mark.filterwarnings("ignore")
