@@ -52,6 +52,10 @@ def liveness_of(token: object) -> Liveness:
     return liveness
 
 
+NOT_ENTERED = liveness_of(set())
+"""The liveness of a block that no statement has entered."""
+
+
 def tear_down(liveness: Callable[[], object]) -> None:
     """Clean up what is to be cleaned up when this liveness is gone, if it is gone and that has not been done."""
     if isinstance(liveness, Liveness) and liveness() is None:
@@ -78,7 +82,8 @@ class ExitMethod:
         if block is None:
             return self._by_stack  # ExitStack asks the class, and calls it with the block
         token = partial(self._leave, block)
-        block.liveness = liveness_of(token)
+        block.liveness = liveness = Liveness(token, _tell)
+        liveness.torn = None
         return token
 
 

@@ -65,14 +65,14 @@ def test_a_synchronizer_that_is_added_is_told() -> None:
     """`data.data`, the dictionary in zope's WeakSet: without it, synchronizers would never be called."""
     synchronizers, one = Synchronizers(), Synchronizer()
     told: list[Any] = []
-    assert not synchronizers
+    assert not synchronizers.entries
     synchronizers.map(told.append)
     synchronizers.add(one)
-    assert synchronizers
+    assert synchronizers.entries
     synchronizers.map(told.append)
     assert told == [one]
     synchronizers.remove(one)
-    assert not synchronizers
+    assert not synchronizers.entries
 
 
 def test_a_synchronizer_that_is_gone_does_not_count() -> None:
@@ -80,7 +80,7 @@ def test_a_synchronizer_that_is_gone_does_not_count() -> None:
     synchronizers, one = Synchronizers(), Synchronizer()
     synchronizers.add(one)
     del one
-    assert not synchronizers
+    assert not synchronizers.entries
 
 
 def test_zopes_own_transaction_tells_our_synchronizers() -> None:

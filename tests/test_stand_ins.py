@@ -24,7 +24,6 @@ from sqlalchemy.orm.events import SessionEvents
 
 from app_db import errors
 from app_db._sessions.sessions import OF_TRANSACTIONS, UnitSession
-from app_db._sessions.stand_ins import StandIn
 from app_db._units.branches import BranchOffLoop
 from app_db._units.commit import AtomicCommit
 from app_db.testing import isolated
@@ -48,8 +47,7 @@ def everywhere(new_database_url: NewUrl) -> Iterator[RoutedApplication]:
 
 def sessions(app: RoutedApplication) -> set[str]:
     """Whose sessions the unit has."""
-    found = app.container.core.coordinator().get().sessions
-    return {name for name, session in found.items() if not isinstance(session, StandIn)}
+    return set(app.container.core.coordinator().get().sessions)
 
 
 def write(app: RoutedApplication, name: str) -> None:
@@ -245,7 +243,7 @@ def test_it_is_no_work_for_the_garbage_collector(fails: bool, app: RoutedApplica
             app.session.add_all([Item(name="a"), Fact(name="a")])
             app.session.flush()
             work = app.container.core.coordinator().get()
-            left.extend(weakref.ref(part) for part in (*work.sessions.values(), *work.branches) if not isinstance(part, Session))
+            left.extend(weakref.ref(branch) for branch in (*work.connections.values(), *work.branches))
             del work
             write_beside(app, "b")
             if fails:
@@ -371,7 +369,7 @@ def commits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     carry_out = AtomicCommit._commit_prepared
 
     def note(commit: Any) -> None:
-        told.extend(branch.name for branch in commit._prepared if isinstance(branch.session, StandIn))
+        told.extend(branch.name for branch in commit._prepared if branch.session is None)
         carry_out(commit)
 
     monkeypatch.setattr(AtomicCommit, "_commit_prepared", note)
@@ -732,10 +730,10 @@ def test_who_has_what_stood_for_the_session_gets_its_connection(app: RoutedAppli
         write(app, "a")
         registry: Any = app.container.writer_scoped_session().registry
         stood = registry.holder()
-        connection = stood.connection()
+        connection = stood.begun_connection()
         session = app.container.writer_session()
         assert registry.holder() is session
-        assert stood.connection() is session.connection() is connection
+        assert stood.begun_connection() is session.connection() is connection
 
 
 def test_a_session_that_is_asked_for_while_the_other_begins_goes_on_with_its_transaction(app: RoutedApplication) -> None:

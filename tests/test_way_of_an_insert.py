@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 import pytest
 from dependency_injector.wiring import Provide
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 import app_db
@@ -36,7 +37,17 @@ def place_order(name: str, session: Session = Provide["writer_session"]) -> None
     session.add(Item(name=name))
 
 
-def traced(name: str) -> list[Call]:
+@transactional
+def count_orders(name: str, session: Session = Provide["writer_session"]) -> None:
+    session.execute(select(Item.id).where(Item.name == name)).all()
+
+
+@transactional
+def do_nothing(name: str, session: Session = Provide["writer_session"]) -> None:
+    pass
+
+
+def traced(name: str, function: Callable[[str], None] = place_order) -> list[Call]:
     """Return the calls of functions of app_db by one unit of work."""
     calls: list[Call] = []
 
@@ -47,7 +58,7 @@ def traced(name: str) -> list[Call]:
 
     sys.setprofile(note)
     try:
-        place_order(name)
+        function(name)
     finally:
         sys.setprofile(None)
     return calls
@@ -72,3 +83,10 @@ def test_what_the_page_names_is_there() -> None:
     for file in set(re.findall(r"`([\w/]+\.py)`", text)):
         assert (PACKAGE / file).exists(), file
     assert "class AtomicCommit" in (PACKAGE / "_units" / "commit.py").read_text()
+
+
+@pytest.mark.parametrize(("function", "most"), [(place_order, 90), (count_orders, 75), (do_nothing, 40)])
+def test_a_unit_calls_few_functions(app: Application, function: Callable[[str], None], most: int) -> None:
+    """What a unit costs is the sum of many small calls, so their number is the measure that is the same on every machine."""
+    function("warm")  # what is made once is made
+    assert 0 < len(traced("a", function)) <= most

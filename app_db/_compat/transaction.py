@@ -15,13 +15,13 @@ CALLS_OTHERS = frozenset({"transaction.weakset", "transaction._transaction"})
 class Synchronizers(WeakSet):  # type: ignore[misc]  # transaction has no type hints
     """A set of synchronizers that costs next to nothing while there are none: every unit asks for them three times."""
 
-    data: Any  # a WeakValueDictionary, whose own `data` is not in its stubs
-
-    def __bool__(self) -> bool:
-        return bool(self.data.data)
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: dict[Any, Any] = self.data.data
+        """What is in it. This is the dictionary inside: to count what is still alive takes longer."""
 
     def map(self, f: Callable[[Any], object]) -> None:
-        if self.data.data:  # the dictionary inside: counting what is still alive takes longer
+        if self.entries:
             super().map(f)
 
 
@@ -41,12 +41,8 @@ class TransactionManager(transaction.TransactionManager):  # type: ignore[misc] 
 
     def __init__(self) -> None:
         self.explicit = True
-        self._synchs = Synchronizers()
-
-    @property
-    def synchronizers(self) -> Synchronizers:
+        self.synchronizers = self._synchs = Synchronizers()
         """What is told of the beginning and the end of transactions."""
-        return self._synchs
 
     def current(self) -> Any:
         """Return the current transaction, or None."""

@@ -19,7 +19,7 @@ from app_db._databases.sharing_rules import SharingRules
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
-    from sqlalchemy.engine import Connection, Dialect, Engine, ExecutionContext
+    from sqlalchemy.engine import Connection, Dialect, Engine
     from sqlalchemy.exc import DBAPIError
 
     from app_db._databases.prepare_verbs import PrepareVerbs
@@ -214,26 +214,15 @@ def milliseconds(seconds: float) -> int:
     return 0 if seconds == NEVER else max(1, round(seconds * 1000))
 
 
-def on_execute(engine: Engine, listener: Callable[[dict[Any, Any], str], None]) -> None:
-    """Call `listener` with every statement that `engine` and the engines derived from it are about to execute, and with the
-    info of the DBAPI connection.
+def on_execute(engine: Engine, listener: Callable[..., None]) -> None:
+    """Call `listener` with every statement that `engine` and the engines derived from it are about to execute.
 
-    These are the dialect's events. Those of the engine make every use of a connection dearer, statement or not.
+    Its arguments are the cursor, the statement, the parameters if there are any, and the execution context. These are the
+    dialect's events: those of the engine make every use of a connection dearer, with or without a statement. A dialect also
+    executes on connections that are not the pool's yet: their `info` raises NotImplementedError.
     """
-
-    def heard(cursor: Any, statement: str, parameters: Any, context: ExecutionContext) -> None:
-        try:
-            info = context.root_connection.info
-        except NotImplementedError:  # the dialect is looking around on a connection that is not the pool's yet
-            return
-        listener(info, statement)
-
-    def heard_without_parameters(cursor: Any, statement: str, context: ExecutionContext) -> None:
-        heard(cursor, statement, (), context)
-
-    event.listen(engine, "do_execute", heard)
-    event.listen(engine, "do_executemany", heard)
-    event.listen(engine, "do_execute_no_params", heard_without_parameters)
+    for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+        event.listen(engine, name, listener)
 
 
 def driver_of(dbapi_connection: Any) -> Any:

@@ -214,6 +214,7 @@ def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
     One that says itself that it has no transaction is not rolled back: that can cost a round trip. The event is the one before
     "checkin": an exception from a signal handler that lands in a listener to that costs the connection its place in the pool.
     """
+    may_wait = engine.dialect.is_async or database.waits_for_answers
 
     @event.listens_for(engine, "reset")
     def reset(dbapi_connection: Any, record: Any, state: Any) -> None:
@@ -221,7 +222,7 @@ def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
             return
         if database.may_be_in_transaction(dbapi_connection):
             database.roll_back(dbapi_connection)
-        if is_left_in_the_middle(dbapi_connection):
+        if may_wait and is_left_in_the_middle(dbapi_connection):
             record.invalidate()
             return
         database.clean_up(dbapi_connection, record.info)

@@ -117,8 +117,9 @@ class SQLite(Database):
         engine.dialect.do_begin = begin  # type: ignore[method-assign]
 
     def _interrupt_late_statements(self, engine: Engine, timeout: float) -> None:
-        def set_deadline(info: dict[Any, Any], statement: str) -> None:
-            info[_STATEMENT_DEADLINE] = time.monotonic() + timeout
+        def set_deadline(cursor: object, statement: str, *parameters_and_context: Any) -> None:
+            with suppress(NotImplementedError):
+                parameters_and_context[-1].root_connection.info[_STATEMENT_DEADLINE] = time.monotonic() + timeout
 
         on_execute(engine, set_deadline)
 
@@ -142,7 +143,8 @@ class SQLite(Database):
 
     def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
         # So it is also after a COMMIT refused with SQLITE_BUSY.
-        return bool(getattr(driver_of(dbapi_connection), "in_transaction", True))
+        found = getattr(dbapi_connection, "in_transaction", None)
+        return bool(getattr(driver_of(dbapi_connection), "in_transaction", True) if found is None else found)
 
     def refuses_write(self, error: BaseException) -> bool:
         code: int = getattr(error, "sqlite_errorcode", 0)

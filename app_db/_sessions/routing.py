@@ -1,7 +1,7 @@
 """One session a unit of work whose statements find their databases: by the models they name, and by whether they write.
 
 It has no connection of its own. A statement that goes to the connection `writer` is sent on that of the unit's `writer_session`,
-or of what stands for that while nobody has asked for it (`StandIn`), and so is a part of that branch of the unit; the unit
+or of a branch without a session while nothing has asked for one, and so is a part of that branch of the unit; the unit
 flushes, rolls back and ends this session around its branches (`Overlay`).
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import SessionTransaction
 
-    from app_db._sessions.stand_ins import StandIn
+    from app_db._units.branches import Branch
     from app_db._units.coordinator import Coordinator, Work
     from app_db._units.overlays import Overlay
     from app_db.settings import DatabaseSettings
@@ -37,7 +37,7 @@ class Holders(NamedTuple):
     session_of: Callable[[str], Any]
     """The unit's session, of threads or of coroutines."""
     holder_of: Callable[[str], Any]
-    """The session, or what stands for it while nobody has asked for it."""
+    """The session, or a branch while no session has been asked for."""
     asynchronous: bool = False
 
 
@@ -46,7 +46,8 @@ class OverlaidHome:
 
     read_only = False
     autonomous = False
-    stand_ins = None
+    maker = None
+    may_keep_decisions = False
     name: str
     routes: Any
     """Where statements go: `Routes`, or what answers as they do."""
@@ -62,18 +63,15 @@ class OverlaidHome:
         found: UnitSession = session.sync_session if self.asynchronous else session
         return found
 
-    def holder_of(self, name: str) -> UnitSession | StandIn:
-        """Return what holds the connection of the unit's session: that, or what stands for it while nobody has asked for it."""
-        found: UnitSession | StandIn = self.session_of(name) if self.asynchronous else self._holders.holder_of(name)
+    def holder_of(self, name: str) -> UnitSession | Branch:
+        """Return what holds the connection in the unit: its session, or a branch while no session has been asked for."""
+        found: UnitSession | Branch = self.session_of(name) if self.asynchronous else self._holders.holder_of(name)
         return found
 
     def engine_for(self, work: Work) -> None:
         """Return no engine. Coroutines may only use it in a unit that they can end."""
         if self.asynchronous and not work.asynchronous:
             raise AwaitRequired("The async session", "Begin its unit of work with `async with container.transaction():`")
-
-    def make_log(self) -> None:
-        """Leave that to the sessions of the connections."""
 
 
 class RoutingHome(OverlaidHome):
@@ -111,7 +109,7 @@ class _InUse(NamedTuple):
     """A connection that a session uses, as long as neither its own transaction nor that of who holds it is another."""
 
     connection: Connection
-    holder: UnitSession | StandIn
+    holder: UnitSession | Branch
     its_transaction: Any
     own_transaction: Any
 
@@ -255,7 +253,7 @@ class RoutingSession(UnitSession):
         self.take_part()
         holder = self.home.holder_of(name)
         try:
-            connection: Connection = holder.connection()
+            connection: Connection = holder.begun_connection()
         except (DBAPIError, OSError) as error:  # a unit's own timeout is an OSError, too
             routes: Routes = self.home.routes
             if routes.is_replica(name) and not isinstance(error, AppDbError):
@@ -265,9 +263,10 @@ class RoutingSession(UnitSession):
         self._in_use[name] = _InUse(connection, holder, holder.current_transaction, self.current_transaction)
         return connection
 
-    def _use(self, connection: Connection, holder: UnitSession | StandIn) -> None:
+    def _use(self, connection: Connection, holder: UnitSession | Branch) -> None:
         """Have SQLAlchemy take `connection` for one that this session has begun on already."""
-        has_savepoints = holder.branch is None or holder.branch.has_savepoints
+        branch = holder.branch if isinstance(holder, UnitSession) else holder
+        has_savepoints = branch is None or branch.has_savepoints
         transaction = self.current_transaction
         while transaction is not None:
             if (self.overlay and transaction in self.overlay.levels) or (transaction.nested and not has_savepoints):

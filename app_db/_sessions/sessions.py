@@ -8,7 +8,7 @@ joins through zope.sqlalchemy as changed, so nothing it writes depends on being 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,6 @@ from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 from app_db._compat.sqlalchemy import hand_over, is_flushing, prepare_to_commit
 from app_db._databases.engines import told_of_checkout
 from app_db._databases.registry import database_of
-from app_db._sessions.stand_ins import StandIn, StandIns
 from app_db._units.branches import Branch
 from app_db._units.coordinator import Coordinator, Work
 from app_db._units.manager import Owner
@@ -50,8 +49,8 @@ class SessionHome:
 
     asynchronous = False
     """Whether its drivers wait by way of the event loop."""
-    stand_ins: StandIns | None = None
-    """Says whether something may stand for a session that nobody has asked for. None: never."""
+    maker: tuple[sessionmaker[Any], dict[str, Any]] | None = None
+    """What app_db made to make its sessions, and the arguments given to it."""
 
     def __init__(self, name: str, settings: ConnectionSettings, coordinator: Coordinator, engine: Callable[[], Engine]) -> None:
         self.name = name
@@ -64,8 +63,10 @@ class SessionHome:
         self.read_only = settings.read_only
         self.autonomous = not settings.transactional
         self.two_phase = settings.two_phase
-        self._keeps_decisions: bool | None = None
-        self.watched: Dialect | None = None  # the last one passed to `watch`, which spares asking for it at each beginning
+        self.may_keep_decisions = self.database.has_one_writer
+        """Whether the table of decisions may be in this database, and had to be made before a unit shuts others out."""
+        self.watched: Dialect | None = None
+        """The dialect of the last connection that was passed to `watch`, which need not be watched again."""
 
     def engine_for(self, work: Work) -> Engine:
         """Return the engine as it stands now, with the options of a unit of work.
@@ -75,6 +76,7 @@ class SessionHome:
         engine = self.engine()
         if engine.dialect.name != self._dialect:  # overridden, by an engine for another kind of database
             self._dialect, self.database = engine.dialect.name, database_of(engine.dialect.name)
+            self.may_keep_decisions = self.database.has_one_writer
             self.verbs = self.database.prepare_verbs(engine.url.get_driver_name())
         if not (work.read_only or work.timed or work.isolation):
             return engine
@@ -91,19 +93,18 @@ class SessionHome:
 
     def watch(self, connection: Connection) -> None:
         """Listen to what is executed on a connection."""
-        if connection.dialect is not self.watched:
-            watch(connection.engine)
-            self.watched = connection.dialect
+        watch(connection.engine)
+        self.watched = connection.dialect
 
     def make_log(self) -> None:
         """Have the table of decisions made, if there may be one in this database, before the unit shuts everybody out."""
-        if not self.database.has_one_writer or self.coordinator.rehearsal is not None:
+        if not self.may_keep_decisions or self.coordinator.rehearsal is not None:
             return
-        if self._keeps_decisions is None:
-            self._keeps_decisions = self.coordinator.places().may_be_in(self.name)
-        if self._keeps_decisions:
+        places = self.coordinator.places()
+        self.may_keep_decisions = places.may_be_in(self.name)
+        if self.may_keep_decisions:
             try:
-                self.coordinator.places().of(self.name).ensure()
+                places.of(self.name).ensure()
             except Exception:  # the unit may never need it; if it does, it will be told
                 log.debug("The table of decisions in %r could not be made", self.name, exc_info=True)
 
@@ -124,8 +125,11 @@ class UnitSession(Session):
             self.home.note_next_checkout(self._work)
         return super().get_bind(*args, **arguments)
 
-    def require_unit(self) -> None:
-        """Raise unless the unit of work that this session belongs to is the one under way here."""
+    def require_unit(self, attached: object = None) -> None:
+        """Raise unless the unit of work that this session belongs to is the one under way here.
+
+        This is also the listener to `before_attach`, which is told of an object.
+        """
         coordinator = self.home.coordinator
         try:
             transaction = coordinator.manager.get()
@@ -135,7 +139,7 @@ class UnitSession(Session):
             self.enter(coordinator.work_of(transaction))
         elif transaction is not self._work.transaction:
             raise self._refusal(None)
-        elif transaction.status != "Active" and not self._work.is_open(self.branch):
+        elif transaction.status != "Active" and not self._work.flushing and not self._work.is_open(self.branch):
             raise UnitOfWorkEnded(self._subject)
 
     def enter(self, work: Work) -> None:
@@ -144,22 +148,31 @@ class UnitSession(Session):
             raise UnitOfWorkEnded(self._subject)
         self.bind = self.home.engine_for(work)
         self._work = work
-        if not (self.home.read_only or work.read_only):
+        if self.home.may_keep_decisions and not (self.home.read_only or work.read_only):
             self.home.make_log()
 
     def take_part(self) -> None:
         """Be a part of what the unit of work commits."""
-        _branch_of(self)
+        # Of zope.sqlalchemy's listeners only the joining is needed: the others notice writes, and these sessions join as
+        # changed. Listening to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
+        unit: Any = self._work  # it has what zope.sqlalchemy asks of a manager
+        join_transaction(self, STATUS_CHANGED, unit)
+
+    def begun_connection(self) -> Connection:
+        """Return the connection, in the transaction of the session's branch."""
+        return self.connection()
 
     def begin_on(self, connection: Connection) -> None:
         """Begin on a connection, as a part of the unit of work."""
-        try:
-            branch = _branch_of(self)
-        except UnitOfWorkError:
-            connection.close()  # a thread waited for it while its unit was aborted, and nobody else will return it
-            raise
-        self.home.watch(connection)
-        branch.uses(connection)
+        if self.branch is None:
+            try:
+                self.take_part()
+            except UnitOfWorkError:
+                connection.close()  # a thread waited for it while its unit was aborted, and nothing else will return it
+                raise
+        if connection.dialect is not self.home.watched:
+            self.home.watch(connection)
+        cast(Branch, self.branch).uses(connection)
 
     def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None:
         """Go on with a branch whose transaction has begun, as if this session had begun it."""
@@ -167,7 +180,7 @@ class UnitSession(Session):
         self.bind = connection.engine
         hand_over(connection, transaction, own)
         self.branch = branch
-        _join(self)
+        self.take_part()
 
     def flush_for_good(self) -> None:
         """Do all that precedes COMMIT, the listeners to `before_commit` included."""
@@ -234,7 +247,8 @@ class UnitSession(Session):
         super().rollback()
 
     def close(self) -> None:
-        self._refuse("close")
+        if self._work is not None and not self._work.finishing:
+            self._refuse("close")
         super().close()
 
     def reset(self) -> None:
@@ -264,13 +278,11 @@ def build_sessionmaker(home: SessionHome) -> sessionmaker[UnitSession]:
     """Return the maker of one connection's sessions."""
     settings = home.settings.session
     maker = sessionmaker(class_=UnitSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit)
-    home.stand_ins = StandIns(maker, OF_TRANSACTIONS)
+    home.maker = maker, dict(maker.kw)
     return maker
 
 
 # ---- where the unit keeps them ---------------------------------------------------------------------------------------
-
-_NO_SESSION = (type(None), StandIn)
 
 
 class UnitRegistry(ScopedRegistry[Any]):
@@ -281,37 +293,61 @@ class UnitRegistry(ScopedRegistry[Any]):
         self._maker = maker
         self._home: SessionHome = maker.kw["home"]
         self._key = f"{self._home.name} (async)" if self._home.asynchronous else self._home.name
+        self._listeners: list[Iterable[Any]] | None = None
 
     def __call__(self) -> Any:
-        work = self._work()
+        try:
+            work = self._home.coordinator.get()
+        except (NoTransaction, UnitOfWorkEnded):
+            raise NoUnitOfWork(f"The {self._home.name!r} session") from None
         found = work.sessions.get(self._key)
-        return self._made_for(work) if found is None or type(found) is StandIn else found
+        return self._made_for(work) if found is None else found
 
     def _made_for(self, work: Work) -> Any:
         made = self._maker()
         made.enter(work)
+        branch = work.connections.get(self._key)
+        if branch is not None:
+            found = work.sessions[self._key] = branch.give_to(made)
+            return found
         found = work.sessions.setdefault(self._key, made)  # threads of one unit get one session
-        if type(found) is StandIn:
-            found = work.sessions[self._key] = found.give_way_to(made)
+        branch = work.connections.get(self._key)
+        if branch is not None:
+            branch.give_to(found)  # another thread has begun it meanwhile
         return found
 
     def holder(self) -> Any:
-        """Return what holds the connection in the unit: its session, or what stands for that while nobody has asked for it."""
+        """Return what holds the connection in the unit: its session, or a branch while no session has been asked for."""
         work = self._work()
         found = work.sessions.get(self._key)
-        if found is None and self._home.stand_ins is not None and self._home.stand_ins.may_be_for(self._maker):
-            found = work.sessions.setdefault(self._key, StandIn(self._home, work, self))
+        if found is None and self._may_do_without():
+            branch = work.connections.get(self._key)
+            if branch is None:
+                branch = work.connections.setdefault(self._key, work.new_branch(self._home, self))
+            found = work.sessions.get(self._key) or branch  # another thread may have asked for the session meanwhile
         return self() if found is None else found
 
+    def _may_do_without(self) -> bool:
+        """Return whether the maker is still as app_db made it, and only app_db listens to what a session without objects does.
+
+        Otherwise the application would notice that there is no session.
+        """
+        if self._home.maker != (self._maker, self._maker.kw):
+            return False
+        if self._listeners is None:
+            dispatch = self._maker().dispatch  # SQLAlchemy adds to these when a listener to the class is added
+            self._listeners = [getattr(dispatch, name) for name in OF_TRANSACTIONS]
+        return [*map(list, self._listeners)] == [*OF_TRANSACTIONS.values()]
+
     def has(self) -> bool:
-        return type(self._work().sessions.get(self._key)) not in _NO_SESSION
+        return self._work().sessions.get(self._key) is not None
 
     def set(self, obj: Any) -> None:
         work = self._work()
         obj.enter(work)
-        before = work.sessions.get(self._key)
-        if type(before) is StandIn:
-            before.give_way_to(obj)
+        branch = work.connections.get(self._key)
+        if branch is not None:
+            branch.give_to(obj)
         work.sessions[self._key] = obj
 
     def clear(self) -> None:
@@ -335,14 +371,13 @@ def build_scoped_session(maker: sessionmaker[UnitSession]) -> scoped_session[Uni
 # ---- listeners -----------------------------------------------------------------------------------------------------
 
 
-@event.listens_for(UnitSession, "before_attach", raw=True)  # raw: the object isn't asked for, so it needn't be looked up
-def _require_unit_to_attach(session: UnitSession, state: object) -> None:
-    session.require_unit()
+event.listen(UnitSession, "before_attach", UnitSession.require_unit, raw=True)  # raw: SQLAlchemy need not look up the object
 
 
 @event.listens_for(UnitSession, "after_attach", raw=True)
 def _join_with_object(session: UnitSession, state: object) -> None:
-    session.take_part()
+    if session.branch is None:
+        session.take_part()
 
 
 @event.listens_for(UnitSession, "after_begin")
@@ -364,22 +399,6 @@ def _refuse_foreign_commit(session: UnitSession) -> None:
     work = session._work
     if work is not None and not work.finishing and not session.in_nested_transaction():
         session._refuse("commit")
-
-
-def _branch_of(session: UnitSession) -> Branch:
-    """Return the branch that the session is, which it becomes by joining."""
-    branch = session.branch
-    if branch is None or branch.finished:
-        _join(session)
-        return cast(Branch, session.branch)
-    return branch
-
-
-def _join(session: UnitSession) -> None:
-    # Of zope.sqlalchemy's listeners only the joining is needed: the others notice writes, and these sessions join as
-    # changed. Listening to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
-    manager: Any = session.home.coordinator  # it has what zope.sqlalchemy asks of a manager
-    join_transaction(session, STATUS_CHANGED, manager)
 
 
 OF_TRANSACTIONS: dict[str, list[Any]] = {

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from enum import Enum
 from functools import cache, partial
-from threading import get_ident
+from threading import RLock, get_ident
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.util.concurrency import await_only, in_greenlet
@@ -25,7 +25,7 @@ from app_db._databases.statements import Effect, effect_of, lifts_read_only, tra
 from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded, UnitOfWorkTimeout
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, RootTransaction
+    from sqlalchemy.engine import Connection, Engine, RootTransaction
     from sqlalchemy.orm import SessionTransaction
     from transaction import Transaction
 
@@ -45,7 +45,7 @@ BRANCH = "app_db_branch"
 
 
 class Home(Protocol):
-    """What a branch has to know of the connection whose share it is."""
+    """What a branch has to know of the named connection whose share it is."""
 
     name: str
     read_only: bool
@@ -54,6 +54,19 @@ class Home(Protocol):
     two_phase: bool
     database: Database
     verbs: PrepareVerbs | None
+
+    @property
+    def coordinator(self) -> Units: ...
+    def engine_for(self, work: Any) -> Engine: ...
+    def make_log(self) -> None: ...
+    def note_next_checkout(self, work: Any) -> None: ...
+    def watch(self, connection: Connection) -> None: ...
+
+
+class Units(Protocol):
+    """Finds the unit that is under way."""
+
+    def get(self) -> BranchedWork: ...
 
 
 class BranchedWork(Protocol):
@@ -64,9 +77,10 @@ class BranchedWork(Protocol):
     finishing: bool
     errors_afterwards: list[Exception]
     interruption: BaseException | None
+    connections: dict[str, Branch]
+    rehearsal: Any
 
-    @property
-    def rehearsal(self) -> object | None: ...
+    def add(self, branch: Branch) -> None: ...
     def xid_for(self, branch: Branch) -> Xid: ...
     @property
     def timed(self) -> bool: ...
@@ -75,26 +89,30 @@ class BranchedWork(Protocol):
     def refuse_overtime(self) -> None: ...
 
 
-class PartSession(Protocol):
-    """What a part of a unit has to know of the session that it is."""
+class TakingPart(Protocol):
+    """What a unit has to know of a session that takes part in it."""
 
     @property
     def has_unflushed(self) -> bool: ...
     @property
     def is_flushing(self) -> bool: ...
-    def get_transaction(self) -> SessionTransaction | RootTransaction | None: ...
+    @property
+    def current_transaction(self) -> SessionTransaction | None: ...
+    def get_transaction(self) -> SessionTransaction | None: ...
     def get_nested_transaction(self) -> SessionTransaction | None: ...
     def begin_nested(self) -> SessionTransaction: ...
     def flush(self) -> None: ...
     def flush_for_good(self) -> None: ...
 
 
-class BranchSession(PartSession, Protocol):
-    """What a branch has to know of the session that it is."""
+class BranchSession(TakingPart, Protocol):
+    """What a branch has to know of its session."""
 
     branch: Branch | None
 
+    def connection(self) -> Connection: ...
     def invalidate(self) -> None: ...
+    def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None: ...
 
 
 class Stage(Enum):
@@ -105,7 +123,7 @@ class Stage(Enum):
     PREPARED = "prepared"
     """It has been asked to prepare, and may have done so: only by its xid can it be ended."""
     ENDED = "ended"
-    """It was ended by its xid, or is left to whoever recovers it: nothing more may be sent."""
+    """It was ended by its xid, or is left to recovery: nothing more may be sent."""
 
 
 class Branch:
@@ -123,23 +141,24 @@ class Branch:
     _begun_by_xid = False
     _is_flushed_for_good = False
     _rolled_back_by: int | None = None  # a thread
+    _is_beginning = False
+    _has_ended = False
     _failures: Sequence[BaseException] = ()
     _usual_limits: Mapping[Connection, float] = MappingProxyType({})
 
-    def __init__(self, work: BranchedWork, data_manager: Any, session: BranchSession, home: Home) -> None:
+    def __init__(self, work: BranchedWork, home: Home, make_session: Callable[[], BranchSession] | None = None) -> None:
         self._work = work
-        self._data_manager = data_manager
-        self.session = session
         self.home = home
+        self.name = home.name
+        self.read_only = home.read_only or work.read_only
+        self.session: BranchSession | None = None
+        """None until a session of the connection is asked for: the one that finds its database needs the connection only."""
+        self._make_session = make_session
+        self._lock = None if make_session is None else RLock()  # a thread that has it may come back, by a listener
+        self._data_manager: Any = None  # zope.sqlalchemy's, where there is a session
+        self._transaction: SessionTransaction | RootTransaction | None = None
+        self._own_connection: Connection | None = None
         self._connections: dict[Connection, dict[Any, Any]] = {}  # with their info, which an invalidated one doesn't give out
-
-    @property
-    def name(self) -> str:
-        return self.home.name
-
-    @property
-    def read_only(self) -> bool:
-        return self.home.read_only or self._work.read_only
 
     @property
     def wrote(self) -> bool:
@@ -182,11 +201,77 @@ class Branch:
 
     @property
     def finished(self) -> bool:
-        return self._data_manager.tx is None
+        """Whether its transaction has ended."""
+        return self._has_ended if self._data_manager is None else self._data_manager.tx is None
 
-    def go_on_with(self, data_manager: Any) -> None:
-        """Be the branch of another session from now on, in the transaction that is under way."""
-        self._data_manager, self.session = data_manager, data_manager.session
+    # -- how it begins
+
+    def join(self, data_manager: Any) -> None:
+        """Be the branch of a session, by the data manager that zope.sqlalchemy has made."""
+        self._data_manager, self.session, self._transaction = data_manager, data_manager.session, data_manager.tx
+
+    def begun_connection(self) -> Connection:
+        """Return the connection, in the transaction of this branch. It begins one where there is neither one nor a session."""
+        if self.session is not None:
+            return self.session.connection()
+        if self._own_connection is not None and not self._is_beginning:
+            return self._own_connection
+        with self._guarded():
+            if self.session is not None:
+                return self.session.connection()
+            self._is_beginning = True
+        try:
+            return self._begin()
+        finally:
+            self._is_beginning = False
+
+    def _begin(self) -> Connection:
+        home = self.home
+        if not self.read_only:
+            home.make_log()
+        home.note_next_checkout(self._work)
+        connection = home.engine_for(self._work).connect()
+        try:
+            self._own_connection, self._transaction = connection, connection.begin()
+            home.coordinator.get().add(self)
+        except BaseException:
+            self._own_connection = self._transaction = None
+            connection.close()  # the unit was aborted while a thread waited for the connection, for example
+            raise
+        home.watch(connection)
+        self.uses(connection)
+        return connection
+
+    def give_to(self, session: BranchSession) -> BranchSession:
+        """Have a session go on in this branch, and return it; or return the session of another thread that was first."""
+        with self._guarded():
+            if self.session is None:
+                self.session = session
+                try:
+                    if self._own_connection is not None:
+                        session.take_over(self, self._own_connection, cast("RootTransaction", self._transaction))
+                        self._own_connection = None
+                except BaseException:
+                    self.session = None
+                    raise
+            return self.session
+
+    @contextmanager
+    def _guarded(self) -> Generator[None]:
+        with self._lock or nullcontext():
+            if self._is_beginning:
+                raise InvalidUse(
+                    f"The connection {self.name!r} is wanted while another thread of the unit of work waits for it",
+                    "Let the threads of a unit use its sessions one after the other",
+                )
+            yield
+
+    @property
+    def current_transaction(self) -> SessionTransaction | RootTransaction | None:
+        """The innermost savepoint of its session, or the transaction if there is none."""
+        if self.session is not None:
+            return self.session.current_transaction
+        return None if self._own_connection is None else self._transaction
 
     def uses(self, connection: Connection) -> None:
         """Note that the session has begun on `connection`."""
@@ -265,14 +350,10 @@ class Branch:
             self.abandon()
         return wrapped
 
-    def refuse_foreign_commit(self) -> None:
-        """Raise unless it is the unit of work that commits."""
-        if not self._work.finishing:
-            raise SessionIsManaged(self.name, "connection().commit")
-
     def send_commit(self, dbapi_connection: Any, plainly: Callable[[Any], None]) -> None:
         """Send COMMIT, in whatever form the transaction was begun; nothing, where it was ended by its xid."""
-        self.refuse_foreign_commit()
+        if not self._work.finishing:
+            raise SessionIsManaged(self.name, "connection().commit")
         if self.stage is Stage.ACTIVE:
             self.is_commit_unanswered = True
             if self._begun_by_xid:
@@ -291,20 +372,23 @@ class Branch:
 
     def has_lost_transaction(self) -> bool:
         """Return whether the database would answer COMMIT with a rollback."""
-        transaction: SessionTransaction | RootTransaction | None = self._data_manager.tx
+        transaction = self._transaction
         if transaction is None:
             return False
-        nested = self.session.get_nested_transaction()
-        if self.session.get_transaction() is not transaction or (nested and not nested.is_active):
-            return True
+        if self.session is not None:
+            nested = self.session.get_nested_transaction()
+            if self.session.get_transaction() is not transaction or (nested and not nested.is_active):
+                return True
         if not (transaction.is_active or self._is_flushed_for_good):
             return True
         if self.effect is Effect.READS:
             return False
-        database = self.home.database
-        if not self._failures:
-            return self.wrote and any(database.has_ended_transaction(connection) for connection in self._connections)
-        return any(database.has_lost_transaction(connection, self._failures) for connection in self._connections)
+        return any(map(self._has_lost_transaction_on, self._connections))
+
+    def _has_lost_transaction_on(self, connection: Connection) -> bool:
+        if self._failures:
+            return self.home.database.has_lost_transaction(connection, self._failures)
+        return self.wrote and self.home.database.has_ended_transaction(connection)
 
     def check_commit(self, rehearsal: Any) -> None:
         """Raise what preparing it would, in a test that keeps it from being prepared."""
@@ -315,8 +399,14 @@ class Branch:
 
     def flush_for_good(self) -> None:
         """Do all that precedes COMMIT, the listeners to `before_commit` included; from here on the session refuses SQL."""
-        self.session.flush_for_good()
+        if self.session is not None:
+            self.session.flush_for_good()
         self._is_flushed_for_good = True
+
+    @property
+    def has_unflushed(self) -> bool:
+        """Whether objects of its session were changed that no flush has reached."""
+        return self.session is not None and self.session.has_unflushed
 
     @property
     def driver_connection(self) -> Any:
@@ -356,7 +446,10 @@ class Branch:
         """Commit, return the connection to its pool and detach the objects."""
         self.tried = True
         try:
-            self._data_manager.tpc_vote(self._work.transaction)
+            if self._data_manager is not None:
+                self._data_manager.tpc_vote(self._work.transaction)  # commits, and closes the session
+            else:
+                self._commit_without_session()
         except Exception as error:
             if not self.committed:
                 raise
@@ -367,6 +460,11 @@ class Branch:
                 self._work.errors_afterwards.append(error)
             self.roll_back()
         self._let_go()
+
+    def _commit_without_session(self) -> None:
+        if self._transaction is not None and self._own_connection is not None:
+            self._transaction.commit()
+            self._close_session()
 
     def close_if_interrupted(self, error: BaseException) -> None:
         """Close the connection if the exception that ends the unit came while the driver waited, by a cursor of its own, say."""
@@ -389,25 +487,37 @@ class Branch:
         except BaseException as error:
             log.debug("Rolling back %r failed; its connection is closed instead", self.name, exc_info=True)
             try:
-                self.session.invalidate()
+                if self.session is None:
+                    self._close_connections()
+                else:
+                    self.session.invalidate()
             except InvalidRequestError:  # SQLAlchemy was interrupted inside the session, or a thread still is
                 self._close_connections()
             if not isinstance(error, Exception):
                 raise
         finally:
             with suppress(InvalidRequestError):
-                self._data_manager.abort(self._work.transaction)
+                self._close_session()
             self._let_go()
+
+    def _close_session(self) -> None:
+        """Close the session, which returns its connection to the pool; or return the connection, where there is no session."""
+        if self._data_manager is not None:
+            self._data_manager.abort(self._work.transaction)
+        elif self._own_connection is not None:
+            connection, self._own_connection, self._has_ended = self._own_connection, None, True
+            connection.close()
 
     def _roll_back_transaction(self) -> None:
         # Another thread may be inside the session: the worker of a coroutine that was cancelled, say. It would go on with a
         # connection of its own if the session were closed meanwhile.
         give_up = time.monotonic() + PATIENCE
-        while self.session.is_flushing and time.monotonic() < give_up:
+        while self.session is not None and self.session.is_flushing and time.monotonic() < give_up:
             time.sleep(0.005)
         while True:
             try:
-                self._data_manager.tx.rollback()
+                if self._transaction is not None:
+                    self._transaction.rollback()
             except IllegalStateChangeError:  # it is waiting for its connection
                 if time.monotonic() > give_up:
                     raise
@@ -425,15 +535,15 @@ class Branch:
             return
         self._rolled_back_by = get_ident()
         try:
-            if self._may_be_rolled_back():
-                self._data_manager.tx.rollback()
+            if self._may_be_rolled_back() and self._transaction is not None:
+                self._transaction.rollback()
             else:
                 self._close_connections()
         except Exception:
             log.debug("Rolling back %r failed; its connection is closed instead", self.name, exc_info=True)
             self._close_connections()
         with suppress(Exception):
-            self._data_manager.abort(self._work.transaction)
+            self._close_session()
         self._let_go()
 
     def _may_be_rolled_back(self) -> bool:
@@ -450,7 +560,8 @@ class Branch:
 
     def flush(self) -> None:
         """Send what is pending."""
-        self.session.flush()
+        if self.session is not None:
+            self.session.flush()
 
     def savepoint(self) -> SessionTransaction:
         """Flush, and take a savepoint. Raises InvalidUse where the database has none."""
@@ -459,7 +570,9 @@ class Branch:
                 f"The database of {self.name!r} has no savepoints",
                 'Write to it outside nested units (propagation="nested", unit.savepoint())',
             )
-        return self.session.begin_nested()
+        if self.session is None:  # which can follow savepoints
+            cast("Callable[[], BranchSession]", self._make_session)()
+        return cast("BranchSession", self.session).begin_nested()
 
     def roll_back_to(self, savepoint: SessionTransaction) -> None:
         """Undo what was done since a savepoint."""
@@ -472,7 +585,11 @@ class Branch:
     def _let_go(self) -> None:
         for info in self._connections.values():
             info.pop(BRANCH, None)
-        self.session.branch = None  # a circle would keep both until the collector comes by
+        self._has_ended, self._transaction = True, None
+        if self._work.connections.get(self.name) is self:
+            del self._work.connections[self.name]
+        if self.session is not None:
+            self.session.branch = None  # a circle would keep both until the collector comes by
 
 
 class BranchOffLoop(Branch):

@@ -60,9 +60,8 @@ class CommittingWork(Protocol):
     errors_afterwards: list[Exception]
     interruption: BaseException | None
     decided: bool
+    rehearsal: Rehearsal | None
 
-    @property
-    def rehearsal(self) -> Rehearsal | None: ...
     @property
     def unit_id(self) -> str: ...
     def name_unit(self, decided_in: DecisionLog) -> str: ...
@@ -74,7 +73,7 @@ def flush_for_good(overlays: Sequence[Overlay], branches: Sequence[Branch]) -> N
     """Do all that precedes COMMIT on every session: a listener may write where nothing was written, or have a session join."""
     for part in chain[Overlay | Branch](overlays, branches):  # of which there may be more by then
         part.flush_for_good()
-    late = next((part.name for part in chain[Overlay | Branch](overlays, branches) if part.session.has_unflushed), None)
+    late = next((part.name for part in chain[Overlay | Branch](overlays, branches) if part.has_unflushed), None)
     if late is not None:
         raise InvalidUse(
             f"A listener to before_commit changed objects of the {late!r} session after their last flush",
@@ -83,17 +82,14 @@ def flush_for_good(overlays: Sequence[Overlay], branches: Sequence[Branch]) -> N
 
 
 def commit_branches(work: CommittingWork) -> None:
-    """Commit all branches: those that were written together, where at most one of them can't be prepared."""
-    if len(work.branches) < 2:
-        _commit_one_by_one([*work.branches])
-        return
+    """Commit several branches: those that were written together, where at most one of them can't be prepared."""
     waiting = sorted(work.branches, key=position)
     written = [branch for branch in waiting if branch.wrote]
     if len(written) < 2 or len(unpreparable(written)) > 1:
-        _commit_one_by_one(waiting)
+        commit_one_by_one(waiting)
         return
     first = waiting.index(written[0])
-    _commit_one_by_one(waiting[:first])
+    commit_one_by_one(waiting[:first])
     if work.rehearsal is None:
         AtomicCommit(work, written).run()
     else:
@@ -106,7 +102,7 @@ def _rehearse_commit(rehearsal: Rehearsal, written: list[Branch]) -> None:
     """Commit together without preparing, in a test that rolls everything back."""
     for branch in written:
         branch.check_commit(rehearsal)
-    _commit_one_by_one(written)
+    commit_one_by_one(written)
 
 
 def unpreparable(branches: Sequence[Branch]) -> list[Branch]:
@@ -114,7 +110,8 @@ def unpreparable(branches: Sequence[Branch]) -> list[Branch]:
     return [branch for branch in branches if not branch.can_prepare]
 
 
-def _commit_one_by_one(waiting: list[Branch]) -> None:
+def commit_one_by_one(waiting: list[Branch]) -> None:
+    """Commit branches in this order, and say in the error which of them have committed when one fails."""
     committed: list[str] = []
     while waiting:
         branch = waiting.pop(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ReferenceType, ref
@@ -23,8 +23,8 @@ from app_db._databases.database import NEVER
 from app_db._liveness import always
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.xids import Xid, new_unit_id
-from app_db._units.branches import Branch, BranchOffLoop, position
-from app_db._units.commit import Rehearsal, commit_branches, commit_or_log, flush_for_good, unpreparable
+from app_db._units.branches import Branch, BranchOffLoop, Home, position
+from app_db._units.commit import Rehearsal, commit_branches, commit_one_by_one, commit_or_log, flush_for_good, unpreparable
 from app_db._units.manager import retryable
 from app_db._units.overlays import OverlaidSession, Overlay
 from app_db.errors import (
@@ -32,6 +32,7 @@ from app_db.errors import (
     NotAtomic,
     TransactionLost,
     UnitOfWorkDoomed,
+    UnitOfWorkEnded,
     UnitOfWorkTimeout,
 )
 
@@ -65,17 +66,23 @@ class Work:
     """The transaction of the unit that waits for this one to end."""
     finishing = False
     """Whether it is the unit that ends transactions now, so that sessions and connections let it."""
+    flushing = False
+    """Whether sessions are flushed for the last time, and may still begin."""
     decided = False
     """Whether it is certain that the unit commits, in all of its databases, even if this process stops now."""
     _doomed_by: BaseException | str | None = None
     _joined = False
     _committing = False
-    _ended = False
+    ended = False
+    """Whether it has committed."""
     _unit_id: str | None = None
 
     def __init__(self, transaction: Transaction, coordinator: Coordinator) -> None:
         self.transaction = transaction
-        self.sessions: dict[str, Any] = {}  # of threads and of coroutines, or what stands for those that nobody has asked for
+        self.sessions: dict[str, Any] = {}
+        """The sessions that were asked for, of threads and of coroutines."""
+        self.connections: dict[str, Branch] = {}
+        """The branches that have begun, or will, without a session."""
         self.branches: list[Branch] = []
         self.overlays: list[Overlay] = []
         self._savepoints: list[WorkSavepoint] = []
@@ -85,7 +92,16 @@ class Work:
         self._checked_out: list[tuple[ReferenceType[PoolProxiedConnection], bool]] = []
         self.visitors: dict[str, Any] = {}
         """The thread that takes part in the unit without owning it, if one does."""
+        self.rehearsal = coordinator.rehearsal
+        """The test, if one is isolated, in which units only seem to commit."""
         self._coordinator = coordinator
+        transaction.set_data(coordinator, self)
+
+    def get(self) -> Work:
+        """Return this: to zope.sqlalchemy it is the transaction that is under way. Raise if it has ended."""
+        if not self.is_under_way():  # a thread waited for a connection while its unit was aborted, for example
+            raise UnitOfWorkEnded("The unit of work")
+        return self
 
     @property
     def manager(self) -> Any:
@@ -98,11 +114,6 @@ class Work:
         return self._coordinator.captures
 
     # -- what branches ask
-
-    @property
-    def rehearsal(self) -> Rehearsal | None:
-        """The test, if one is isolated, in which units only seem to commit."""
-        return self._coordinator.rehearsal
 
     @property
     def places(self) -> DecisionPlaces:
@@ -134,27 +145,34 @@ class Work:
 
     def join(self, data_manager: Any) -> None:
         """Take part with a session's data manager."""
-        self._take_part()
         session = data_manager.session
-        if session.branch is not None and not session.branch.finished:
-            session.branch.go_on_with(data_manager)
-            return
-        kind = BranchOffLoop if self.asynchronous and not session.home.asynchronous else Branch
-        branch = session.branch = kind(self, data_manager, session, session.home)
-        if session.home.asynchronous:
-            cast("AwaitedTransaction", self.transaction).awaits = True
-        self.branches.append(branch)
-
-    def _take_part(self) -> None:
-        if not self._joined:
-            self.transaction.join(self)
-            self._joined = True
+        branch = session.branch
+        if branch is None:
+            branch = session.branch = self.new_branch(session.home)
+            self.add(branch)
+        branch.join(data_manager)
 
     # -- what sessions ask
 
+    def new_branch(self, home: Home, make_session: Callable[[], Any] | None = None) -> Branch:
+        """Return a branch of the unit that has not begun."""
+        kind = BranchOffLoop if self.asynchronous and not home.asynchronous else Branch
+        return kind(self, home, make_session)
+
+    def add(self, branch: Branch) -> None:
+        """Take part with a branch that begins."""
+        if not self._joined:
+            self.transaction.join(self)
+            self._joined = True
+        if branch.home.asynchronous:
+            cast("AwaitedTransaction", self.transaction).awaits = True
+        self.branches.append(branch)
+
     def overlay(self, session: OverlaidSession, transaction: Any, *, asynchronous: bool) -> Overlay:
         """Take part with a session that uses the connections of the branches."""
-        self._take_part()
+        if not self._joined:
+            self.transaction.join(self)
+            self._joined = True
         if asynchronous:
             cast("AwaitedTransaction", self.transaction).awaits = True
         overlay = Overlay(session, transaction, blocks_loop=self.asynchronous and not asynchronous)
@@ -165,7 +183,7 @@ class Work:
         """Return whether a session may begin or go on here; once branches are being committed, only what is one of them may."""
         status = self.transaction.status
         if status == "Committing":
-            return self._joined and not self._ended and (branch is not None or not self._committing)
+            return self._joined and not self.ended and (branch is not None or not self._committing)
         return status in ("Active", "Doomed")
 
     def owner(self) -> str:
@@ -175,14 +193,14 @@ class Work:
     def is_under_way(self) -> bool:
         """Return whether this unit of work is under way anywhere."""
         try:
-            return self.transaction.data(self._coordinator) is self and not self._ended
+            return self.transaction.data(self._coordinator) is self and not self.ended
         except KeyError:
             return False
 
     @property
     def has_committed(self) -> bool:
         """Whether the unit has been committed, or certainly will be, whatever fails afterwards."""
-        return self._ended or self.decided
+        return self.ended or self.decided
 
     def limit(self, timeout: float) -> None:
         """Give the unit at most `timeout` seconds from now on, or what is left of the time that it has."""
@@ -242,7 +260,7 @@ class Work:
         return retryable(error)
 
     def tpc_begin(self, transaction: Transaction) -> None:
-        self.finishing = True
+        self.finishing = self.flushing = True
         if self._doomed_by is not None:
             self.refuse_doomed()  # zope forgets about it when a before-commit hook dooms
         self._flush()
@@ -259,11 +277,17 @@ class Work:
                 self._refuse_what_cannot_commit()
             flush_for_good(self.overlays, self.branches)
             self._refuse_partial_commit()
+        self.flushing = False
         self._committing = True
-        commit_branches(self)
-        self._ended = True
+        if len(self.branches) > 1:
+            commit_branches(self)
+        else:
+            commit_one_by_one([*self.branches])
+        self.ended = True
         self.branches.clear()
-        self._end_overlays()
+        self.connections.clear()
+        if self.overlays:
+            self._end_overlays()
         self.sessions.clear()
 
     def tpc_finish(self, transaction: Transaction) -> None:
@@ -279,7 +303,7 @@ class Work:
         the first session: after that the unit goes on, and sessions join anew.
         """
         self.finishing = True
-        if self._committing and not self._ended:
+        if self._committing and not self.ended:
             written = [branch for branch in self.branches if branch.wrote]
             self.decided = self.decided or (bool(written) and all(branch.committed for branch in written))
         interruption: BaseException | None = None
@@ -297,11 +321,11 @@ class Work:
                 branch.abandon_work()  # where it was interrupted before it had done so
                 interruption = error
         self.branches.clear()
+        self.connections.clear()
         self.overlays.clear()
         self._named.clear()
         self._savepoints.clear()
-        self._joined = False
-        self.finishing = False
+        self._joined = self.finishing = self.flushing = False
         if interruption is not None:
             raise interruption
 
@@ -313,10 +337,12 @@ class Work:
         for branch in self.branches:
             branch.abandon_work()
         self.branches.clear()
+        self.connections.clear()
         for overlay in self.overlays:
             overlay.abandon()
         self.overlays.clear()
-        self._give_back_connections()
+        if self._checked_out:
+            self._give_back_connections()
 
     def note_checkout(self, may_be_rolled_back: bool, connection: PoolProxiedConnection) -> None:
         """Note a connection that a session has taken out of its pool, and is about to begin a transaction on."""
@@ -368,11 +394,9 @@ class Work:
 
     # -- how it ends
 
-    def _parts(self) -> Iterable[Overlay | Branch]:
-        return chain(self.overlays, self.branches)
-
     def _flush(self) -> None:
-        for part in self._parts():  # a flush may make another session join, which this loop then reaches
+        # A flush may make another session join, which this loop then reaches.
+        for part in chain[Overlay | Branch](self.overlays, self.branches):
             try:
                 part.flush()
             except PendingRollbackError as error:  # an earlier flush failed, and its error was swallowed
@@ -381,7 +405,7 @@ class Work:
     def _refuse_what_cannot_commit(self) -> None:
         if self.timed:
             self.refuse_overtime()
-        for part in self._parts():
+        for part in chain[Overlay | Branch](self.overlays, self.branches):
             if part.has_lost_transaction():
                 raise TransactionLost(part.name)
         if len(self.branches) > 1:
@@ -459,20 +483,19 @@ class Coordinator:
 
     def get(self) -> Work:
         """Return the work of the current unit. Raises what the manager raises when there is none."""
-        return self.work_of(self.manager.get())
+        transaction = self.manager.get()
+        try:
+            work: Work = transaction.data(self)
+        except KeyError:
+            work = Work(transaction, self)
+        return work
 
     def work_of(self, transaction: Transaction) -> Work:
         """Return the work of a transaction."""
         try:
             work: Work = transaction.data(self)
         except KeyError:
-            work = self.new_work(transaction)
-        return work
-
-    def new_work(self, transaction: Transaction) -> Work:
-        """Return the work of a transaction that has just begun."""
-        work = Work(transaction, self)
-        transaction.set_data(self, work)
+            work = Work(transaction, self)
         return work
 
 

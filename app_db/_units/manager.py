@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from threading import get_ident
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import ref
 
 from sqlalchemy.exc import DBAPIError
@@ -147,6 +147,9 @@ class OwnedTransaction(HookedTransaction):
 class _Suspension:
     """Stands where a transaction would, in a block that runs as if none were under way."""
 
+    process = -1
+    """That of no transaction, so that it is never taken for one."""
+
     def __init__(self, liveness: Callable[[], object]) -> None:
         self.liveness = liveness
         self.ended = False
@@ -158,17 +161,14 @@ class _Suspension:
         return False
 
 
-class _Entry:
-    """What a context says is current, and what is so when that is over.
+class _Entry(NamedTuple):
+    """What a context says is current, and what is current when that is over.
 
     The transaction of a block is found by a weak reference: when the block is torn down, its connections go at once.
     """
 
-    __slots__ = ("find", "outer")
-
-    def __init__(self, find: Callable[[], OwnedTransaction | _Suspension | None], outer: _Entry | None) -> None:
-        self.find = find
-        self.outer = outer
+    find: Callable[[], OwnedTransaction | _Suspension | None]
+    outer: _Entry | None
 
 
 class AwaitedTransaction(OwnedTransaction):
@@ -220,9 +220,21 @@ class ContextTransactionManager(TransactionManager):
 
     def current(self) -> OwnedTransaction | None:
         """Return the transaction that is under way here, or None: what has ended or is another's doesn't count."""
-        entry = self._standing()
-        found = None if entry is None else entry.find()
-        return cast("OwnedTransaction", found) if found is not None and found.is_usable() else None
+        entry = self._current.get()
+        if entry is None:
+            return None
+        found = entry.find()
+        if found is None or not found.is_usable():  # a block inside it may have been torn down
+            entry = self._standing()
+            found = None if entry is None else entry.find()
+            if found is None or not found.is_usable():
+                return None
+        return cast("OwnedTransaction", found)
+
+    def is_current(self, transaction: OwnedTransaction) -> bool:
+        """Return whether a transaction is the one that is under way here."""
+        entry = self._current.get()
+        return entry is not None and entry.find() is transaction and transaction.is_usable()
 
     def inherited(self) -> OwnedTransaction | None:
         """Return the transaction under way of another task, from which the calling code has its context, or None."""
@@ -230,21 +242,27 @@ class ContextTransactionManager(TransactionManager):
         found = None if entry is None else entry.find()
         return None if found is None or isinstance(found, _Suspension) or found.is_usable() else found
 
-    def refuse_inherited(self) -> None:
-        """Raise where the transaction that is under way is that of another task, from which the calling one has its context."""
-        found = self.inherited()
-        if found is not None:
-            raise found.refusal()
+    def current_or_refuse(self) -> OwnedTransaction | None:
+        """Return the transaction that is under way here, or None. Raise where it is that of the calling task's parent."""
+        if self._current.get() is None:
+            return None
+        found = self.current()
+        if found is None:
+            inherited = self.inherited()
+            if inherited is not None:
+                raise inherited.refusal()
+        return found
 
     def get(self) -> OwnedTransaction:
         """Return the transaction that is under way here, or raise the error that says why there is none."""
         entry = self._current.get()
-        if entry is not None:
-            found = entry.find()
-            if found is not None and found.is_usable():
-                return cast("OwnedTransaction", found)
+        if entry is None:
+            raise NoUnitOfWork
+        found = entry.find()
+        if found is None or found.ended or found.process != _Process.generation or found.liveness() is None:
             return self._get_outer(entry)
-        raise NoUnitOfWork
+        # Any thread may use it whose context says that it is current; tasks have copies of their parents' contexts.
+        return cast("OwnedTransaction", found) if running_loop() is None or found.is_usable() else self._get_outer(entry)
 
     def _get_outer(self, inner: _Entry) -> OwnedTransaction:
         entry = self._standing() or inner
@@ -278,7 +296,8 @@ class ContextTransactionManager(TransactionManager):
             under_way.abort()
         transaction = OwnedTransaction(self.synchronizers, self)
         self._current.set(_Entry(lambda: transaction, self._standing()))
-        self._announce(transaction)
+        if self.synchronizers.entries:
+            self._announce(transaction)
         return transaction
 
     def prepare_block(self, liveness: Callable[[], object], *, awaited: bool) -> OwnedTransaction:
@@ -289,12 +308,12 @@ class ContextTransactionManager(TransactionManager):
 
     def begin_block(self, transaction: OwnedTransaction) -> None:
         """Make the transaction of a block the current one of this context; the one that was waits."""
-        self._current.set(_Entry(ref(transaction), self._standing()))
-        self._announce(transaction)
+        outer = self._current.get()
+        self._current.set(_Entry(ref(transaction), None if outer is None else self._standing()))
+        if self.synchronizers.entries:
+            self._announce(transaction)
 
     def _announce(self, transaction: OwnedTransaction) -> None:
-        if not self.synchronizers:
-            return
         try:
             self.synchronizers.map(lambda synchronizer: synchronizer.newTransaction(transaction))
         except BaseException:
@@ -306,15 +325,14 @@ class ContextTransactionManager(TransactionManager):
         txn.ended = True
         txn.liveness = gone  # which may hold the block, and so the unit: a circle
         txn.owner.task = None  # whose error may hold the block as well
-        self._leave(txn)
-
-    def _leave(self, what: OwnedTransaction | _Suspension) -> None:
         entry = self._current.get()
-        if entry is not None and entry.find() is what:
+        if entry is not None and entry.find() is txn:
             self._current.set(entry.outer)
 
     def resume(self, transaction: OwnedTransaction) -> None:
         """Make a transaction the current one here that began in another context, as a generator's may have."""
+        if self.current() is transaction:
+            return
         if not transaction.is_usable():
             raise transaction.refusal()
         self._current.set(_Entry(ref(transaction), self._standing()))
@@ -351,7 +369,9 @@ class ContextTransactionManager(TransactionManager):
         def resume() -> None:
             suspension.ended = True
             suspension.liveness = gone
-            self._leave(suspension)
+            entry = self._current.get()
+            if entry is not None and entry.find() is suspension:
+                self._current.set(entry.outer)
 
         return resume
 
@@ -371,11 +391,10 @@ def is_of_this_process(transaction: Transaction) -> bool:
 
 def regain(manager: Any, transaction: Transaction) -> None:
     """Make sure that `transaction` is the current one, or raise the error that says why it can't be."""
-    if current(manager) is transaction:
-        return
-    if not isinstance(manager, ContextTransactionManager):
+    if isinstance(manager, ContextTransactionManager):
+        manager.resume(cast("OwnedTransaction", transaction))
+    elif current(manager) is not transaction:
         raise UnitOfWorkEnded("The block of a unit of work")
-    manager.resume(cast("OwnedTransaction", transaction))
 
 
 def suspend(manager: Any, liveness: Callable[[], object]) -> Callable[[], None]:

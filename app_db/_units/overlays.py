@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from app_db._compat.sqlalchemy import take_away
-from app_db._units.branches import PATIENCE, PartSession, off_loop
+from app_db._units.branches import PATIENCE, TakingPart, off_loop
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -24,7 +24,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class OverlaidSession(PartSession, Protocol):
+class OverlaidSession(TakingPart, Protocol):
     """What an overlay has to know of the session that it is."""
 
     overlay: Overlay | None
@@ -63,6 +63,11 @@ class Overlay:
         """Do all that precedes the commit, the listeners to `before_commit` included; from here on the session refuses SQL."""
         self._wait_for(self.session.flush_for_good)
         self._is_flushed_for_good = True
+
+    @property
+    def has_unflushed(self) -> bool:
+        """Whether objects were changed that no flush has reached."""
+        return self.session.has_unflushed
 
     def has_lost_transaction(self) -> bool:
         """Return whether what the session has done is not what the databases have done."""

@@ -1,4 +1,4 @@
-"""What a block of code becomes: a unit of work of its own, a part of the one under way, or neither."""
+"""What a block of code is to units of work: it begins one of its own, takes part in the one under way, or neither."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("app_db")
 
 
-class Part:
-    """What a block is while it runs."""
+class Role:
+    """What a block is to units of work while it runs."""
 
     may_pass = False
     """Whether the block failed for a reason that may pass, and can be run again: asked before the unit is aborted."""
@@ -88,7 +88,7 @@ class Part:
         return not isinstance(error, self.options.commit_on)
 
 
-class Without(Part):
+class OutsideUnits(Role):
     """Run without a unit of work; one that is under way waits."""
 
     def enter(self) -> UnitOfWork:
@@ -104,7 +104,7 @@ class Without(Part):
         self._take_up_outer()
 
 
-class Own(Part):
+class OwnUnit(Role):
     """Begin a unit of work, and commit or abort it; one that is under way waits."""
 
     transaction: Any = None
@@ -115,9 +115,13 @@ class Own(Part):
         return True
 
     def enter(self) -> UnitOfWork:
-        options = self.options
-        self._begin(self.coordinator.manager)
-        work = self.work = self.coordinator.new_work(self.transaction)
+        options, manager = self.options, self.coordinator.manager
+        if isinstance(manager, ContextTransactionManager):
+            self.transaction = manager.prepare_block(self.liveness, awaited=self.asynchronous)
+            manager.begin_block(self.transaction)
+        else:
+            self._begin_under(manager)
+        work = self.work = Work(self.transaction, self.coordinator)
         work.liveness = self.liveness
         work.outer = self.outer
         work.asynchronous = self.asynchronous
@@ -128,13 +132,6 @@ class Own(Part):
         if options.timeout is not None:
             work.limit(options.timeout)
         return UnitOfWork(work)
-
-    def _begin(self, manager: Any) -> None:
-        if isinstance(manager, ContextTransactionManager):
-            self.transaction = manager.prepare_block(self.liveness, awaited=self.asynchronous)
-            manager.begin_block(self.transaction)
-        else:
-            self._begin_under(manager)
 
     def _begin_under(self, manager: Any) -> None:
         """Begin under a manager of zope's, which knows nothing of blocks."""
@@ -164,10 +161,28 @@ class Own(Part):
             self.transaction.liveness = liveness
 
     def leave(self, error: BaseException | None) -> None:
+        """Commit the unit if the block returned, abort it if the block raised, and raise what is left to be told."""
         try:
-            self._end(error)
+            manager = self.coordinator.manager
+            is_current = isinstance(manager, ContextTransactionManager) and manager.is_current(self.transaction)
+            if not is_current and not self._is_current_again(error):
+                return
+            if error is not None and self.fails_by(error):
+                self._abort_for(error)
+            else:
+                try:
+                    if self.transaction.status != "Active":
+                        self.work.refuse_doomed()
+                    self.transaction.commit()  # calls Work.tpc_begin, commit, tpc_vote and tpc_finish
+                except BaseException as failure:
+                    if not self._ends_although(failure):
+                        raise
+            work = self.work
+            if work.interruption is not None or work.errors_afterwards or work.hooks is not None:
+                self._tell_what_followed(error)
         finally:
-            self._take_up_outer()
+            if self._resume is not None:
+                self._take_up_outer()
 
     def torn_down(self) -> None:
         if self.transaction is not None and not is_of_this_process(self.transaction):
@@ -198,21 +213,22 @@ class Own(Part):
         if work is not None:
             work.forget()
 
-    def _end(self, error: BaseException | None) -> None:
+    def _is_current_again(self, error: BaseException | None) -> bool:
+        """Make the unit the current one. Where it can't be, abort it, and raise why unless the block raised; return False."""
         try:
             regain(self.coordinator.manager, self.transaction)
         except Exception:
-            # The block ends in another task than it began in, say; nobody else will end its unit.
+            # The block ends in another task than it began in, for example. Nothing else will end its unit.
             if self.work.is_under_way() and is_of_this_process(self.transaction):
                 self._abort(self.transaction)
                 self.work.forget()
             if error is None:
                 raise
-            return
-        if error is None or not self.fails_by(error):
-            self._commit()
-        else:
-            self._abort_for(error)
+            return False
+        return True
+
+    def _tell_what_followed(self, error: BaseException | None) -> None:
+        """Raise what interrupted the end of the unit, or what failed after it had committed."""
         hooks, failed = self.work.hooks, self.work.errors_afterwards
         if self.work.interruption is not None:
             if self.work.has_committed:
@@ -232,18 +248,17 @@ class Own(Part):
             raise errors[0]
         raise HookFailed(errors) from errors[0]
 
-    def _commit(self) -> None:
-        try:
-            self.work.refuse_doomed()
-            self.transaction.commit()
-        except BaseException as error:
-            if self.work.has_committed:
-                if self.transaction.status == "Committed":
-                    self._end_after_commit(error)
-                    return
-                error.add_note(_COMMITTED_ALL_THE_SAME)
-            self._abort_for(error)
-            raise
+    def _ends_although(self, failure: BaseException) -> bool:
+        """End the unit after its commit failed. Return whether it has committed all the same, and the failure is told later."""
+        if self.work.has_committed:
+            if self.work.hooks is not None:
+                self.work.hooks.has_committed = True  # the unit has to be aborted for zope to end it
+            if self.transaction.status == "Committed":
+                self._end_after_commit(failure)
+                return True
+            failure.add_note(_COMMITTED_ALL_THE_SAME)
+        self._abort_for(failure)
+        return False
 
     def _end_after_commit(self, error: BaseException) -> None:
         """Let go of a unit that has committed, although zope was kept from saying so: by a synchronizer that failed, say."""
@@ -252,8 +267,6 @@ class Own(Part):
             self.work.errors_afterwards.append(error)
         else:
             self.work.interruption = error
-        if self.work.hooks is not None:
-            self.work.hooks.has_committed = True
         self._abort(self.transaction)
 
     def _abort_for(self, error: BaseException) -> None:
@@ -279,8 +292,8 @@ _COMMITTED_ALL_THE_SAME = (
 )
 
 
-class Joined(Part):
-    """Be a part of the unit that is under way; a failure dooms it."""
+class Participant(Role):
+    """Take part in the unit that is under way; a failure dooms it."""
 
     outer: ZopeTransaction
     work: Work
@@ -358,8 +371,8 @@ class Joined(Part):
             log.debug("A statement failed in the inner unit, so that its time limit could not be lifted", exc_info=True)
 
 
-class Nested(Joined):
-    """Be a part of the unit that is under way, inside a savepoint: a failure undoes this part only."""
+class NestedParticipant(Participant):
+    """Take part in the unit that is under way, inside a savepoint: a failure undoes this block's work only."""
 
     def waits_to_begin(self) -> bool:
         return True
@@ -397,7 +410,7 @@ class Nested(Joined):
             self.work.doom(failure)
 
 
-class Refused(Part):
+class Refused(Role):
     """Raise the error that says why the block can't run here."""
 
     def enter(self) -> UnitOfWork:
@@ -407,31 +420,30 @@ class Refused(Part):
         raise AlreadyInUnitOfWork(subject)
 
 
-PARTS: dict[Propagation, tuple[type[Part], type[Part]]] = {
+_ROLES: dict[Propagation, tuple[type[Role], type[Role]]] = {
     # propagation: (where a unit is under way, where none is)
-    Propagation.REQUIRED: (Joined, Own),
-    Propagation.REQUIRES_NEW: (Own, Own),
-    Propagation.NESTED: (Nested, Own),
-    Propagation.MANDATORY: (Joined, Refused),
-    Propagation.SUPPORTS: (Joined, Without),
-    Propagation.NOT_SUPPORTED: (Without, Without),
-    Propagation.NEVER: (Refused, Without),
+    Propagation.REQUIRED: (Participant, OwnUnit),
+    Propagation.REQUIRES_NEW: (OwnUnit, OwnUnit),
+    Propagation.NESTED: (NestedParticipant, OwnUnit),
+    Propagation.MANDATORY: (Participant, Refused),
+    Propagation.SUPPORTS: (Participant, OutsideUnits),
+    Propagation.NOT_SUPPORTED: (OutsideUnits, OutsideUnits),
+    Propagation.NEVER: (Refused, OutsideUnits),
 }
 
-_TAKES_PART = frozenset({Joined, Nested})
+_TAKES_PART = frozenset({Participant, NestedParticipant})
 
 
-def part_for(coordinator: Coordinator, options: Options, liveness: Liveness, *, asynchronous: bool = False) -> Part:
-    """Return the part that a block with these options plays, here and now."""
+def role_for(coordinator: Coordinator, options: Options, liveness: Liveness, *, asynchronous: bool = False) -> Role:
+    """Return the role of a block with these options, here and now."""
     manager = coordinator.manager
-    outer = current(manager)
-    if outer is not None and not isinstance(manager, ContextTransactionManager):
-        tear_down(coordinator.work_of(outer).liveness)  # zope's managers don't ask whether its block still runs
+    inside, outside = _ROLES[options.propagation]
+    if isinstance(manager, ContextTransactionManager):
+        # In a task that was begun inside a unit, a unit of its own would commit whatever becomes of the outer one.
+        outer = manager.current_or_refuse() if inside in _TAKES_PART else manager.current()
+    else:
         outer = current(manager)
-    inside, outside = PARTS[options.propagation]
-    if outer is not None:
-        return inside(coordinator, options, outer, liveness, asynchronous)
-    if inside in _TAKES_PART and isinstance(manager, ContextTransactionManager):
-        # A task that was begun inside a unit: one of its own would commit, without a word, whatever becomes of that.
-        manager.refuse_inherited()
-    return outside(coordinator, options, None, liveness, asynchronous)
+        if outer is not None:
+            tear_down(coordinator.work_of(outer).liveness)  # zope's managers don't ask whether its block still runs
+            outer = current(manager)
+    return (outside if outer is None else inside)(coordinator, options, outer, liveness, asynchronous)

@@ -8,7 +8,7 @@ from weakref import WeakSet
 from sqlalchemy import event
 
 from app_db._databases.database import on_execute
-from app_db._units.branches import BRANCH, Branch
+from app_db._units.branches import BRANCH
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect, Engine, ExceptionContext
@@ -31,14 +31,20 @@ def _guard_endings(dialect: Dialect) -> None:
     send_commit, send_rollback = dialect.do_commit, dialect.do_rollback
 
     def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
-        branch = _branch_on(dbapi_connection)
+        try:
+            branch = dbapi_connection.info.get(BRANCH)
+        except NotImplementedError:  # the dialect is looking around on a connection that is not the pool's yet
+            branch = None
         if branch is None:
             send_commit(dbapi_connection)
         else:
             branch.send_commit(dbapi_connection, send_commit)
 
     def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
-        branch = _branch_on(dbapi_connection)
+        try:
+            branch = dbapi_connection.info.get(BRANCH)
+        except NotImplementedError:
+            branch = None
         if branch is None:
             send_rollback(dbapi_connection)
         else:
@@ -47,15 +53,11 @@ def _guard_endings(dialect: Dialect) -> None:
     dialect.do_commit, dialect.do_rollback = do_commit, do_rollback  # type: ignore[method-assign]
 
 
-def _branch_on(dbapi_connection: PoolProxiedConnection) -> Branch | None:
+def _before_execute(cursor: object, statement: str, *parameters_and_context: Any) -> None:
     try:
-        return dbapi_connection.info.get(BRANCH)
-    except NotImplementedError:  # the dialect is looking around on a connection that is not the pool's yet
-        return None
-
-
-def _before_execute(info: dict[Any, Any], statement: str) -> None:
-    branch = info.get(BRANCH)
+        branch = parameters_and_context[-1].root_connection.info.get(BRANCH)
+    except NotImplementedError:
+        return
     if branch is not None:
         branch.before_statement(statement)
 

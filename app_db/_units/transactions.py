@@ -19,7 +19,6 @@ from transaction.interfaces import NoTransaction
 from app_db._units.blocks import Block
 from app_db._units.coordinator import Coordinator, build_coordinator
 from app_db._units.options import Options, Propagation, options_from
-from app_db._units.propagation import Part
 from app_db._units.unit_of_work import UnitOfWork
 from app_db.errors import InvalidUse, NotWired, NoUnitOfWork
 
@@ -37,51 +36,73 @@ class Transaction(Block):
 
     __slots__ = ()
 
-    def _enter(self, *, asynchronous: bool) -> Part:
+    def __enter__(self) -> UnitOfWork:
+        self._refuse_misuse()
+        return super().__enter__()
+
+    async def __aenter__(self) -> UnitOfWork:
+        self._refuse_misuse()
+        return await super().__aenter__()
+
+    def _refuse_misuse(self) -> None:
         if self._options.attempts > 1:
             raise InvalidUse(
                 "A `with` block can't be run again, so it can't have attempts",
                 "Put the block in a function and decorate it with @transactional(attempts=...), or use "
                 "container.transaction(...).run(function)",
             )
-        if self.part is not None:
+        if self.role is not None:
             raise InvalidUse("This transaction object is in use already", "Call container.transaction() for every block")
-        return super()._enter(asynchronous=asynchronous)
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call `function` in the unit of work, again while attempts are left when it fails for a reason that may pass.
 
         What it returns for a coroutine function has to be awaited.
         """
-        if inspect.iscoroutinefunction(function):
-            return cast("R", self._run_awaited(function, *args, **kwargs))
-        attempt = 1
-        while True:
-            block = Block(self._coordinator, self._options)
-            try:
-                with block:
-                    return function(*args, **kwargs)
-            except Exception:
-                if attempt >= self._options.attempts or not block.may_pass:
-                    raise
-            time.sleep(self._pause_after(attempt))
-            attempt += 1
+        run: Any = run_awaited_in_unit if inspect.iscoroutinefunction(function) else run_in_unit
+        return cast("R", run(self._coordinator, self._options, function, args, kwargs))
 
-    async def _run_awaited(self, function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
-        attempt = 1
-        while True:
-            block = Block(self._coordinator, self._options)
-            try:
-                async with block:
-                    return await function(*args, **kwargs)
-            except Exception:
-                if attempt >= self._options.attempts or not block.may_pass:
-                    raise
-            await asyncio.sleep(self._pause_after(attempt))
-            attempt += 1
 
-    def _pause_after(self, attempt: int) -> float:
-        return random.uniform(0, min(1.0, self._options.backoff * 2 ** (attempt - 1)))  # noqa: S311  # no secret
+def run_in_unit(
+    coordinator: Coordinator, options: Options, function: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> R:
+    """Call a function in a unit of work, again while attempts are left when it fails for a reason that may pass."""
+    attempt = 1
+    while True:
+        block = Block(coordinator, options)
+        try:
+            with block:  # OwnUnit.enter begins the unit, OwnUnit.leave commits or aborts it
+                return function(*args, **kwargs)
+        except Exception:
+            if attempt >= options.attempts or not block.may_pass:
+                raise
+        time.sleep(_pause_after(attempt, options))
+        attempt += 1
+
+
+async def run_awaited_in_unit(
+    coordinator: Coordinator,
+    options: Options,
+    function: Callable[..., Awaitable[R]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> R:
+    """Do the same with a coroutine function."""
+    attempt = 1
+    while True:
+        block = Block(coordinator, options)
+        try:
+            async with block:
+                return await function(*args, **kwargs)
+        except Exception:
+            if attempt >= options.attempts or not block.may_pass:
+                raise
+        await asyncio.sleep(_pause_after(attempt, options))
+        attempt += 1
+
+
+def _pause_after(attempt: int, options: Options) -> float:
+    return random.uniform(0, min(1.0, options.backoff * 2 ** (attempt - 1)))  # noqa: S311  # no secret
 
 
 _DEFAULT = Options()
@@ -175,20 +196,19 @@ def _run_in_unit(function: Callable[..., Any], options: Options, container_id: s
     first_injected = min((names.index(marker) for marker in markers if marker in names), default=sys.maxsize)
 
     def by_keyword(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        if len(args) <= first_injected:
-            return args
-        # Injection goes by keyword, and would give a second value to what is given by position.
+        # Injection goes by keyword, and would give a second value to an argument that is given by position.
         kwargs.update(zip(names[first_injected:], args[first_injected:], strict=False))
         return args[:first_injected]
 
     def run(*args: Any, _app_db_container: Any = Provide[container_id], **kwargs: Any) -> Any:
-        args = by_keyword(args, kwargs)
-        return Transaction(_coordinator_in(_app_db_container, function, name), options).run(injected, *args, **kwargs)
+        if len(args) > first_injected:
+            args = by_keyword(args, kwargs)
+        return run_in_unit(_coordinator_in(_app_db_container, function, name), options, injected, args, kwargs)
 
     async def run_awaited(*args: Any, _app_db_container: Any = Provide[container_id], **kwargs: Any) -> Any:
-        args = by_keyword(args, kwargs)
-        unit = Transaction(_coordinator_in(_app_db_container, function, name), options)
-        return await unit._run_awaited(injected, *args, **kwargs)
+        if len(args) > first_injected:
+            args = by_keyword(args, kwargs)
+        return await run_awaited_in_unit(_coordinator_in(_app_db_container, function, name), options, injected, args, kwargs)
 
     # inject() sees `run` alone, so that wiring does not inject the sessions before the unit has begun; dressed up as the
     # decorated function afterwards, it belongs to that function's module, and wiring finds it there.
@@ -205,7 +225,7 @@ def _inject_checked(function: Callable[..., Any], name: str, markers: dict[str, 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         for parameter, marker in markers.items():
-            if _is_marker(kwargs.get(parameter, marker)):
+            if getattr(type(kwargs.get(parameter, marker)), "__IS_MARKER__", False) is True:
                 raise NotWired(name, function.__module__, parameter, f"{type(marker).__name__}[{marker.provider!r}]")
         return function(*args, **kwargs)
 
@@ -217,11 +237,11 @@ _coordinators: WeakKeyDictionary[Any, ReferenceType[providers.Provider[Coordinat
 
 def _coordinator_in(container: Any, function: Callable[..., Any], name: str) -> Coordinator:
     """Return the coordinator of the database container that `container` is, or that is in it."""
-    if _is_marker(container):
-        raise NotWired(name, function.__module__)
     reference = _coordinators.get(container)
     provider = None if reference is None else reference()
     if provider is None:
+        if _is_marker(container):
+            raise NotWired(name, function.__module__)
         provider = _find_coordinator(container, name)
         _coordinators[container] = ref(provider)
     return provider()
