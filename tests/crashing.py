@@ -306,7 +306,7 @@ class Steps:
         for channel in exchange.Channel.__subclasses__():
             self.around(channel, "send", _sending)
             self._watch_answers(channel)
-        self.around(import_module("app_db._units.branches"), "say", _saying)
+        self.around(import_module("app_db._units.branch_connections"), "say", _saying)
         for channel in exchange.AsyncChannel.__subclasses__():
             self._around_awaited(channel, "say", _sending)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import transaction as zope
-from sqlalchemy import exc, text
+from sqlalchemy import event, exc, text
 
 from app_db import DatabaseContainer, UnitOfWork
 from app_db.errors import HookFailed, NoUnitOfWork, UnitOfWorkDoomed
@@ -477,3 +477,19 @@ def test_an_interruption_in_a_hook_goes_on_once_the_other_hooks_have_run(databas
         raise ValueError
     assert ran == ["committed", "aborted"]
     assert databases.items() == ["a"]
+
+
+def test_an_interruption_after_commit_runs_the_hooks_of_a_commit(databases: Databases, ran: list[Any]) -> None:
+    """As when a signal arrives while the connection is returned to its pool, after COMMIT was answered."""
+
+    def interrupted(*_: object) -> None:
+        event.remove(databases.container.writer_engine(), "reset", interrupted)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), databases.container.transaction() as unit:
+        unit.on_commit(ran.append, "committed")
+        unit.on_abort(ran.append, "aborted")
+        databases.add("a")
+        event.listen(databases.container.writer_engine(), "reset", interrupted)
+    assert databases.items() == ["a"]
+    assert ran == ["committed"]

@@ -24,8 +24,8 @@ from sqlalchemy.orm.events import SessionEvents
 
 from app_db import errors
 from app_db._sessions.sessions import OF_TRANSACTIONS, UnitSession
-from app_db._units.branches import BranchOffLoop
 from app_db._units.commit import AtomicCommit
+from app_db._units.off_loop import BranchOffLoop
 from app_db.testing import isolated
 from crashing import PATHS
 from routed import Fact, Item, RoutedApplication, routed

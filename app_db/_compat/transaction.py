@@ -15,6 +15,8 @@ CALLS_OTHERS = frozenset({"transaction.weakset", "transaction._transaction"})
 class Synchronizers(WeakSet):  # type: ignore[misc]  # transaction has no type hints
     """A set of synchronizers that costs next to nothing while there are none: every unit asks for them three times."""
 
+    data: Any  # a WeakValueDictionary, whose own `data` is not in its stubs
+
     def __init__(self) -> None:
         super().__init__()
         self.entries: dict[Any, Any] = self.data.data

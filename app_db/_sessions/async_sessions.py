@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 
 from app_db._sessions.sessions import SessionHome, UnitRegistry, UnitSession
-from app_db._units.coordinator import Work
+from app_db._units.work import Work
 from app_db.errors import AwaitRequired
 
 if TYPE_CHECKING:

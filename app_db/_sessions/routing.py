@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
     from app_db._units.branches import Branch
-    from app_db._units.coordinator import Coordinator, Work
+    from app_db._units.coordinator import Coordinator
     from app_db._units.overlays import Overlay
+    from app_db._units.work import Work
     from app_db.settings import DatabaseSettings
 
 

@@ -22,9 +22,10 @@ from app_db._compat.sqlalchemy import hand_over, is_flushing, prepare_to_commit
 from app_db._databases.engines import told_of_checkout
 from app_db._databases.registry import database_of
 from app_db._units.branches import Branch
-from app_db._units.coordinator import Coordinator, Work
-from app_db._units.manager import Owner
+from app_db._units.coordinator import Coordinator
+from app_db._units.owned_transactions import Owner
 from app_db._units.statement_events import watch
+from app_db._units.work import Work
 from app_db.errors import (
     ForeignUnitOfWork,
     InvalidUse,

@@ -12,7 +12,8 @@ from app_db._compat.frames import frame_at
 from app_db._liveness import NOT_ENTERED, ExitMethod, WithBlock, liveness_of
 from app_db._units.coordinator import Coordinator
 from app_db._units.options import Options
-from app_db._units.propagation import Role, role_for
+from app_db._units.propagation import role_for
+from app_db._units.roles import Role
 from app_db._units.unit_of_work import UnitOfWork
 
 

@@ -19,10 +19,11 @@ from sqlalchemy.util.concurrency import await_only
 
 from app_db._databases.exchange import Answer, AsyncChannel, Channel, Exchange, Outcome, exchange, exchange_awaited
 from app_db._databases.statements import Effect
-from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.decisions import DecisionLog, Verdict
 from app_db._two_phase.xids import log_of
-from app_db._units.branches import Branch, BranchOffLoop, Stage, off_loop, own_threads, position
+from app_db._units.branch_connections import Stage
+from app_db._units.branches import Branch, position
+from app_db._units.off_loop import BranchOffLoop, off_loop, own_threads
 from app_db._units.overlays import Overlay
 from app_db.errors import (
     AbortedByRecovery,
@@ -35,21 +36,13 @@ from app_db.errors import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Engine
-
-    from app_db._databases.database import Terms
+    from app_db._two_phase.decision_places import DecisionPlaces
+    from app_db._units.interfaces import Rehearsal
 
 log = logging.getLogger("app_db")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class Rehearsal(Protocol):
-    """What a unit of work asks of an isolated test, in which it only seems to commit."""
-
-    def engine_for_unit(self, engine: Engine, terms: Terms) -> Engine: ...
-    def check_commit(self, connection: Connection) -> None: ...
 
 
 class CommittingWork(Protocol):

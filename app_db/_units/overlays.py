@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from app_db._compat.sqlalchemy import take_away
-from app_db._units.branches import PATIENCE, TakingPart, off_loop
+from app_db._units.branches import PATIENCE
+from app_db._units.interfaces import TakingPart
+from app_db._units.off_loop import off_loop
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import SessionTransaction
+
 
 log = logging.getLogger("app_db")
 

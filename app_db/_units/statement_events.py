@@ -8,7 +8,7 @@ from weakref import WeakSet
 from sqlalchemy import event
 
 from app_db._databases.database import on_execute
-from app_db._units.branches import BRANCH
+from app_db._units.branch_connections import BRANCH
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect, Engine, ExceptionContext

@@ -11,7 +11,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from app_db._compat.asyncio import begin_unseen, outlast
-from app_db._units.manager import acting_for
+from app_db._units.owned_transactions import acting_for
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -7,16 +7,16 @@ from functools import partial
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, cast
 
-from app_db._units.coordinator import Work
 from app_db._units.hooks import Hook, Hooks
 from app_db._units.manager import ContextTransactionManager
+from app_db._units.work import Work
 from app_db.errors import AwaitRequired, InvalidUse, NoUnitOfWork, UnitOfWorkEnded
 
 if TYPE_CHECKING:
     from transaction import Savepoint
     from transaction import Transaction as ZopeTransaction
 
-    from app_db._units.manager import OwnedTransaction
+    from app_db._units.owned_transactions import OwnedTransaction
 
 
 class UnitOfWork:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from dependency_injector import providers
 
 from app_db._sessions.state import MAKING, State
-from app_db._units.commit import Rehearsal
+from app_db._units.interfaces import Rehearsal
 from app_db._wording import did_you_mean
 from app_db.container import KINDS, Connection, DatabaseContainer
 from app_db.errors import InvalidUse, NothingConfigured, Problem, SettingsError

@@ -1,0 +1,250 @@
+"""The connection of a branch: what is noticed of the statements on it, and how its transaction ends in the database."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from enum import Enum
+from threading import get_ident
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.exc import DBAPIError
+
+from app_db._databases.interruptions import interrupted
+from app_db._databases.prepare_verbs import PrepareVerbs, Settling
+from app_db._databases.statements import Effect, effect_of, lifts_read_only, transaction_verb
+from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
+    from app_db._units.interfaces import BranchedWork, Home
+
+log = logging.getLogger("app_db")
+
+BRANCH = "app_db_branch"
+"""Key in a DBAPI connection's info: the branch that is using it."""
+
+
+class Stage(Enum):
+    """How far a branch is, as far as its database knows of it."""
+
+    ACTIVE = "active"
+    """Its transaction is open."""
+    PREPARED = "prepared"
+    """It has been asked to prepare, and may have done so: only by its xid can it be ended."""
+    ENDED = "ended"
+    """It was ended by its xid, or is left to recovery: nothing more may be sent."""
+
+
+class BranchConnection:
+    """The connection of one branch of a unit of work, as its database sees the branch."""
+
+    effect = Effect.READS
+    """The most that a statement has done, as far as its text tells."""
+    committed = False
+    """Whether COMMIT was sent and answered."""
+    is_commit_unanswered = False
+    """Whether COMMIT was sent, and how the database answered is not known yet."""
+    stage = Stage.ACTIVE
+    _xid: str | None = None
+    _begun_by_xid = False
+    _rolled_back_by: int | None = None  # a thread
+    _failures: Sequence[BaseException] = ()
+    _usual_limits: Mapping[Connection, float] = MappingProxyType({})
+
+    def __init__(self, work: BranchedWork, home: Home) -> None:
+        self._work = work
+        self.home = home
+        self.name = home.name
+        self.read_only = home.read_only or work.read_only
+        self._connections: dict[Connection, dict[Any, Any]] = {}  # with their info, which an invalidated one doesn't give out
+
+    @property
+    def wrote(self) -> bool:
+        """Whether it takes part in the atomic commit."""
+        return self.effect >= Effect.MAY_WRITE and not self.read_only and not self.home.autonomous
+
+    @property
+    def can_prepare(self) -> bool:
+        """Whether it can be prepared, so that others may commit together with it."""
+        return self.home.two_phase and self.home.verbs is not None and len(self._connections) == 1
+
+    @property
+    def verbs(self) -> PrepareVerbs:
+        """How its database prepares. Raises InvalidUse where it doesn't."""
+        if self.home.verbs is None:
+            raise InvalidUse(f"The connection {self.name!r} can't be prepared", "Set its two_phase to false")
+        return self.home.verbs
+
+    @property
+    def xid(self) -> str:
+        """The name by which its database knows it."""
+        if self._xid is None:
+            self._xid = str(self._work.xid_for(self))
+        return self._xid
+
+    @property
+    def connection(self) -> Connection:
+        """Its connection; a branch that takes part in an atomic commit has exactly one."""
+        return next(iter(self._connections))
+
+    @property
+    def connections(self) -> Iterable[Connection]:
+        """All connections that its session has begun on."""
+        return self._connections
+
+    @property
+    def driver_connection(self) -> Any:
+        """The driver's own connection."""
+        return self.connection.connection.driver_connection
+
+    def uses(self, connection: Connection) -> None:
+        """Note that the session has begun on `connection`."""
+        if connection in self._connections:
+            return
+        if self._rolled_back_by is not None:
+            connection.close()  # as it came too late
+            raise UnitOfWorkEnded(f"The {self.name!r} session")
+        info = self._connections[connection] = connection.info
+        if self.home.two_phase and not self.read_only and self._work.rehearsal is None:
+            self._begin_by_xid(connection)
+        info[BRANCH] = self
+        if self._work.timed:
+            self.apply_time_limit()
+
+    def _begin_by_xid(self, connection: Connection) -> None:
+        """Begin by xid where a transaction that began otherwise can't be prepared. Before it listens: this is no write."""
+        verbs = self.home.verbs
+        if verbs is None or not verbs.begins_by_xid:
+            return  # without an xid, for which the decision log would be asked
+        for statement in verbs.start(self.xid):
+            connection.exec_driver_sql(statement)
+        self._begun_by_xid = True
+
+    def apply_time_limit(self) -> None:
+        """Have the server stop statements that take longer than the unit has left; what it does by itself stays the least."""
+        database, remaining = self.home.database, self._work.remaining()
+        for connection in self._connections:
+            if connection not in self._usual_limits:
+                self._usual_limits = {**self._usual_limits, connection: database.statement_limit(connection)}
+            database.limit_statements(connection, min(remaining, self._usual_limits[connection]))
+
+    def before_statement(self, statement: str) -> None:
+        """Note what a statement does, and refuse what can't be allowed before it is sent."""
+        if self._rolled_back_by not in (None, get_ident()):
+            raise UnitOfWorkEnded(f"The {self.name!r} session")  # the thread goes on while its unit is being aborted
+        verb = transaction_verb(statement)
+        if verb is not None and not self._work.finishing:
+            raise SessionIsManaged(self.name, verb)
+        if self.read_only and lifts_read_only(statement):
+            raise ReadOnlyViolation(self.name, "Lifting the protection", not self.home.read_only)
+        effect = effect_of(statement)
+        if effect > self.effect:
+            if effect is Effect.WRITES and self.read_only:
+                raise ReadOnlyViolation(self.name, "The statement", not self.home.read_only)
+            self.effect = effect
+        if self._work.timed:
+            self._work.refuse_overtime()
+
+    def is_interrupted_by(self, error: BaseException) -> bool:
+        """Return whether an exception from outside came while the driver waited, so that the connection has to be closed."""
+        if not self.home.database.waits_for_answers or self._work.rehearsal is not None:
+            return False
+        return any(
+            not (connection.closed or connection.invalidated) and interrupted(error, connection.connection.driver_connection)
+            for connection in self._connections
+        )
+
+    def statement_failed(self, error: BaseException) -> BaseException | None:
+        """Note that the database refused a statement; return the error that says better what happened, if there is one."""
+        self._failures = [*self._failures, error]
+        if self.read_only and self.home.database.refuses_write(error):
+            return ReadOnlyViolation(self.name, "The statement", not self.home.read_only)
+        return self._work.overtime()
+
+    def better_error(self, statement: str, error: BaseException) -> BaseException:
+        """Return a driver's error as SQLAlchemy would have raised it, and give the connection up if it was lost."""
+        connection, dialect = self.connection, self.connection.dialect
+        if connection.closed or connection.invalidated or not isinstance(error, dialect.loaded_dbapi.Error):
+            return error
+        lost = dialect.is_disconnect(error, connection.connection.dbapi_connection, None)
+        wrapped = DBAPIError.instance(
+            statement, None, error, dialect.loaded_dbapi.Error, connection_invalidated=lost, dialect=dialect
+        )
+        if lost and self.stage is not Stage.PREPARED:  # one that may be prepared is still to be told elsewhere
+            self.abandon()
+        return wrapped
+
+    def send_commit(self, dbapi_connection: Any, plainly: Callable[[Any], None]) -> None:
+        """Send COMMIT, in whatever form the transaction was begun; nothing, where it was ended by its xid."""
+        if not self._work.finishing:
+            raise SessionIsManaged(self.name, "connection().commit")
+        if self.stage is Stage.ACTIVE:
+            self.is_commit_unanswered = True
+            if self._begun_by_xid:
+                say(dbapi_connection, self.verbs.commit_unprepared(self.xid))
+            else:
+                plainly(dbapi_connection)
+        self.committed = True  # what fails from here on fails afterwards
+        self.is_commit_unanswered = False
+
+    def send_rollback(self, dbapi_connection: Any, plainly: Callable[[Any], None]) -> None:
+        """Send ROLLBACK, in whatever form the transaction was begun; nothing, where it is ended by its xid."""
+        if not self._begun_by_xid:
+            plainly(dbapi_connection)
+        elif self.stage is Stage.ACTIVE:
+            say(dbapi_connection, self.verbs.roll_back_unprepared(self.xid), regardless=True)
+
+    def has_lost_transaction_on(self, connection: Connection) -> bool:
+        """Return whether the database would answer COMMIT on a connection with a rollback."""
+        if self._failures:
+            return self.home.database.has_lost_transaction(connection, self._failures)
+        return self.wrote and self.home.database.has_ended_transaction(connection)
+
+    def abandon(self) -> None:
+        """Close the connection and leave what it may have prepared to whoever recovers it."""
+        self.stage = Stage.ENDED
+        connection = self.connection
+        if not (connection.closed or connection.invalidated):
+            connection.invalidate()
+
+    def settle_elsewhere(self, *, commit: bool) -> bool:
+        """End by its xid, on another connection, a branch that did not answer. Return whether its database knows by now."""
+        try:
+            with self.connection.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                return self.verbs.settle(connection, self.xid, commit=commit) is not Settling.HELD
+        except Exception:
+            log.warning("%r could not be reached a second time, and is left to recovery", self.name, exc_info=True)
+            return False
+
+    def close_if_interrupted(self, error: BaseException) -> None:
+        """Close the connection if the exception that ends the unit came while the driver waited, by a cursor of its own, say."""
+        if self.is_interrupted_by(error):
+            self._close_connections()
+
+    def _close_connections(self) -> None:
+        self.stage = Stage.ENDED
+        for connection in self._connections:
+            with suppress(Exception):
+                if not (connection.closed or connection.invalidated):
+                    connection.invalidate()
+
+
+def say(dbapi_connection: Any, statements: Sequence[str], *, regardless: bool = False) -> None:
+    """Execute statements below SQLAlchemy, which has its own idea of how transactions begin and end.
+
+    Only the last one counts when they are said `regardless` of what is refused before.
+    """
+    cursor = dbapi_connection.cursor()
+    for statement in statements[:-1]:
+        try:
+            cursor.execute(statement)
+        except Exception:
+            if not regardless:
+                raise
+            log.debug("%s was refused", statement, exc_info=True)
+    cursor.execute(statements[-1])
+    cursor.close()

@@ -1,0 +1,75 @@
+"""Branches whose driver blocks, in units that coroutines end: what waits for the database does so in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from sqlalchemy.util.concurrency import await_only, in_greenlet
+
+from app_db._compat.os import after_fork_in_child
+from app_db._units.branches import Branch
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import SessionTransaction
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class BranchOffLoop(Branch):
+    """A branch whose driver blocks, in a unit that a coroutine ends: what waits for the database does so in a thread."""
+
+    def flush(self) -> None:
+        off_loop(super().flush)
+
+    def flush_for_good(self) -> None:
+        off_loop(super().flush_for_good)
+
+    def has_lost_transaction(self) -> bool:
+        return off_loop(super().has_lost_transaction)
+
+    def check_commit(self, rehearsal: Any) -> None:
+        off_loop(super().check_commit, rehearsal)
+
+    def commit(self) -> None:
+        off_loop(super().commit)
+
+    def roll_back(self) -> None:
+        off_loop(super().roll_back)
+
+    def savepoint(self) -> SessionTransaction:
+        return off_loop(super().savepoint)
+
+    def roll_back_to(self, savepoint: SessionTransaction) -> None:
+        off_loop(super().roll_back_to, savepoint)
+
+    def release(self, savepoint: SessionTransaction) -> None:
+        off_loop(super().release, savepoint)
+
+    def apply_time_limit(self) -> None:
+        off_loop(super().apply_time_limit)
+
+    def settle_elsewhere(self, *, commit: bool) -> bool:
+        return off_loop(super().settle_elsewhere, commit=commit)
+
+
+def off_loop(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function that blocks: in a thread, where an event loop would have to wait for it."""
+    if not in_greenlet():
+        return function(*args, **kwargs)
+    work = partial(copy_context().run, partial(function, *args, **kwargs))
+    return await_only(asyncio.get_running_loop().run_in_executor(own_threads(), work))
+
+
+@cache
+def own_threads() -> ThreadPoolExecutor:
+    """Return threads for what blocks: those of the event loop may all be waiting for what the unit holds that ends here."""
+    return ThreadPoolExecutor(1000, "app_db")
+
+
+after_fork_in_child(own_threads.cache_clear)

@@ -1,0 +1,61 @@
+"""Savepoints across the branches of a unit of work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from app_db._units.branches import Branch
+from app_db._units.overlays import Overlay
+
+
+class SavepointWork(Protocol):
+    """What a savepoint has to know of its unit."""
+
+    finishing: bool
+    branches: list[Branch]
+    overlays: list[Overlay]
+    savepoints: list[WorkSavepoint]
+
+
+class WorkSavepoint:
+    """A savepoint across the branches of a unit of work. It can be rolled back to any number of times, or released once."""
+
+    def __init__(self, work: SavepointWork, parts: Sequence[Branch | Overlay]) -> None:
+        self._work = work
+        self._nested = [(part, part.savepoint()) for part in parts]
+
+    def rollback(self) -> None:
+        """Undo what was done since; sessions that joined since begin anew."""
+        older = [part for part, _ in self._nested]
+        self._work.finishing = True
+        for overlay in self._work.overlays:
+            if overlay not in older:
+                overlay.roll_back()
+        for branch in self._work.branches:
+            if branch.has_savepoints and branch not in older:
+                for overlay in self._work.overlays:
+                    overlay.leave(branch.connections)
+                branch.roll_back()
+        self._work.finishing = False
+        self._work.overlays[:] = [overlay for overlay in self._work.overlays if not overlay.finished]
+        self._work.branches[:] = [branch for branch in self._work.branches if not branch.finished]
+        for part, nested in reversed(self._nested):
+            part.roll_back_to(nested)
+        self._nested = [(part, part.savepoint()) for part in older]
+        self._forget_later_ones()
+
+    def release(self) -> None:
+        """Keep what was done since, and give the savepoint up."""
+        for part, nested in reversed(self._nested):
+            if nested.is_active:
+                part.release(nested)
+        self._nested = []
+        self._forget_later_ones()
+        if self in self._work.savepoints:
+            self._work.savepoints.remove(self)
+
+    def _forget_later_ones(self) -> None:
+        savepoints = self._work.savepoints
+        if self in savepoints:
+            del savepoints[savepoints.index(self) + 1 :]
