@@ -12,10 +12,10 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from app_db._databases.engines import build_async_engine, build_engine
-from app_db._sessions.borrowing import BorrowingHome
+from app_db._sessions.borrowing import BorrowingConfig
 from app_db._sessions.providers import Held, HolderProvider, Lasting, Lifecycle
-from app_db._sessions.routing import Holders, RoutingHome, RoutingSession, build_routing_session, build_routing_sessionmaker
-from app_db._sessions.sessions import SessionHome, UnitRegistry, build_scoped_session, build_sessionmaker
+from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession, build_routing_session, build_routing_sessionmaker
+from app_db._sessions.sessions import SessionConfig, UnitRegistry, build_scoped_session, build_sessionmaker
 from app_db._sessions.state import State, StateHolder
 from app_db._two_phase.checks import check
 from app_db._two_phase.decision_places import DecisionPlaces
@@ -124,15 +124,17 @@ def _build_async_sessionmaker(
 ) -> async_sessionmaker[Any]:
     container = _require_instance(container, name)
     require_greenlet()
-    from app_db._sessions.async_sessions import AsyncSessionHome, build_async_sessionmaker
+    from app_db._sessions.async_sessions import AsyncSessionConfig, build_async_sessionmaker
 
     settings = container.settings().connection(name)
     lender = _lender_of(container, name)
     if lender is not None:
         from app_db._sessions.async_routing import build_async_routing_sessionmaker
 
-        return build_async_routing_sessionmaker(_borrowing_home(container, name, lender, "async_session"), settings.session)
-    return build_async_sessionmaker(AsyncSessionHome(name, settings, container.core.coordinator(), lambda: engine().sync_engine))
+        return build_async_routing_sessionmaker(_borrowing_config(container, name, lender, "async_session"), settings.session)
+    return build_async_sessionmaker(
+        AsyncSessionConfig(name, settings, container.core.coordinator(), lambda: engine().sync_engine)
+    )
 
 
 def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: Callable[[], Engine]) -> sessionmaker[Any]:
@@ -140,8 +142,8 @@ def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: 
     settings = container.settings().connection(name)
     lender = _lender_of(container, name)
     if lender is not None:
-        return build_routing_sessionmaker(_borrowing_home(container, name, lender, "session"), settings.session)
-    return build_sessionmaker(SessionHome(name, settings, container.core.coordinator(), engine))
+        return build_routing_sessionmaker(_borrowing_config(container, name, lender, "session"), settings.session)
+    return build_sessionmaker(SessionConfig(name, settings, container.core.coordinator(), engine))
 
 
 def _lender_of(container: DatabaseContainer, name: str) -> str | None:
@@ -149,8 +151,8 @@ def _lender_of(container: DatabaseContainer, name: str) -> str | None:
     return container.settings().lender_of(name, container.providers)
 
 
-def _borrowing_home(container: DatabaseContainer, name: str, lender: str, kind: str) -> BorrowingHome:
-    return BorrowingHome(name, lender, container.core.coordinator(), _holders(container, kind))
+def _borrowing_config(container: DatabaseContainer, name: str, lender: str, kind: str) -> BorrowingConfig:
+    return BorrowingConfig(name, lender, container.core.coordinator(), _holders(container, kind))
 
 
 def _holders(container: DatabaseContainer, kind: str) -> Holders:
@@ -294,14 +296,16 @@ def _refuse_taken_names(name: str, bases: Iterable[type], attributes: Iterable[s
 # ---- the session that finds its database --------------------------------------------------------------------------------
 
 
-def _routing_home(container: DatabaseContainer | None, kind: str) -> tuple[RoutingHome, SessionSettings]:
+def _routing_config(container: DatabaseContainer | None, kind: str) -> tuple[RoutingConfig, SessionSettings]:
     container = _require_instance(container, kind)
-    home = RoutingHome(container.core.coordinator(), _holders(container, kind), container.settings, lambda: _names_in(container))
-    return home, home.session_settings()
+    config = RoutingConfig(
+        container.core.coordinator(), _holders(container, kind), container.settings, lambda: _names_in(container)
+    )
+    return config, config.session_settings()
 
 
 def _build_routing(container: DatabaseContainer | None, name: str) -> scoped_session[RoutingSession]:
-    return build_routing_session(*_routing_home(container, name))
+    return build_routing_session(*_routing_config(container, name))
 
 
 def _current_routing_session(scoped: scoped_session[RoutingSession]) -> RoutingSession:
@@ -313,7 +317,7 @@ def _build_async_routing(container: DatabaseContainer | None, name: str) -> asyn
     require_greenlet()
     from app_db._sessions.async_routing import build_async_routing_session
 
-    return build_async_routing_session(*_routing_home(container, name))
+    return build_async_routing_session(*_routing_config(container, name))
 
 
 def _current_async_routing_session(scoped: async_scoped_session[AsyncRoutingSession]) -> AsyncRoutingSession:

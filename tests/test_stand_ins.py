@@ -510,7 +510,7 @@ def test_listeners_on_the_sessions_of_a_connection_are_told(name: str, target: s
     with heard_by(TARGETS[target](app.container), name) as told:
         with app.unit():
             write(app, "a")
-        assert "writer" in {session.home.name for session in told}
+        assert "writer" in {session.config.name for session in told}
     with app.unit():
         write(app, "after")
         assert sessions(app) == {"session"}
@@ -520,7 +520,7 @@ def test_listeners_to_objects_and_statements_cost_no_session(app: RoutedApplicat
     with heard_by(Session, "before_flush") as flushed, heard_by(Session, "do_orm_execute"), app.unit():
         write(app, "a")
         assert sessions(app) == {"session"}
-    assert [session.home.name for session in flushed] == ["session"]
+    assert [session.config.name for session in flushed] == ["session"]
 
 
 def test_a_session_without_objects_is_told_of_its_transaction_and_of_nothing_else(app: RoutedApplication) -> None:
@@ -559,7 +559,7 @@ def test_a_listener_that_is_older_than_app_db_is_told() -> None:
         container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
         with container.transaction():
             container.session().execute(text("SELECT 1"))
-        print(sorted(session.home.name for session in told))
+        print(sorted(session.config.name for session in told))
     """
     ended = subprocess.run(
         [sys.executable, "-c", dedent(program)],

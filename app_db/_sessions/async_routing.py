@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
 
 from app_db._sessions.async_sessions import AsyncUnitSession
-from app_db._sessions.routing import OverlaidHome, RoutingHome, RoutingSession
+from app_db._sessions.routing import OverlayConfig, RoutingConfig, RoutingSession
 from app_db._sessions.sessions import UnitRegistry
 
 if TYPE_CHECKING:
@@ -28,15 +28,15 @@ class AsyncRoutingSession(AsyncUnitSession):
         return cast(RoutingSession, self.sync_session).using(name)
 
 
-def build_async_routing_sessionmaker(home: OverlaidHome, settings: SessionSettings) -> async_sessionmaker[AsyncRoutingSession]:
-    """Return the maker of the sessions that coroutines use of a home."""
-    arguments: Any = {"home": home, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
+def build_async_routing_sessionmaker(config: OverlayConfig, settings: SessionSettings) -> async_sessionmaker[AsyncRoutingSession]:
+    """Return the maker of the sessions that coroutines use of a config."""
+    arguments: Any = {"config": config, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
     return async_sessionmaker(class_=AsyncRoutingSession, **arguments)
 
 
-def build_async_routing_session(home: RoutingHome, settings: SessionSettings) -> async_scoped_session[AsyncRoutingSession]:
+def build_async_routing_session(config: RoutingConfig, settings: SessionSettings) -> async_scoped_session[AsyncRoutingSession]:
     """Return the proxy that is always the current unit's session for coroutines."""
-    maker = build_async_routing_sessionmaker(home, settings)
+    maker = build_async_routing_sessionmaker(config, settings)
     scoped: async_scoped_session[AsyncRoutingSession] = async_scoped_session(maker, lambda: None)
     scoped.registry = UnitRegistry(maker)
     return scoped

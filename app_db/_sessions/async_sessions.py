@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 
-from app_db._sessions.sessions import SessionHome, UnitRegistry, UnitSession
+from app_db._sessions.sessions import SessionConfig, UnitRegistry, UnitSession
 from app_db._units.work import Work
 from app_db.errors import AwaitRequired
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 
-class AsyncSessionHome(SessionHome):
+class AsyncSessionConfig(SessionConfig):
     """What the sessions have in common that coroutines use on one connection."""
 
     asynchronous = True
@@ -35,19 +35,19 @@ class AsyncUnitSession(AsyncSession):
     sync_session_class = UnitSession
 
     @property
-    def home(self) -> SessionHome:
+    def config(self) -> SessionConfig:
         """What it has in common with the others of its connection."""
-        return cast(UnitSession, self.sync_session).home
+        return cast(UnitSession, self.sync_session).config
 
     def enter(self, work: Work) -> None:
         """Belong to `work` from now on."""
         cast(UnitSession, self.sync_session).enter(work)
 
 
-def build_async_sessionmaker(home: AsyncSessionHome) -> async_sessionmaker[AsyncUnitSession]:
+def build_async_sessionmaker(config: AsyncSessionConfig) -> async_sessionmaker[AsyncUnitSession]:
     """Return the maker of the sessions that coroutines use on one connection."""
-    settings = home.settings.session
-    arguments: Any = {"home": home, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
+    settings = config.settings.session
+    arguments: Any = {"config": config, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
     return async_sessionmaker(class_=AsyncUnitSession, **arguments)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from app_db._sessions.routes import Route
-from app_db._sessions.routing import Holders, OverlaidHome
+from app_db._sessions.routing import Holders, OverlayConfig
 
 if TYPE_CHECKING:
     from app_db._units.coordinator import Coordinator
@@ -41,7 +41,7 @@ class _OneWay:
         return self._route
 
 
-class BorrowingHome(OverlaidHome):
+class BorrowingConfig(OverlayConfig):
     """What the sessions of one connection have in common that borrow the connection of another one's session."""
 
     def __init__(self, name: str, lender: str, coordinator: Coordinator, holders: Holders) -> None:

@@ -42,7 +42,7 @@ class Holders(NamedTuple):
     asynchronous: bool = False
 
 
-class OverlaidHome:
+class OverlayConfig:
     """What sessions have in common that use the connections of others."""
 
     read_only = False
@@ -75,7 +75,7 @@ class OverlaidHome:
             raise AwaitRequired("The async session", "Begin its unit of work with `async with container.transaction():`")
 
 
-class RoutingHome(OverlaidHome):
+class RoutingConfig(OverlayConfig):
     """What the sessions of one container have in common that find their databases."""
 
     name = "session"
@@ -131,10 +131,10 @@ class RoutingSession(UnitSession):
     writer. `using` says otherwise.
     """
 
-    home: Any
+    config: Any
 
-    def __init__(self, *args: Any, home: OverlaidHome, **arguments: Any) -> None:
-        super().__init__(*args, home=cast(Any, home), **arguments)
+    def __init__(self, *args: Any, config: OverlayConfig, **arguments: Any) -> None:
+        super().__init__(*args, config=cast(Any, config), **arguments)
         self.overlay: Overlay | None = None
         self.last_used = ""
         self._told: str | None = None
@@ -148,7 +148,7 @@ class RoutingSession(UnitSession):
 
         What a flush writes goes where it always goes.
         """
-        self.home.routes.require(name)
+        self.config.routes.require(name)
         before, self._told = self._told, name
         try:
             yield
@@ -163,7 +163,7 @@ class RoutingSession(UnitSession):
             self.require_unit()
             work: Any = self._work
             transaction = self.get_transaction() or super(UnitSession, self).begin()
-            self.overlay = work.overlay(self, transaction, asynchronous=self.home.asynchronous)
+            self.overlay = work.overlay(self, transaction, asynchronous=self.config.asynchronous)
 
     def begin_on(self, connection: Connection) -> None:
         """Begin a savepoint on a connection that is a branch's already."""
@@ -195,7 +195,7 @@ class RoutingSession(UnitSession):
         if bind_arguments and bind_arguments.get("bind") is not None:
             raise _no_bind()
         if execution_options:
-            self.home.session_of(self._destination(**(bind_arguments or {}))).connection(execution_options=execution_options)
+            self.config.session_of(self._destination(**(bind_arguments or {}))).connection(execution_options=execution_options)
         return super().connection(bind_arguments)
 
     if not TYPE_CHECKING:  # whose results have the types that SQLAlchemy gives them
@@ -221,7 +221,7 @@ class RoutingSession(UnitSession):
             self._is_writing = before
 
     def _destination(self, mapper: Any = None, clause: Any = None, **_: Any) -> str:
-        routes: Routes = self.home.routes
+        routes: Routes = self.config.routes
         named, reads = (None, False) if clause is None else routes.of_statement(clause)
         if named is None and mapper is not None:
             named = routes.of_mapper(mapper)
@@ -244,7 +244,7 @@ class RoutingSession(UnitSession):
     def _must_see_writes(self, work: Work, name: str) -> bool:
         if self._is_writing or work.isolation is not None:
             return True
-        return any(branch.home.name == name and branch.effect > Effect.READS for branch in work.branches)
+        return any(branch.config.name == name and branch.effect > Effect.READS for branch in work.branches)
 
     def _connection_to(self, name: str) -> Connection:
         self.last_used = name
@@ -252,11 +252,11 @@ class RoutingSession(UnitSession):
         if known is not None and known.stands(self.current_transaction):
             return known.connection
         self.take_part()
-        holder = self.home.holder_of(name)
+        holder = self.config.holder_of(name)
         try:
             connection: Connection = holder.begun_connection()
         except (DBAPIError, OSError) as error:  # a unit's own timeout is an OSError, too
-            routes: Routes = self.home.routes
+            routes: Routes = self.config.routes
             if routes.is_replica(name) and not isinstance(error, AppDbError):
                 raise ReplicaUnavailable(name, routes.owner(name)) from error
             raise
@@ -282,16 +282,16 @@ def _no_bind() -> InvalidUse:
     )
 
 
-def build_routing_sessionmaker(home: OverlaidHome, settings: SessionSettings) -> sessionmaker[RoutingSession]:
-    """Return the maker of the sessions of a home."""
+def build_routing_sessionmaker(config: OverlayConfig, settings: SessionSettings) -> sessionmaker[RoutingSession]:
+    """Return the maker of the sessions of a config."""
     return sessionmaker(
-        class_=RoutingSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
+        class_=RoutingSession, config=config, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
     )
 
 
-def build_routing_session(home: RoutingHome, settings: SessionSettings) -> scoped_session[RoutingSession]:
+def build_routing_session(config: RoutingConfig, settings: SessionSettings) -> scoped_session[RoutingSession]:
     """Return the proxy that is always the current unit's session."""
-    maker = build_routing_sessionmaker(home, settings)
+    maker = build_routing_sessionmaker(config, settings)
     scoped: scoped_session[RoutingSession] = scoped_session(maker)
     scoped.registry = UnitRegistry(maker)
     return scoped

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("app_db")
 
 
-class SessionHome:
+class SessionConfig:
     """What the sessions of one connection have in common."""
 
     asynchronous = False
@@ -113,9 +113,9 @@ class SessionHome:
 class UnitSession(Session):
     """A session that belongs to the unit of work in which it is first used, and can't be used outside it."""
 
-    def __init__(self, *args: Any, home: SessionHome, **arguments: Any) -> None:
+    def __init__(self, *args: Any, config: SessionConfig, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
-        self.home = home
+        self.config = config
         self.branch: Branch | None = None
         self._work: Work | None = None
 
@@ -123,7 +123,7 @@ class UnitSession(Session):
         """Return the engine to use. SQLAlchemy asks before all that needs the database, which makes this the place to check."""
         self.require_unit()
         if self.branch is None and self._work is not None:
-            self.home.note_next_checkout(self._work)
+            self.config.note_next_checkout(self._work)
         return super().get_bind(*args, **arguments)
 
     def require_unit(self, attached: object = None) -> None:
@@ -131,7 +131,7 @@ class UnitSession(Session):
 
         This is also the listener to `before_attach`, which is told of an object.
         """
-        coordinator = self.home.coordinator
+        coordinator = self.config.coordinator
         try:
             transaction = coordinator.manager.get()
         except (UnitOfWorkError, NoTransaction) as error:
@@ -147,10 +147,10 @@ class UnitSession(Session):
         """Belong to `work` from now on."""
         if work.transaction.status != "Active" and not work.is_open():
             raise UnitOfWorkEnded(self._subject)
-        self.bind = self.home.engine_for(work)
+        self.bind = self.config.engine_for(work)
         self._work = work
-        if self.home.may_keep_decisions and not (self.home.read_only or work.read_only):
-            self.home.make_log()
+        if self.config.may_keep_decisions and not (self.config.read_only or work.read_only):
+            self.config.make_log()
 
     def take_part(self) -> None:
         """Be a part of what the unit of work commits."""
@@ -171,8 +171,8 @@ class UnitSession(Session):
             except UnitOfWorkError:
                 connection.close()  # a thread waited for it while its unit was aborted, and nothing else will return it
                 raise
-        if connection.dialect is not self.home.watched:
-            self.home.watch(connection)
+        if connection.dialect is not self.config.watched:
+            self.config.watch(connection)
         cast(Branch, self.branch).uses(connection)
 
     def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None:
@@ -204,7 +204,7 @@ class UnitSession(Session):
 
     @property
     def _subject(self) -> str:
-        return f"The {self.home.name!r} {'async session' if self.home.asynchronous else 'session'}"
+        return f"The {self.config.name!r} {'async session' if self.config.asynchronous else 'session'}"
 
     def _refusal(self, error: Exception | None) -> UnitOfWorkError:
         if self._work is not None and not self._work.is_under_way():
@@ -217,14 +217,14 @@ class UnitSession(Session):
 
     def _refuse(self, method: str) -> None:
         if self._work is not None and not self._work.finishing and self._work.is_under_way():
-            raise SessionIsManaged(self.home.name, method)
+            raise SessionIsManaged(self.config.name, method)
 
     def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
         """Return the connection that the session uses. It can't be taken out of the unit's transaction by autocommit."""
         level = str((execution_options or {}).get("isolation_level", "")).upper()
-        if level == "AUTOCOMMIT" and not (self.home.read_only or self.home.autonomous):
+        if level == "AUTOCOMMIT" and not (self.config.read_only or self.config.autonomous):
             raise InvalidUse(
-                f"The {self.home.name!r} session can't be in autocommit, because its unit of work could not be rolled back",
+                f"The {self.config.name!r} session can't be in autocommit, because its unit of work could not be rolled back",
                 "Use the engine for what has to be committed at once, or a connection with transactional=false",
             )
         return super().connection(bind_arguments, execution_options)
@@ -275,11 +275,13 @@ class UnitSession(Session):
         super().bulk_update_mappings(*args, **arguments)
 
 
-def build_sessionmaker(home: SessionHome) -> sessionmaker[UnitSession]:
+def build_sessionmaker(config: SessionConfig) -> sessionmaker[UnitSession]:
     """Return the maker of one connection's sessions."""
-    settings = home.settings.session
-    maker = sessionmaker(class_=UnitSession, home=home, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit)
-    home.maker = maker, dict(maker.kw)
+    settings = config.settings.session
+    maker = sessionmaker(
+        class_=UnitSession, config=config, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
+    )
+    config.maker = maker, dict(maker.kw)
     return maker
 
 
@@ -292,15 +294,15 @@ class UnitRegistry(ScopedRegistry[Any]):
     def __init__(self, maker: Any) -> None:
         super().__init__(maker, lambda: None)
         self._maker = maker
-        self._home: SessionHome = maker.kw["home"]
-        self._key = f"{self._home.name} (async)" if self._home.asynchronous else self._home.name
+        self._config: SessionConfig = maker.kw["config"]
+        self._key = f"{self._config.name} (async)" if self._config.asynchronous else self._config.name
         self._listeners: list[Iterable[Any]] | None = None
 
     def __call__(self) -> Any:
         try:
-            work = self._home.coordinator.get()
+            work = self._config.coordinator.get()
         except (NoTransaction, UnitOfWorkEnded):
-            raise NoUnitOfWork(f"The {self._home.name!r} session") from None
+            raise NoUnitOfWork(f"The {self._config.name!r} session") from None
         found = work.sessions.get(self._key)
         return self._made_for(work) if found is None else found
 
@@ -324,7 +326,7 @@ class UnitRegistry(ScopedRegistry[Any]):
         if found is None and self._may_do_without():
             branch = work.connections.get(self._key)
             if branch is None:
-                branch = work.connections.setdefault(self._key, work.new_branch(self._home, self))
+                branch = work.connections.setdefault(self._key, work.new_branch(self._config, self))
             found = work.sessions.get(self._key) or branch  # another thread may have asked for the session meanwhile
         return self() if found is None else found
 
@@ -333,7 +335,7 @@ class UnitRegistry(ScopedRegistry[Any]):
 
         Otherwise the application would notice that there is no session.
         """
-        if self._home.maker != (self._maker, self._maker.kw):
+        if self._config.maker != (self._maker, self._maker.kw):
             return False
         if self._listeners is None:
             dispatch = self._maker().dispatch  # SQLAlchemy adds to these when a listener to the class is added
@@ -357,9 +359,9 @@ class UnitRegistry(ScopedRegistry[Any]):
 
     def _work(self) -> Work:
         try:
-            return self._home.coordinator.get()
+            return self._config.coordinator.get()
         except (NoTransaction, UnitOfWorkEnded):
-            raise NoUnitOfWork(f"The {self._home.name!r} session") from None
+            raise NoUnitOfWork(f"The {self._config.name!r} session") from None
 
 
 def build_scoped_session(maker: sessionmaker[UnitSession]) -> scoped_session[UnitSession]:
@@ -390,9 +392,9 @@ def _join_with_connection(session: UnitSession, transaction: SessionTransaction,
 def _check_flush(session: UnitSession, context: Any, instances: Any) -> None:
     session.require_unit()  # once it has begun, a flush that fails rolls the owner's transaction back
     work = session._work
-    read_only = session.home.read_only or (work is not None and work.read_only)
+    read_only = session.config.read_only or (work is not None and work.read_only)
     if read_only and session.has_unflushed:
-        raise ReadOnlyViolation(session.home.name, "Flushing changed objects", not session.home.read_only)
+        raise ReadOnlyViolation(session.config.name, "Flushing changed objects", not session.config.read_only)
 
 
 @event.listens_for(UnitSession, "before_commit")

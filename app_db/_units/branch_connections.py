@@ -20,7 +20,7 @@ from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, UnitO
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
-    from app_db._units.interfaces import BranchedWork, Home
+    from app_db._units.interfaces import BranchConfig, BranchedWork
 
 log = logging.getLogger("app_db")
 
@@ -55,29 +55,29 @@ class BranchConnection:
     _failures: Sequence[BaseException] = ()
     _usual_limits: Mapping[Connection, float] = MappingProxyType({})
 
-    def __init__(self, work: BranchedWork, home: Home) -> None:
+    def __init__(self, work: BranchedWork, config: BranchConfig) -> None:
         self._work = work
-        self.home = home
-        self.name = home.name
-        self.read_only = home.read_only or work.read_only
+        self.config = config
+        self.name = config.name
+        self.read_only = config.read_only or work.read_only
         self._connections: dict[Connection, dict[Any, Any]] = {}  # with their info, which an invalidated one doesn't give out
 
     @property
     def wrote(self) -> bool:
         """Whether it takes part in the atomic commit."""
-        return self.effect >= Effect.MAY_WRITE and not self.read_only and not self.home.autonomous
+        return self.effect >= Effect.MAY_WRITE and not self.read_only and not self.config.autonomous
 
     @property
     def can_prepare(self) -> bool:
         """Whether it can be prepared, so that others may commit together with it."""
-        return self.home.two_phase and self.home.verbs is not None and len(self._connections) == 1
+        return self.config.two_phase and self.config.verbs is not None and len(self._connections) == 1
 
     @property
     def verbs(self) -> PrepareVerbs:
         """How its database prepares. Raises InvalidUse where it doesn't."""
-        if self.home.verbs is None:
+        if self.config.verbs is None:
             raise InvalidUse(f"The connection {self.name!r} can't be prepared", "Set its two_phase to false")
-        return self.home.verbs
+        return self.config.verbs
 
     @property
     def xid(self) -> str:
@@ -109,7 +109,7 @@ class BranchConnection:
             connection.close()  # as it came too late
             raise UnitOfWorkEnded(f"The {self.name!r} session")
         info = self._connections[connection] = connection.info
-        if self.home.two_phase and not self.read_only and self._work.rehearsal is None:
+        if self.config.two_phase and not self.read_only and self._work.rehearsal is None:
             self._begin_by_xid(connection)
         info[BRANCH] = self
         if self._work.timed:
@@ -117,7 +117,7 @@ class BranchConnection:
 
     def _begin_by_xid(self, connection: Connection) -> None:
         """Begin by xid where a transaction that began otherwise can't be prepared. Before it listens: this is no write."""
-        verbs = self.home.verbs
+        verbs = self.config.verbs
         if verbs is None or not verbs.begins_by_xid:
             return  # without an xid, for which the decision log would be asked
         for statement in verbs.start(self.xid):
@@ -126,7 +126,7 @@ class BranchConnection:
 
     def apply_time_limit(self) -> None:
         """Have the server stop statements that take longer than the unit has left; what it does by itself stays the least."""
-        database, remaining = self.home.database, self._work.remaining()
+        database, remaining = self.config.database, self._work.remaining()
         for connection in self._connections:
             if connection not in self._usual_limits:
                 self._usual_limits = {**self._usual_limits, connection: database.statement_limit(connection)}
@@ -140,18 +140,18 @@ class BranchConnection:
         if verb is not None and not self._work.finishing:
             raise SessionIsManaged(self.name, verb)
         if self.read_only and lifts_read_only(statement):
-            raise ReadOnlyViolation(self.name, "Lifting the protection", not self.home.read_only)
+            raise ReadOnlyViolation(self.name, "Lifting the protection", not self.config.read_only)
         effect = effect_of(statement)
         if effect > self.effect:
             if effect is Effect.WRITES and self.read_only:
-                raise ReadOnlyViolation(self.name, "The statement", not self.home.read_only)
+                raise ReadOnlyViolation(self.name, "The statement", not self.config.read_only)
             self.effect = effect
         if self._work.timed:
             self._work.refuse_overtime()
 
     def is_interrupted_by(self, error: BaseException) -> bool:
         """Return whether an exception from outside came while the driver waited, so that the connection has to be closed."""
-        if not self.home.database.waits_for_answers or self._work.rehearsal is not None:
+        if not self.config.database.waits_for_answers or self._work.rehearsal is not None:
             return False
         return any(
             not (connection.closed or connection.invalidated) and interrupted(error, connection.connection.driver_connection)
@@ -161,8 +161,8 @@ class BranchConnection:
     def statement_failed(self, error: BaseException) -> BaseException | None:
         """Note that the database refused a statement; return the error that says better what happened, if there is one."""
         self._failures = [*self._failures, error]
-        if self.read_only and self.home.database.refuses_write(error):
-            return ReadOnlyViolation(self.name, "The statement", not self.home.read_only)
+        if self.read_only and self.config.database.refuses_write(error):
+            return ReadOnlyViolation(self.name, "The statement", not self.config.read_only)
         return self._work.overtime()
 
     def better_error(self, statement: str, error: BaseException) -> BaseException:
@@ -201,8 +201,8 @@ class BranchConnection:
     def has_lost_transaction_on(self, connection: Connection) -> bool:
         """Return whether the database would answer COMMIT on a connection with a rollback."""
         if self._failures:
-            return self.home.database.has_lost_transaction(connection, self._failures)
-        return self.wrote and self.home.database.has_ended_transaction(connection)
+            return self.config.database.has_lost_transaction(connection, self._failures)
+        return self.wrote and self.config.database.has_ended_transaction(connection)
 
     def abandon(self) -> None:
         """Close the connection and leave what it may have prepared to whoever recovers it."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, RootTransaction
     from sqlalchemy.orm import SessionTransaction
 
-    from app_db._units.interfaces import BranchedWork, Home
+    from app_db._units.interfaces import BranchConfig, BranchedWork
 
 log = logging.getLogger("app_db")
 
@@ -48,8 +48,8 @@ class Branch(BranchConnection):
     _is_beginning = False
     _has_ended = False
 
-    def __init__(self, work: BranchedWork, home: Home, make_session: Callable[[], BranchSession] | None = None) -> None:
-        super().__init__(work, home)
+    def __init__(self, work: BranchedWork, config: BranchConfig, make_session: Callable[[], BranchSession] | None = None) -> None:
+        super().__init__(work, config)
         self.session: BranchSession | None = None
         """None until a session of the connection is asked for: the one that finds its database needs the connection only."""
         self._make_session = make_session
@@ -61,7 +61,7 @@ class Branch(BranchConnection):
     @property
     def has_savepoints(self) -> bool:
         """Whether a savepoint of the unit is one of this connection, too."""
-        return not (self.home.read_only or self.home.autonomous)
+        return not (self.config.read_only or self.config.autonomous)
 
     @property
     def finished(self) -> bool:
@@ -88,19 +88,19 @@ class Branch(BranchConnection):
             self._is_beginning = False
 
     def _begin(self) -> Connection:
-        home = self.home
+        config = self.config
         if not self.read_only:
-            home.make_log()
-        home.note_next_checkout(self._work)
-        connection = home.engine_for(self._work).connect()
+            config.make_log()
+        config.note_next_checkout(self._work)
+        connection = config.engine_for(self._work).connect()
         try:
             self._own_connection, self._transaction = connection, connection.begin()
-            home.coordinator.get().add(self)
+            config.coordinator.get().add(self)
         except BaseException:
             self._own_connection = self._transaction = None
             connection.close()  # the unit was aborted while a thread waited for the connection, for example
             raise
-        home.watch(connection)
+        config.watch(connection)
         self.uses(connection)
         return connection
 
@@ -281,9 +281,9 @@ class Branch(BranchConnection):
         self._let_go()
 
     def _may_be_rolled_back(self) -> bool:
-        if self.home.asynchronous:
+        if self.config.asynchronous:
             return False  # nothing can be awaited here
-        return self._work.rehearsal is not None or not self.home.database.waits_for_answers
+        return self._work.rehearsal is not None or not self.config.database.waits_for_answers
 
     def flush(self) -> None:
         """Send what is pending."""
@@ -292,7 +292,7 @@ class Branch(BranchConnection):
 
     def savepoint(self) -> SessionTransaction:
         """Flush, and take a savepoint. Raises InvalidUse where the database has none."""
-        if not self.home.database.has_savepoints:
+        if not self.config.database.has_savepoints:
             raise InvalidUse(
                 f"The database of {self.name!r} has no savepoints",
                 'Write to it outside nested units (propagation="nested", unit.savepoint())',
@@ -323,7 +323,7 @@ def position(branch: Branch) -> tuple[int, str]:
     """Return where a branch stands in the order in which the branches of a unit are committed."""
     # Autonomous ones first, since their fate is their own. Readers before writers, because only a reader's COMMIT tells
     # whether what it read was consistent. Lockers last: their locks guard what the writers write.
-    if branch.home.autonomous:
+    if branch.config.autonomous:
         group = 0
     elif branch.wrote:
         group = 2

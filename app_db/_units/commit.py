@@ -217,7 +217,7 @@ class AtomicCommit:
     def _words_of_decision(self, last: Branch) -> dict[Branch, list[str]]:
         """Return what writes the decision into the last resource's transaction; write it, where that has to be waited for."""
         table, unit, names = self._work.places.of(last.name), self._work.unit_id, self._names
-        if last.home.verbs is not None:
+        if last.config.verbs is not None:
             return {last: [table.statement(unit, names)]}
         try:
             if isinstance(last, BranchOffLoop):
@@ -318,7 +318,7 @@ class AtomicCommit:
 
 
 def _exchange(words: dict[Branch, list[str]]) -> Exchange[Branch]:
-    if any(branch.home.asynchronous or isinstance(branch, BranchOffLoop) for branch in words):
+    if any(branch.config.asynchronous or isinstance(branch, BranchOffLoop) for branch in words):
         return await_only(
             exchange_awaited({branch: (_any_channel(branch), said) for branch, said in words.items()}, own_threads())
         )
@@ -326,7 +326,7 @@ def _exchange(words: dict[Branch, list[str]]) -> Exchange[Branch]:
 
 
 def _any_channel(branch: Branch) -> Channel | AsyncChannel:
-    if branch.home.asynchronous:
+    if branch.config.asynchronous:
         return branch.verbs.async_channel(branch.connection.connection.dbapi_connection)
     return _channel(branch)
 

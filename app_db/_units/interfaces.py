@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from app_db.errors import UnitOfWorkTimeout
 
 
-class Home(Protocol):
+class BranchConfig(Protocol):
     """What a branch has to know of the named connection whose share it is."""
 
     name: str

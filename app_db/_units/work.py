@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from app_db._two_phase.decisions import DecisionLog
     from app_db._units.hooks import CapturedHooks, Hooks
-    from app_db._units.interfaces import Home, UnitContext
+    from app_db._units.interfaces import BranchConfig, UnitContext
     from app_db._units.owned_transactions import AwaitedTransaction
 
 log = logging.getLogger("app_db")
@@ -148,23 +148,23 @@ class Work:
         session = data_manager.session
         branch = session.branch
         if branch is None:
-            branch = session.branch = self.new_branch(session.home)
+            branch = session.branch = self.new_branch(session.config)
             self.add(branch)
         branch.join(data_manager)
 
     # -- what sessions ask
 
-    def new_branch(self, home: Home, make_session: Callable[[], Any] | None = None) -> Branch:
+    def new_branch(self, config: BranchConfig, make_session: Callable[[], Any] | None = None) -> Branch:
         """Return a branch of the unit that has not begun."""
-        kind = BranchOffLoop if self.asynchronous and not home.asynchronous else Branch
-        return kind(self, home, make_session)
+        kind = BranchOffLoop if self.asynchronous and not config.asynchronous else Branch
+        return kind(self, config, make_session)
 
     def add(self, branch: Branch) -> None:
         """Take part with a branch that begins."""
         if not self._joined:
             self.transaction.join(self)
             self._joined = True
-        if branch.home.asynchronous:
+        if branch.config.asynchronous:
             cast("AwaitedTransaction", self.transaction).awaits = True
         self.branches.append(branch)
 
@@ -314,7 +314,7 @@ class Work:
                 interruption = error
         for branch in sorted(self.branches, key=position):
             try:
-                if branch.home.autonomous and not branch.tried:
+                if branch.config.autonomous and not branch.tried:
                     commit_or_log(branch)
                 branch.roll_back()
             except BaseException as error:  # noqa: BLE001  # raised below, once the other connections are returned as well
@@ -414,10 +414,10 @@ class Work:
     def _refuse_partial_commit(self) -> None:
         alone = [branch for branch in unpreparable(self.branches) if branch.wrote]
         if len(alone) > 1 and self._coordinator.atomicity() == "strict":
-            by_threads = {branch.name for branch in alone if not branch.home.asynchronous}
+            by_threads = {branch.name for branch in alone if not branch.config.asynchronous}
             raise NotAtomic(
                 sorted(
-                    f"{branch.name} (async)" if branch.home.asynchronous and branch.name in by_threads else branch.name
+                    f"{branch.name} (async)" if branch.config.asynchronous and branch.name in by_threads else branch.name
                     for branch in alone
                 )
             )

@@ -115,7 +115,7 @@ def _refuse_inside_unit(container: Container, name: str) -> None:
         return
     database = container.settings().connection(name).database_identity()
     for branch in work.branches:
-        if branch.session.home.settings.database_identity() is database:
+        if branch.config.settings.database_identity() is database:
             raise InvalidUse(
                 f"The tables of {name!r} can't be made or dropped inside a unit of work that uses its database: each would wait "
                 "for the other",
