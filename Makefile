@@ -80,7 +80,7 @@ types: $(INSTALLED_DEV)  ## check the types with mypy and pyright, both strict
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 layers: $(INSTALLED_DEV)  ## check that dependencies point downward
-	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_public_names.py
+	$(BIN)/python -m pytest -q tests/test_layers.py tests/project/test_public_names.py
 
 docs: $(INSTALLED_DEV)  ## build the documentation into build/docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs build/docs

@@ -8,7 +8,11 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from dependency_injector.wiring import Provide
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
 import by_hand
+from app_db import DatabaseContainer, transactional
 from contestants import (
     BARE,
     BLOCK,
@@ -22,13 +26,9 @@ from contestants import (
     shop,
 )
 from databases import Place
-from dependency_injector.wiring import Provide
 from measuring import WARM_UP, Batch, Effort
 from schema import Base, Row, Shop
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from workloads import ALL, TALLY, Workload
-
-from app_db import DatabaseContainer, transactional
 
 Unit = Callable[[], Awaitable[Any]]
 UnitOf = Callable[[Workload], Unit]

@@ -10,13 +10,13 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
-from databases import Databases
-from measuring import Batch, Effort, measure
 from sqlalchemy import create_engine
 from sqlalchemy.orm import sessionmaker
-from tables import duration, heading, limited, line
 
 from app_db import DatabaseSettings, container_of
+from databases import Databases
+from measuring import Batch, Effort, measure
+from tables import duration, heading, limited, line
 
 URL = "postgresql+psycopg://shop:secret@db.example/shop{}"
 LIMIT = 1.50

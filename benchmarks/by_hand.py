@@ -18,8 +18,9 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util.concurrency import greenlet_spawn
-from workloads import ALL, Workload
 from zope.sqlalchemy import register
+
+from workloads import ALL, Workload
 
 
 def _scoped(engine: Engine) -> scoped_session[Session]:

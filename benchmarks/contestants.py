@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import by_hand
-from databases import Place
 from dependency_injector.wiring import Provide
-from measuring import WARM_UP, Effort
-from schema import Base, Row, Shop
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import PoolProxiedConnection
-from workloads import ALL, BOTH, TALLY, Workload
 
+import by_hand
 from app_db import DatabaseContainer, DatabaseSettings, transactional
+from databases import Place
+from measuring import WARM_UP, Effort
+from schema import Base, Row, Shop
+from workloads import ALL, BOTH, TALLY, Workload
 
 BARE = "bare"
 SAME = "same work"

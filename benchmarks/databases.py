@@ -13,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from measuring import on_server_core
 from sqlalchemy import URL, make_url
 
-from proxies import Proxy
-from servers import USER, MariaDBServer, PostgresServer, Server, ServerMissing, Setting, quick_tempdir
+from harness.proxies import Proxy
+from harness.servers import USER, MariaDBServer, PostgresServer, Server, ServerMissing, Setting, quick_tempdir
+from measuring import on_server_core
 
 ROUND_TRIP = 1.0
 """Milliseconds that the proxy adds, half of them each way."""

@@ -4,14 +4,14 @@ with savepoints.
 
 from __future__ import annotations
 
+from sqlalchemy.orm import Session
+
+from app_db.testing import isolated
 from contestants import add_first_row, shop
 from databases import Databases, Place
 from measuring import WARM_UP, Effort, measure, repeated
 from schema import Row
-from sqlalchemy.orm import Session
 from tables import duration, heading, line
-
-from app_db.testing import isolated
 
 ROUNDS = 150
 LIMIT = 0.002

@@ -7,15 +7,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from databases import Databases, Place
 from dependency_injector.wiring import Provide
-from measuring import WARM_UP, Batch, Effort, measure, repeated
-from schema import Shop
 from sqlalchemy import String, create_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
-from tables import duration, heading, limited, line
 
 from app_db import DatabaseSettings, metadata_of, transactional
+from databases import Databases, Place
+from measuring import WARM_UP, Batch, Effort, measure, repeated
+from schema import Shop
+from tables import duration, heading, limited, line
 
 ROUNDS = 100
 LIMIT = 1.10

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transaction
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session, sessionmaker
+from zope.sqlalchemy import register
+
+from app_db import DatabaseSettings, container_of
 from contestants import add_first_row
 from databases import Databases
 from measuring import WARM_UP, Batch, Effort, measure
 from schema import Row
-from sqlalchemy import create_engine
-from sqlalchemy.orm import Session, sessionmaker
 from tables import duration, heading, limited, line
-from zope.sqlalchemy import register
-
-from app_db import DatabaseSettings, container_of
 
 if TYPE_CHECKING:
     from app_db import DatabaseContainer

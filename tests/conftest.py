@@ -31,9 +31,9 @@ from pathlib import Path
 
 import pytest
 
-from installing import install
-from requiring import started
-from servers import MariaDBServer, PostgresServer, PostgresStandby, Server, Setting, available, quick_tempdir
+from harness.installing import install
+from harness.requiring import started
+from harness.servers import MariaDBServer, PostgresServer, PostgresStandby, Server, Setting, available, quick_tempdir
 
 DATABASES = ("sqlite", "postgresql", "mariadb")
 

@@ -27,9 +27,9 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crashing import COMMITTED_AFTER_ALL, UNKNOWN
-from leftovers import Site, left_in
-from servers import PostgresServer, Setting
+from harness.crashing import COMMITTED_AFTER_ALL, UNKNOWN
+from harness.leftovers import Site, left_in
+from harness.servers import PostgresServer, Setting
 
 if TYPE_CHECKING:
     from app_db import DatabaseContainer
@@ -64,7 +64,7 @@ class Journal:
 
 def work(container: DatabaseContainer, name: str, acknowledged: Journal, refused: Journal) -> None:
     """Run units of work until it is over: each adds an item to both databases, and is acknowledged before the next one begins."""
-    from items import Item
+    from harness.items import Item
 
     parent = os.getppid()
     for number in count():
@@ -160,7 +160,7 @@ class Crowd:
 
 def open_container(sites: dict[str, Site], log: str) -> DatabaseContainer:
     from app_db import DatabaseSettings, container_of
-    from items import Base
+    from harness.items import Base
 
     connections = {name: {"url": site.url, "two_phase": True} for name, site in sites.items()}
     settings = DatabaseSettings(connections=connections, decision_log=log, _env_file=None)

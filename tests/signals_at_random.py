@@ -38,11 +38,10 @@ from typing import Any
 
 from sqlalchemy import NullPool, create_engine, make_url
 
-from items import Base
-from leftovers import Site
-from servers import MariaDBServer, PostgresServer, Server, ServerMissing, Setting, quick_tempdir
-
-HERE = Path(__file__).parent
+from harness.items import Base
+from harness.leftovers import Site
+from harness.paths import PYTHONPATH
+from harness.servers import MariaDBServer, PostgresServer, Server, ServerMissing, Setting, quick_tempdir
 
 POSTGRESQL: dict[str, Setting] = {"max_prepared_transactions": 2000, "max_connections": 500}
 
@@ -167,10 +166,10 @@ def plan_of(
 
 
 def start(path: Path, output: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     environment |= dict.fromkeys(("SSL_CERT_FILE", "SSL_CERT_DIR"), os.devnull)  # as in conftest.py
     with output.open("ab") as file:
-        command = [sys.executable, str(HERE / "signalled.py"), str(path), *arguments]
+        command = [sys.executable, "-m", "harness.signalled", str(path), *arguments]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from harness.paths import PYTHONPATH, TESTS
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Program:
     def command(self, *, tenth: bool = False) -> list[str]:
         """Return what to run."""
         amount = self.amount // 10 if tenth else self.amount
-        return [sys.executable, str(HERE / f"{self.name}.py"), self.option, str(amount)]
+        return [sys.executable, str(TESTS / f"{self.name}.py"), self.option, str(amount)]
 
 
 PROGRAMS = [
@@ -44,7 +44,7 @@ PROGRAMS = [
 
 def environment() -> dict[str, str]:
     """Return the environment of a program, which finds the app_db of this checkout."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))}
+    return {**os.environ, "PYTHONPATH": PYTHONPATH}
 
 
 def main(arguments: Sequence[str]) -> int:

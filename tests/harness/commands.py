@@ -1,0 +1,115 @@
+"""`python -m app_db …` for tests that run it again and again.
+
+    done = app_db("recover", "--grace", "0", environment={"APP_DB_CONNECTIONS__WRITER__URL": url})
+    assert done.returncode == 0
+
+Each command is run as the main module of a process of its own, with an environment, a working directory and output of its own.
+That process is a fork of one that has imported app_db and the drivers, which takes longer than what most commands do; with
+`afresh=True` it is a new one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from harness.paths import PYTHONPATH, ROOT
+
+_forking: dict[int, subprocess.Popen[bytes]] = {}
+"""The process that forks, by the id of the one that uses it: a fork of that begins another one."""
+
+
+def app_db(
+    *arguments: str, environment: Mapping[str, str] | None = None, afresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with these variables beside those of this process."""
+    command = [sys.executable, "-m", "app_db", *arguments]
+    given = {**os.environ, "PYTHONPATH": PYTHONPATH, **(environment or {})}
+    if afresh:
+        return subprocess.run(command, env=given, capture_output=True, text=True, check=False, timeout=60)
+    with tempfile.TemporaryDirectory() as directory:
+        out, err = Path(directory, "out"), Path(directory, "err")
+        code = _ask({"command": command[2:], "environment": given, "place": str(Path.cwd()), "out": str(out), "err": str(err)})
+        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+def _ask(what: dict[str, Any]) -> int:
+    process = _forking.get(os.getpid())
+    if process is None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "harness.commands"],
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        _forking[os.getpid()] = process
+        atexit.register(_end)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(what).encode() + b"\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+def _end() -> None:
+    process = _forking.pop(os.getpid(), None)
+    if process is not None:
+        process.communicate()  # nothing more, which ends it
+
+
+# ---- the process that forks ------------------------------------------------------------------------------------------------
+
+
+def _run(command: list[str], environment: dict[str, str], place: str, out: str, err: str) -> int:
+    """Be `python -m` in a fork; return the exit code."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(place)
+    for number, path in ((0, os.devnull), (1, out), (2, err)):
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    module, *sys.argv[1:] = command
+    sys.path[0] = place  # as `-m` has it, instead of the directory of this file
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _main() -> None:
+    for name in (
+        "app_db.cli",
+        "psycopg",
+        "pymysql",
+        *(f"sqlalchemy.dialects.{name}" for name in ("mysql", "postgresql", "sqlite")),
+    ):
+        import_module(name)
+    for line in sys.stdin.buffer:
+        pid = os.fork()
+        if pid == 0:
+            code = _run(**json.loads(line))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,80 @@
+"""What a test needs and this machine may not have: without it the test is skipped, or fails where nothing may be missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from typing import NoReturn, TypeVar
+
+import pytest
+
+from harness.servers import Server, ServerMissing
+
+S = TypeVar("S", bound=Server)
+
+REQUIRE_SERVERS = "APP_DB_TEST_REQUIRE_SERVERS"
+REQUIRED = os.environ.get(REQUIRE_SERVERS, "") not in ("", "0")
+"""Whether what is missing is a failure."""
+
+
+def started(make: Callable[[], S]) -> S:
+    """Make a server and start it."""
+    try:
+        server = make()
+    except ServerMissing as missing:
+        _do_without(str(missing))
+    try:
+        return server.start()
+    except BaseException:
+        server.close()
+        raise
+
+
+class Servers(Mapping[str, Server]):
+    """Servers by name. Each starts when a test first asks for it; where it is missing, that test alone is skipped."""
+
+    def __init__(self, **makers: Callable[[], Server]) -> None:
+        self._makers = makers
+        self._started: dict[str, Server] = {}
+
+    def __getitem__(self, name: str) -> Server:
+        if name not in self._started:
+            self._started[name] = started(self._makers[name])
+        return self._started[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def close(self) -> None:
+        """End those that were started."""
+        for server in self._started.values():
+            server.close()
+
+
+def need(*modules: str) -> None:
+    """Go on only where modules of the group `test` are installed."""
+    for module in modules:
+        if find_spec(module) is None:
+            _do_without(f"{module} is not installed: `pip install --group test` does that")
+
+
+def need_command(*arguments: str) -> None:
+    """Go on only where a command can be run."""
+    try:
+        subprocess.run(arguments, check=True, capture_output=True, timeout=30)
+    except (OSError, subprocess.CalledProcessError) as error:
+        _do_without(f"`{' '.join(arguments)}` does not work here ({error}).")
+
+
+def _do_without(problem: str) -> NoReturn:
+    if REQUIRED:
+        pytest.fail(f"{problem} {REQUIRE_SERVERS} is set, so this is a failure.", pytrace=False)
+    pytest.skip(problem)
