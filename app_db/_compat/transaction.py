@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import transaction
@@ -10,21 +9,6 @@ from transaction.weakset import WeakSet
 
 CALLS_OTHERS = frozenset({"transaction.weakset", "transaction._transaction"})
 """Modules that call functions of applications: synchronizers and hooks."""
-
-
-class Synchronizers(WeakSet):  # type: ignore[misc]  # transaction has no type hints
-    """A set of synchronizers that costs next to nothing while there are none: every unit asks for them three times."""
-
-    data: Any  # a WeakValueDictionary, whose own `data` is not in its stubs
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries: dict[Any, Any] = self.data.data
-        """What is in it. This is the dictionary inside: to count what is still alive takes longer."""
-
-    def map(self, f: Callable[[Any], object]) -> None:
-        if self.entries:
-            super().map(f)
 
 
 class Transaction(transaction.Transaction):  # type: ignore[misc]  # transaction has no type hints
@@ -43,8 +27,14 @@ class TransactionManager(transaction.TransactionManager):  # type: ignore[misc] 
 
     def __init__(self) -> None:
         self.explicit = True
-        self.synchronizers = self._synchs = Synchronizers()
-        """What is told of the beginning and the end of transactions."""
+
+    def synchronizers_here(self) -> WeakSet:
+        """Return the set to which synchronizers are added here."""
+        raise NotImplementedError
+
+    @property
+    def _synchs(self) -> WeakSet:
+        return self.synchronizers_here()
 
     def current(self) -> Any:
         """Return the current transaction, or None."""

@@ -16,12 +16,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
 from transaction import Transaction
 from transaction.interfaces import TransientError
+from transaction.weakset import WeakSet
 
 from app_db._compat.asyncio import running_loop
 from app_db._compat.transaction import TransactionManager, current_of, set_current
 from app_db._databases.registry import is_transient
 from app_db._liveness import WithBlock, always, gone, tear_down
 from app_db._units.owned_transactions import AwaitedTransaction, OwnedTransaction, Owner, Process
+from app_db._units.synchronizers import Synchronizers
 from app_db.errors import AlreadyInUnitOfWork, NoUnitOfWork, UnitOfWorkEnded
 from app_db.settings._urls import require_greenlet
 
@@ -62,6 +64,7 @@ class ContextTransactionManager(TransactionManager):
 
     def __init__(self) -> None:
         super().__init__()
+        self.synchronizers = Synchronizers()
         self._current: ContextVar[_Entry | None] = ContextVar("app_db.current_transaction", default=None)
 
     def current(self) -> OwnedTransaction | None:
@@ -142,7 +145,7 @@ class ContextTransactionManager(TransactionManager):
             under_way.abort()
         transaction = OwnedTransaction(self.synchronizers, self)
         self._current.set(_Entry(lambda: transaction, self._standing()))
-        if self.synchronizers.entries:
+        if self.synchronizers.are_used:
             self._announce(transaction)
         return transaction
 
@@ -156,18 +159,25 @@ class ContextTransactionManager(TransactionManager):
         """Make the transaction of a block the current one of this context; the one that was waits."""
         outer = self._current.get()
         self._current.set(_Entry(ref(transaction), None if outer is None else self._standing()))
-        if self.synchronizers.entries:
+        if self.synchronizers.are_used:
             self._announce(transaction)
 
     def _announce(self, transaction: OwnedTransaction) -> None:
         try:
-            self.synchronizers.map(lambda synchronizer: synchronizer.newTransaction(transaction))
+            self.synchronizers.of(transaction.owner).map(lambda synchronizer: synchronizer.newTransaction(transaction))
         except BaseException:
             transaction.abort()
             raise
 
-    def free(self, txn: OwnedTransaction) -> None:
+    def synchronizers_here(self) -> WeakSet:
+        """Return the synchronizers of the thread or task whose transaction is under way here, or of the calling one."""
+        transaction = self.current()
+        return self.synchronizers.of(Owner.acting() if transaction is None else transaction.owner)
+
+    def free(self, txn: Any) -> None:
         """Forget a transaction that has ended. Called by the transaction itself, in whichever context that happens."""
+        if not isinstance(txn, OwnedTransaction) or txn.ended or txn.begun_by is not self:
+            raise ValueError("Foreign transaction")
         txn.ended = True
         txn.liveness = gone  # which may hold the block, and so the unit: a circle
         txn.owner.task = None  # whose error may hold the block as well

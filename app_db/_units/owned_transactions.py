@@ -65,6 +65,14 @@ class Owner:
         self.task = None if loop is None else current_task(loop)
         self.thread = get_ident()
 
+    @classmethod
+    def acting(cls) -> Owner:
+        """Return the calling task or thread, or the task that the calling one acts for."""
+        owner = cls()
+        while owner.task in _acting_for:
+            owner.task = _acting_for[owner.task]
+        return owner
+
     def is_this_thread(self) -> bool:
         """Return whether the calling thread is the one in which it began."""
         return self.thread == get_ident()
@@ -81,6 +89,7 @@ class OwnedTransaction(HookedTransaction):
 
     def __init__(self, synchronizers: Any, manager: TransactionManager, liveness: Callable[[], object] = always) -> None:
         super().__init__(synchronizers, manager)
+        self.begun_by = manager
         self.owner = Owner()
         self.ended = False
         self.process = Process.generation

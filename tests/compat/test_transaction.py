@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import transaction
 from transaction.interfaces import TransientError
+from transaction.weakset import WeakSet
 
-from app_db._compat.transaction import Synchronizers, Transaction, TransactionManager, current_of, set_current
+from app_db._compat.transaction import Transaction, TransactionManager, current_of, set_current
 
 
 class Synchronizer:
@@ -53,6 +54,10 @@ class Manager(TransactionManager):
     def __init__(self, found: Any) -> None:
         super().__init__()
         self.found = found
+        self.set = WeakSet()
+
+    def synchronizers_here(self) -> Any:
+        return self.set
 
     def current(self) -> Any:
         return self.found
@@ -61,33 +66,18 @@ class Manager(TransactionManager):
         return isinstance(error, KeyError)
 
 
-def test_a_synchronizer_that_is_added_is_told() -> None:
-    """`data.data`, the dictionary in zope's WeakSet: without it, synchronizers would never be called."""
-    synchronizers, one = Synchronizers(), Synchronizer()
-    told: list[Any] = []
-    assert not synchronizers.entries
-    synchronizers.map(told.append)
-    synchronizers.add(one)
-    assert synchronizers.entries
-    synchronizers.map(told.append)
-    assert told == [one]
-    synchronizers.remove(one)
-    assert not synchronizers.entries
-
-
-def test_a_synchronizer_that_is_gone_does_not_count() -> None:
-    """A synchronizer is held weakly: an entry that stays would cost every unit three calls."""
-    synchronizers, one = Synchronizers(), Synchronizer()
-    synchronizers.add(one)
-    del one
-    assert not synchronizers.entries
-
-
-def test_zopes_own_transaction_tells_our_synchronizers() -> None:
-    synchronizers, one = Synchronizers(), Synchronizer()
-    synchronizers.add(one)
-    Transaction(synchronizers, None).abort()
-    assert one.told == ["before", "after"]
+def test_a_manager_adds_and_removes_synchronizers_where_it_is_told() -> None:
+    """`_synchs`: without it, all threads and tasks would share one set."""
+    manager, one = Manager(None), Synchronizer()
+    assert not manager.registeredSynchs()
+    manager.registerSynch(one)
+    assert manager.registeredSynchs()
+    assert one in manager.set
+    manager.unregisterSynch(one)
+    assert not manager.registeredSynchs()
+    manager.registerSynch(one)
+    manager.clearSynchs()
+    assert not manager.registeredSynchs()
 
 
 def test_a_rollback_to_a_savepoint_asks_first() -> None:
@@ -97,7 +87,7 @@ def test_a_rollback_to_a_savepoint_asks_first() -> None:
         def before_rollback_to(self, savepoint: Any) -> None:
             raise LookupError("not here")
 
-    begun = Refusing(Synchronizers(), None)
+    begun = Refusing(WeakSet(), None)
     begun.join(Savepointer())
     savepoint = begun.savepoint()
     with pytest.raises(LookupError, match="not here"):
@@ -107,7 +97,7 @@ def test_a_rollback_to_a_savepoint_asks_first() -> None:
 
 def test_a_managers_methods_find_the_current_transaction_by_current() -> None:
     """`_txn`: without it, begin() would not see what is under way, and synchronizers would be told of nothing."""
-    begun, one = Transaction(Synchronizers(), None), Synchronizer()
+    begun, one = Transaction(WeakSet(), None), Synchronizer()
     manager = Manager(begun)
     manager.registerSynch(one)
     assert one.told == ["new"]
@@ -117,7 +107,7 @@ def test_a_managers_methods_find_the_current_transaction_by_current() -> None:
 
 def test_attempts_ask_whether_an_error_may_pass() -> None:
     """`_retryable`: without it, `attempts()` and `run()` would not repeat what app_db knows to be worth it."""
-    manager = Manager(Transaction(Synchronizers(), None))
+    manager = Manager(Transaction(WeakSet(), None))
     attempt: Any = next(manager.attempts(2))
     assert attempt.manager is manager
     assert manager._retryable(KeyError, KeyError()) is True

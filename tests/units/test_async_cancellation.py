@@ -436,12 +436,16 @@ def test_a_scope_of_anyio_that_is_cancelled_before_the_end_aborts(slow: AwaitedD
 
 
 def test_a_task_group_of_anyio_that_fails_waits_for_the_commits_of_its_tasks(slow: AwaitedDatabases) -> None:
+    written = anyio.Event()
+
     async def unit() -> None:
         async with slow.container.transaction():
             await slow.write("a")
+            written.set()
 
     async def fail() -> None:
-        await anyio.sleep(0.2)
+        await written.wait()
+        await anyio.sleep(0.1)  # the unit commits by now
         raise Boom
 
     async def main() -> None:
