@@ -19,7 +19,7 @@ The public spelling raises where no loop runs, at five times the price. A functi
 """
 
 
-def begin_unseen(coroutine: Coroutine[Any, Any, R], *, context: Context | None = None) -> asyncio.Task[R]:
+def begin_unseen(coroutine: Coroutine[object, object, R], *, context: Context | None = None) -> asyncio.Task[R]:
     """Begin a task of the running loop that only its starter can cancel, who has to hold it, and to `outlast` it."""
     # Not by the loop's factory: an eager task would begin here, which may be inside a greenlet that is not its own.
     task = asyncio.Task(coroutine, loop=asyncio.get_running_loop(), context=context)
@@ -27,7 +27,7 @@ def begin_unseen(coroutine: Coroutine[Any, Any, R], *, context: Context | None =
     return task
 
 
-async def outlast(task: asyncio.Task[Any]) -> asyncio.CancelledError | None:
+async def outlast(task: asyncio.Task[R]) -> asyncio.CancelledError | None:
     """Wait until a task is done, although the waiting one is cancelled meanwhile; return that cancellation."""
     cancelled = None
     try:
@@ -42,7 +42,7 @@ async def outlast(task: asyncio.Task[Any]) -> asyncio.CancelledError | None:
         del task, cancelled  # an error would hold this frame, and this frame the error
 
 
-def _shield_of_anyio() -> AbstractContextManager[Any]:
+def _shield_of_anyio() -> AbstractContextManager[object]:
     """Keep a cancelled scope of anyio from cancelling again and again, each time the loop comes around."""
     anyio = sys.modules.get("anyio")
     return nullcontext() if anyio is None else anyio.CancelScope(shield=True)

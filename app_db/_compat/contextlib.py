@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack, ExitStack
 from types import CodeType, FrameType
-from typing import Any
 
 _ENTRIES: frozenset[CodeType] = frozenset(
     method.__code__ for method in (ExitStack.enter_context, AsyncExitStack.enter_context, AsyncExitStack.enter_async_context)
@@ -19,7 +18,7 @@ def is_entering(frame: FrameType) -> bool:
     return frame.f_code in _ENTRIES
 
 
-def stack_of(frame: FrameType) -> Any:
+def stack_of(frame: FrameType) -> object:
     """Return the stack whose method runs in this frame, or None."""
     return frame.f_locals.get("self")
 

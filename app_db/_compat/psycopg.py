@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from psycopg import AsyncConnection, Connection
+    from psycopg.pq.abc import PGconn
 
 
-async def async_view(connection: Any) -> Any:
+def libpq_of(driver_connection: object) -> PGconn | None:
+    """Return the libpq connection of a psycopg connection, None for the connection of another driver."""
+    return getattr(driver_connection, "pgconn", None)
+
+
+async def async_view(connection: Connection[object]) -> AsyncConnection[object]:
     """Return an asynchronous connection on the same libpq connection, so that one transaction serves threads and coroutines."""
     from psycopg import AsyncConnection
     from psycopg.adapt import AdaptersMap
 
-    view: Any = AsyncConnection(connection.pgconn)
+    view: AsyncConnection[object] = AsyncConnection(connection.pgconn)
     view._adapters = AdaptersMap(connection.adapters)
     view.prepare_threshold = None  # both would give their statements the same names
     view._pool = None  # a connection without this attribute complains when it is dropped open

@@ -1,40 +1,53 @@
-"""PyMySQL, whose `query()` is taken apart into its two halves: nothing else sends a statement without waiting for its answer."""
+"""PyMySQL's `query()` in two halves: PyMySQL has no public way to send a statement without waiting for the answer."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from socket import socket
 
 
-def send(connection: Any, statement: str) -> None:
+class Connection(Protocol):
+    """The private names of PyMySQL's connection that are used here, and a public one."""
+
+    open: bool
+    _sock: socket
+    _read_timeout: float | None
+
+    def _execute_command(self, command: int, sql: str) -> None: ...
+    def _read_query_result(self) -> None: ...
+    def _force_close(self) -> None: ...
+
+
+def send(connection: Connection, statement: str) -> None:
     """Send a statement, and don't wait for the answer."""
     from pymysql.constants import COMMAND
 
     connection._execute_command(COMMAND.COM_QUERY, statement)
 
 
-def receive(connection: Any) -> None:
-    """Read the answer to the statement that was sent; wait for what is missing of it."""
+def receive(connection: Connection) -> None:
+    """Read the answer to the statement that was sent. Wait if a part of it is missing."""
     connection._read_query_result()
 
 
-def descriptor_of(connection: Any) -> int:
+def descriptor_of(connection: Connection) -> int:
     """Return the file descriptor of the connection's socket."""
-    number: int = connection._sock.fileno()
-    return number
+    return connection._sock.fileno()
 
 
-def has_decrypted(connection: Any) -> bool:
-    """Return whether TLS holds decrypted bytes back, of which the descriptor tells nothing."""
+def has_decrypted(connection: Connection) -> bool:
+    """Return whether TLS holds decrypted bytes. The file descriptor is not ready for these."""
     pending = getattr(connection._sock, "pending", None)
     return pending is not None and pending() > 0
 
 
-def read_timeout_of(connection: Any) -> float | None:
+def read_timeout_of(connection: Connection) -> float | None:
     """Return the seconds after which the connection stops waiting for an answer."""
-    seconds: float | None = connection._read_timeout
-    return seconds
+    return connection._read_timeout
 
 
-def close_at_once(connection: Any) -> None:
-    """Close the connection without a word to the server."""
+def close_at_once(connection: Connection) -> None:
+    """Close the connection, and send nothing to the server."""
     connection._force_close()

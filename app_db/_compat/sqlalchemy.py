@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from sqlalchemy.sql.cache_key import HasCacheKey
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, RootTransaction
+    from sqlalchemy.engine import Connection, Engine, RootTransaction, Transaction
+    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.orm import Session, SessionTransaction
 
 # ---- sessions and their transactions ------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ class _NotItsOwn:
         """Do nothing."""
 
 
-_NOT_ITS_OWN: Any = _NotItsOwn()
+_NOT_ITS_OWN = cast("Transaction", _NotItsOwn())
 
 
 def lend(connection: Connection, transaction: SessionTransaction) -> None:
@@ -72,7 +73,7 @@ def take_away(transaction: SessionTransaction, connections: Iterable[Connection]
         held.pop(connection.engine, None)
 
 
-def _connections_of(transaction: SessionTransaction) -> dict[Any, tuple[Connection, Any, bool, bool]]:
+def _connections_of(transaction: SessionTransaction) -> dict[Connection | Engine, tuple[Connection, Transaction, bool, bool]]:
     """Return, by connection and engine, what a transaction uses: with whose transaction, and whether to commit and close it."""
     return transaction._connections
 
@@ -92,7 +93,7 @@ def cache_key_of(element: object) -> Hashable | None:
 # ---- models -----------------------------------------------------------------------------------------------------------------
 
 
-def when_unmapped(base: Any, refuse: Callable[[type[Any]], NoReturn]) -> None:
+def when_unmapped(base: Any, refuse: Callable[[type[object]], NoReturn]) -> None:
     """Have SQLAlchemy call `refuse` with a class below `base` that is used before it is mapped.
 
     Otherwise SQLAlchemy raises UnmappedClassError, whose message names methods that users of app_db do not call.
@@ -103,7 +104,7 @@ def when_unmapped(base: Any, refuse: Callable[[type[Any]], NoReturn]) -> None:
 # ---- connections of coroutines ------------------------------------------------------------------------------------------
 
 
-def is_executing(dbapi_connection: Any) -> bool:
+def is_executing(dbapi_connection: DBAPIConnection) -> bool:
     """Return whether a connection of coroutines has begun a statement that was not ended: the next would wait for ever."""
     mutex = getattr(dbapi_connection, "_execute_mutex", None)
     return mutex is not None and bool(mutex.locked())

@@ -52,15 +52,15 @@ class TransactionManager(transaction.TransactionManager):  # type: ignore[misc] 
         return self.is_retryable(error) or bool(super()._retryable(error_type, error))
 
 
-def current_of(manager: Any) -> Any:
+def current_of(manager: object) -> Any:
     """Return the current transaction of one of zope's managers, or None, without beginning one as `get()` does."""
     return _plain(manager)._txn
 
 
-def set_current(manager: Any, current: Any) -> None:
+def set_current(manager: object, current: object) -> None:
     """Have `current`, or no transaction, be the current one of one of zope's managers."""
     _plain(manager)._txn = current
 
 
-def _plain(manager: Any) -> Any:
+def _plain(manager: object) -> Any:
     return getattr(manager, "manager", manager)  # the thread-local manager keeps a plain one for each thread

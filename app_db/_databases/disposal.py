@@ -1,4 +1,4 @@
-"""The end of an engine of coroutines: in its event loop while that is alive, and at the sockets of its connections otherwise."""
+"""Disposing async engines: in their event loop while it is alive, otherwise by closing the sockets of their connections."""
 
 from __future__ import annotations
 
@@ -10,83 +10,86 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from threading import Event, Thread, current_thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy.util.concurrency import in_greenlet
 
 from app_db._compat.asyncio import begin_unseen, outlast, running_loop
-from app_db._databases.async_connections import hang_up
+from app_db._databases.registry import database_of
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Dialect, Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 retired: WeakSet[Engine] = WeakSet()
-"""Engines whose connections close as they are returned."""
+"""Engines whose connections are closed when they return to the pool."""
 
-_homes: WeakKeyDictionary[Engine, _Home] = WeakKeyDictionary()
+_loops: WeakKeyDictionary[Engine, _LoopOfEngine] = WeakKeyDictionary()
 
 _LONGEST_DISPOSAL = 5.0
-"""Seconds to wait for an event loop, which may be blocked, and for its servers to say good-bye."""
+"""Seconds that an event loop has to dispose an engine. The loop may be blocked, and a server may not answer."""
 
 _LONGEST_WAIT = _LONGEST_DISPOSAL + 1.0
-"""The same, seen from outside: longer, or the end of the loop would not wait for the end of its disposal."""
+"""Seconds that other threads wait for that. It is longer, so that they see the end of a disposal that took too long."""
 
 _LONGEST_STANDSTILL = 0.5
-"""Seconds to wait for a loop of another thread that does not run: `asyncio.run()` ends its loop in several short runs."""
+"""Seconds to wait for a loop that does not run at the moment: `asyncio.run()` ends its loop in several short runs."""
 
 
-class _Home:
-    """Where an engine connects: in one event loop, run by one thread.
+class _LoopOfEngine:
+    """The event loop in which an engine connects, and the thread that runs it.
 
-    Its connections are closed by awaiting that in the loop, and at their sockets anywhere else.
+    In the loop, the engine's connections are closed by the driver. Anywhere else, their sockets are closed.
     """
 
     loop: AbstractEventLoop | None = None
     thread: Thread | None = None
     cut_off = 0
-    """The number of connections that were closed at their sockets, and not yet warned of."""
+    """How many connections were closed at their sockets since the last warning."""
 
-    def __init__(self, name: str, dialect: Any) -> None:
+    def __init__(self, name: str, dialect: Dialect) -> None:
         self.name = name
+        self._database = database_of(dialect.name)
         self._connect = dialect.connect
-        dialect.connect = self.connect
-        dialect.do_close = partial(self.close, dialect.do_close)
-        dialect.do_terminate = partial(self.terminate, dialect.do_terminate)
+        self._close, self._terminate = dialect.do_close, dialect.do_terminate
+        dialect.connect = self.connect  # type: ignore[method-assign]
+        dialect.do_close = self.close  # type: ignore[method-assign]
+        dialect.do_terminate = self.terminate  # type: ignore[method-assign]
 
-    def connect(self, *arguments: Any, **parameters: Any) -> Any:
+    def connect(self, *arguments: object, **parameters: object) -> DBAPIConnection:
         self.loop, self.thread = running_loop(), current_thread()
         return self._connect(*arguments, **parameters)
 
-    def close(self, in_the_loop: Callable[[Any], None], dbapi_connection: Any) -> None:
+    def close(self, dbapi_connection: DBAPIConnection) -> None:
         if in_greenlet() and running_loop() is self.loop:
-            return in_the_loop(dbapi_connection)
+            return self._close(dbapi_connection)
         return self._cut_off(dbapi_connection)
 
-    def terminate(self, in_the_loop: Callable[[Any], None], dbapi_connection: Any) -> None:
-        # SQLAlchemy's adapters do this without awaiting anything where they can't.
+    def terminate(self, dbapi_connection: DBAPIConnection) -> None:
+        # SQLAlchemy's adapters await nothing here if they can't.
         if running_loop() is self.loop:
-            return in_the_loop(dbapi_connection)
+            return self._terminate(dbapi_connection)
         return self._cut_off(dbapi_connection)
 
-    def _cut_off(self, dbapi_connection: Any) -> None:
+    def _cut_off(self, dbapi_connection: DBAPIConnection) -> None:
         self.cut_off += 1
-        hang_up(dbapi_connection)
+        self._database.hang_up(dbapi_connection)
 
     def is_here(self) -> bool:
-        """Return whether this thread may run the event loop: it is its own, or that of no living thread."""
+        """Return whether this thread may run the event loop, because no other living thread does."""
         return self.thread is None or self.thread is current_thread() or not self.thread.is_alive()
 
 
 def settle(name: str, engine: AsyncEngine) -> None:
-    """Let an engine be disposed from anywhere, and found when it was forgotten."""
-    _homes[engine.sync_engine] = _Home(name, engine.sync_engine.dialect)
-    weakref.finalize(engine, _look_for_forgotten, engine.sync_engine)  # which also looks when the process ends
+    """Make an engine disposable from any thread. Warn if it is dropped after its event loop was closed."""
+    _loops[engine.sync_engine] = _LoopOfEngine(name, engine.sync_engine.dialect)
+    weakref.finalize(engine, _look_for_forgotten, engine.sync_engine)  # called at the end of the process, too
 
 
 def wait_outside(wait: Callable[[], None]) -> None:
-    """Wait for what `begin_to_retire` has begun; in a thread, where a loop runs here on which the other one may depend."""
+    """Call what `begin_to_retire` returned. If an event loop runs here, do so in a thread: the other loop may depend on it."""
     if running_loop() is None:
         wait()
     else:
@@ -94,7 +97,7 @@ def wait_outside(wait: Callable[[], None]) -> None:
 
 
 async def dispose_here(engines: Iterable[AsyncEngine], waits: Iterable[Callable[[], None]]) -> None:
-    """Dispose engines of the running loop, to the end, and wait for what `begin_to_retire` has begun in others."""
+    """Dispose engines of the running loop, and call `waits`. A cancellation is raised after that."""
     cancelled: CancelledError | None = None
     for engine in engines:
         cancelled = await outlast(begin_unseen(_dispose(engine))) or cancelled
@@ -105,10 +108,10 @@ async def dispose_here(engines: Iterable[AsyncEngine], waits: Iterable[Callable[
 
 
 def begin_to_retire(engine: AsyncEngine, loop: AbstractEventLoop | None) -> Callable[[], None]:
-    """Begin to dispose an engine; return what waits until it is disposed, or closed at its sockets."""
+    """Begin to dispose an engine. Return a function that waits until its connections are closed."""
     retired.add(engine.sync_engine)
     if loop is not None and not loop.is_closed():
-        if loop.is_running() or not _homes[engine.sync_engine].is_here():
+        if loop.is_running() or not _loops[engine.sync_engine].is_here():
             ended = Event()
             with suppress(RuntimeError):  # the loop was closed just now
                 loop.call_soon_threadsafe(_dispose_here, engine, ended)
@@ -120,18 +123,18 @@ def begin_to_retire(engine: AsyncEngine, loop: AbstractEventLoop | None) -> Call
 
 
 async def _dispose(engine: AsyncEngine) -> None:
-    """Dispose an engine in the running loop, unless its server doesn't say good-bye."""
+    """Dispose an engine in the running loop. If that takes too long, close the sockets of its connections."""
     retired.add(engine.sync_engine)
     try:
-        async with timeout(_LONGEST_DISPOSAL):  # by its timer, the loop holds the task
+        async with timeout(_LONGEST_DISPOSAL):  # its timer also keeps the loop's reference to this task
             await engine.dispose()
     except TimeoutError:
-        _homes[engine.sync_engine].cut_off += 1  # by its driver, when it was interrupted
+        _loops[engine.sync_engine].cut_off += 1  # the driver closed one when it was interrupted
         cut_off(engine.sync_engine)
 
 
 def _dispose_here(engine: AsyncEngine, ended: Event) -> None:
-    """Dispose an engine in the running loop, to the end: no task that `asyncio.run()` sees and cancels when its loop ends."""
+    """Dispose an engine in the running loop, by a task that `asyncio.run()` does not cancel when it ends its loop."""
 
     async def dispose() -> None:
         try:
@@ -140,46 +143,46 @@ def _dispose_here(engine: AsyncEngine, ended: Event) -> None:
             ended.set()
 
     try:
-        get_running_loop().run_in_executor(None, ended.wait, _LONGEST_WAIT)  # what `asyncio.run()` waits for last
-    except RuntimeError:  # it has done so
+        get_running_loop().run_in_executor(None, ended.wait, _LONGEST_WAIT)  # `asyncio.run()` waits for it at its end
+    except RuntimeError:  # it has done that already
         ended.set()
     else:
         begin_unseen(dispose())
 
 
 def _wait_for_loop(engine: AsyncEngine, loop: AbstractEventLoop, ended: Event) -> None:
-    """Wait until a loop has disposed an engine, and close at the socket what it doesn't come to."""
+    """Wait until a loop has disposed an engine, then close the sockets of the connections that are left."""
     began = ran = now = time.monotonic()
     while not ended.wait(0.01) and now - began < _LONGEST_WAIT and now - ran < _LONGEST_STANDSTILL:
         now = time.monotonic()
         if loop.is_closed():
-            ended.set()  # or the thread that the loop did not wait for would
+            ended.set()  # the thread that waits for it in `_dispose_here` must end, too
         elif loop.is_running():
             ran = now
     cut_off(engine.sync_engine)
 
 
 def cut_off(engine: Engine, *, quietly: bool = False) -> None:
-    """Close at their sockets the idle connections that an event loop has left behind, and warn of them."""
-    home = _homes[engine]
+    """Close the sockets of the idle connections that an event loop has left open, and warn about them."""
+    of_loop = _loops[engine]
     retired.add(engine)
     engine.dispose()
-    number, home.cut_off = home.cut_off, 0
+    number, of_loop.cut_off = of_loop.cut_off, 0
     if number and not quietly:
         message = (
-            f"The connection {home.name!r} was left open in an event loop that has ended or does not answer. DBAPI connections "
-            f"closed at their sockets: {number}. Write `await container.shutdown_resources()` in that loop, "
+            f"The connection {of_loop.name!r} was left open in an event loop that has ended or does not answer. DBAPI "
+            f"connections closed at their sockets: {number}. Write `await container.shutdown_resources()` in that loop, "
             "before it ends"
         )
-        # Said as by a destructor: where warnings are errors, this one is reported, and what else is to be closed is closed.
-        weakref.finalize(_Dying(), warnings.warn, message, ResourceWarning)
+        # Issued as if by a destructor: where warnings are errors, Python reports this one, and the caller goes on closing.
+        weakref.finalize(_Dropped(), warnings.warn, message, ResourceWarning)
 
 
-class _Dying:
-    """An object that nothing holds."""
+class _Dropped:
+    """An object without references."""
 
 
 def _look_for_forgotten(engine: Engine) -> None:
-    loop = _homes[engine].loop
+    loop = _loops[engine].loop
     if loop is not None and loop.is_closed():
         cut_off(engine)

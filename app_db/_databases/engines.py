@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from importlib import import_module
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import create_engine, event
@@ -18,7 +18,6 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPo
 from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.os import after_fork_in_child
-from app_db._databases.async_connections import is_left_in_the_middle
 from app_db._databases.database import Database
 from app_db._databases.disposal import retired, settle
 from app_db._databases.registry import database_of
@@ -28,22 +27,25 @@ from app_db.settings._urls import dialect_of, for_coroutines, for_threads, is_se
 if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.engine import Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from sqlalchemy.pool import Pool, PoolProxiedConnection
+    from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, PoolResetState
 
     from app_db.settings import ConnectionSettings, DatabaseSettings
+
+E = TypeVar("E")
 
 _IDLE_SINCE = "app_db_idle_since"
 _POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static": StaticPool}
 
 _setups: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
-_checked_out: dict[int, Any] = {}  # pool records by their id, for the child of a fork
-_of_parent_process: list[Any] = []
+_checked_out: dict[int, Any] = {}  # ConnectionPoolEntry by its id, for the child of a fork
+_of_parent_process: list[object] = []
 
 
 def build_engine(name: str, settings: DatabaseSettings) -> Engine:
     """Return a new engine for the connection `name`. Nothing connects before the engine is first used."""
-    engine: Engine = _build(name, settings, for_threads, create_engine)
+    engine = _build(name, settings, for_threads, create_engine)
     _setups[engine] = _setup_of(engine, name, settings)
     return engine
 
@@ -53,7 +55,7 @@ def build_async_engine(name: str, settings: DatabaseSettings) -> AsyncEngine:
     require_greenlet()
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    engine: AsyncEngine = _build(name, settings, for_coroutines, create_async_engine)
+    engine = _build(name, settings, for_coroutines, create_async_engine)
     _setups[engine.sync_engine] = _setup_of(engine.sync_engine, name, settings)
     settle(name, engine)
     return engine
@@ -63,7 +65,7 @@ def _setup_of(engine: Engine, name: str, settings: DatabaseSettings) -> _Setup:
     return _Setup(engine, settings.connection(name), database_of(engine.dialect.name))
 
 
-def _build(name: str, settings: DatabaseSettings, with_driver: Callable[[URL], URL], create: Callable[..., Any]) -> Any:
+def _build(name: str, settings: DatabaseSettings, with_driver: Callable[[URL], URL], create: Callable[..., E]) -> E:
     connection = settings.connection(name)
     configured = with_driver(connection.sqlalchemy_url())
     asynchronous = with_driver is for_coroutines
@@ -108,14 +110,15 @@ class _Setup:
         self._connect = database.connector(engine.dialect, connection)
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
 
-    def connect(self, *arguments: Any, **parameters: Any) -> Any:
+    def connect(self, *arguments: object, **parameters: object) -> DBAPIConnection:
         """Return a new DBAPI connection, with its password, of an engine that by now is set up."""
         self.ensure()
         if self._password is not None:
             # It may ask a server, which must not keep the event loop.
             password = await_only(to_thread(self._password)) if self._is_async else self._password()
             parameters["password"] = self._database.password(self._driver, password)
-        return self._connect(*arguments, **parameters)
+        connection: DBAPIConnection = self._connect(*arguments, **parameters)
+        return connection
 
     def ensure(self) -> None:
         """Set the engine up, unless that is done; a second thread's first connection waits for it."""
@@ -137,14 +140,14 @@ class _Setup:
         self._done = True
 
 
-def _pool_arguments(connection: ConnectionSettings, *, asynchronous: bool) -> dict[str, Any]:
+def _pool_arguments(connection: ConnectionSettings, *, asynchronous: bool) -> dict[str, object]:
     pool = connection.pool
     pool_class = _pool_class(pool.class_)
     if asynchronous and issubclass(pool_class, QueuePool) and not issubclass(pool_class, AsyncAdaptedQueuePool):
         pool_class = _for_coroutines(pool_class)
     elif pool_class is AsyncAdaptedQueuePool and not asynchronous:
         pool_class = QueuePool
-    arguments: dict[str, Any] = {
+    arguments: dict[str, object] = {
         "poolclass": pool_class,
         "pool_recycle": -1 if pool.recycle is None else pool.recycle,
         "pool_reset_on_return": None,  # `_clean_up_what_is_returned` does
@@ -164,7 +167,7 @@ def _for_coroutines(pool_class: type[QueuePool]) -> type[Pool]:
     if pool_class is QueuePool:
         return AsyncAdaptedQueuePool
     bases: tuple[Any, ...] = (pool_class, AsyncAdaptedQueuePool)
-    return cast("type[Pool]", type(pool_class.__name__, bases, {}))
+    return type(pool_class.__name__, bases, {})
 
 
 def _pool_class(name: str | None) -> type[Pool]:
@@ -190,7 +193,7 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Databa
     pings = database.waits_for_answers
 
     @event.listens_for(engine, "checkout")
-    def check(dbapi_connection: Any, record: Any, proxy: Any) -> None:
+    def check(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
         idle_since = record.info.get(_IDLE_SINCE)
         if pings and idle_since is not None and time.monotonic() - idle_since > alive_window:
             try:
@@ -204,7 +207,7 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Databa
             tell(proxy)
 
     @event.listens_for(engine, "invalidate")
-    def forget(dbapi_connection: Any, record: Any, error: BaseException | None) -> None:
+    def forget(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry, error: BaseException | None) -> None:
         _checked_out.pop(id(record), None)
 
 
@@ -217,12 +220,12 @@ def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
     may_wait = engine.dialect.is_async or database.waits_for_answers
 
     @event.listens_for(engine, "reset")
-    def reset(dbapi_connection: Any, record: Any, state: Any) -> None:
+    def reset(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:
         if record is None or state.terminate_only:
             return
         if database.may_be_in_transaction(dbapi_connection):
             database.roll_back(dbapi_connection)
-        if may_wait and is_left_in_the_middle(dbapi_connection):
+        if may_wait and database.is_left_in_the_middle(dbapi_connection):
             record.invalidate()
             return
         database.clean_up(dbapi_connection, record.info)

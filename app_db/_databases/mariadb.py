@@ -1,4 +1,4 @@
-"""MariaDB, where a URL calls it so."""
+"""MariaDB, for URLs that begin with `mariadb`."""
 
 from app_db._databases.mysql import DATABASE
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
-from app_db._databases.database import NEVER, Connected, Database, code_of, driver_of, execute, milliseconds, quoted
-from app_db._databases.drivers.mysql_channels import AsyncmyChannel, PyMySQLChannel
+from app_db._compat import asyncmy
+from app_db._databases.database import NEVER, Connected, Database, Info, code_of, driver_of, execute, milliseconds, quoted
+from app_db._databases.drivers.mysql_connections import AwaitedAsyncmy, NonBlockingPyMySQL
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._databases.sharing_rules import SharingRules
 from app_db.errors import CannotIsolate, InvalidUse
@@ -19,15 +20,18 @@ from app_db.errors import CannotIsolate, InvalidUse
 if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
 
-    from app_db._databases.exchange import AsyncChannel, Channel
+    from app_db._compat import pymysql
+    from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
     from app_db.settings import ConnectionSettings
 
 _USUAL_LIMIT = "app_db_usual_limit"
-"""Key in a DBAPI connection's info: the statement that sets the server's limit for statements as it was before a unit set it."""
+"""Key in a DBAPI connection's info: the statement that restores the time limit from before the unit."""
 
 _LONGEST_WAIT = 3600
-"""Seconds to wait for another process that makes tables."""
+"""Seconds to wait for another process that creates tables."""
 
 
 class MySQLSharing(SharingRules):
@@ -52,7 +56,7 @@ class MySQLSharing(SharingRules):
                 "Do it before the isolation begins, or take the test out of it",
             )
 
-    def limit_before(self, statement: str, ask: Callable[[str], Any]) -> str | None:
+    def limit_before(self, statement: str, ask: Callable[[str], object]) -> str | None:
         changed = self._limit.match(statement)
         return None if changed is None else f"{changed[0]} = {ask(f'SELECT @@SESSION.{changed[1]}')}"
 
@@ -70,26 +74,33 @@ class MySQL(Database):
     _lock_wait_timeout = 1205
 
     def password(self, driver: str, password: str) -> str | bytes:
-        # These would encode it in latin-1, which fails for most of the world's letters.
+        # These drivers would encode a str in latin-1, which fails for most alphabets.
         return password.encode() if driver in ("pymysql", "asyncmy", "aiomysql") else password
 
-    def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
+    def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, object]:
         own = {} if url.password is None else {"password": self.password(url.get_driver_name(), str(url.password))}
         return {**own, **settings.connect_args}
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         @event.listens_for(engine, "connect")
-        def set_up(dbapi_connection: Any, record: Any) -> None:
+        def set_up(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
             cursor = dbapi_connection.cursor()
             if settings.read_only:
                 cursor.execute("SET SESSION TRANSACTION READ ONLY")
             if settings.statement_timeout is not None:
                 cursor.execute("SELECT VERSION()")
-                is_mariadb = "mariadb" in cursor.fetchone()[0].lower()
+                is_mariadb = "mariadb" in str(cursor.fetchone()).lower()
                 cursor.execute(self._timeout(settings.statement_timeout, is_mariadb))
             cursor.close()
 
-    def clean_up(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
+    def hang_up(self, dbapi_connection: DBAPIConnection) -> None:
+        driver_connection = driver_of(dbapi_connection)
+        if hasattr(driver_connection, "ensure_closed"):  # of asyncmy or aiomysql
+            asyncmy.hang_up(driver_connection)
+        else:
+            super().hang_up(dbapi_connection)
+
+    def clean_up(self, dbapi_connection: DBAPIConnection, info: Info) -> None:
         usual_limit = info.pop(_USUAL_LIMIT, None)
         if usual_limit is not None:
             execute(dbapi_connection, usual_limit)
@@ -98,7 +109,7 @@ class MySQL(Database):
         return self._set_read_only
 
     def _set_read_only(self, connection: Connection) -> None:
-        execute(connection.connection, "SET TRANSACTION READ ONLY")  # the next one, which the first statement begins
+        execute(connection.connection, "SET TRANSACTION READ ONLY")  # for the next one, which begins with the first statement
 
     def statement_limit(self, connection: Connection) -> float:
         is_mariadb = self._is_mariadb(connection)
@@ -119,10 +130,10 @@ class MySQL(Database):
             connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar()
         )
 
-    def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
+    def may_be_in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
         status: int | None = getattr(driver_of(dbapi_connection), "server_status", None)
         if not getattr(dbapi_connection, "open", True):
-            return True  # its status is what it heard last; that it can't be rolled back is how the pool finds out
+            return True  # its status is out of date; the pool finds out when the rollback fails
         return status is None or bool(status & self._in_transaction)
 
     def refuses_write(self, error: BaseException) -> bool:
@@ -137,7 +148,7 @@ class MySQL(Database):
         return f"SET SESSION max_execution_time = {milliseconds(seconds)}"
 
     def is_transient(self, error: BaseException) -> bool:
-        # Some drivers give these errors a SQLSTATE, too, which does not begin with 40 for a lock waited for too long.
+        # Some drivers add a SQLSTATE, but after a lock wait timeout it does not begin with 40.
         driver = type(error).__module__.partition(".")[0]
         return driver in self._drivers and bool(error.args) and error.args[0] in self._transient
 
@@ -170,10 +181,12 @@ class MySQL(Database):
 
     @contextmanager
     def changing_tables(self, connection: Connection, lock: str) -> Generator[None]:
-        # The lock is the connection's, because DDL ends every transaction.
+        # The lock belongs to the connection and not to the transaction, because DDL ends every transaction.
         name = connection.scalar(text("SELECT CONCAT(:lock, ' ', MD5(COALESCE(DATABASE(), '')))"), {"lock": lock})
         if connection.scalar(text("SELECT GET_LOCK(:name, :wait)"), {"name": name, "wait": _LONGEST_WAIT}) != 1:
-            raise InvalidUse(f"The lock {name!r} was not to be had", "See on the server who holds it: SELECT IS_USED_LOCK(...)")
+            raise InvalidUse(
+                f"The lock {name!r} is held by another connection", "See on the server which one: SELECT IS_USED_LOCK(...)"
+            )
         try:
             yield
             connection.commit()
@@ -191,33 +204,23 @@ class MySQL(Database):
 
 
 class MySQLPrepareVerbs(PrepareVerbs):
-    """MySQL and MariaDB: only what began with XA START can be prepared, and the server doesn't say in which database it did."""
+    """MySQL and MariaDB: only a transaction that began with XA START can be prepared. The server does not list its database."""
 
+    _start = ("XA START '{}'",)
+    _prepare = ("XA END '{}'", "XA PREPARE '{}'")
+    _commit_unprepared = ("XA END '{}'", "XA COMMIT '{}' ONE PHASE")
+    _roll_back_unprepared = ("XA END '{}'", "XA ROLLBACK '{}'")  # after a deadlock, XA END fails and XA ROLLBACK works
     _commit = "XA COMMIT '{}'"
     _roll_back = "XA ROLLBACK '{}'"
-    begins_by_xid = True
-    _our_format = 1  # what XA START takes where only a name is given
+    _our_format = 1  # the format of XA START if only a name is given
     _unknown_xid = 1397
     _rolled_back = 1402
 
-    def start(self, xid: str) -> list[str]:
-        return [f"XA START '{xid}'"]
+    def non_blocking(self, driver_connection: pymysql.Connection) -> NonBlockingConnection:
+        return NonBlockingPyMySQL(driver_connection)
 
-    def prepare(self, xid: str) -> list[str]:
-        return [f"XA END '{xid}'", f"XA PREPARE '{xid}'"]
-
-    def commit_unprepared(self, xid: str) -> list[str]:
-        return [f"XA END '{xid}'", f"XA COMMIT '{xid}' ONE PHASE"]
-
-    def roll_back_unprepared(self, xid: str) -> list[str]:
-        # After a deadlock, XA END is refused and XA ROLLBACK is not.
-        return [f"XA END '{xid}'", f"XA ROLLBACK '{xid}'"]
-
-    def channel(self, driver_connection: Any) -> Channel:
-        return PyMySQLChannel(driver_connection)
-
-    def async_channel(self, adapted_connection: Any) -> AsyncChannel:
-        return AsyncmyChannel(adapted_connection)
+    def awaited(self, adapted_connection: Any) -> AwaitedConnection:
+        return AwaitedAsyncmy(adapted_connection)
 
     def prepared(self, connection: Connection) -> list[Prepared]:
         return [Prepared(xid) for xid in self._listed(connection)]
@@ -230,25 +233,24 @@ class MySQLPrepareVerbs(PrepareVerbs):
         needed = (10, 5) if dialect.is_mariadb else (8, 0)
         if dialect.server_version_info < needed:
             name, least = ("MariaDB", "10.5") if dialect.is_mariadb else ("MySQL", "8.0")
-            return f"The server is older than {name} {least}, and forgets what was prepared when its client goes. Upgrade it."
+            return f"The server is older than {name} {least}: it loses prepared branches when a client disconnects. Upgrade it."
         try:
             self._listed(connection)
         except DBAPIError:
-            return "The user may not ask for prepared branches. GRANT XA_RECOVER_ADMIN ON *.* to it."
+            return "The user may not list prepared branches. GRANT XA_RECOVER_ADMIN ON *.* to it."
         if connection.exec_driver_sql("SELECT @@innodb_flush_log_at_trx_commit").scalar() == 0:
             return (
-                "innodb_flush_log_at_trx_commit is 0 on the server, which then loses what was prepared last when it crashes. "
-                "Set it to 1."
+                "innodb_flush_log_at_trx_commit is 0 on the server: it may lose prepared branches when it crashes. Set it to 1."
             )
         return None
 
     def _settled_otherwise(self, connection: Connection, xid: str, error: DBAPIError) -> Settling | None:
         if code_of(error) == self._rolled_back:
-            # What the server answers to either verdict for a branch that wrote nothing, once the client has gone. It ends by it.
+            # The answer to COMMIT and ROLLBACK of a branch that wrote nothing and whose client has gone. The branch has ended.
             return Settling.DONE
         if not self.is_missing(error):
             return None
-        # A branch is unknown to all others while the connection that prepared it is open.
+        # Until the connection that prepared a branch is closed, the server tells other connections that there is no such branch.
         return Settling.HELD if xid in self._listed(connection) else Settling.MISSING
 
     def _listed(self, connection: Connection) -> list[str]:

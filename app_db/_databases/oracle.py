@@ -1,4 +1,4 @@
-"""Oracle Database: app_db knows only which of its errors may pass."""
+"""Oracle Database: app_db knows only which of its errors are transient."""
 
 from __future__ import annotations
 

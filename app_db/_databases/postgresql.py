@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,26 +12,33 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
+from app_db._compat.asyncpg import believes_in_transaction, is_asyncpg
+from app_db._compat.asyncpg import hang_up as hang_up_asyncpg
 from app_db._compat.psycopg import async_view as psycopg_async_view
-from app_db._databases.database import NEVER, Connected, Database, Terms, code_of, driver_of, execute, milliseconds, quoted
-from app_db._databases.drivers.postgresql_channels import AsyncpgChannel, AsyncPsycopgChannel, PsycopgChannel
+from app_db._compat.psycopg import libpq_of
+from app_db._databases.database import NEVER, Database, code_of, driver_of, execute, milliseconds, quoted
+from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
-from app_db._databases.sharing_rules import SharingRules, new_mark
+from app_db._databases.sharing_rules import Rows, Say, SharingRules, new_mark
 from app_db.errors import CannotIsolate
 
 if TYPE_CHECKING:
+    import psycopg
     from sqlalchemy import URL
     from sqlalchemy.engine import Connection, Dialect, Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-    from app_db._databases.exchange import AsyncChannel, Channel
+    from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
+    from app_db._databases.database import AsyncView, Connect, Connected, Info, Terms
     from app_db.settings import ConnectionSettings
 
 _DURABLE = (
     "set_config('synchronous_commit', CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' "
     "ELSE current_setting('synchronous_commit') END, {local})"
 )
-"""With `synchronous_commit = off`, PostgreSQL answers COMMIT before the commit is on disk. It never does so for prepared
-transactions, and must not for what decides about them."""
+"""Makes the COMMIT of a decision durable. With `synchronous_commit = off`, PostgreSQL answers COMMIT before it is on disk,
+except for prepared transactions."""
 
 _AMOUNT = re.compile(r"(\d+)(ms|s|min|h|d)?$")
 _SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400, None: 0.001}
@@ -51,12 +58,12 @@ class PostgreSQLSharing(SharingRules):
 
     def around(self, mark: str, read_only: bool) -> tuple[list[str], list[str], list[str]]:
         back = [f"ROLLBACK TO SAVEPOINT {mark}", f"RELEASE SAVEPOINT {mark}"]
-        if read_only:  # which ends with the savepoint
+        if read_only:  # this ends with the savepoint
             return [f"SAVEPOINT {mark}", "SET LOCAL transaction_read_only = on"], back, back
         return [f"SAVEPOINT {mark}"], back[1:], back
 
-    def check_deferred(self, say: Callable[..., Any]) -> None:
-        mark = new_mark()  # to leave it to later units when their constraints are checked
+    def check_deferred(self, say: Say) -> None:
+        mark = new_mark()  # undone afterwards: later units say themselves when their constraints are checked
         checks = [
             f"SAVEPOINT {mark}",
             "SET CONSTRAINTS ALL IMMEDIATE",
@@ -65,11 +72,11 @@ class PostgreSQLSharing(SharingRules):
         ]
         say(*checks)
 
-    def execute(self, dbapi_connection: Any, *statements: str) -> Any:
-        sends_several = statements and hasattr(dbapi_connection, "pgconn")  # psycopg sends them in one go
+    def execute(self, dbapi_connection: DBAPIConnection | PoolProxiedConnection, *statements: str) -> Rows:
+        sends_several = statements and libpq_of(dbapi_connection) is not None  # psycopg sends them in one go
         return super().execute(dbapi_connection, *(("; ".join(statements),) if sends_several else statements))
 
-    def limit_before(self, statement: str, ask: Callable[[str], Any]) -> str | None:
+    def limit_before(self, statement: str, ask: Callable[[str], object]) -> str | None:
         if not statement.startswith("SET LOCAL statement_timeout"):
             return None
         return f"SET LOCAL statement_timeout = '{ask('SHOW statement_timeout')}'"
@@ -84,21 +91,21 @@ class PostgreSQL(Database):
     _idle = 0  # libpq's PQTRANS_IDLE
     _failed = 3  # libpq's PQTRANS_INERROR
 
-    _words = {"sslmode": "ssl", "connect_timeout": "timeout"}  # noqa: RUF012  # libpq's, and what asyncpg says for them
+    _words = {"sslmode": "ssl", "connect_timeout": "timeout"}  # noqa: RUF012  # names of libpq, and asyncpg's for the same
     _asyncpg_alone = frozenset(
         "statement_cache_size prepared_statement_cache_size prepared_statement_name_func max_cached_statement_lifetime "
         "max_cacheable_statement_size".split()
     )
 
     def url(self, configured: URL, settings: ConnectionSettings) -> URL:
-        # What one driver's URL says is told the other as arguments, in its own words.
+        # Options in the URL that only the other driver knows become arguments, under the name that this driver has for them.
         if configured.get_driver_name() == "asyncpg":
             return configured.difference_update_query([*self._words, "application_name", "timeout"])
         if configured.get_driver_name() == "psycopg":
             return configured.difference_update_query([*self._words.values(), *self._asyncpg_alone])
         return configured
 
-    def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
+    def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, object]:
         driver = url.get_driver_name()
         if driver == "asyncpg":
             return self._asyncpg_arguments(url, application, settings)
@@ -107,20 +114,18 @@ class PostgreSQL(Database):
         own = {"application_name": application} if driver == "psycopg2" and "application_name" not in url.query else {}
         return {**own, **settings.connect_args}
 
-    def _asyncpg_arguments(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
-        said: dict[str, Any] = {key: url.query[key] for key in (*self._words, "application_name", "timeout") if key in url.query}
-        arguments = {self._words.get(key, key): value for key, value in (said | settings.connect_args).items()}
+    def _asyncpg_arguments(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, object]:
+        given = _given(url, (*self._words, "application_name", "timeout"), settings)
+        arguments = {self._words.get(key, key): value for key, value in given.items()}
         name = arguments.pop("application_name", application)
         if "timeout" in arguments:
             arguments["timeout"] = float(arguments["timeout"])
         return {**arguments, "server_settings": {"application_name": name, **arguments.get("server_settings", {})}}
 
-    def _psycopg_arguments(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, Any]:
+    def _psycopg_arguments(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, object]:
         words = {asyncpgs: libpqs for libpqs, asyncpgs in self._words.items()}
-        said: dict[str, Any] = {key: url.query[key] for key in words if key in url.query}
-        arguments = {
-            words.get(key, key): value for key, value in (said | settings.connect_args).items() if key not in self._asyncpg_alone
-        }
+        given = _given(url, words, settings)
+        arguments = {words.get(key, key): value for key, value in given.items() if key not in self._asyncpg_alone}
         server_settings = dict(arguments.pop("server_settings", {}))
         name = server_settings.pop("application_name", application)
         if "application_name" not in url.query:
@@ -131,15 +136,15 @@ class PostgreSQL(Database):
         return arguments
 
     def isolation_level(self, settings: ConnectionSettings) -> str | None:
-        # In autocommit a read is one round trip; with BEGIN and COMMIT around it, it is three.
+        # A read takes one round trip in autocommit, and three with BEGIN and COMMIT.
         return settings.isolation_level or ("AUTOCOMMIT" if settings.read_only else None)
 
-    def connector(self, dialect: Dialect, settings: ConnectionSettings) -> Callable[..., Any]:
+    def connector(self, dialect: Dialect, settings: ConnectionSettings) -> Connect:
         if not settings.begin_with_statement or dialect.driver != "psycopg" or self.isolation_level(settings) == "AUTOCOMMIT":
             return dialect.connect
         from psycopg import Pipeline
 
-        if not Pipeline.is_supported():  # by an old libpq
+        if not Pipeline.is_supported():  # libpq is too old
             return dialect.connect
         from app_db._databases.drivers import begin_along
 
@@ -149,7 +154,7 @@ class PostgreSQL(Database):
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         if self.isolation_level(settings) == "AUTOCOMMIT":
-            engine.dialect.supports_server_side_cursors = False  # they need a transaction; `yield_per` then fetches at once
+            engine.dialect.supports_server_side_cursors = False  # they need a transaction; `yield_per` fetches everything without
         parameters: dict[str, str] = {}
         if settings.read_only:
             parameters["default_transaction_read_only"] = "on"
@@ -160,13 +165,13 @@ class PostgreSQL(Database):
         statement = "SELECT " + ", ".join(f"set_config('{name}', '{value}', false)" for name, value in parameters.items())
 
         @event.listens_for(engine, "connect")
-        def set_parameters(dbapi_connection: Any, record: Any) -> None:
+        def set_parameters(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
             autocommit = dbapi_connection.autocommit
-            dbapi_connection.autocommit = True  # a rollback would otherwise take the parameters back
+            dbapi_connection.autocommit = True  # otherwise a rollback would undo the parameters
             execute(dbapi_connection, statement)
             dbapi_connection.autocommit = autocommit
 
-    def unit_options(self, settings: ConnectionSettings, terms: Terms) -> dict[str, Any]:
+    def unit_options(self, settings: ConnectionSettings, terms: Terms) -> dict[str, object]:
         options = super().unit_options(settings, terms)
         if not options and terms.timed and self.isolation_level(settings) == "AUTOCOMMIT":
             options["isolation_level"] = "READ COMMITTED"  # SET LOCAL needs a transaction
@@ -182,7 +187,7 @@ class PostgreSQL(Database):
         connection.exec_driver_sql(f"SET LOCAL statement_timeout = {milliseconds(seconds)}")
 
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
-        # The server answers COMMIT of a failed transaction with ROLLBACK, and no driver reports that as an error.
+        # The server answers the COMMIT of a failed transaction with ROLLBACK, and drivers don't report that as an error.
         try:
             connection.exec_driver_sql("SELECT 1")
         except DBAPIError:
@@ -190,21 +195,42 @@ class PostgreSQL(Database):
         return False
 
     def has_ended_transaction(self, connection: Connection) -> bool:
-        driver_connection: Any = connection.connection.driver_connection
-        if hasattr(driver_connection, "is_in_transaction"):  # asyncpg's, which doesn't tell a failed one from one that goes on
-            return not _may_be_in_asyncpgs_transaction(driver_connection)
-        libpq = getattr(driver_connection, "pgconn", None)
-        return libpq is not None and libpq.transaction_status in (self._idle, self._failed)
+        driver_connection = connection.connection.driver_connection
+        libpq = libpq_of(driver_connection)  # asyncpg does not tell a failed transaction from one that goes on
+        return self._is_idle(driver_connection) or (libpq is not None and libpq.transaction_status == self._failed)
 
-    def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
+    def may_be_in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
+        return not self._is_idle(driver_of(dbapi_connection))
+
+    def _is_idle(self, driver_connection: object) -> bool:
+        """Return whether it is certain that no transaction is open."""
+        if is_asyncpg(driver_connection):
+            # A closed connection can't tell. The error of its COMMIT or ROLLBACK then shows that it is closed.
+            return not (driver_connection.is_closed() or driver_connection.is_in_transaction())
+        libpq = libpq_of(driver_connection)
+        return libpq is not None and libpq.transaction_status == self._idle
+
+    def is_left_in_the_middle(self, dbapi_connection: DBAPIConnection) -> bool:
         driver_connection = driver_of(dbapi_connection)
-        if hasattr(driver_connection, "is_in_transaction"):  # asyncpg's
-            return _may_be_in_asyncpgs_transaction(driver_connection)
-        libpq = getattr(driver_connection, "pgconn", None)
-        return libpq is None or bool(libpq.transaction_status != self._idle)
+        if super().is_left_in_the_middle(dbapi_connection) or getattr(driver_connection, "is_left_in_the_middle", False):
+            return True
+        # SQLAlchemy's adapter for asyncpg does not know of a transaction if it was interrupted right after BEGIN, and its
+        # rollback does nothing then. asyncpg would begin a savepoint for the next unit, and its commit would only release that.
+        return is_asyncpg(driver_connection) and (
+            not self._is_idle(driver_connection) or believes_in_transaction(driver_connection)
+        )
 
-    def clean_up(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
-        # The transaction may have been ended below the driver's commit() and rollback(): by PREPARE TRANSACTION, say.
+    def hang_up(self, dbapi_connection: DBAPIConnection) -> None:
+        driver_connection = driver_of(dbapi_connection)
+        if (libpq := libpq_of(driver_connection)) is not None:
+            libpq.finish()
+        elif is_asyncpg(driver_connection):
+            hang_up_asyncpg(driver_connection)
+        else:
+            super().hang_up(dbapi_connection)
+
+    def clean_up(self, dbapi_connection: DBAPIConnection, info: Info) -> None:
+        # The transaction may have ended without the driver's commit() or rollback(), as by PREPARE TRANSACTION.
         if getattr(driver_of(dbapi_connection), "is_left_in_autocommit", False):
             dbapi_connection.autocommit = False
 
@@ -229,7 +255,7 @@ class PostgreSQL(Database):
         connection.exec_driver_sql(f"SELECT {durable}, set_config('lock_timeout', '{milliseconds(wait)}', false)")
 
     def durable_insert(self, into: str, values: str, wait: float | None = None) -> str:
-        # What the statement sets holds until the end of its transaction, and costs no round trip of its own.
+        # The settings last until the end of the transaction. Within the INSERT they cost no round trip.
         sets = f"{_DURABLE.format(local='true')} AS durable"
         if wait is not None:
             sets += f", set_config('lock_timeout', '{milliseconds(wait)}', true) AS patient"
@@ -238,13 +264,13 @@ class PostgreSQL(Database):
     def write_alone(self, connection: Connection, statement: str, wait: float) -> None:
         connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement)  # one round trip, not three
 
-    def read_alone(self, engine: Engine, statement: str) -> Sequence[Any]:
+    def read_alone(self, engine: Engine, statement: str) -> Rows:
         with engine.connect() as connection:
             return connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql(statement).all()
 
     @contextmanager
     def changing_tables(self, connection: Connection, lock: str) -> Generator[None]:
-        connection.execution_options(isolation_level="READ COMMITTED")  # in autocommit, the lock would be gone at once
+        connection.execution_options(isolation_level="READ COMMITTED")  # in autocommit, the lock would be released at once
         key = int.from_bytes(hashlib.sha256(lock.encode()).digest()[:8], signed=True)
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
         yield
@@ -262,32 +288,25 @@ class PostgreSQL(Database):
         with connected() as connection:
             connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {quoted(connection, database)} WITH (FORCE)")
 
-    def async_view(self, driver: str, async_driver: str) -> Callable[[Any], Awaitable[Any]] | None:
+    def async_view(self, driver: str, async_driver: str) -> AsyncView | None:
         return psycopg_async_view if (driver, async_driver) == ("psycopg", "psycopg") else None
 
 
 class PostgreSQLPrepareVerbs(PrepareVerbs):
     """PostgreSQL: any transaction can be prepared, and settled from any connection to its database."""
 
+    _prepare = ("PREPARE TRANSACTION '{}'",)
+    _commit_unprepared = ("COMMIT",)
+    _roll_back_unprepared = ("ROLLBACK",)
     _commit = "COMMIT PREPARED '{}'"
     _roll_back = "ROLLBACK PREPARED '{}'"
 
-    def prepare(self, xid: str) -> list[str]:
-        return [f"PREPARE TRANSACTION '{xid}'"]
+    def non_blocking(self, driver_connection: psycopg.Connection[object]) -> NonBlockingConnection:
+        return NonBlockingPsycopg(driver_connection)
 
-    def commit_unprepared(self, xid: str) -> list[str]:
-        return ["COMMIT"]
-
-    def roll_back_unprepared(self, xid: str) -> list[str]:
-        return ["ROLLBACK"]
-
-    def channel(self, driver_connection: Any) -> Channel:
-        return PsycopgChannel(driver_connection)
-
-    def async_channel(self, adapted_connection: Any) -> AsyncChannel:
+    def awaited(self, adapted_connection: Any) -> AwaitedConnection:
         driver_connection = adapted_connection.driver_connection
-        has_libpq = hasattr(driver_connection, "pgconn")
-        return AsyncPsycopgChannel(driver_connection) if has_libpq else AsyncpgChannel(adapted_connection)
+        return AwaitedAsyncpg(adapted_connection) if is_asyncpg(driver_connection) else AwaitedPsycopg(driver_connection)
 
     def prepared(self, connection: Connection) -> list[Prepared]:
         rows = connection.exec_driver_sql(
@@ -303,8 +322,8 @@ class PostgreSQLPrepareVerbs(PrepareVerbs):
         if connection.exec_driver_sql("SHOW max_prepared_transactions").scalar() != "0":
             return None
         return (
-            "max_prepared_transactions is 0 on the server, which then prepares nothing. Set it in postgresql.conf to the number "
-            "of transactions that may be prepared at once (max_connections is enough), and restart the server."
+            "max_prepared_transactions is 0 on the server, so it can't prepare transactions. Set it in postgresql.conf to the "
+            "number of transactions that may be prepared at once (max_connections is enough), and restart the server."
         )
 
     def _settled_otherwise(self, connection: Connection, xid: str, error: DBAPIError) -> Settling | None:
@@ -313,9 +332,9 @@ class PostgreSQLPrepareVerbs(PrepareVerbs):
         return Settling.HELD if code_of(error) == "55000" else None
 
 
-def _may_be_in_asyncpgs_transaction(driver_connection: Any) -> bool:
-    # Of a connection that was closed it can't be asked; that such a one can't commit or roll back is how it is found out.
-    return bool(driver_connection.is_closed() or driver_connection.is_in_transaction())
+def _given(url: URL, keys: Iterable[str], settings: ConnectionSettings) -> dict[str, Any]:
+    """Return the arguments that a URL gives under `keys`, and those of the settings, which win."""
+    return {key: url.query[key] for key in keys if key in url.query} | settings.connect_args
 
 
 _VERBS = PostgreSQLPrepareVerbs()

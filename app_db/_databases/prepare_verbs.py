@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,56 +13,62 @@ from sqlalchemy.exc import DBAPIError
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
-    from app_db._databases.exchange import AsyncChannel, Channel
+    from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A transaction that a database holds prepared. What the database doesn't tell is None."""
+    """A prepared transaction. A field is None if the database does not say."""
 
     xid: str
     prepared_at: float | None = None
     """Seconds since the epoch, by the server's clock."""
     owner: str | None = None
-    """The database user who prepared it: only this user and superusers may end it."""
+    """The database user that prepared it. Only this user and superusers may end it."""
 
 
 class Settling(Enum):
-    """What came of telling a database how a prepared branch ends."""
+    """The result of telling a database how a prepared branch ends."""
 
     DONE = "done"
     MISSING = "missing"
-    """There is no such branch, or no longer: somebody else has settled it."""
+    """There is no such branch, or no longer: another process has settled it."""
     HELD = "held"
-    """Somebody else has it in hand: settles it at this moment, or holds the connection that prepared it (MySQL). Try again."""
+    """Try again: another connection is settling it, or the connection that prepared it is still open (MySQL)."""
 
 
 class PrepareVerbs(ABC):
     """How a kind of database prepares branches and ends them. A branch is named by an xid; statements are sent in order.
 
     A branch ends by `commit_unprepared`, by `roll_back_unprepared`, or by `prepare` and then one of `commit_prepared` and
-    `roll_back_prepared`.
+    `roll_back_prepared`. Subclasses give the statements, in which `{}` stands for the xid.
     """
 
+    _start: ClassVar[Sequence[str]] = ()
+    _prepare: ClassVar[Sequence[str]]
+    _commit_unprepared: ClassVar[Sequence[str]]
+    _roll_back_unprepared: ClassVar[Sequence[str]]
     _commit: ClassVar[str]
     _roll_back: ClassVar[str]
 
-    begins_by_xid = False
-    """Whether only a transaction that `start` has begun can be prepared."""
+    @property
+    def begins_by_xid(self) -> bool:
+        """Whether only a transaction that `start` has begun can be prepared."""
+        return bool(self._start)
 
     def start(self, xid: str) -> list[str]:
-        """Return what begins a branch, before its first statement. Nothing where any transaction can be prepared."""
-        return []
+        """Return what begins a branch, before its first statement. Empty if any transaction can be prepared."""
+        return [statement.format(xid) for statement in self._start]
 
-    @abstractmethod
-    def prepare(self, xid: str) -> list[str]: ...
+    def prepare(self, xid: str) -> list[str]:
+        return [statement.format(xid) for statement in self._prepare]
 
-    @abstractmethod
-    def commit_unprepared(self, xid: str) -> list[str]: ...
+    def commit_unprepared(self, xid: str) -> list[str]:
+        return [statement.format(xid) for statement in self._commit_unprepared]
 
-    @abstractmethod
     def roll_back_unprepared(self, xid: str) -> list[str]:
-        """Return what rolls a branch back; to be said regardless of refusals, and the last answer counts."""
+        """Return what rolls a branch back. If one statement is refused, send the next; only the last answer counts."""
+        return [statement.format(xid) for statement in self._roll_back_unprepared]
 
     def commit_prepared(self, xid: str) -> list[str]:
         return [self._commit.format(xid)]
@@ -70,27 +77,26 @@ class PrepareVerbs(ABC):
         return [self._roll_back.format(xid)]
 
     @abstractmethod
-    def channel(self, driver_connection: Any) -> Channel:
-        """Return a channel on the driver's own connection, for as long as nothing else uses that."""
+    def non_blocking(self, driver_connection: Any) -> NonBlockingConnection:
+        """Return a wrapper of a driver's connection. Nothing else may use the connection at the same time."""
 
     @abstractmethod
-    def async_channel(self, adapted_connection: Any) -> AsyncChannel:
-        """Return a channel on a connection of an async driver, as SQLAlchemy adapts it."""
+    def awaited(self, adapted_connection: Any) -> AwaitedConnection:
+        """Return a wrapper of an async driver's connection, as SQLAlchemy adapts it."""
 
     @abstractmethod
     def prepared(self, connection: Connection) -> list[Prepared]:
-        """Return what is prepared in the database, or as near as the server can tell."""
+        """Return what is prepared in the database; on MySQL, what is prepared on the server."""
 
     def settle(self, connection: Connection, xid: str, *, commit: bool) -> Settling:
-        """End a prepared branch from any connection in autocommit, other than the one that prepared it."""
-        [statement] = self.commit_prepared(xid) if commit else self.roll_back_prepared(xid)
+        """End a prepared branch on a connection in autocommit, which is not the one that prepared it."""
         try:
-            connection.exec_driver_sql(statement)
+            connection.exec_driver_sql((self._commit if commit else self._roll_back).format(xid))
         except DBAPIError as error:
-            came_to = self._settled_otherwise(connection, xid, error)
-            if came_to is None:
+            settling = self._settled_otherwise(connection, xid, error)
+            if settling is None:
                 raise
-            return came_to
+            return settling
         return Settling.DONE
 
     @abstractmethod
@@ -99,7 +105,8 @@ class PrepareVerbs(ABC):
 
     @abstractmethod
     def problem(self, connection: Connection) -> str | None:
-        """Return why branches can't be prepared on this server, or not safely, and what to do; None if they can."""
+        """Return why branches can't be prepared safely on this server, and what to do; None if they can."""
 
     @abstractmethod
-    def _settled_otherwise(self, connection: Connection, xid: str, error: DBAPIError) -> Settling | None: ...
+    def _settled_otherwise(self, connection: Connection, xid: str, error: DBAPIError) -> Settling | None:
+        """Return what `error` of `settle` means for the branch; None if it is an error."""

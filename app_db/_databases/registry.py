@@ -1,4 +1,4 @@
-"""Finds what app_db knows about a kind of database: a module of this package that is named like its dialect."""
+"""The registry of databases. Each is the `DATABASE` in a module of this package that is named like the dialect."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _UNKNOWN = Database()
 
 @cache
 def database_of(dialect: str) -> Database:
-    """Return what app_db knows about the databases of a SQLAlchemy dialect."""
+    """Return the database of a SQLAlchemy dialect."""
     return _databases().get(dialect, _UNKNOWN)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether a driver's error may pass when its unit of work is run again, as any known database says."""
+    """Return whether any known database says that a driver's error may not occur when the unit of work is run again."""
     return any(database.is_transient(error) for database in _databases().values())
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app_db._databases.statements import transaction_verb
 from app_db.errors import CannotIsolate
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import PoolProxiedConnection
+
+Rows = Sequence[Sequence[Any]]
+"""The rows of a result."""
+
+Say = Callable[..., Rows]
+"""Executes statements on the shared connection; returns the rows of the last one."""
 
 _numbers = count(1)
 
@@ -37,21 +47,21 @@ class SharingRules:
         """Return what to say before a statement that is for itself, after it, and after it has failed."""
         return [], [], []
 
-    def check_deferred(self, say: Callable[..., Any]) -> None:
+    def check_deferred(self, say: Say) -> None:
         """Raise what COMMIT would: the violation of a constraint that is checked only then."""
 
-    def limit_before(self, statement: str, ask: Callable[[str], Any]) -> str | None:
+    def limit_before(self, statement: str, ask: Callable[[str], object]) -> str | None:
         """Return what sets the server's limit for statements as it was, where this statement is about to change it."""
         return None
 
-    def execute(self, dbapi_connection: Any, *statements: str) -> Any:
+    def execute(self, dbapi_connection: DBAPIConnection | PoolProxiedConnection, *statements: str) -> Rows:
         """Execute statements below SQLAlchemy, and return the rows of the last one."""
         if not statements:
-            return None
+            return []
         cursor = dbapi_connection.cursor()
         try:
             for statement in statements:
                 cursor.execute(statement)
-            return cursor.fetchall() if cursor.description else None
+            return cursor.fetchall() if cursor.description else []
         finally:
             cursor.close()

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,15 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
-from app_db._databases.database import NEVER, Connected, Database, driver_of, execute, on_execute
-from app_db._databases.sharing_rules import SharingRules
+from app_db._databases.database import NEVER, AsyncView, Connected, Database, Info, driver_of, execute, on_execute
+from app_db._databases.sharing_rules import Rows, Say, SharingRules
 from app_db.settings._urls import is_memory
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.engine import Connection, Engine
-    from sqlalchemy.pool import PoolProxiedConnection
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from app_db.settings import ConnectionSettings
 
@@ -54,7 +55,7 @@ class SQLiteSharing(SharingRules):
         off = ["PRAGMA query_only = OFF"]
         return ["PRAGMA query_only = ON"], off, off
 
-    def check_deferred(self, say: Callable[..., Any]) -> None:
+    def check_deferred(self, say: Say) -> None:
         if not say("SELECT 1 FROM sqlite_master WHERE sql LIKE '%INITIALLY DEFERRED%' LIMIT 1"):
             return
         violations = say("PRAGMA foreign_key_check")
@@ -85,7 +86,7 @@ class SQLite(Database):
         if settings.statement_timeout is not None:
             self._interrupt_late_statements(engine, settings.statement_timeout)
 
-    def clean_up(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
+    def clean_up(self, dbapi_connection: DBAPIConnection, info: Info) -> None:
         info.pop(_DEADLINE, None)
         if info.pop(_READ_ONLY, False):
             execute(dbapi_connection, "PRAGMA query_only = OFF")
@@ -98,7 +99,7 @@ class SQLite(Database):
             pragmas.append("PRAGMA query_only = ON")
 
         @event.listens_for(engine, "connect")
-        def set_up(dbapi_connection: Any, record: Any) -> None:
+        def set_up(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
             if not settings.read_only:
                 _use_wal(dbapi_connection)
             elif settings.mirror is not None:
@@ -124,7 +125,7 @@ class SQLite(Database):
         on_execute(engine, set_deadline)
 
         @event.listens_for(engine, "connect")
-        def interrupt(dbapi_connection: Any, record: Any) -> None:
+        def interrupt(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
             self._interrupt_at_deadline(driver_of(dbapi_connection), record.info)
 
     def read_only_step(self) -> Callable[[Connection], None]:
@@ -141,7 +142,7 @@ class SQLite(Database):
         # A full disk, say, makes SQLite roll back by itself; what follows would be committed a statement at a time.
         return not getattr(connection.connection.driver_connection, "in_transaction", True)
 
-    def may_be_in_transaction(self, dbapi_connection: Any) -> bool:
+    def may_be_in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
         # So it is also after a COMMIT refused with SQLITE_BUSY.
         found = getattr(dbapi_connection, "in_transaction", None)
         return bool(getattr(driver_of(dbapi_connection), "in_transaction", True) if found is None else found)
@@ -150,7 +151,7 @@ class SQLite(Database):
         code: int = getattr(error, "sqlite_errorcode", 0)
         return code & 0xFF == 8
 
-    def _interrupt_at_deadline(self, driver_connection: Any, info: dict[Any, Any]) -> None:
+    def _interrupt_at_deadline(self, driver_connection: Any, info: Info) -> None:
         def past_deadline() -> bool:
             return bool(time.monotonic() > min(info.get(_DEADLINE, NEVER), info.get(_STATEMENT_DEADLINE, NEVER)))
 
@@ -166,7 +167,7 @@ class SQLite(Database):
         name = url.database
         return None if is_memory(url) or name is None else Path(name.removeprefix("file:").partition("?")[0])
 
-    def read_alone(self, engine: Engine, statement: str) -> Sequence[Any]:
+    def read_alone(self, engine: Engine, statement: str) -> Rows:
         # Not in a transaction of SQLAlchemy's, which would be one that writes: they wait for each other.
         connection = engine.raw_connection()
         try:
@@ -189,11 +190,11 @@ class SQLite(Database):
         for suffix in ("", "-wal", "-shm"):
             Path(database + suffix).unlink(missing_ok=True)
 
-    def async_view(self, driver: str, async_driver: str) -> Callable[[Any], Awaitable[Any]] | None:
+    def async_view(self, driver: str, async_driver: str) -> AsyncView | None:
         return aiosqlite_async_view if (driver, async_driver) == ("pysqlite", "aiosqlite") else None
 
 
-def _use_wal(dbapi_connection: Any) -> None:
+def _use_wal(dbapi_connection: DBAPIConnection) -> None:
     """Switch the database to WAL, which it then stays in.
 
     Connections that switch at once can lock each other out, in which case SQLite does not wait, so this does.
@@ -208,7 +209,7 @@ def _use_wal(dbapi_connection: Any) -> None:
         _sleep(dbapi_connection, 0.01)
 
 
-def _sleep(dbapi_connection: Any, seconds: float) -> None:
+def _sleep(dbapi_connection: DBAPIConnection, seconds: float) -> None:
     if isinstance(dbapi_connection, AdaptedConnection):
         await_only(asyncio.sleep(seconds))
     else:

@@ -1,4 +1,4 @@
-"""What can be found wrong before the first unit of work, and would otherwise be found by one that is about to commit."""
+"""Start-up checks for two-phase commit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = logging.getLogger("app_db")
 
 
 def check(places: DecisionPlaces) -> None:
-    """Raise TwoPhaseUnavailable if a two-phase connection's server can't prepare, or decisions can't be written.
+    """Raise TwoPhaseUnavailable if the server of a two-phase connection can't prepare, or decisions can't be written.
 
-    It connects to the two-phase connections and to the decision log only, makes the log if it is not there yet, and writes a
-    decision about nothing there, which it takes away again. Without two-phase connections it does nothing.
+    This connects to the two-phase connections and to the decision log. It creates the log if needed, writes a decision about no
+    unit, and removes it. Without two-phase connections it does nothing.
     """
     problems = [*_servers(places), *_log(places.configured)] if places.two_phase() else []
     if problems:
@@ -47,7 +47,7 @@ def _server(places: DecisionPlaces, name: str) -> str | None:
 
 def _log(configured: DecisionLog) -> Iterator[Problem]:
     try:
-        unit = new_unit_id(configured.id)  # which makes the log
+        unit = new_unit_id(configured.id)  # asking for the id creates the log
         configured.decide(unit, Verdict.ABORT, [])
         configured.forget([unit])
     except Exception as error:

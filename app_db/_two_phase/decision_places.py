@@ -1,6 +1,6 @@
-"""The places where a container's units are decided: the log that is configured, and the tables of the last resources.
+"""The decision logs of a container: the configured log, and a table in the database of each possible last resource.
 
-Each unit is decided in one of them, and the first characters of its id say in which.
+Each unit is decided in one of them. The first characters of its id are the id of that log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from app_db._databases.registry import database_of
 from app_db._two_phase.decision_table import TableLog
 from app_db._two_phase.decisions import DecisionLog
 from app_db.errors import InvalidUse
-from app_db.settings import ConnectionSettings, DatabaseSettings
+from app_db.settings import DatabaseSettings
 from app_db.settings._database_settings import FILE
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("app_db")
 
 _BATCH = 200
-"""How many acknowledged decisions are kept before they are forgotten in one go: a decision should cost one write, not two."""
+"""How many decisions that are no longer needed are collected before one statement removes them."""
 
 
 class DecisionPlaces:
-    """Where the decision about a unit can be. `engine` gives the engine of a connection that the application has, or None."""
+    """Finds decision logs. `engine` returns the engine that the application has for a connection, or None."""
 
     def __init__(self, settings: Callable[[], DatabaseSettings], engine: Callable[[str], Engine | None]) -> None:
         self._settings = settings
@@ -46,11 +46,11 @@ class DecisionPlaces:
 
     @property
     def configured(self) -> DecisionLog:
-        """The log that the settings name; without `decision_log`, a table of the writer or of the first two-phase connection."""
+        """The configured log. The default is a table in the database of `writer`, or of the first two-phase connection."""
         chosen = self._chosen()
         if not chosen.startswith(FILE):
             return self.of(chosen)
-        from app_db._two_phase.decision_file import FileLog  # most applications have no decision file
+        from app_db._two_phase.decision_file import FileLog  # not at start-up: most applications have no decision file
 
         path, application = key = chosen.removeprefix(FILE), self._settings().application
         with self._lock:
@@ -59,7 +59,7 @@ class DecisionPlaces:
             return self._files[key]
 
     def of(self, connection: str) -> TableLog:
-        """Return the table of decisions in a connection's database."""
+        """Return the log in the database of a connection."""
         key = connection, self._settings().application
         with self._lock:
             if key not in self._tables:
@@ -71,11 +71,11 @@ class DecisionPlaces:
         return self._chosen() == connection
 
     def may_be_in(self, connection: str) -> bool:
-        """Return whether there are units that are decided in a table in the database of `connection`."""
+        """Return whether units may be decided in a table in the database of `connection`."""
         return bool(self.two_phase()) and (self.are_in(connection) or connection in self._last_resources())
 
     def all(self) -> list[DecisionLog]:
-        """Return all places where units are decided: the configured log, and the tables of the possible last resources."""
+        """Return all logs: the configured one, and the tables of the possible last resources."""
         return [self.configured, *(self.of(name) for name in self._last_resources() if not self.are_in(name))]
 
     def two_phase(self) -> list[str]:
@@ -83,16 +83,16 @@ class DecisionPlaces:
         return sorted(name for name, connection in self._settings().connections.items() if connection.two_phase)
 
     def driver(self, connection: str) -> str:
-        """Return the dialect and driver of a connection in the settings, `postgresql+psycopg`."""
+        """Return the dialect and driver of a connection, such as `postgresql+psycopg`."""
         return self._url(connection).drivername
 
     def prepare_verbs(self, connection: str) -> PrepareVerbs | None:
-        """Return how the database of a connection prepares; None where app_db does not know."""
+        """Return the statements by which the database of a connection prepares; None if app_db does not know them."""
         url = self._url(connection)
         return database_of(url.get_backend_name()).prepare_verbs(url.get_driver_name())
 
     def engine(self, connection: str) -> Engine:
-        """Return the engine of any connection in the settings, whether the application uses it or another one does."""
+        """Return the engine of a connection in the settings, also of one that the application does not use."""
         engine = self._engine(connection)
         if engine is not None:
             return engine
@@ -102,7 +102,7 @@ class DecisionPlaces:
             return self._own_engines[connection]
 
     def acknowledged(self, decision_log: DecisionLog, unit: str) -> None:
-        """Note that every branch of a unit has heard the decision in `decision_log`, which can be forgotten some time."""
+        """Note that every branch of a unit has ended, so the decision in `decision_log` can be removed."""
         with self._lock:
             units = self._acknowledged.setdefault(decision_log, [])
             units.append(unit)
@@ -111,14 +111,14 @@ class DecisionPlaces:
             self.forget_acknowledged()
 
     def forget_acknowledged(self) -> None:
-        """Forget the decisions that nobody needs, or leave that to recovery."""
+        """Remove the decisions that are no longer needed. What fails is left to recovery."""
         with self._lock:
             acknowledged, self._acknowledged = self._acknowledged, {}
         for decision_log, units in acknowledged.items():
             try:
                 decision_log.forget(units)
             except Exception:
-                log.warning("Decisions in %s could not be forgotten; recovery will do it", decision_log.place, exc_info=True)
+                log.warning("Decisions in %s could not be removed; recovery will do it", decision_log.place, exc_info=True)
 
     @property
     def in_use(self) -> bool:
@@ -126,7 +126,7 @@ class DecisionPlaces:
         return bool(self._own_engines or self._acknowledged)
 
     def close(self) -> None:
-        """Forget what can be forgotten, and dispose the engines that nobody else knows of."""
+        """Remove the decisions that are no longer needed, and dispose the engines that were built here."""
         self.forget_acknowledged()
         with self._lock:
             engines, self._own_engines = self._own_engines, {}
@@ -137,9 +137,9 @@ class DecisionPlaces:
         return self._settings().connection(connection).sqlalchemy_url()
 
     def _last_resources(self) -> list[str]:
-        """Return the connections that may take part without being prepared."""
-        connections = self._settings().connections
-        return sorted(name for name, connection in connections.items() if _may_be_last_resource(connection))
+        """Return the connections that can be last resources."""
+        connections = self._settings().connections.items()
+        return sorted(name for name, each in connections if each.transactional and not (each.two_phase or each.read_only))
 
     def _chosen(self) -> str:
         settings = self._settings()
@@ -151,15 +151,11 @@ class DecisionPlaces:
         return "writer" if "writer" in two_phase else two_phase[0]
 
 
-def _may_be_last_resource(connection: ConnectionSettings) -> bool:
-    return connection.transactional and not (connection.two_phase or connection.read_only)
-
-
 _places: WeakSet[DecisionPlaces] = WeakSet()
 
 
 def _forget_parents_locks() -> None:
-    """Let a forked child go on where another thread of its parent held a lock."""
+    """Replace the locks in a forked child: a thread of its parent may have held them."""
     for places in list(_places):
         places._lock = Lock()
 
@@ -168,10 +164,10 @@ after_fork_in_child(_forget_parents_locks)
 
 
 def build_decision_places(container: Container) -> DecisionPlaces:
-    """Return the places where the decisions of a container's units can be."""
+    """Return the decision logs of a container."""
 
     def engine(name: str) -> Engine | None:
-        provider = container.providers.get(f"{name}_engine")  # what is called `name` may be a provider of another kind
+        provider = container.providers.get(f"{name}_engine")  # the provider called `name` may be of another kind
         return None if provider is None else provider()
 
     return DecisionPlaces(lambda: container.settings(), engine)

@@ -1,24 +1,31 @@
-"""Where the decision about a unit of work is written, so that no crash can lose it.
+"""The durable record of whether a unit of work commits, kept so that no crash can lose it.
 
-A decision stands under its unit's id, and whoever writes first wins: the committer, who writes commit once every branch is
-prepared, or a recovery, which writes abort before it rolls anything back. Both obey what stands.
+A log keeps at most one decision for a unit. The process that commits the unit writes `commit` once every branch is prepared. A
+recovery writes `abort` before it rolls a branch back. The first decision stands, and both processes carry it out.
 
-A unit is decided in one log, and in no other: its id begins with that log's. A unit that had to be named before its log was
-known, and is decided in another one, has MOVED: the log that it begins with says so, from before anything is prepared.
+Each unit is decided in one log, and its id begins with the id of that log. A unit may get its id before its log is known. If
+another log then decides it, the first log gets the decision MOVED before any branch is prepared.
 
-A unit about which nothing stands has not committed. So a decision to commit may be forgotten only when no branch of the unit is
-prepared any more, and one to abort only when no committer can come to ask.
+A unit without a decision has not committed. So a decision to commit may be removed only when no branch of the unit is prepared
+any more, and a decision to abort only when no committing process can ask for it any more.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from functools import cache
+from operator import attrgetter
+from typing import Any
 
-from app_db._two_phase.xids import check_connection_name, check_log_id, check_unit_id
+from sqlalchemy import Column, Double, MetaData, String, Table, Text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from app_db._databases.sharing_rules import Rows
+from app_db._two_phase.xids import check_connection_name, check_log_id, check_unit_id, log_id_for
 
 
 class Verdict(StrEnum):
@@ -27,18 +34,18 @@ class Verdict(StrEnum):
     COMMIT = "commit"
     ABORT = "abort"
     MOVED = "moved"
-    """It is decided in another log."""
+    """Another log decides."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What stands about one unit of work. What has the wrong form raises ValueError, so that all of it is harmless in SQL."""
+    """A decision about one unit of work. Values of the wrong form raise ValueError, so all of them are safe in SQL."""
 
     unit: str
     verdict: Verdict
     branches: tuple[str, ...]
-    """The connections of its prepared branches. If it has moved, the id of the log that decides comes before them."""
-    decided_at: float
+    """The connections of the unit's prepared branches. Where `verdict` is MOVED, the id of the deciding log comes first."""
+    decided_at: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
         check_unit_id(self.unit)
@@ -49,65 +56,153 @@ class Decision:
 
     @property
     def moved_to(self) -> str:
-        """The id of the log that decides instead, or nothing."""
+        """The id of the log that decides instead; empty unless `verdict` is MOVED."""
         return self.branches[0] if self.verdict is Verdict.MOVED and self.branches else ""
 
     @property
     def connections(self) -> tuple[str, ...]:
-        """The connections of its prepared branches."""
+        """The connections of the unit's prepared branches."""
         return self.branches[1:] if self.verdict is Verdict.MOVED else self.branches
 
+    def as_row(self) -> str:
+        """Return the values of the decision's row, in SQL."""
+        return f"'{self.unit}', '{self.verdict}', '{','.join(self.branches)}', {self.decided_at!r}"
 
-class DecisionLog(Protocol):
-    """Keeps decisions, one for each unit. Threads and processes may share it."""
 
-    @property
-    def place(self) -> str:
-        """Where the log is, as people are told."""
-        ...
+# ---- the SQL of all logs ------------------------------------------------------------------------------------------------
+
+
+TABLE = "app_db_decisions"
+INSERT = f"INSERT INTO {TABLE} (unit, verdict, branches, decided_at)"
+SELECT = f"SELECT unit, verdict, branches, decided_at FROM {TABLE}"  # noqa: S608  # constants
+
+_ID_ROW = "log"
+"""The key of the row with the id of the log. Ids of units are longer."""
+
+SELECT_ID = f"SELECT branches FROM {TABLE} WHERE unit = '{_ID_ROW}'"  # noqa: S608  # constants
+
+_BATCH = 500
+"""How many decisions one statement removes."""
+
+
+@cache
+def decisions_table() -> Table:
+    """Return the table of decisions."""
+    from sqlalchemy.dialects import mysql  # imported here because it takes longer than all modules of app_db
+
+    # By default MySQL ignores case when it compares text, and its default engine may be one without transactions.
+    return Table(
+        TABLE,
+        MetaData(),
+        Column(
+            "unit",
+            String(32).with_variant(mysql.VARCHAR(32, charset="ascii", collation="ascii_bin"), "mysql", "mariadb"),
+            primary_key=True,
+        ),
+        Column("verdict", String(8), nullable=False),
+        Column("branches", Text, nullable=False),
+        Column("decided_at", Double, nullable=False),
+        mysql_engine="InnoDB",
+        mariadb_engine="InnoDB",
+    )
+
+
+def insert_id(log: str) -> str:
+    """Return the statement that writes the row with the log's id."""
+    return f"{INSERT} VALUES ('{_ID_ROW}', 'id', '{check_log_id(log)}', {time.time()!r})"
+
+
+class DecisionLog(ABC):
+    """A store of decisions, at most one for each unit, in a table. Threads and processes may share it.
+
+    Subclasses say how a statement is executed.
+    """
+
+    place: str
+    """Where the log is, for messages."""
+
+    _attempts = 5
+
+    def __init__(self, application: str) -> None:
+        self._application = application
 
     @property
     def id(self) -> str:
-        """The application's id of the log, which stays; asking for it makes the log. It is durable by then."""
-        ...
+        """The application's id of the log, which never changes. Creates the log if needed, durably."""
+        return log_id_for(self._application, self.ensure())
 
     def id_if_made(self) -> str | None:
-        """Return the id of a log that is there. Looking makes nothing."""
-        ...
+        """Return the id of the log, or None if the log does not exist. Creates nothing."""
+        found = self._read(SELECT_ID)
+        return log_id_for(self._application, check_log_id(found[0][0])) if found else None
+
+    @abstractmethod
+    def ensure(self) -> str:
+        """Create the table and the row with the log's id unless they exist. Return the content of that row."""
 
     def decide(self, unit: str, verdict: Verdict, branches: Sequence[str]) -> Verdict:
-        """Write a verdict unless one stands; return the one that stands. It is durable by then.
+        """Write a verdict in a transaction of its own, unless the unit has one. Return the verdict that stands, which is durable.
 
-        After an error it is not known whether the verdict stands. Asking again is safe.
+        After an error it is not known whether the verdict was written. It is safe to call this again.
         """
-        ...
+        decision = Decision(unit, verdict, tuple(branches))
+        self.ensure()
+        return self._decide(decision)
 
     def find(self, unit: str) -> Verdict | None:
-        """Return the verdict that stands about a unit, if there is one."""
-        ...
+        """Return the verdict about a unit, or None."""
+        found = self.decision(unit)
+        return None if found is None else found.verdict
 
     def decision(self, unit: str) -> Decision | None:
-        """Return all that stands about a unit, if something does."""
-        ...
+        """Return the decision about a unit, or None."""
+        rows = self._read(f"{SELECT} WHERE unit = '{check_unit_id(unit)}'")
+        return self._decision_of(rows[0]) if rows else None
 
     def decisions(self) -> list[Decision]:
-        """Return all decisions that stand, oldest first."""
-        ...
+        """Return all decisions, oldest first."""
+        rows = self._read(f"{SELECT} WHERE unit <> '{_ID_ROW}'")
+        return sorted(map(self._decision_of, rows), key=attrgetter("decided_at", "unit"))
 
     def forget(self, units: Collection[str]) -> None:
-        """Remove what stands about `units`. A crash may bring it back."""
-        ...
+        """Remove the decisions about `units`. After a crash they may be there again."""
+        ordered = sorted(map(check_unit_id, units))  # two processes that remove the same rows in one order don't deadlock
+        for start in range(0, len(ordered), _BATCH):
+            listed = ", ".join(f"'{unit}'" for unit in ordered[start : start + _BATCH])
+            self._write(f"DELETE FROM {TABLE} WHERE unit IN ({listed})")  # noqa: S608  # checked
 
+    def _decide(self, decision: Decision) -> Verdict:
+        for attempt in range(1, self._attempts + 1):
+            try:
+                self._write(self._insert(decision))
+                return decision.verdict
+            except DBAPIError as error:
+                refused = isinstance(error, IntegrityError)
+                standing = self.find(decision.unit) if refused else None
+                if standing is not None:
+                    return standing
+                # The decision that was in the way is gone again, or ours was lost with its connection or rolled back. Writing
+                # it again is safe, because the first decision stands.
+                if attempt == self._attempts or not (refused or error.connection_invalidated or self._is_victim(error)):
+                    raise
+        raise AssertionError("unreachable")
 
-def made(unit: str, verdict: Verdict, branches: Iterable[str]) -> Decision:
-    return Decision(unit, verdict, tuple(branches), time.time())
+    def _insert(self, decision: Decision) -> str:
+        """Return the statement that writes a decision. The table refuses a second one about the same unit."""
+        return f"{INSERT} VALUES ({decision.as_row()})"
 
+    def _decision_of(self, row: Sequence[Any]) -> Decision:
+        unit, verdict, branches, decided_at = row
+        return Decision(unit, Verdict(verdict), tuple(filter(None, branches.split(","))), decided_at)
 
-def by_age(decision: Decision) -> tuple[float, str]:
-    return decision.decided_at, decision.unit
+    def _is_victim(self, error: DBAPIError) -> bool:
+        """Return whether the database rolled the transaction back in favour of another one, as after a deadlock."""
+        return False
 
+    @abstractmethod
+    def _write(self, statement: str) -> None:
+        """Execute one statement and commit it. Raise IntegrityError if the unit has a decision."""
 
-def batches(units: Collection[str], size: int) -> Iterator[list[str]]:
-    ordered = sorted(map(check_unit_id, units))  # two that forget the same rows then meet in the same order, and don't deadlock
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+    @abstractmethod
+    def _read(self, statement: str) -> Rows:
+        """Return the rows of one statement; none if there is no table."""

@@ -1,12 +1,9 @@
-"""Bring the branches that a crash left prepared to what was decided about their units.
+"""Recovery: commit or roll back the branches that a crash left prepared, as it was decided about their units.
 
-It is safe at any time and from any host, beside units that are committing and beside other recoveries: before a branch is
-rolled back, the abort is written where its committer writes the commit, and whoever is first wins. That is the log with whose
-id the unit's begins, or the one to which that log says it has moved. A unit of a log that isn't known here is left alone: it
-is another host's, or another deployment's, whose recovery knows the log.
-
-The order matters. What stands in the logs is read first, then the databases are asked for prepared branches: a decision whose
-branches are not prepared by then has been carried out.
+It is safe to run at any time and from any host, while units commit and while other recoveries run. Before it rolls a branch back,
+it writes `abort` into the log in which the committing process (the committer) writes `commit`, and the first decision stands.
+The id of a unit begins with the id of that log, unless the log says that the unit has moved to another one. A unit of an unknown
+log is left alone: it belongs to another host or deployment, whose recovery knows the log.
 """
 
 from __future__ import annotations
@@ -33,16 +30,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("app_db")
 
 GRACE = 10.0
-"""Seconds for which a prepared branch is left to its committer. Without, recovery would abort units that are under way."""
+"""Seconds for which a prepared branch is left to its committer. Without it, recovery would abort units that are committing."""
 
 KEEP_COMMITS = 3600.0
-"""Seconds for which a decision is kept although no branch needs it: its committer may still ask what became of it."""
+"""Seconds for which a decision to commit is kept although no branch needs it: its committer may still ask for it."""
 
 KEEP_ABORTS = 7 * 24 * 3600.0
-"""The same for an abort, by which a committer that was suspended for days learns that it came too late."""
+"""The same for a decision to abort. A committer that was suspended for days learns from it that it came too late."""
 
 _HELD_FOR = 0.5
-"""Seconds for which recovery tries again to settle a branch that somebody else has in hand: most often another recovery."""
+"""Seconds for which recovery retries a branch that is held elsewhere, most often by another recovery."""
 
 
 # ---- what was found -----------------------------------------------------------------------------------------------------
@@ -52,12 +49,12 @@ class BranchState(StrEnum):
     """What became of a branch."""
 
     PREPARED = "prepared"
-    """It is prepared, and nothing was tried."""
+    """Prepared; recovery has not tried to settle it."""
     COMMITTED = "committed"
     ROLLED_BACK = "rolled back"
-    GONE = "settled by somebody else"
-    HELD = "held by somebody else"
-    """The connection that prepared it is open, or somebody is settling it."""
+    GONE = "settled by another process"
+    HELD = "held by another connection"
+    """The connection that prepared it is open, or another process is settling it."""
     FAILED = "not settled"
     """The database refused, or could not be reached."""
 
@@ -71,11 +68,11 @@ class BranchInDoubt:
 
     xid: Xid
     connections: list[str]
-    """Those whose databases list it; the one that is tried first comes first."""
+    """The connections whose databases list it, in the order in which they are tried."""
     prepared_at: float | None = None
-    """Seconds since the epoch, where the database tells."""
+    """Seconds since the epoch; None if the database does not say."""
     owner: str | None = None
-    """The database user that prepared it, where the database tells."""
+    """The database user that prepared it; None if the database does not say."""
     state: BranchState = BranchState.PREPARED
     reason: str = ""
     """Why it was not settled."""
@@ -87,38 +84,38 @@ class BranchInDoubt:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is not prepared any more."""
+        """Whether it is no longer prepared."""
         return self.state in _SETTLED
 
 
 @dataclass
 class UnitInDoubt:
-    """A unit of work of which branches were found prepared."""
+    """A unit of work with prepared branches."""
 
     unit: str
     begun_at: float
     """Seconds since the epoch, by the clock of the host that it ran on."""
     branches: list[BranchInDoubt] = field(default_factory=list)
     verdict: Verdict | None = None
-    """How it ends. In a dry run: how it would end."""
+    """How it ends; in a dry run, how it would end."""
     reason: str = ""
-    """Why it was left."""
+    """Why it was left alone."""
     is_under_way: bool = False
-    """Whether it is so young that its committer is taken to be at work."""
+    """Whether it is so young that its committer may still be running."""
 
     @property
     def log(self) -> str:
-        """The id of the log that knows how it ends."""
+        """The id of the log with which its own id begins."""
         return log_of(self.unit)
 
     @property
     def connections(self) -> list[str]:
-        """The connections whose branches were found."""
+        """The connections of its prepared branches."""
         return sorted({_name_of(branch.xid) for branch in self.branches})
 
     @property
     def is_settled(self) -> bool:
-        """Whether none of the branches is prepared any more."""
+        """Whether no branch is prepared any more."""
         return all(branch.is_settled for branch in self.branches)
 
 
@@ -129,13 +126,13 @@ class Settlement:
     units: list[UnitInDoubt] = field(default_factory=list)
     """Oldest first."""
     unreachable: dict[str, str] = field(default_factory=dict)
-    """Connections and logs that could not be asked, and why."""
+    """Connections and logs that could not be reached, and why."""
     forgotten: int = 0
-    """How many decisions were forgotten. In a dry run: how many would be."""
+    """How many decisions were removed; in a dry run, how many would be."""
 
     @property
     def left(self) -> bool:
-        """Whether something is, or may be, left to settle that nobody is at work on."""
+        """Whether something is, or may be, left to settle, apart from units that are under way."""
         return bool(self.unreachable) or not all(unit.is_settled or unit.is_under_way for unit in self.units)
 
     @property
@@ -144,7 +141,7 @@ class Settlement:
         return {unit.unit for unit in self.units if unit.is_under_way}
 
     def followed_by(self, later: Settlement) -> Settlement:
-        """Return both as one: what was not settled is what it is later, or has been settled by somebody else."""
+        """Return both as one. A unit that `later` does not list any more was settled by another process."""
         known = {unit.unit for unit in self.units}
         units = {unit.unit: unit for unit in self.units if not unit.is_under_way}
         if not later.unreachable:
@@ -162,24 +159,24 @@ def _by_age(units: Iterable[UnitInDoubt]) -> list[UnitInDoubt]:
 
 
 class Recovery:
-    """Finds the branches of this application that are in doubt, and settles them: `container.recovery()`."""
+    """Finds and settles the branches of this application that are in doubt: `container.recovery()`."""
 
     def __init__(self, settings: Callable[[], DatabaseSettings], places: DecisionPlaces) -> None:
         self._settings = settings
         self._places = places
 
     def in_doubt(self) -> list[UnitInDoubt]:
-        """Return the units of which branches are prepared now, those that are committing at this moment included.
+        """Return the units that have prepared branches now. Units that are committing at this moment are among them.
 
-        Raises what a database raises that can't be asked: an empty list means that there are none.
+        A database that can't be reached is an error, so an empty list means that there are none.
         """
-        return self._found()
+        return self._in_doubt()
 
     def settle(self, *, grace: float = GRACE, dry_run: bool = False) -> Settlement:
-        """Commit or roll back what is in doubt. What can't be settled is left as it is, and part of what is returned.
+        """Commit or roll back all branches that are in doubt. Return what was found and done, and what was left.
 
-        A unit that was prepared less than `grace` seconds ago is left to its committer; if that doesn't end it, this waits, for
-        10 s at most, until it is old enough. `dry_run` waits for nobody, changes nothing, and says what would be done.
+        A unit that was prepared less than `grace` seconds ago is left to its committer. If the committer does not end it, this
+        waits until the unit is old enough, for at most 10 s. `dry_run` changes nothing and does not wait.
         """
         began = time.monotonic()
         if not self._places.two_phase():
@@ -190,16 +187,22 @@ class Recovery:
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
             watched = time.monotonic() - began
-            # By its own clock, for the database's may be another: after this long, nobody is at work on what is still there.
+            # By the clock of this host, because that of the database may differ: after so long, the committer is dead.
             dead = settlement.under_way if watched >= grace else set[str]()
             settlement = settlement.followed_by(self._settle_once(grace, dead, dry_run))
         return settlement
 
     def _settle_once(self, grace: float, dead: set[str], dry_run: bool) -> Settlement:
+        """Do all steps of a recovery once: read the logs, find prepared branches, find out or decide how each unit ends, carry
+        that out, and remove decisions that are no longer needed.
+
+        The logs are read before the databases are asked. A decision that was read, and whose branches are not prepared
+        afterwards, has been carried out.
+        """
         settlement = Settlement()
         logs = self._logs(settlement.unreachable)
-        stands = self._decisions(logs, settlement.unreachable)
-        settlement.units = self._found(settlement.unreachable)
+        decisions = self._decisions(logs, settlement.unreachable)
+        settlement.units = self._in_doubt(settlement.unreachable)
         for unit in settlement.units:
             unit.is_under_way = unit.unit not in dead and _is_young(unit, grace)
             if dry_run or not unit.is_under_way:
@@ -208,13 +211,13 @@ class Recovery:
                 unit.reason = f"it was prepared less than {grace:g} s ago, and is left to its committer"
             elif unit.verdict is not None and not dry_run:
                 self._carry_out(unit, unit.verdict)
-        settlement.forgotten = self._forget(self._spent(stands, settlement), dry_run)
+        settlement.forgotten = self._forget(decisions, settlement, dry_run)
         return settlement
 
     # -- finding
 
     def _logs(self, unreachable: dict[str, str]) -> dict[str, DecisionLog]:
-        """Return the logs that are there, by their ids."""
+        """Return the logs that exist, by id."""
         found: dict[str, DecisionLog] = {}
         for place in self._places.all():
             with _noting(place.place, unreachable):
@@ -224,16 +227,16 @@ class Recovery:
         return found
 
     def _decisions(self, logs: dict[str, DecisionLog], unreachable: dict[str, str]) -> dict[DecisionLog, list[Decision]]:
-        """Return what stands about units of this application."""
+        """Return the decisions about units of this application."""
         found: dict[DecisionLog, list[Decision]] = {}
         for place in logs.values():
             with _noting(place.place, unreachable):
-                # Others may keep theirs in the same log, and nobody here knows what is prepared in their databases.
+                # Another application may use the same log. What is prepared in its databases is not known here.
                 found[place] = [decision for decision in place.decisions() if log_of(decision.unit) in logs]
         return found
 
-    def _found(self, unreachable: dict[str, str] | None = None) -> list[UnitInDoubt]:
-        """Return what is prepared, and note what can't be asked. Without a place to note it, that is an error."""
+    def _in_doubt(self, unreachable: dict[str, str] | None = None) -> list[UnitInDoubt]:
+        """Return the units that have prepared branches. A database that can't be reached is noted in `unreachable`, if given."""
         branches: dict[Xid, BranchInDoubt] = {}
         application = self._settings().application
         for name in self._places.two_phase():
@@ -258,7 +261,7 @@ class Recovery:
     # -- deciding
 
     def _verdict(self, unit: UnitInDoubt, log_id: str, logs: dict[str, DecisionLog], dry_run: bool) -> Verdict | None:
-        """Find out how a unit ends, and where nothing stands, decide that it is rolled back. If neither can be, note why."""
+        """Return the verdict about a unit. If there is none, decide that it aborts. If that fails, note why and return None."""
         place = logs.get(log_id)
         if place is None:
             unit.reason = _UNKNOWN_LOG
@@ -272,7 +275,7 @@ class Recovery:
                 return self._verdict(unit, decision.moved_to, logs, dry_run)
             return decision.verdict
         except Exception as error:
-            log.warning("It can't be found out in %s how %s ends", place.place, unit.unit, exc_info=True)
+            log.warning("%s can't be asked how %s ends", place.place, unit.unit, exc_info=True)
             unit.reason = (
                 f"it may have been decided to commit it, or its committer may be doing so at this moment, in {place.place} "
                 f"({in_one_line(error)})"
@@ -293,7 +296,7 @@ class Recovery:
         until = time.monotonic() + _HELD_FOR
         try:
             with self._connected(name) as (connection, verbs):
-                while (came_to := verbs.settle(connection, str(branch.xid), commit=commit)) is Settling.HELD:
+                while (settling := verbs.settle(connection, str(branch.xid), commit=commit)) is Settling.HELD:
                     if time.monotonic() > until:
                         break
                     time.sleep(0.05)
@@ -301,28 +304,24 @@ class Recovery:
             log.warning("%s of %r could not be settled", branch.xid, name, exc_info=True)
             branch.state, branch.reason = BranchState.FAILED, in_one_line(error)
         else:
-            branch.state, branch.reason = _STATES[came_to, verdict], ""
+            settled = BranchState.COMMITTED if commit else BranchState.ROLLED_BACK
+            branch.state, branch.reason = _UNSETTLED.get(settling, settled), ""
 
     # -- forgetting
 
-    def _spent(self, stands: dict[DecisionLog, list[Decision]], settlement: Settlement) -> dict[DecisionLog, list[str]]:
-        """Return the decisions that nobody will ask for any more."""
+    def _forget(self, found: dict[DecisionLog, list[Decision]], settlement: Settlement, dry_run: bool) -> int:
+        """Remove the decisions that no process will ask for any more. Return their number."""
+        forgotten: set[str] = set()
         prepared = {unit.unit for unit in settlement.units if not unit.is_settled}
         asked = set(self._places.two_phase()) - set(settlement.unreachable)
-        return {
-            place: [decision.unit for decision in decisions if decision.unit not in prepared and _is_spent(decision, asked)]
-            for place, decisions in stands.items()
-        }
-
-    def _forget(self, spent: dict[DecisionLog, list[str]], dry_run: bool) -> int:
-        forgotten: set[str] = set()
-        for place, units in spent.items():
+        for place, decisions in found.items():
+            units = [decision.unit for decision in decisions if decision.unit not in prepared and _is_spent(decision, asked)]
             try:
                 if not dry_run:
                     place.forget(units)
                 forgotten.update(units)
             except Exception:
-                log.warning("Decisions in %s could not be forgotten", place.place, exc_info=True)
+                log.warning("Decisions in %s could not be removed", place.place, exc_info=True)
         return len(forgotten)
 
 
@@ -331,25 +330,18 @@ _UNKNOWN_LOG = (
     "directory that it ran with"
 )
 
-_STATES = {
-    (Settling.DONE, Verdict.COMMIT): BranchState.COMMITTED,
-    (Settling.DONE, Verdict.ABORT): BranchState.ROLLED_BACK,
-    (Settling.MISSING, Verdict.COMMIT): BranchState.GONE,
-    (Settling.MISSING, Verdict.ABORT): BranchState.GONE,
-    (Settling.HELD, Verdict.COMMIT): BranchState.HELD,
-    (Settling.HELD, Verdict.ABORT): BranchState.HELD,
-}
+_UNSETTLED = {Settling.MISSING: BranchState.GONE, Settling.HELD: BranchState.HELD}
 
 
 def _note_branch(branches: dict[Xid, BranchInDoubt], xid: Xid, found: Prepared, name: str) -> None:
-    """Note a branch that the database of a connection lists, once for all connections that lead there."""
+    """Note a branch that the database of a connection lists. Several connections may lead to the same database."""
     branch = branches.setdefault(xid, BranchInDoubt(xid, [], found.prepared_at, found.owner))
-    # Its own connection comes first: another one may have another user, who must not settle it.
+    # Its own connection comes first: another connection may have another user, who must not settle it.
     branch.connections.insert(0 if name == _name_of(xid) else len(branch.connections), name)
 
 
 def _name_of(xid: Xid) -> str:
-    """Return the connection by whose name a branch goes; a unit's second one on the same connection is `writer.2`."""
+    """Return the connection of a branch. The second branch of a unit on the connection `writer` is called `writer.2`."""
     return xid.connection.partition(".")[0]
 
 
@@ -359,9 +351,8 @@ def _is_young(unit: UnitInDoubt, grace: float) -> bool:
 
 
 def _is_spent(decision: Decision, asked: set[str]) -> bool:
-    """Return whether nobody will ask for a decision any more, of whose branches none is prepared on the connections `asked`."""
-    # Whoever finds nothing rolls back, so that an abort is for the committer alone: as is where the unit was to be decided,
-    # before anything is prepared.
+    """Return whether no process will ask for a decision any more, if no branch of it is prepared on the connections `asked`."""
+    # Without a decision a unit is rolled back, so only the committer needs a decision to abort.
     is_kept = KEEP_COMMITS if decision.verdict is Verdict.COMMIT else KEEP_ABORTS
     has_been_asked = decision.verdict is Verdict.ABORT or set(decision.connections) <= asked
     return time.time() - decision.decided_at > is_kept and has_been_asked
@@ -369,16 +360,16 @@ def _is_spent(decision: Decision, asked: set[str]) -> bool:
 
 @contextmanager
 def _noting(subject: str, unreachable: dict[str, str] | None) -> Generator[None]:
-    """Note what can't be asked, and go on."""
+    """Note in `unreachable` that the block failed, and go on. Raise the error if `unreachable` is None."""
     try:
         yield
     except Exception as error:
         if unreachable is None:
             raise
-        log.warning("%s can't be asked by recovery", subject, exc_info=True)
+        log.warning("Recovery can't reach %s", subject, exc_info=True)
         unreachable[subject] = in_one_line(error)
 
 
 def build_recovery(container: Container, places: DecisionPlaces) -> Recovery:
-    """Return the recovery of a container's connections, with the settings as they stand now."""
+    """Return the recovery of a container's connections, with its present settings."""
     return Recovery(container.settings, places)

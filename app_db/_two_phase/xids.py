@@ -1,7 +1,7 @@
-"""The names under which databases keep the prepared branches of a unit of work.
+"""Xids: the names under which databases keep the prepared branches of a unit of work.
 
-An xid says whose branch it is, of which unit and on which connection, in at most 64 bytes, which is what MySQL takes. It begins
-with a letter: psycopg reads meaning into names that begin with a digit.
+An xid names the application, the unit and the connection in at most 64 bytes, the limit of MySQL. It begins with a letter,
+because psycopg parses names that begin with a digit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import lru_cache
 from string import ascii_lowercase, ascii_uppercase, digits
 
 _LETTERS = digits + ascii_uppercase + ascii_lowercase
-"""The digits of base 62, in ASCII's order: what is begun later sorts later, within one log."""
+"""The digits of base 62, in the order of ASCII: within one log, a later unit sorts later."""
 
 _LOG_LENGTH = 6
 _TIME_LENGTH = 6
@@ -30,7 +30,7 @@ _CONNECTION = re.compile(r"[a-z][a-z0-9_]{0,21}(\.[1-9])?")
 
 @dataclass(frozen=True, slots=True)
 class Xid:
-    """The name under which a database keeps one prepared branch. What has the wrong form raises ValueError."""
+    """The name under which a database keeps one prepared branch. Values of the wrong form raise ValueError."""
 
     application: str
     unit: str
@@ -45,7 +45,7 @@ class Xid:
 
     @classmethod
     def parse(cls, text: str | bytes) -> Xid | None:
-        """Return the xid that `text` spells, or None if it is not one of app_db's. Databases keep other people's too."""
+        """Return the xid in `text`, or None if app_db has not made it. Other programs prepare transactions too."""
         try:
             spelled = text if isinstance(text, str) else text.decode("ascii")
             application, unit, connection = spelled.split(":")
@@ -55,7 +55,7 @@ class Xid:
 
     @property
     def log(self) -> str:
-        """The id of the log that keeps the unit's decision."""
+        """The id of the log with which the unit's id begins."""
         return log_of(self.unit)
 
     @property
@@ -65,7 +65,7 @@ class Xid:
 
 
 def new_unit_id(log: str) -> str:
-    """Return a new id for a unit whose decision the log with the id `log` will keep."""
+    """Return a new id for a unit that is decided in the log with the id `log`."""
     _check(log, _LOG, "log")
     return log + _spelled(int(time.time()), _TIME_LENGTH) + _spelled(secrets.randbelow(62**_RANDOM_LENGTH), _RANDOM_LENGTH)
 
@@ -76,28 +76,28 @@ def new_log_id() -> str:
 
 
 def log_of(unit: str) -> str:
-    """Return the id of the log with which a unit's id begins: there its decision is, or where to look for it."""
+    """Return the id of the log with which a unit's id begins. That log has the decision, or the id of the log that has it."""
     return unit[:_LOG_LENGTH]
 
 
 @lru_cache
 def log_id_for(application: str, log: str) -> str:
-    """Return an application's own id of a log: several may share it, and must tell their units apart there."""
+    """Return the id of a log for one application. Applications that share a log tell their units apart by it."""
     return b32encode(hashlib.sha256(f"{log} {application}".encode()).digest()).decode()[:_LOG_LENGTH]
 
 
 def check_log_id(log: object) -> str:
-    """Return `log`; raise ValueError if it is no log's id."""
+    """Return `log`; raise ValueError if it is not the id of a log."""
     return _check(log, _LOG, "log")
 
 
 def check_unit_id(unit: object) -> str:
-    """Return `unit`; raise ValueError if it is no unit's id."""
+    """Return `unit`; raise ValueError if it is not the id of a unit."""
     return _check(unit, _UNIT, "unit")
 
 
 def check_connection_name(name: object) -> str:
-    """Return `name`; raise ValueError if no branch can be on a connection of that name."""
+    """Return `name`; raise ValueError if it can't be the connection of an xid."""
     return _check(name, _CONNECTION, "connection")
 
 

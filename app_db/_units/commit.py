@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.util.concurrency import await_only
 
-from app_db._databases.exchange import Answer, AsyncChannel, Channel, Exchange, Outcome, exchange, exchange_awaited
+from app_db._databases.concurrent_statements import (
+    Answer,
+    AwaitedConnection,
+    NonBlockingConnection,
+    Outcome,
+    Results,
+    execute_together,
+    execute_together_async,
+)
 from app_db._databases.statements import Effect
 from app_db._two_phase.decisions import DecisionLog, Verdict
 from app_db._two_phase.xids import log_of
@@ -317,22 +325,22 @@ class AtomicCommit:
         return branch.settle_elsewhere(commit=commit)
 
 
-def _exchange(words: dict[Branch, list[str]]) -> Exchange[Branch]:
+def _exchange(words: dict[Branch, list[str]]) -> Results[Branch]:
     if any(branch.config.asynchronous or isinstance(branch, BranchOffLoop) for branch in words):
         return await_only(
-            exchange_awaited({branch: (_any_channel(branch), said) for branch, said in words.items()}, own_threads())
+            execute_together_async({branch: (_any_channel(branch), said) for branch, said in words.items()}, own_threads())
         )
-    return exchange({branch: (_channel(branch), said) for branch, said in words.items()})
+    return execute_together({branch: (_channel(branch), said) for branch, said in words.items()})
 
 
-def _any_channel(branch: Branch) -> Channel | AsyncChannel:
+def _any_channel(branch: Branch) -> NonBlockingConnection | AwaitedConnection:
     if branch.config.asynchronous:
-        return branch.verbs.async_channel(branch.connection.connection.dbapi_connection)
+        return branch.verbs.awaited(branch.connection.connection.dbapi_connection)
     return _channel(branch)
 
 
-def _channel(branch: Branch) -> Channel:
-    return branch.verbs.channel(branch.driver_connection)
+def _channel(branch: Branch) -> NonBlockingConnection:
+    return branch.verbs.non_blocking(branch.driver_connection)
 
 
 def _words_of_end(branch: Branch, commit: bool) -> list[str]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from app_db._compat.asyncio import begin_unseen, outlast
-from app_db._databases.async_connections import hang_up
 from app_db._databases.interruptions import interrupted
 from app_db._databases.registry import database_of
 from app_db._databases.sharing_rules import new_mark
@@ -148,7 +147,7 @@ class SharedConnection:
     def _roll_back(self, connection: Connection) -> list[str]:
         problems = []
         try:
-            self.rules.execute(connection.connection.dbapi_connection, f"ROLLBACK TO SAVEPOINT {self._bottom}")
+            self.rules.execute(connection.connection, f"ROLLBACK TO SAVEPOINT {self._bottom}")
         except Exception as error:  # noqa: BLE001  # reported, with what else there is
             problems.append(f"the transaction around the test was ended by somebody ({in_one_line(error)})")
         try:
@@ -159,7 +158,7 @@ class SharedConnection:
         return problems
 
     def _hang_up(self, connection: Connection) -> list[str]:
-        connection.dialect.do_close = connection.dialect.do_terminate = hang_up  # type: ignore[method-assign]
+        connection.dialect.do_close = connection.dialect.do_terminate = database_of(connection.dialect.name).hang_up  # type: ignore[method-assign]
         connection.invalidate()
         connection.close()
         return []
@@ -173,7 +172,7 @@ class SharedConnection:
     def _say(self, *statements: str) -> Any:
         if self._connection is None:
             return None
-        return self.uncut(self.rules.execute, self._connection.connection.dbapi_connection, *statements)
+        return self.uncut(self.rules.execute, self._connection.connection, *statements)
 
     def uncut(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function that waits for the database: to its end, where the connection could not be used after less."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -96,7 +97,8 @@ def test_connections_that_race_for_wal_all_get_it(tmp_path: Path) -> None:
     together = threading.Barrier(racers)
 
     def switch(path: Path) -> None:
-        with closing(sqlite3.connect(path, timeout=5)) as connection:
+        connection: Any = sqlite3.connect(path, timeout=5)
+        with closing(connection):
             together.wait()
             _use_wal(connection)
 

@@ -284,7 +284,7 @@ class Steps:
     def watch(self) -> None:
         """Have everything counted by which a commit talks to databases and files."""
         self._watch_sqlalchemy()
-        self._watch_channels()
+        self._watch_connections()
         self._watch_logs()
         self._watch_files()
 
@@ -303,14 +303,14 @@ class Steps:
         def after(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
             self.reach(f"after {statement} on {connection.engine.url.database}")
 
-    def _watch_channels(self) -> None:
-        exchange = import_module("app_db._databases.exchange")
-        for channel in exchange.Channel.__subclasses__():
-            self.around(channel, "send", _sending)
-            self._watch_answers(channel)
+    def _watch_connections(self) -> None:
+        module = import_module("app_db._databases.concurrent_statements")
+        for connection in module.NonBlockingConnection.__subclasses__():
+            self.around(connection, "send", _sending)
+            self._watch_answers(connection)
         self.around(import_module("app_db._units.branch_connections"), "say", _saying)
-        for channel in exchange.AsyncChannel.__subclasses__():
-            self._around_awaited(channel, "say", _sending)
+        for connection in module.AwaitedConnection.__subclasses__():
+            self._around_awaited(connection, "execute", _sending)
 
     def _around_awaited(self, owner: Any, name: str, describe: Callable[..., str]) -> None:
         """Do what `around` does with a coroutine function."""
@@ -354,7 +354,7 @@ class Steps:
                     self.around(log, method, partial(_calling, method))
 
     def _watch_files(self) -> None:
-        database: Any = import_module("app_db._two_phase.decision_file")._Database
+        database: Any = import_module("app_db._two_phase.decision_database").DecisionDatabase
         execute = database._execute
 
         def counted(file: Any, statement: str, give_up: float) -> Any:

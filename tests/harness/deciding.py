@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from app_db._databases.engines import build_engine
-from app_db._two_phase.decision_file import FileLog, _Database
+from app_db._two_phase.decision_database import DecisionDatabase
+from app_db._two_phase.decision_file import FileLog
 from app_db._two_phase.decision_table import TableLog
 from app_db._two_phase.decisions import DecisionLog, Verdict
 from app_db._two_phase.xids import new_unit_id
@@ -137,9 +138,9 @@ def die_in_decision(path: Path, how: str, step: int) -> str:
     pid = os.fork()
     if pid == 0:
         count = 0
-        real = _Database._execute
+        real = DecisionDatabase._execute
 
-        def dying(database: _Database, statement: str, give_up: float) -> list[Any]:
+        def dying(database: DecisionDatabase, statement: str, give_up: float) -> list[Any]:
             nonlocal count
             count += 1
             if count != step + 1:
@@ -156,7 +157,7 @@ def die_in_decision(path: Path, how: str, step: int) -> str:
                 os.kill(os.getpid(), signal.SIGKILL)
             return []
 
-        _Database._execute = dying  # type: ignore[method-assign,assignment]
+        DecisionDatabase._execute = dying  # type: ignore[method-assign,assignment]
         FileLog(path).decide(UNIT, Verdict.COMMIT, ["writer"])
         os.write(writing, b"acknowledging\n")
         os.kill(os.getpid(), signal.SIGKILL)

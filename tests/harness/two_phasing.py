@@ -21,7 +21,7 @@ import pytest
 from sqlalchemy import NullPool, create_engine, make_url, text
 
 from app_db import DatabaseSettings, container_of
-from app_db._databases.exchange import Exchange, exchange
+from app_db._databases.concurrent_statements import Results, execute_together
 from app_db._two_phase.decisions import Decision
 from app_db._two_phase.recovery import Settlement
 from app_db._two_phase.xids import Xid
@@ -196,17 +196,17 @@ def between(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], obje
     Returns the exchanges that took place."""
     seen: list[int] = []
 
-    def interrupted(lines: Any, **options: Any) -> Exchange[Any]:
+    def interrupted(lines: Any, **options: Any) -> Results[Any]:
         seen.append(len(seen) + 1)
         ours = len(seen) == number
         if ours and not after:
             act()
-        answers = exchange(lines, **options)
+        answers = execute_together(lines, **options)
         if ours and after:
             act()
         return answers
 
-    monkeypatch.setattr("app_db._units.commit.exchange", interrupted)
+    monkeypatch.setattr("app_db._units.commit.execute_together", interrupted)
     return seen
 
 

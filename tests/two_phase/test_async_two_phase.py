@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import QueuePool
 
-from app_db._databases.exchange import exchange_awaited
+from app_db._databases.concurrent_statements import execute_together_async
 from app_db._units.manager import retryable
 from app_db.errors import AbortedByRecovery, CommitUnconfirmed, OutcomeUnknown
 from harness.applications import DEFER_UNIQUENESS, Item, Settings
@@ -132,12 +132,12 @@ def between(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], obje
         seen.append(len(seen) + 1)
         if seen[-1] == number and not after:
             await asyncio.to_thread(act)
-        answers = await exchange_awaited(*args, **options)
+        answers = await execute_together_async(*args, **options)
         if seen[-1] == number and after:
             await asyncio.to_thread(act)
         return answers
 
-    monkeypatch.setattr("app_db._units.commit.exchange_awaited", interrupted)
+    monkeypatch.setattr("app_db._units.commit.execute_together_async", interrupted)
 
 
 # ---- all at once, beside a loop that goes on ---------------------------------------------------------------------------

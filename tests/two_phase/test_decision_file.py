@@ -24,8 +24,9 @@ from typing import Any
 
 import pytest
 
-from app_db._two_phase import mounts
-from app_db._two_phase.decision_file import FileLog, _Database
+from app_db._two_phase import file_checks
+from app_db._two_phase.decision_database import DecisionDatabase
+from app_db._two_phase.decision_file import FileLog
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.xids import new_unit_id
 from app_db.errors import DecisionFileDamaged, DecisionFileFull, DecisionFileUnusable
@@ -85,28 +86,28 @@ def plain(path: Path) -> Any:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Note the first word of each statement from now on."""
     noted: list[str] = []
-    real = _Database._execute
+    real = DecisionDatabase._execute
 
-    def note(database: _Database, statement: str, give_up: float) -> list[Any]:
+    def note(database: DecisionDatabase, statement: str, give_up: float) -> list[Any]:
         noted.append(statement.partition(" ")[0])
         return real(database, statement, give_up)
 
-    monkeypatch.setattr(_Database, "_execute", note)
+    monkeypatch.setattr(DecisionDatabase, "_execute", note)
     return noted
 
 
 @contextmanager
 def before_commit(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> Iterator[None]:
     """Have something happen once a COMMIT is under way, when app_db has looked whether the file is in place."""
-    real = _Database._execute
+    real = DecisionDatabase._execute
 
-    def execute(database: _Database, statement: str, give_up: float) -> list[Any]:
+    def execute(database: DecisionDatabase, statement: str, give_up: float) -> list[Any]:
         if statement == "COMMIT":
             happens()
         return real(database, statement, give_up)
 
     with monkeypatch.context() as patched:
-        patched.setattr(_Database, "_execute", execute)
+        patched.setattr(DecisionDatabase, "_execute", execute)
         yield
 
 
@@ -543,7 +544,7 @@ def test_a_file_system_of_the_network_is_refused_by_name(
         f"22 21 0:40 / {tmp_path} rw,relatime shared:3 - {kind} server:/export rw\n"
         f"23 21 0:41 / {tmp_path}/decision rw - ext4 /dev/sdb1 rw\n"  # which is not the same
     )
-    monkeypatch.setattr(mounts, "_TABLE", table)
+    monkeypatch.setattr(file_checks, "_MOUNT_TABLE", table)
     with pytest.raises(DecisionFileUnusable, match=rf"it is on {kind}, .*set APP_DB_DECISION_LOG to the name of a connection"):
         _ = FileLog(path).id
     assert not path.exists()
@@ -560,7 +561,7 @@ def test_a_file_that_is_mounted_without_its_directory_is_refused(path: Path) -> 
 
 
 def test_where_linux_does_not_tell_nothing_is_refused(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mounts, "_TABLE", tmp_path / "no such file")
+    monkeypatch.setattr(file_checks, "_MOUNT_TABLE", tmp_path / "no such file")
     assert FileLog(path).id
 
 
@@ -700,9 +701,9 @@ def test_an_interruption_of_cleaning_up_after_one_keeps_no_other_process_waiting
     log, other = FileLog(path), FileLog(path, lock_wait=1.0)
     unit = new_unit_id(other.id)
     assert log.id
-    real, interruptions = _Database.roll_back, [KeyboardInterrupt]
+    real, interruptions = DecisionDatabase.roll_back, [KeyboardInterrupt]
 
-    def roll_back(database: _Database) -> None:
+    def roll_back(database: DecisionDatabase) -> None:
         if database._connection.in_transaction and interruptions:
             raise interruptions.pop()
         real(database)
@@ -711,7 +712,7 @@ def test_an_interruption_of_cleaning_up_after_one_keeps_no_other_process_waiting
         raise KeyboardInterrupt
 
     with before_commit(monkeypatch, interrupt), monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(_Database, "roll_back", roll_back)
+        patched.setattr(DecisionDatabase, "roll_back", roll_back)
         log.decide(unit, COMMIT, [])
     assert not interruptions
     assert other.decide(unit, ABORT, []) is ABORT

@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from app_db._databases.exchange import Answer, Channel, Exchange, Outcome, exchange
+from app_db._databases.concurrent_statements import Answer, NonBlockingConnection, Outcome, Results, execute_together
 from app_db._databases.mysql import MySQLPrepareVerbs
 from app_db._databases.postgresql import PostgreSQLPrepareVerbs
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
@@ -44,7 +44,7 @@ def verbs_of(driver_name: str) -> PrepareVerbs | None:
     return database_of(dialect).prepare_verbs(driver)
 
 
-def all_done(came: Exchange[Any]) -> bool:
+def all_done(came: Results[Any]) -> bool:
     return all(answer.outcome is Outcome.DONE for answer in came.answers.values())
 
 
@@ -105,8 +105,17 @@ class Place:
         assert self.say(connection, *self.verbs.prepare(xid)) == DONE
         return connection
 
-    def say(self, connection: Any, *statements: str, **options: Any) -> Answer:
-        return exchange({"it": (self.verbs.channel(connection), statements)}, **options).answers["it"]
+    def line(self, connection: Any) -> NonBlockingConnection:
+        return self.verbs.non_blocking(connection)
+
+    def say(self, connection: Any, *statements: str, regardless: bool = False) -> Answer:
+        if not regardless:
+            return execute_together({"it": (self.line(connection), statements)}).answers["it"]
+        try:
+            branch_connections.say(connection, statements, regardless=True)
+        except Exception as error:
+            return Answer(Outcome.REFUSED, error)
+        return DONE
 
     def in_doubt(self) -> list[Prepared]:
         with self.settler() as connection:
@@ -752,18 +761,18 @@ def test_a_statement_that_the_server_broke_off_is_unknown_and_its_connection_clo
 # ---- several at once --------------------------------------------------------------------------------------------------------
 
 
-def lines_to(place: Place, count: int) -> dict[int, Channel]:
-    return {number: place.verbs.channel(place.driver_connection()) for number in range(count)}
+def lines_to(place: Place, count: int) -> dict[int, NonBlockingConnection]:
+    return {number: place.line(place.driver_connection()) for number in range(count)}
 
 
-def outcomes(came: Exchange[int]) -> list[str]:
+def outcomes(came: Results[int]) -> list[str]:
     return [came.answers[number].outcome.value for number in sorted(came.answers)]
 
 
 def test_statements_of_several_lines_run_at_the_same_time(place: Place) -> None:
     lines = lines_to(place, 4)
     begun = time.monotonic()
-    came = exchange({number: (line, [sleep(place, 0.25), sleep(place, 0.25)]) for number, line in lines.items()})
+    came = execute_together({number: (line, [sleep(place, 0.25), sleep(place, 0.25)]) for number, line in lines.items()})
     assert 0.5 <= time.monotonic() - begun < 1.5, "and not 2 s"
     assert all_done(came)
     assert came.interruption is None
@@ -772,7 +781,7 @@ def test_statements_of_several_lines_run_at_the_same_time(place: Place) -> None:
 def test_a_line_goes_on_while_another_still_waits_for_its_first_answer(place: Place) -> None:
     slow, quick = lines_to(place, 2).values()
     begun = time.monotonic()
-    came = exchange({0: (slow, [sleep(place, 0.8)]), 1: (quick, [sleep(place, 0.2)] * 4)})
+    came = execute_together({0: (slow, [sleep(place, 0.8)]), 1: (quick, [sleep(place, 0.2)] * 4)})
     assert time.monotonic() - begun < 1.4, "and not 1.6 s"
     assert all_done(came)
 
@@ -782,11 +791,8 @@ def test_different_kinds_of_databases_speak_in_one_exchange(pg: Place, my: Place
     places = {"writer": pg, "log": my}
     connections = {name: places[name].begin(xids[name], "INSERT INTO items VALUES (1, 'a')") for name in places}
     for step in ("prepare", "commit_prepared"):
-        came = exchange(
-            {
-                name: (place.verbs.channel(connections[name]), getattr(place.verbs, step)(xids[name]))
-                for name, place in places.items()
-            }
+        came = execute_together(
+            {name: (place.line(connections[name]), getattr(place.verbs, step)(xids[name])) for name, place in places.items()}
         )
         assert came.answers == {"writer": DONE, "log": DONE}
     assert (pg.names(), my.names()) == (["a"], ["a"])
@@ -796,7 +802,7 @@ def test_every_answer_is_collected_even_if_one_is_an_error(place: Place) -> None
     connections = [place.driver_connection() for _ in range(3)]
     bad = "SELECT nonsense"
     statements = [[sleep(place, 0.2)], [bad, "INSERT INTO items VALUES (1, 'a')"], [sleep(place, 0.1), bad]]
-    came = exchange({n: (place.verbs.channel(c), statements[n]) for n, c in enumerate(connections)})
+    came = execute_together({n: (place.line(c), statements[n]) for n, c in enumerate(connections)})
     assert outcomes(came) == ["done", "refused", "refused"]
     assert came.with_outcome(Outcome.REFUSED) == [1, 2]
     assert not all_done(came)
@@ -817,7 +823,7 @@ def test_regardless_of_a_refusal_the_last_answer_counts(my: Place) -> None:
 
 def test_having_nothing_to_say_is_done_at_once(place: Place) -> None:
     assert place.say(place.driver_connection()) == DONE
-    assert exchange({}).answers == {}
+    assert execute_together({}).answers == {}
 
 
 # ---- lost connections -------------------------------------------------------------------------------------------------------
@@ -838,7 +844,7 @@ def test_a_connection_killed_between_question_and_answer_leaves_the_outcome_unkn
     connections = [place.driver_connection() for _ in range(3)]
     killer = threading.Timer(0.2, kill, [place, connections[1]])
     killer.start()
-    came = exchange({n: (place.verbs.channel(c), [sleep(place, 0.5)]) for n, c in enumerate(connections)})
+    came = execute_together({n: (place.line(c), [sleep(place, 0.5)]) for n, c in enumerate(connections)})
     killer.join()
     assert outcomes(came) == ["done", "unknown", "done"]
     error = came.answers[1].error
@@ -868,11 +874,11 @@ def test_a_network_that_loses_one_lines_request_or_answer_leaves_that_one_unknow
         execute(beside, *place.verbs.start(other), "INSERT INTO items VALUES (2, 'b')")
         both = {0: (connection, mine), 1: (beside, other)}
         steps = ["prepare", "commit_prepared"]
-        came: Exchange[int] | None = None
+        came: Results[int] | None = None
         for now in steps[: steps.index(step) + 1]:
             if now == step:
                 proxy.lose(what, to=b"XA (PREPARE|COMMIT)" if place.is_mysql else b"PREPARE")
-            came = exchange({n: (place.verbs.channel(c), getattr(place.verbs, now)(xid)) for n, (c, xid) in both.items()})
+            came = execute_together({n: (place.line(c), getattr(place.verbs, now)(xid)) for n, (c, xid) in both.items()})
         assert came is not None
         assert outcomes(came) == ["unknown", "done"]
         assert isinstance(came.answers[0].error, psycopg.OperationalError | pymysql.err.OperationalError)
@@ -889,8 +895,9 @@ def test_a_network_that_loses_one_lines_request_or_answer_leaves_that_one_unknow
 def test_who_does_not_answer_in_time_is_unknown_and_abandoned(place: Place) -> None:
     slow, quick = place.driver_connection(), place.driver_connection()
     begun = time.monotonic()
-    came = exchange(
-        {0: (place.verbs.channel(slow), [sleep(place, 2)]), 1: (place.verbs.channel(quick), [sleep(place, 0)])}, timeout=0.2
+    came = execute_together(
+        {0: (place.line(slow), [sleep(place, 2)]), 1: (place.line(quick), [sleep(place, 0)])},
+        timeout=0.2,
     )
     assert 0.2 <= time.monotonic() - begun < 1.8, "and not 2 s"
     assert outcomes(came) == ["unknown", "done"]
@@ -919,7 +926,7 @@ def test_an_interruption_waits_for_the_answers_that_are_under_way(place: Place) 
     connections = [place.driver_connection() for _ in range(3)]
     begun = time.monotonic()
     with interrupted(0.1):
-        came = exchange({n: (place.verbs.channel(c), [sleep(place, 0.3), sleep(place, 0)]) for n, c in enumerate(connections)})
+        came = execute_together({n: (place.line(c), [sleep(place, 0.3), sleep(place, 0)]) for n, c in enumerate(connections)})
     assert time.monotonic() - begun < 1
     assert all_done(came)
     assert isinstance(came.interruption, KeyboardInterrupt)
@@ -932,11 +939,11 @@ def test_after_an_interruption_patience_ends(place: Place) -> None:
     slow, quick, bad = (place.driver_connection() for _ in range(3))
     begun = time.monotonic()
     with interrupted(0.1):
-        came = exchange(
+        came = execute_together(
             {
-                0: (place.verbs.channel(slow), [sleep(place, 3)]),
-                1: (place.verbs.channel(quick), [sleep(place, 0.2)]),
-                2: (place.verbs.channel(bad), [sleep(place, 0.15), "SELECT nonsense"]),
+                0: (place.line(slow), [sleep(place, 3)]),
+                1: (place.line(quick), [sleep(place, 0.2)]),
+                2: (place.line(bad), [sleep(place, 0.15), "SELECT nonsense"]),
             },
             patience=0.4,
         )
@@ -951,18 +958,19 @@ def test_a_second_interruption_ends_the_wait_at_once(place: Place) -> None:
     slow, quick = place.driver_connection(), place.driver_connection()
     begun = time.monotonic()
     with interrupted(0.2, 0.4):
-        came = exchange(
-            {0: (place.verbs.channel(slow), [sleep(place, 5)]), 1: (place.verbs.channel(quick), [sleep(place, 0.1)])}, patience=30
+        came = execute_together(
+            {0: (place.line(slow), [sleep(place, 5)]), 1: (place.line(quick), [sleep(place, 0.1)])},
+            patience=30,
         )
     assert time.monotonic() - begun < 4, "and not 5 s"
     assert outcomes(came) == ["unknown", "done"]
     assert isinstance(came.interruption, KeyboardInterrupt)
 
 
-class Stumbling(Channel):
+class Stumbling(NonBlockingConnection):
     """A line that raises Ctrl-C at its so many-th step and says what has happened to it; below it is a real one."""
 
-    def __init__(self, below: Channel, at: int) -> None:
+    def __init__(self, below: NonBlockingConnection, at: int) -> None:
         self.below = below
         self.driver_error = below.driver_error
         self.left = at
@@ -1001,11 +1009,11 @@ def test_an_interruption_at_any_step_claims_nothing_that_is_not_so(place: Place)
         mine, other = new_xid(), new_xid()
         connection = place.begin(mine, f"INSERT INTO items VALUES ({at}, 'a')")
         beside = place.begin(other, f"INSERT INTO items VALUES ({at + 100}, 'b')")
-        line = Stumbling(place.verbs.channel(connection), at)
-        came = exchange(
+        line = Stumbling(place.line(connection), at)
+        came = execute_together(
             {
                 0: (line, ["SAVEPOINT s", *place.verbs.prepare(mine)]),
-                1: (place.verbs.channel(beside), place.verbs.prepare(other)),
+                1: (place.line(beside), place.verbs.prepare(other)),
             },
             patience=0.1,
         )

@@ -415,7 +415,7 @@ def test_on_mariadb_a_branch_is_left_whose_connection_is_open(mixed: Scene) -> N
     """The server knows it under its xid, and lets nobody else settle it."""
     unit = mixed.prepare(mixed.new_unit(), "maria", hold=True)
     settlement = mixed.recover()
-    assert states(settlement) == {unit: {"maria": "held by somebody else"}}
+    assert states(settlement) == {unit: {"maria": "held by another connection"}}
     assert settlement.left
     assert mixed.decisions() == {unit: "abort"}
     mixed.let_go()
@@ -495,9 +495,9 @@ def test_what_was_left_and_is_gone_later_is_settled() -> None:
     assert first.left
     both = first.followed_by(Settlement([young, found], forgotten=2))
     assert states(both) == {
-        left.unit: {"writer": "settled by somebody else"},
+        left.unit: {"writer": "settled by another process"},
         theirs.unit: {"writer": "committed"},
-        found.unit: {"writer": "held by somebody else"},
+        found.unit: {"writer": "held by another connection"},
     }
     assert (both.forgotten, both.left) == (3, True)
 
@@ -677,7 +677,7 @@ def committing(scene: Scene, *names: str) -> None:
 def between(monkeypatch: pytest.MonkeyPatch, moment: str, act: Callable[[], Any]) -> list[Any]:
     """Do something at a moment of the next commit; what comes of it is appended to what is returned."""
     number = {"before prepare": 1, "after prepare": 1, "before telling": 2, "after telling": 2}[moment]
-    exchange: Any = vars(commits)["exchange"]
+    execute_together: Any = vars(commits)["execute_together"]
     calls: list[int] = []
     seen: list[Any] = []
 
@@ -685,12 +685,12 @@ def between(monkeypatch: pytest.MonkeyPatch, moment: str, act: Callable[[], Any]
         calls.append(len(calls) + 1)
         if calls[-1] == number and moment.startswith("before"):
             seen.append(act())
-        answers = exchange(*arguments, **options)
+        answers = execute_together(*arguments, **options)
         if calls[-1] == number and moment.startswith("after"):
             seen.append(act())
         return answers
 
-    monkeypatch.setattr(commits, "exchange", watched)
+    monkeypatch.setattr(commits, "execute_together", watched)
     return seen
 
 
@@ -751,7 +751,7 @@ def test_a_unit_that_others_settled_meanwhile_is_said_to_be(scene: Scene, monkey
 
     monkeypatch.setattr(TableLog, "decision", after_it_was_settled_and_forgotten)
     settlement = scene.recover()
-    assert states(settlement) == {unit: dict.fromkeys(["writer", "warehouse"], "settled by somebody else")}
+    assert states(settlement) == {unit: dict.fromkeys(["writer", "warehouse"], "settled by another process")}
     assert scene.rows("writer") == scene.rows("warehouse") == [unit]
 
 

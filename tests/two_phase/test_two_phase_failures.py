@@ -23,8 +23,8 @@ from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
-from app_db._databases.exchange import Exchange, exchange
-from app_db._two_phase import decision_file
+from app_db._databases.concurrent_statements import Results, execute_together
+from app_db._two_phase import decision_database
 from app_db._units.manager import retryable
 from app_db.errors import AbortedByRecovery, CommitUnconfirmed, DecisionFileUnusable, HookFailed, InvalidUse, OutcomeUnknown
 from harness.applications import DEFER_UNIQUENESS, Item, read_lock
@@ -351,14 +351,14 @@ def recover_before_the_decision(app: TwoPhaseApplication, monkeypatch: pytest.Mo
 
     def in_two_steps(lines: Any, **options: Any) -> Any:
         if not any(statement.startswith("INSERT") for _, said in lines.values() for statement in said):
-            return exchange(lines, **options)
+            return execute_together(lines, **options)
         first = {key: line for key, line in lines.items() if not line[1][0].startswith("INSERT")}
-        answers = exchange(first, **options)
+        answers = execute_together(first, **options)
         app.recover()
-        others = exchange({key: line for key, line in lines.items() if key not in first}, **options)
+        others = execute_together({key: line for key, line in lines.items() if key not in first}, **options)
         return type(answers)({**answers.answers, **others.answers}, answers.interruption or others.interruption)
 
-    monkeypatch.setattr("app_db._units.commit.exchange", in_two_steps)
+    monkeypatch.setattr("app_db._units.commit.execute_together", in_two_steps)
 
 
 def test_a_unit_that_recovery_has_aborted_succeeds_when_it_is_tried_again(
@@ -516,7 +516,7 @@ def test_a_unit_whose_decision_file_is_moved_while_it_decides_stays_prepared_unt
     path, kept = tmp_path / "decisions", tmp_path / "kept"
     with two_phasing(f"file:{path}", writer=new_postgres_url(), warehouse=new_postgres_url()) as app:
         app.container.check()
-        real = decision_file._Database._execute
+        real = decision_database.DecisionDatabase._execute
 
         def move(database: Any, statement: str, give_up: float) -> list[Any]:
             if statement == "COMMIT":
@@ -524,7 +524,7 @@ def test_a_unit_whose_decision_file_is_moved_while_it_decides_stays_prepared_unt
             return real(database, statement, give_up)
 
         with monkeypatch.context() as patched:
-            patched.setattr(decision_file._Database, "_execute", move)
+            patched.setattr(decision_database.DecisionDatabase, "_execute", move)
             with pytest.raises(OutcomeUnknown, match=r"recover` has asked there") as caught, app.unit():
                 app.add_to_each("a")
         assert caught.value.prepared == ("warehouse", "writer")
@@ -700,10 +700,10 @@ def test_an_interruption_after_the_decision_is_raised_when_all_have_committed(
 ) -> None:
     def interrupted(lines: Any, **options: Any) -> Any:
         if not any(said[0].startswith("COMMIT PREPARED") for _, said in lines.values()):
-            return exchange(lines, **options)
-        return Exchange(exchange(lines, **options).answers, KeyboardInterrupt())
+            return execute_together(lines, **options)
+        return Results(execute_together(lines, **options).answers, KeyboardInterrupt())
 
-    monkeypatch.setattr("app_db._units.commit.exchange", interrupted)
+    monkeypatch.setattr("app_db._units.commit.execute_together", interrupted)
     with pytest.raises(KeyboardInterrupt), app.unit():
         add_everywhere(app, "a")
     assert seen(app) == each("a")

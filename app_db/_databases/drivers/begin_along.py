@@ -18,12 +18,13 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self, cast
 
 from psycopg import AsyncConnection, AsyncCursor, BaseConnection, Connection, Cursor, Error, IsolationLevel
+from psycopg.abc import Params
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 
 _psycopgs_autocommit = cast("property", BaseConnection.autocommit)
 
 
-class _BeginsAlong(BaseConnection[Any]):
+class _BeginsAlong(BaseConnection[object]):
     """What the two kinds of connections share: what they know about their transaction. Nothing here waits for the server."""
 
     _is_switched_on = False
@@ -130,7 +131,7 @@ class _BeginsAlong(BaseConnection[Any]):
 # ---- for threads --------------------------------------------------------------------------------------------------------
 
 
-class BeginAlongConnection(_BeginsAlong, Connection[Any]):
+class BeginAlongConnection(_BeginsAlong, Connection[object]):
     """A connection of psycopg on which BEGIN goes along with the first statement."""
 
     def set_autocommit(self, value: bool) -> None:
@@ -173,20 +174,20 @@ class BeginAlongConnection(_BeginsAlong, Connection[Any]):
             self.settle()
 
 
-class _Cursor(Cursor[Any]):
+class _Cursor(Cursor[object]):
     @property
     def connection(self) -> BeginAlongConnection:
         return cast("BeginAlongConnection", super().connection)
 
-    def execute(self, query: Any, params: Any = None, *, prepare: bool | None = None, binary: bool | None = None) -> Self:
+    def execute(self, query: Any, params: Params | None = None, **options: bool | None) -> Self:
         connection = self.connection
         connection.close_if_left_in_the_middle()
         connection.settle()  # the transaction was ended by another kind of cursor
         if connection.begins_along(query, params):
             with connection.beginning():
-                return super().execute(query, params, prepare=prepare, binary=binary)
+                return super().execute(query, params, **options)
         try:
-            return super().execute(query, params, prepare=prepare, binary=binary)
+            return super().execute(query, params, **options)
         finally:
             connection.settle()  # the statement may be COMMIT or ROLLBACK
 
@@ -202,7 +203,7 @@ def connect(*arguments: Any, **parameters: Any) -> BeginAlongConnection:
 # ---- for coroutines -----------------------------------------------------------------------------------------------------
 
 
-class AsyncBeginAlongConnection(_BeginsAlong, AsyncConnection[Any]):
+class AsyncBeginAlongConnection(_BeginsAlong, AsyncConnection[object]):
     """The same for coroutines."""
 
     async def set_autocommit(self, value: bool) -> None:
@@ -243,20 +244,20 @@ class AsyncBeginAlongConnection(_BeginsAlong, AsyncConnection[Any]):
             await self.settle()
 
 
-class _AsyncCursor(AsyncCursor[Any]):
+class _AsyncCursor(AsyncCursor[object]):
     @property
     def connection(self) -> AsyncBeginAlongConnection:
         return cast("AsyncBeginAlongConnection", super().connection)
 
-    async def execute(self, query: Any, params: Any = None, *, prepare: bool | None = None, binary: bool | None = None) -> Self:
+    async def execute(self, query: Any, params: Params | None = None, **options: bool | None) -> Self:
         connection = self.connection
         connection.close_if_left_in_the_middle()
         await connection.settle()
         if connection.begins_along(query, params):
             async with connection.beginning():
-                return await super().execute(query, params, prepare=prepare, binary=binary)
+                return await super().execute(query, params, **options)
         try:
-            return await super().execute(query, params, prepare=prepare, binary=binary)
+            return await super().execute(query, params, **options)
         finally:
             await connection.settle()
 
@@ -269,6 +270,6 @@ async def connect_async(*arguments: Any, **parameters: Any) -> AsyncBeginAlongCo
     return connection
 
 
-def _is_tcp(connection: BaseConnection[Any]) -> bool:
+def _is_tcp(connection: BaseConnection[object]) -> bool:
     """Return whether a round trip is worth saving: over a Unix socket the pipeline costs about as much as it saves."""
     return not connection.info.host.startswith(("/", "@"))

@@ -1,29 +1,31 @@
-"""How statements are sent on psycopg's and asyncpg's own connections, and answered later."""
+"""Connections of psycopg and asyncpg, for `concurrent_statements`."""
 
 from __future__ import annotations
 
 import asyncio
 import selectors
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from app_db._compat.sqlalchemy_asyncpg import adapted_error, note_ended_transaction
-from app_db._databases.exchange import DONE, Answer, AsyncChannel, Channel, Outcome
+from app_db._databases.concurrent_statements import DONE, Answer, AwaitedConnection, NonBlockingConnection, Outcome
 
 if TYPE_CHECKING:
+    import asyncpg
     import psycopg
     from psycopg.pq.abc import PGresult
+    from sqlalchemy.engine.interfaces import DBAPIConnection
 
 
-class PsycopgChannel(Channel):
-    """psycopg's connection, spoken to by way of libpq.
+class NonBlockingPsycopg(NonBlockingConnection):
+    """A connection of psycopg, used through libpq.
 
-    psycopg's cursor would begin a transaction, and its two-phase methods replace the reason why PREPARE failed by their own
-    confusion. Its commit() and rollback() do nothing where libpq knows that the transaction has ended.
+    A cursor of psycopg would begin a transaction. psycopg's two-phase methods hide why PREPARE failed. Its commit() and
+    rollback() do nothing if libpq knows that the transaction has ended.
     """
 
     _done = (1, 2)  # libpq's PGRES_COMMAND_OK and PGRES_TUPLES_OK
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+    def __init__(self, connection: psycopg.BaseConnection[object]) -> None:
         import psycopg
 
         self.driver_error = psycopg.Error
@@ -61,19 +63,19 @@ class PsycopgChannel(Channel):
         return None
 
     def _hand_on_notifications(self) -> None:
-        # psycopg does so wherever it reads; what stays with libpq is seen late or, by Connection.notifies(), never.
+        # psycopg does so wherever it reads. A notification that stays in libpq is seen late, or never by notifies().
         while notification := self._libpq.notifies():
             if self._libpq.notify_handler is not None:
                 self._libpq.notify_handler(notification)
 
     def _answer(self) -> Answer:
-        result, self._result = self._result, None  # no interruption shall take it for the answer to the next statement
+        result, self._result = self._result, None  # or an interruption might leave it as the answer to the next statement
         if result is None or result.status not in self._done:
             return self._bad_answer(result)
         if result.command_status == b"ROLLBACK" and not self._statement.startswith("ROLLBACK"):
             from psycopg.errors import InFailedSqlTransaction
 
-            # How the server answers COMMIT and PREPARE TRANSACTION where a statement had failed, or nothing had begun.
+            # The server answers COMMIT and PREPARE TRANSACTION so after a failed statement, or if no transaction has begun.
             return Answer(Outcome.REFUSED, InFailedSqlTransaction(f"the server answered {self._statement} with ROLLBACK"))
         return DONE
 
@@ -83,53 +85,52 @@ class PsycopgChannel(Channel):
 
         if result is None:
             return Answer(Outcome.UNKNOWN, errors.OperationalError("the answer got lost"))
-        # Whoever is being shut down says FATAL, and may have done by then what was asked.
+        # A server that is being shut down answers FATAL, and may have executed the statement.
         refused = result.error_field(DiagnosticField.SEVERITY_NONLOCALIZED) == b"ERROR"
         error = errors.error_from_result(result, encoding=self._connection.info.encoding)
         return Answer(Outcome.REFUSED if refused else Outcome.UNKNOWN, error)
 
     def abandon(self) -> None:
-        self._connection.close()
+        self._libpq.finish()
 
 
-class AsyncPsycopgChannel(AsyncChannel):
-    """psycopg's asynchronous connection: libpq is the same, and the event loop waits for its socket."""
+class AwaitedPsycopg(AwaitedConnection):
+    """An async connection of psycopg. libpq is the same; the event loop waits for its socket."""
 
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
-        self._channel = PsycopgChannel(connection)
+    def __init__(self, connection: psycopg.AsyncConnection[object]) -> None:
+        self._non_blocking = NonBlockingPsycopg(connection)
 
-    async def say(self, statement: str) -> Answer:
-        self._channel.send(statement)
-        answer = self._channel.collect(ready=False)
+    async def execute(self, statement: str) -> Answer:
+        self._non_blocking.send(statement)
+        answer = self._non_blocking.collect(ready=False)
         while answer is None:
-            await _until_ready(self._channel)
-            answer = self._channel.collect(ready=True)
+            await _until_ready(self._non_blocking)
+            answer = self._non_blocking.collect(ready=True)
         return answer
 
     def abandon(self) -> None:
-        self._connection.pgconn.finish()  # close() has to be awaited, though it waits for nothing
+        self._non_blocking.abandon()
 
 
-class AsyncpgChannel(AsyncChannel):
-    """asyncpg's connection, as SQLAlchemy adapts it.
+class AwaitedAsyncpg(AwaitedConnection):
+    """A connection of asyncpg, as SQLAlchemy adapts it.
 
-    It is spoken to below the adapter, which would take two round trips for a statement, and keep it to be said again.
+    Statements are sent below the adapter, which would prepare each statement with a round trip of its own, and keep it.
     """
 
-    def __init__(self, connection: Any) -> None:
-        self._adapted = connection
-        self._connection = connection.driver_connection
+    def __init__(self, adapted: DBAPIConnection) -> None:
+        self._adapted = adapted
+        self._connection: asyncpg.Connection = adapted.driver_connection
 
-    async def say(self, statement: str) -> Answer:
+    async def execute(self, statement: str) -> Answer:
         try:
             answered = await self._connection.execute(statement)
             self._notice_end()
             self._refuse_rollback(statement, answered)
-        except Exception as error:  # noqa: BLE001  # the driver's, the socket's: whatever it is, it is the answer
+        except Exception as error:  # noqa: BLE001  # of the driver or the socket: each is an answer
             self._notice_end()
             return self._answer(error)
-        return Answer(Outcome.DONE)
+        return DONE
 
     def _notice_end(self) -> None:
         if self._connection.is_closed() or not self._connection.is_in_transaction():
@@ -143,7 +144,7 @@ class AsyncpgChannel(AsyncChannel):
 
     def _answer(self, error: Exception) -> Answer:
         sqlstate = getattr(error, "sqlstate", None)
-        # 08 is a lost connection, 57P a server that is going away; without any, it is not the server who speaks.
+        # 08 is a lost connection, 57P a server that is shut down. An error without a SQLSTATE is not the server's.
         unclear = sqlstate is None or sqlstate.startswith(("08", "57P"))
         return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, adapted_error(self._adapted, error))
 
@@ -151,8 +152,8 @@ class AsyncpgChannel(AsyncChannel):
         self._connection.terminate()
 
 
-async def _until_ready(channel: PsycopgChannel) -> None:
-    """Wait until the socket has something for the line, or takes something from it."""
+async def _until_ready(connection: NonBlockingPsycopg) -> None:
+    """Wait until the socket is ready to be read or, if there is something to send, to be written."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
 
@@ -160,9 +161,9 @@ async def _until_ready(channel: PsycopgChannel) -> None:
         if not ready.done():
             ready.set_result(None)
 
-    descriptor = channel.fileno()
+    descriptor = connection.fileno()
     loop.add_reader(descriptor, note)
-    if channel.events & selectors.EVENT_WRITE:
+    if connection.events & selectors.EVENT_WRITE:
         loop.add_writer(descriptor, note)
     try:
         await ready

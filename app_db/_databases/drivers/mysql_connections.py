@@ -1,24 +1,28 @@
-"""How statements are sent on PyMySQL's and asyncmy's own connections, and answered later."""
+"""Connections of PyMySQL and asyncmy, for `concurrent_statements`."""
 
 from __future__ import annotations
 
 import time
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from app_db._compat import pymysql
-from app_db._databases.exchange import DONE, Answer, AsyncChannel, Channel, Outcome
+from app_db._databases.concurrent_statements import DONE, Answer, AwaitedConnection, NonBlockingConnection, Outcome
+from app_db._databases.database import execute
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine.interfaces import DBAPIConnection
 
 
-class PyMySQLChannel(Channel):
-    """PyMySQL's connection."""
+class NonBlockingPyMySQL(NonBlockingConnection):
+    """A connection of PyMySQL."""
 
     unclear = frozenset({1053, 1180, 1317, 1401, 1927})
-    """Shut down, failed or interrupted in the middle: with these errors the server leaves open what it has done."""
+    """Errors of a server that was shut down or interrupted. They don't say whether the statement was executed."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: pymysql.Connection) -> None:
         from pymysql.err import MySQLError
 
         self.driver_error = MySQLError
@@ -32,7 +36,7 @@ class PyMySQLChannel(Channel):
         pymysql.send(self._connection, statement)
 
     def collect(self, ready: bool) -> Answer | None:
-        # Only what has arrived is read, because the driver waits in its own way: an interruption would make it hang up.
+        # Read only what has arrived: PyMySQL closes the connection if it is interrupted while it waits.
         if not ready and not pymysql.has_decrypted(self._connection):
             return self._too_late() if time.monotonic() >= self.deadline else None
         try:
@@ -52,26 +56,21 @@ class PyMySQLChannel(Channel):
         pymysql.close_at_once(self._connection)
 
 
-class AsyncmyChannel(AsyncChannel):
-    """asyncmy's connection, as SQLAlchemy adapts it."""
+class AwaitedAsyncmy(AwaitedConnection):
+    """A connection of asyncmy, as SQLAlchemy adapts it."""
 
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
+    def __init__(self, adapted: DBAPIConnection) -> None:
+        self._connection = adapted
 
-    async def say(self, statement: str) -> Answer:
+    async def execute(self, statement: str) -> Answer:
         try:
-            await greenlet_spawn(self._execute, statement)
+            await greenlet_spawn(execute, self._connection, statement)
         except self._connection.dbapi.Error as error:
             code = error.args[0] if error.args else None
-            # From 2000 on they are the client's own.
-            unclear = not isinstance(code, int) or code in PyMySQLChannel.unclear or 2000 <= code < 3000
+            # The errors from 2000 to 2999 are the client's own.
+            unclear = not isinstance(code, int) or code in NonBlockingPyMySQL.unclear or 2000 <= code < 3000
             return Answer(Outcome.UNKNOWN if unclear else Outcome.REFUSED, error)
-        return Answer(Outcome.DONE)
-
-    def _execute(self, statement: str) -> None:
-        cursor = self._connection.cursor()
-        cursor.execute(statement)
-        cursor.close()
+        return DONE
 
     def abandon(self) -> None:
         self._connection.driver_connection.close()
