@@ -1,9 +1,9 @@
-"""The plugin of app_db for pytest: fixtures over `app_db.testing`, and nothing that a project doesn't ask for.
+"""The pytest plugin of app_db: fixtures over `app_db.testing`. It does nothing for a project that doesn't use them.
 
-It is a module of its own, beside the package, because pytest imports a plugin when it starts, and a plugin's package with it.
-Inside the package it would have every project that has app_db installed wait for SQLAlchemy, those that don't test with
-it included, and coverage, which begins to measure later, would miss what the package does when it is imported. So this
-imports pytest and the standard library alone, and app_db when a fixture is used.
+It is a module beside the package, because pytest imports a plugin and the plugin's package when it starts. In the package, it
+would make every project that has app_db installed wait for SQLAlchemy. Coverage begins to measure later, and would miss what
+the package does when it is imported. So this module imports pytest and the standard library only, and app_db when a fixture is
+used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -70,10 +70,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _urls(config: pytest.Config) -> dict[str, str]:
-    """Return the URLs that were given, by connection. None of them is shown: it may hold a password."""
+    """Return the URLs that were given, by connection. An error shows none of them, because it may hold a password."""
     given: dict[str, str] = {}
-    configured, said = config.getini("app_db_urls"), config.getoption("app_db_url")
-    for origin, texts in (("app_db_urls", configured or ()), ("--app-db-url", said or ())):
+    configured, on_command_line = config.getini("app_db_urls"), config.getoption("app_db_url")
+    for origin, texts in (("app_db_urls", configured or ()), ("--app-db-url", on_command_line or ())):
         for text in texts:
             name, equals, url = text.partition("=")
             if not (equals and url.strip() and re.fullmatch(r"[a-z]\w*", name.strip())):
@@ -102,7 +102,7 @@ def _masked(url: str) -> str:
 
 @dataclass(frozen=True)
 class Marked:
-    """What the marker says about a test."""
+    """The arguments of a test's marker."""
 
     connections: Collection[str] | None = None
     isolation: bool = True
@@ -118,14 +118,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             problems += found
             if found or mark.kwargs.get("isolation", True):
                 _isolate_first(item)
-    if problems and not _is_worker(config):  # which can't end the session; each of the tests fails
+    if problems and not _is_worker(config):  # a worker can't end the session, but each of these tests fails
         raise pytest.UsageError("\n".join([_MARKER_TAKES, *problems]))
 
 
-def _isolate_first(item: Any) -> None:
-    """Have a test isolated before its other fixtures write anything, and after those that it shares with other tests.
+def _isolate_first(item: Any) -> None:  # pytest has no public type for items with fixtures
+    """Add the isolation to a test's fixtures: before its own, which may write, and after those it shares with other tests.
 
-    An autouse fixture would do this too, and cost every test of every project.
+    An autouse fixture would do this too, at a cost for every test of every project.
     """
     names = [name for name in getattr(item, "fixturenames", ()) if name != "app_db_isolation"]
     definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
@@ -165,30 +165,33 @@ def _marked(request: pytest.FixtureRequest) -> Marked | None:
 
 @pytest.fixture(scope="session")
 def app_db_container() -> DatabaseContainer:
-    """The container of the application under test, which the project gives by a fixture of this name."""
+    """The container of the application. The project overrides this fixture to return it."""
     pytest.fail(PASTE, pytrace=False)
 
 
-_prepared = pytest.StashKey[list[Any]]()
-"""The containers that have their databases by now: a fixture may return what another one of the same name has made."""
+_prepared = pytest.StashKey[list[object]]()
+"""The containers that have their databases. A fixture may return what an outer fixture of the same name has made."""
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
-    """Give the container its databases as soon as it is there, whoever's fixture made it."""
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    """Give the container its databases as soon as a fixture has returned it."""
     value = yield
     if fixturedef.argname == "app_db_container":
         _prepare(value, fixturedef, request.config)
     return value
 
 
-def _prepare(container: Any, fixturedef: pytest.FixtureDef[Any], config: pytest.Config) -> None:
-    if not hasattr(container, "session_of"):
+def _prepare(value: object, fixturedef: pytest.FixtureDef[object], config: pytest.Config) -> None:
+    if not hasattr(value, "session_of"):
         pytest.fail(
-            f"The fixture app_db_container gave {type(container).__name__}, which is no container of app_db. If it is the one of "
-            "your application, return the one in it: `return container.db`, for example.",
+            f"The fixture app_db_container returned {type(value).__name__}, which is no container of app_db. If it is the "
+            "container of your application, return the database container in it: `return container.db`, for example.",
             pytrace=False,
         )
+    container = cast("DatabaseContainer", value)
     prepared = config.stash.setdefault(_prepared, [])
     if any(container is other for other in prepared):
         return
@@ -198,33 +201,33 @@ def _prepare(container: Any, fixturedef: pytest.FixtureDef[Any], config: pytest.
     if urls:
         from app_db.testing import overridden
 
-        _switch(overridden(container, urls), fixturedef, config)
+        _enter(overridden(container, urls), fixturedef, config)
     worker = getattr(config, "workerinput", {}).get("workerid")
     if worker is not None and config.getini("app_db_worker_databases"):
         from app_db.testing import worker_databases
 
-        _switch(worker_databases(container, worker), fixturedef, config)
+        _enter(worker_databases(container, worker), fixturedef, config)
 
 
-def _switch(switch: AbstractContextManager[Any], fixturedef: pytest.FixtureDef[Any], config: pytest.Config) -> None:
-    """Enter a block that is left when the fixture is torn down. What keeps it from being entered is said once."""
+def _enter(block: AbstractContextManager[object], fixturedef: pytest.FixtureDef[object], config: pytest.Config) -> None:
+    """Enter a block, and leave it when the fixture is torn down. If it can't be entered, the session ends with one error."""
     from app_db import AppDbError
 
     try:
-        switch.__enter__()
+        block.__enter__()
     except AppDbError as error:
         if _is_worker(config):
             pytest.fail(str(error), pytrace=False)
         pytest.exit(f"app_db: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
-    fixturedef.addfinalizer(lambda: switch.__exit__(None, None, None))
+    fixturedef.addfinalizer(lambda: block.__exit__(None, None, None))
 
 
 @pytest.fixture(scope="session")
 def app_db_tables(app_db_container: DatabaseContainer) -> Generator[frozenset[str]]:
-    """The tables of the models, made for the session. A project whose tables come from migrations has a fixture of this name.
+    """Create the tables of the models for the session. A project whose tables come from migrations overrides this fixture.
 
-    Its value is the frozenset of connections whose tables are the tests' own: what a test commits there in spite of its isolation
-    is deleted, where there was nothing before.
+    Its value is the frozenset of connections whose tables it made. Rows that a test commits there outside its isolation are
+    deleted from tables that were empty.
     """
     from app_db.testing import made_tables
 
@@ -239,7 +242,7 @@ def app_db_tables(app_db_container: DatabaseContainer) -> Generator[frozenset[st
 def app_db_isolation(
     request: pytest.FixtureRequest, app_db_container: DatabaseContainer, app_db_tables: object
 ) -> Generator[Isolation | None]:
-    """What the test writes is rolled back, in every database, whoever commits it. What it leaves open fails it at its end."""
+    """Roll back what the test writes, in every database, although it commits. The test fails if it leaves something open."""
     marked = _marked(request) or Marked()
     if not marked.isolation:
         yield None
@@ -265,7 +268,7 @@ def app_db_isolation(
 
 @pytest.fixture
 def app_db_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> Generator[Session]:
-    """A session of the default connection for the test itself, to prepare and to check, outside units of work."""
+    """A session of the default connection, for the test itself to prepare and to check, outside units of work."""
     isolation = _require(app_db_isolation, request)
     session = isolation.session(_default(isolation))
     yield session
@@ -274,28 +277,28 @@ def app_db_session(request: pytest.FixtureRequest, app_db_isolation: Isolation |
 
 @pytest.fixture
 def app_db_async_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> Generator[AsyncSession]:
-    """The same for tests that are coroutines."""
+    """Such a session for tests that are coroutines."""
     isolation = _require(app_db_isolation, request)
     session = isolation.async_session(_default(isolation))
     yield session
-    session.sync_session.close()  # which has nothing to say to the database, whose event loop may be closed by now
+    session.sync_session.close()  # without awaiting: the event loop may be closed, and there is nothing to send
 
 
 def _require(isolation: Isolation | None, request: pytest.FixtureRequest) -> Isolation:
     if isolation is None:
-        pytest.fail(f"{request.fixturename} needs the isolation that the marker takes the test out of", pytrace=False)
+        pytest.fail(f"{request.fixturename} needs an isolated test, and the marker says isolation=False", pytrace=False)
     return isolation
 
 
 def _default(isolation: Isolation) -> str:
-    """Return the connection that is meant where none is named: the writer, or else the first one."""
+    """Return the default connection: the writer, or the first connection if there is no writer."""
     names = isolation.names
     return "writer" if "writer" in names or not names else names[0]
 
 
 @pytest.fixture
 def app_db_hooks(app_db_container: DatabaseContainer) -> Generator[CapturedHooks]:
-    """The on-commit hooks of the test's units, which are noted and not run."""
+    """The on-commit hooks of the test's units. They are collected and not run."""
     from app_db.testing import captured_hooks
 
     with captured_hooks(app_db_container) as hooks:

@@ -1,8 +1,51 @@
-"""Every error app_db raises, on one page.
+"""All errors of app_db.
 
-An error carries what it is about as attributes and makes its sentences when it is printed: what is wrong first,
-what to do next second. `args` are the constructor's arguments, so errors survive pickling between processes.
-Each class has a page of its own in the documentation; `page` says which.
+The attributes of an error say what it is about. Printed, an error says what is wrong, and then what to do. `args` are the
+arguments of the constructor, so that errors can be pickled. Each class has a page in the documentation, which `page` names.
+
+    AppDbError
+     ├── SettingsError
+     │    ├── NothingConfigured
+     │    ├── UnknownVariable
+     │    ├── ContradictorySettings
+     │    └── TwoPhaseUnavailable
+     ├── UnknownConnection (AttributeError)
+     ├── ConnectionNotConfigured (LookupError)
+     ├── UnknownModel (LookupError)
+     ├── SpansDatabases
+     ├── NotReflected (AttributeError)
+     ├── CannotReflect
+     ├── UnknownTable (AttributeError, KeyError)
+     ├── NotWired
+     ├── UnitOfWorkError
+     │    ├── NoUnitOfWork (transaction.interfaces.NoTransaction)
+     │    ├── UnitOfWorkEnded
+     │    ├── ForeignUnitOfWork
+     │    ├── UnitOfWorkInUse
+     │    ├── AlreadyInUnitOfWork (transaction.interfaces.AlreadyInTransaction)
+     │    ├── SessionIsManaged
+     │    ├── AwaitRequired
+     │    ├── UnitOfWorkDoomed (transaction.interfaces.DoomedTransaction)
+     │    ├── UnitOfWorkTimeout (TimeoutError)
+     │    ├── ReplicaUnavailable (transaction.interfaces.TransientError)
+     │    └── ReadOnlyViolation
+     ├── InvalidUse
+     ├── CommitError
+     │    ├── NotAtomic
+     │    ├── PartialCommit
+     │    ├── TransactionLost
+     │    ├── OutcomeUnknown
+     │    ├── CommitUnconfirmed
+     │    ├── AbortedByRecovery (transaction.interfaces.TransientError)
+     │    └── HookFailed
+     ├── IsolationError
+     │    ├── CannotIsolate
+     │    ├── IsolationTimeout
+     │    └── IsolationBroken
+     ├── CannotMakeDatabase
+     └── DecisionFileUnusable
+          ├── DecisionFileDamaged
+          └── DecisionFileFull
 """
 
 from __future__ import annotations
@@ -70,9 +113,10 @@ def _listed(names: Iterable[str]) -> str:
 
 
 class AppDbError(Exception):
-    """Base of every error of app_db: `except AppDbError` catches them all."""
+    """The base of all errors of app_db: `except AppDbError` catches each of them."""
 
     page: ClassVar[str] = "errors/app-db-error"
+    """The page of the documentation about errors of this class."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -84,7 +128,7 @@ class AppDbError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with the settings: where it was set, what is wrong, what to do. Never a value that was given."""
+    """A problem with the settings: the variable, and what is wrong and what to do. It never contains the value."""
 
     variable: str
     message: str
@@ -94,9 +138,9 @@ class Problem:
 
 
 class SettingsError(AppDbError):
-    """The settings can't be used. `problems` lists everything that is wrong with them, not only the first.
+    """The settings can't be used. `problems` lists everything that is wrong with them.
 
-    Not a ValueError on purpose: pydantic would wrap one and print the input, passwords included, around it.
+    It is no ValueError on purpose: pydantic would wrap a ValueError, and print the input with it, passwords included.
     """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
@@ -110,11 +154,11 @@ class SettingsError(AppDbError):
 
 
 class NothingConfigured(SettingsError):
-    """No connection is configured at all."""
+    """No connection is configured."""
 
 
 class UnknownVariable(SettingsError):
-    """An `APP_DB_*` variable is set that nobody reads: most often a typing error."""
+    """A variable that begins with `APP_DB_` is set, and there is no such setting. Most often it is a typing error."""
 
 
 class ContradictorySettings(SettingsError):
@@ -125,11 +169,11 @@ class ContradictorySettings(SettingsError):
 
 
 class TwoPhaseUnavailable(SettingsError):
-    """Connections are two-phase whose servers, as they are set up, can't prepare a transaction."""
+    """The server of a two-phase connection can't prepare transactions, as it is configured."""
 
 
 class UnknownConnection(AppDbError, AttributeError):
-    """A container was asked for a connection, or a provider of one, that it does not declare."""
+    """A container was asked for a connection, or for a provider of one, that it does not declare."""
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
         super().__init__(name, known)
@@ -145,7 +189,7 @@ class UnknownConnection(AppDbError, AttributeError):
 
 
 class ConnectionNotConfigured(AppDbError, LookupError):
-    """A container declares a connection for which the settings have no database."""
+    """A container declares a connection, and the settings have no database for it."""
 
     def __init__(self, name: str, configured: Sequence[str]) -> None:
         super().__init__(name, configured)
@@ -187,7 +231,7 @@ class UnknownModel(AppDbError, LookupError):
 
 
 class SpansDatabases(AppDbError):
-    """A statement names tables of several connections. `places` has a table of each: its name, and the connection's."""
+    """A statement names tables of several connections. `places` has one table of each: its name, and that of the connection."""
 
     def __init__(self, places: Sequence[tuple[str, str]]) -> None:
         super().__init__(places)
@@ -196,13 +240,13 @@ class SpansDatabases(AppDbError):
     def __str__(self) -> str:
         tables = " and ".join(f"the table {table!r} of {connection!r}" for table, connection in self.places)
         return (
-            f"One statement can't reach several databases, and this one names {tables}. Ask each of them with a statement of its "
-            "own, and combine what they answer in Python."
+            f"One statement can't reach several databases, and this statement names {tables}. Send a statement to each database, "
+            "and combine the results in Python."
         )
 
 
 class NotReflected(AppDbError, AttributeError):
-    """A reflected model was used before it was filled from its database."""
+    """A reflected model was used before `container.reflect()` had read its columns from the database."""
 
     def __init__(self, model: str, connection: str) -> None:
         super().__init__(model, connection)
@@ -218,7 +262,7 @@ class NotReflected(AppDbError, AttributeError):
 
 @dataclass(frozen=True)
 class Unreflectable:
-    """A model that can't be filled from its database, and why."""
+    """A reflected model whose columns can't be read from its database, and why."""
 
     model: str
     table: str
@@ -230,7 +274,7 @@ class Unreflectable:
 
 
 class CannotReflect(AppDbError):
-    """Reflected models can't be filled from their databases. `models` lists all of them; those not listed were filled."""
+    """The columns of reflected models can't be read from the database. `models` lists these models. All others were reflected."""
 
     def __init__(self, models: Sequence[Unreflectable]) -> None:
         super().__init__(models)
@@ -243,7 +287,7 @@ class CannotReflect(AppDbError):
 
 
 class UnknownTable(AppDbError, AttributeError, KeyError):
-    """A reflected schema was asked for a table that was not there when it was read."""
+    """A reflected schema was asked for a table that did not exist when the schema was read."""
 
     def __init__(self, table: str, connection: str, known: Sequence[str]) -> None:
         super().__init__(table, connection, known)
@@ -260,7 +304,7 @@ class UnknownTable(AppDbError, AttributeError, KeyError):
 
 
 class NotWired(AppDbError):
-    """A function was called whose `Provide[...]` defaults nobody has replaced."""
+    """A function was called before the container had injected its `Provide[...]` defaults."""
 
     def __init__(self, function: str, module: str, parameter: str | None = None, marker: str | None = None) -> None:
         super().__init__(function, module, parameter, marker)
@@ -286,11 +330,11 @@ class NotWired(AppDbError):
 
 
 class UnitOfWorkError(AppDbError):
-    """A unit of work, or a session of one, was used in a way it can't be."""
+    """The base of errors in the use of a unit of work, or of its sessions."""
 
 
 class NoUnitOfWork(UnitOfWorkError, NoTransaction):  # type: ignore[misc]  # transaction has no type hints
-    """A session or the manager was used where no unit of work has begun."""
+    """A session or the transaction manager was used outside a unit of work."""
 
     def __init__(self, subject: str = "The transaction manager") -> None:
         super().__init__(subject)
@@ -342,7 +386,7 @@ class ForeignUnitOfWork(UnitOfWorkError):
 
 
 class UnitOfWorkInUse(UnitOfWorkError):
-    """A thread was to take part in a unit of work in which another thread takes part at the moment."""
+    """A thread asked to take part in a unit of work while another thread takes part in it."""
 
     def __init__(self, user: str, other: str) -> None:
         super().__init__(user, other)
@@ -358,7 +402,7 @@ class UnitOfWorkInUse(UnitOfWorkError):
 
 
 class AlreadyInUnitOfWork(UnitOfWorkError, AlreadyInTransaction):  # type: ignore[misc]  # transaction has no type hints
-    """A unit of work was to begin, outermost, where one is under way."""
+    """An outermost unit of work was begun inside another one."""
 
     def __init__(self, wanted: str = "begin()") -> None:
         super().__init__(wanted)
@@ -372,7 +416,7 @@ class AlreadyInUnitOfWork(UnitOfWorkError, AlreadyInTransaction):  # type: ignor
 
 
 class SessionIsManaged(UnitOfWorkError):
-    """A session was told to end or begin its transaction, which the unit of work does."""
+    """A session of a unit of work was told to begin or end its transaction. Only the unit does that."""
 
     def __init__(self, connection: str, method: str) -> None:
         super().__init__(connection, method)
@@ -389,7 +433,7 @@ class SessionIsManaged(UnitOfWorkError):
 
 
 class AwaitRequired(UnitOfWorkError):
-    """Something that waits for a database by way of the event loop was done where nobody can await it. Nothing was touched."""
+    """A call that has to be awaited was made where it can't be awaited. Nothing was changed."""
 
     def __init__(self, subject: str, advice: str) -> None:
         super().__init__(subject, advice)
@@ -401,7 +445,7 @@ class AwaitRequired(UnitOfWorkError):
 
 
 class UnitOfWorkDoomed(UnitOfWorkError, DoomedTransaction):  # type: ignore[misc]  # transaction has no type hints
-    """A unit of work was to commit after something in it had doomed it. Nothing was committed."""
+    """A doomed unit of work was told to commit. Nothing was committed."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -415,7 +459,7 @@ class UnitOfWorkDoomed(UnitOfWorkError, DoomedTransaction):  # type: ignore[misc
 
 
 class UnitOfWorkTimeout(UnitOfWorkError, TimeoutError):
-    """A unit of work went on for longer than its `timeout`."""
+    """A unit of work took longer than its `timeout`."""
 
     def __init__(self, timeout: float) -> None:
         super().__init__(timeout)
@@ -429,7 +473,7 @@ class UnitOfWorkTimeout(UnitOfWorkError, TimeoutError):
 
 
 class ReplicaUnavailable(UnitOfWorkError, TransientError):  # type: ignore[misc]  # transaction has no type hints
-    """A replica to which a read was sent could not be reached. The connection whose replica it is was not asked."""
+    """A replica could not be reached. The read was not sent to the connection of which it is a replica."""
 
     def __init__(self, connection: str, replica_of: str) -> None:
         super().__init__(connection, replica_of)
@@ -445,7 +489,7 @@ class ReplicaUnavailable(UnitOfWorkError, TransientError):  # type: ignore[misc]
 
 
 class InvalidUse(AppDbError):
-    """Something of app_db was used in a way that has no meaning; most often options that contradict each other."""
+    """A call that makes no sense. Most often its options contradict each other."""
 
     def __init__(self, problem: str, advice: str) -> None:
         super().__init__(problem, advice)
@@ -457,7 +501,7 @@ class InvalidUse(AppDbError):
 
 
 class ReadOnlyViolation(UnitOfWorkError):
-    """Something was to be written through a read-only session. `connection` says whose."""
+    """A write through the read-only session of `connection` was refused."""
 
     def __init__(self, connection: str, what: str, whole_unit: bool = False) -> None:
         super().__init__(connection, what, whole_unit)
@@ -480,11 +524,11 @@ class ReadOnlyViolation(UnitOfWorkError):
 
 
 class CommitError(AppDbError):
-    """A unit of work could not be committed as it was meant to be."""
+    """The base of errors in committing a unit of work."""
 
 
 class NotAtomic(CommitError):
-    """Several connections were written which can't be committed together. Nothing was committed."""
+    """A unit of work wrote to several connections that can't commit together. Nothing was committed."""
 
     def __init__(self, connections: Sequence[str]) -> None:
         super().__init__(connections)
@@ -496,13 +540,13 @@ class NotAtomic(CommitError):
             both_ways = "A session and an async session are two transactions, even of one connection. "
         return (
             f"Nothing was committed: the unit of work wrote to {_listed(self.connections)}, which can't commit together. "
-            f"{both_ways}Write to one of them only, set APP_DB_CONNECTIONS__NAME__TWO_PHASE=true for all of them but one, or "
-            "accept that one may commit and another not with APP_DB_ATOMICITY=best_effort."
+            f"{both_ways}Write to one of them only, set APP_DB_CONNECTIONS__NAME__TWO_PHASE=true for all of them but one, or set "
+            "APP_DB_ATOMICITY=best_effort and accept that some of them may commit and others not."
         )
 
 
 class PartialCommit(CommitError):
-    """Under best-effort atomicity, one connection committed and a later one failed."""
+    """With `atomicity=best_effort`, a connection committed and a later one failed."""
 
     def __init__(self, committed: Sequence[str], failed: str, rolled_back: Sequence[str]) -> None:
         super().__init__(committed, failed, rolled_back)
@@ -513,12 +557,12 @@ class PartialCommit(CommitError):
     def __str__(self) -> str:
         return (
             f"Only a part was committed. Committed: {_listed(self.committed)}. Failed: {self.failed!r}. Rolled back: "
-            f"{_listed(self.rolled_back)}. Mend the data by hand, and see the cause above for why {self.failed!r} failed."
+            f"{_listed(self.rolled_back)}. Repair the data by hand. The cause above says why {self.failed!r} failed."
         )
 
 
 class TransactionLost(CommitError):
-    """The database has given a transaction up of which the unit of work did not know. Nothing was committed."""
+    """The database ended a transaction, and the unit of work did not know. Nothing was committed."""
 
     def __init__(self, connection: str) -> None:
         super().__init__(connection)
@@ -526,16 +570,16 @@ class TransactionLost(CommitError):
 
     def __str__(self) -> str:
         return (
-            f"Nothing was committed: the connection {self.connection!r} has lost its transaction. Either a statement failed, its "
-            "error was swallowed, and the database gave the transaction up: put a statement that may fail in "
-            "`with session.begin_nested():`. Or it was ended behind the unit's back: leave that to the unit."
+            f"Nothing was committed: the connection {self.connection!r} has lost its transaction. Either a statement failed, the "
+            "code caught its error, and the database rolled the transaction back: put a statement that may fail in "
+            "`with session.begin_nested():`. Or the code ended the transaction itself: leave that to the unit."
         )
 
 
 class OutcomeUnknown(CommitError):
-    """The database went away while it was committing: the unit is there or it is not, and nobody can say which.
+    """The connection was lost during COMMIT. The unit is either committed or rolled back, and app_db can't know which.
 
-    `prepared` names the connections that recovery will bring to what was decided.
+    `prepared` names the connections that recovery will commit or roll back.
     """
 
     def __init__(self, connection: str, committed: Sequence[str] = (), prepared: Sequence[str] = ()) -> None:
@@ -548,8 +592,8 @@ class OutcomeUnknown(CommitError):
         if self.prepared:
             return (
                 f"The decision to commit was sent, and no answer came: {self.connection} can't be reached. "
-                f"{_listed(self.prepared)} stay prepared until `python -m app_db recover` has asked there; then all of them are "
-                "committed, or none is. Look in the database before trying again."
+                f"{_listed(self.prepared)} stay prepared until `python -m app_db recover` can read the decision, and commits all "
+                "of them or none. Look in the database before trying again."
             )
         others = f" Committed before: {_listed(self.committed)}." if self.committed else ""
         return (
@@ -559,7 +603,7 @@ class OutcomeUnknown(CommitError):
 
 
 class CommitUnconfirmed(CommitError):
-    """The unit of work has committed, but a database that had promised to commit its part has not answered yet."""
+    """The unit of work has committed, but a database that had prepared its branch did not confirm the commit."""
 
     def __init__(self, connections: Sequence[str]) -> None:
         super().__init__(connections)
@@ -574,7 +618,7 @@ class CommitUnconfirmed(CommitError):
 
 
 class AbortedByRecovery(CommitError, TransientError):  # type: ignore[misc]  # transaction has no type hints
-    """A recovery rolled the unit of work back before it had decided to commit. Nothing was committed; it can be repeated."""
+    """A recovery rolled the unit of work back before it decided to commit. Nothing was committed, and it can be repeated."""
 
     def __init__(self, unit: str) -> None:
         super().__init__(unit)
@@ -582,13 +626,13 @@ class AbortedByRecovery(CommitError, TransientError):  # type: ignore[misc]  # t
 
     def __str__(self) -> str:
         return (
-            f"Nothing was committed: a recovery took the unit of work {self.unit} for a dead one and rolled it back. Repeat it "
-            "(`attempts=2` does), or give recovery a longer grace."
+            f"Nothing was committed: a recovery took the process of the unit of work {self.unit} for dead, and rolled it back. "
+            "Repeat the unit (`attempts=2` does), or give recovery a longer grace."
         )
 
 
 class HookFailed(CommitError):
-    """Hooks failed after the unit of work had committed. `errors` says what they raised."""
+    """Hooks failed after the unit of work had committed. `errors` are the exceptions that they raised."""
 
     def __init__(self, errors: Sequence[BaseException]) -> None:
         super().__init__(errors)
@@ -598,7 +642,7 @@ class HookFailed(CommitError):
         causes = "; ".join(f"{type(error).__name__}: {error}" for error in self.errors)
         return (
             f"The unit of work was committed, and then {len(self.errors)} of its hooks failed ({causes}). "
-            "Don't repeat the unit; mend what the hooks do."
+            "Don't repeat the unit; do the work of these hooks in another way."
         )
 
 
@@ -606,11 +650,11 @@ class HookFailed(CommitError):
 
 
 class IsolationError(AppDbError):
-    """Base of what goes wrong because a test is isolated, and would not happen outside one."""
+    """The base of errors that happen only because a test is isolated."""
 
 
 class CannotIsolate(IsolationError):
-    """What a test is about to do can't be rolled back with it. It was not done."""
+    """An isolated test asked for something that can't be rolled back with it. It was not done."""
 
     def __init__(self, connection: str, subject: str, advice: str) -> None:
         super().__init__(connection, subject, advice)
@@ -624,7 +668,7 @@ class CannotIsolate(IsolationError):
 
 
 class IsolationTimeout(IsolationError):
-    """A unit of work waited for its turn on a connection that the units of an isolated test share, and it did not come."""
+    """A unit of work in an isolated test waited too long for another unit, which uses the same connection."""
 
     def __init__(self, connection: str, holders: Sequence[str], seconds: float) -> None:
         super().__init__(connection, holders, seconds)
@@ -633,29 +677,33 @@ class IsolationTimeout(IsolationError):
         self.seconds = seconds
 
     def __str__(self) -> str:
-        who = "; ".join(self.holders) or "another one"
-        what = f"A unit of work that uses {self.connection!r}" if self.connection else "A statement"
+        holders = "; ".join(self.holders) or "another thread or task"
+        if not self.connection:
+            return (
+                f"Timed out after {self.seconds:g} s waiting to send a statement: the sessions of an isolated test share one "
+                f"connection, and {holders} uses it. Let that end first, or isolate with more `patience`."
+            )
         return (
-            f"{what} has waited for {self.seconds:g} s: in an isolated test units run one after the other, and before it comes "
-            f"{who}. Let that end its unit before it waits for this one, run this one inside it, or isolate with more patience."
+            f"Timed out after {self.seconds:g} s waiting for the connection {self.connection!r}: the units of an isolated test "
+            f"run one after the other, and a unit is open in {holders}. End that unit first, run this one inside it, or isolate "
+            "with more `patience`."
         )
 
 
 class IsolationBroken(IsolationError):
-    """An isolated test has left something behind, or something of it was not as it would have been outside a test."""
+    """An isolated test left something open, or something in it did not happen as it would outside a test."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__(problems)
         self.problems = tuple(problems)
 
     def __str__(self) -> str:
-        return "\n".join(
-            ["When the isolation ended, not everything was as it should be:", *(f"  {each}" for each in self.problems)]
-        )
+        head = "The isolated test left something open, or could not be isolated completely:"
+        return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
 
 
 class CannotMakeDatabase(AppDbError):
-    """A database of a worker's own, for tests that run at the same time, could not be made."""
+    """The database of one worker, for tests that run in several processes, could not be created."""
 
     def __init__(self, connection: str, database: str, reason: str) -> None:
         super().__init__(connection, database, reason)
@@ -665,9 +713,9 @@ class CannotMakeDatabase(AppDbError):
 
     def __str__(self) -> str:
         return (
-            f"The database {self.database!r} of a worker's own could not be made for the connection {self.connection!r} "
-            f"({self.reason}). Let the user of that connection make databases, make it beforehand, or give "
-            "each worker another URL and set app_db_worker_databases = false in the configuration of pytest."
+            f"The database {self.database!r} could not be created for the connection {self.connection!r} ({self.reason}). Each "
+            "worker needs its own. Allow the user of that connection to create databases, or create it beforehand, or give each "
+            "worker another URL and set app_db_worker_databases = false in the configuration of pytest."
         )
 
 
@@ -675,7 +723,7 @@ class CannotMakeDatabase(AppDbError):
 
 
 class DecisionFileUnusable(AppDbError):
-    """The SQLite file that keeps decisions can't be used. Where `undecided` is true, nothing was decided by what failed."""
+    """The SQLite file of decisions can't be used. If `undecided` is true, the unit that failed was not decided."""
 
     def __init__(self, path: str, problem: str, remedy: str, undecided: bool = True) -> None:
         super().__init__(path, problem, remedy, undecided)
@@ -689,20 +737,20 @@ class DecisionFileUnusable(AppDbError):
 
 
 class DecisionFileDamaged(DecisionFileUnusable):
-    """The SQLite file that keeps decisions is damaged, or it is another file. Nothing was decided, and nothing is changed."""
+    """The SQLite file of decisions is damaged, or it is another file. Nothing was decided, and the file was not changed."""
 
     def __init__(self, path: str, problem: str) -> None:
         remedy = (
-            "Don't delete it: it may be all that says which units of work have committed. Restore it; or commit or roll back "
-            "by hand what is prepared in the databases, after reading what it still says, and then move it away together with "
-            "its -wal and -shm: a new one is made when it is needed"
+            "Don't delete it: it may be the only record of which units of work have committed. Restore it. Or read what it still "
+            "says, commit or roll back by hand what is prepared in the databases, and then move it away together with its -wal "
+            "and -shm files: app_db creates a new one"
         )
         super().__init__(path, problem, remedy)
         self.args = (path, problem)
 
 
 class DecisionFileFull(DecisionFileUnusable):
-    """There is no room for a decision on the disk of the SQLite file that keeps them. Nothing was decided."""
+    """The disk of the SQLite file of decisions is full. Nothing was decided."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, "its disk is full", "Make room, then run `python -m app_db recover`")

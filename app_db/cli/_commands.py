@@ -1,4 +1,4 @@
-"""The command line, `python -m app_db`: a skin over what containers do."""
+"""The command line, `python -m app_db`. Its commands call methods of containers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import cast
 
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.recovery import GRACE, BranchInDoubt, BranchState, Settlement, UnitInDoubt
@@ -23,7 +24,7 @@ from app_db.settings import DatabaseSettings
 EXIT_CODES = """\
 exit codes:
   0  nothing is left to do
-  1  something is, or may be, left: what and why is printed
+  1  something is left, or may be left; the output says what and why
   2  the command could not run
 """
 
@@ -31,7 +32,10 @@ NOTHING_LEFT, SOMETHING_LEFT, COULD_NOT_RUN = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code."""
+    """Run a command and return its exit code: 0, 1 or 2, as `--help` says.
+
+    Without `arguments` it reads those of the process. Errors are printed, and not raised.
+    """
     options = _parser().parse_args(arguments)
     try:
         container = _container(options.container)
@@ -46,27 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"--container {options.container}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted. Nothing is lost by that: run it again.", file=sys.stderr)
-    except Exception as error:  # noqa: BLE001  # an operator has no use for a traceback
+    except Exception as error:  # noqa: BLE001  # a traceback does not help an operator
         print(f"app_db could not go on: {in_one_line(error)}", file=sys.stderr)
     return COULD_NOT_RUN
 
 
 def _parser() -> argparse.ArgumentParser:
-    how: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXIT_CODES}
-    parser = argparse.ArgumentParser(prog="python -m app_db", description="Look after an application's databases.", **how)
+    parser = argparse.ArgumentParser(prog="python -m app_db", description="Look after an application's databases.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    recover = commands.add_parser("recover", help="settle what a crash left prepared", description=_recover.__doc__, **how)
-    recover.add_argument("--dry-run", action="store_true", help="change nothing, and say what would be done")
+    recover = commands.add_parser("recover", help="settle what a crash left prepared", description=_recover.__doc__)
+    recover.add_argument("--dry-run", action="store_true", help="change nothing, and print what would be done")
     recover.add_argument(
         "--grace",
         type=_seconds,
         default=GRACE,
         metavar="SECONDS",
-        help="leave what was prepared less than so long ago to its committer, and wait for that (default: %(default)g)",
+        help="wait for what was prepared less than so long ago, because its process may still commit it (default: %(default)g)",
     )
     recover.set_defaults(command=_recover)
-    check = commands.add_parser("check", help="say whether two-phase commit can work", description=_check.__doc__, **how)
+    check = commands.add_parser("check", help="check whether two-phase commit can work", description=_check.__doc__)
     check.set_defaults(command=_check)
+    for each in (parser, recover, check):
+        each.formatter_class, each.epilog = argparse.RawDescriptionHelpFormatter, EXIT_CODES
     for command in (recover, check):
         command.add_argument(
             "--container",
@@ -87,7 +92,7 @@ def _seconds(text: str) -> float:
 
 
 class _NoContainer(Exception):
-    """What is named by --container can't be used. The message never quotes what the application said: that may hold secrets."""
+    """The value of --container can't be used. The message never quotes an error of the application, which may hold secrets."""
 
 
 def _container(name: str | None) -> DatabaseContainer:
@@ -95,7 +100,7 @@ def _container(name: str | None) -> DatabaseContainer:
         settings = DatabaseSettings()
         return container_of(*settings.connections)(settings=settings)
     module, _, path = name.partition(":")
-    found = _imported(module)
+    found: object = _imported(module)
     for part in (path or "container").split("."):
         try:
             found = getattr(found, part)
@@ -104,13 +109,12 @@ def _container(name: str | None) -> DatabaseContainer:
     made = _called(found) if callable(found) else found
     if not hasattr(made, "session_of"):
         raise _NoContainer("it is no database container. Name one, its class, or a function that returns it: MODULE:NAME")
-    container: DatabaseContainer = made
-    return container
+    return cast("DatabaseContainer", made)
 
 
-def _imported(module: str) -> Any:
+def _imported(module: str) -> ModuleType:
     if not module:
-        raise _NoContainer("there is no module named. Give MODULE:NAME")
+        raise _NoContainer("it names no module. Give MODULE:NAME")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -120,45 +124,45 @@ def _imported(module: str) -> Any:
         raise
     except ModuleNotFoundError as error:
         raise _NoContainer(f"there is no module {error.name!r}. Run this where the application runs") from None
-    except Exception as error:  # noqa: BLE001  # whatever the application raises
+    except Exception as error:  # noqa: BLE001  # the application may raise anything
         raise _NoContainer(
             f"the module {module!r} can't be imported ({type(error).__name__}). Import it in Python to see why"
         ) from None
 
 
-def _called(make: Any) -> Any:
+def _called(make: Callable[[], object]) -> object:
     try:
         return make()
     except AppDbError:
         raise
-    except Exception as error:  # noqa: BLE001  # whatever the application raises
+    except Exception as error:  # noqa: BLE001  # the application may raise anything
         raise _NoContainer(f"calling it failed ({type(error).__name__}). Call it in Python to see why") from None
 
 
 @contextmanager
 def _without_log_records() -> Generator[None]:
-    """Keep what recovery logs off the page, which says the same: unless the application has set logging up, and wants it."""
-    nowhere = logging.NullHandler()
-    logging.root.addHandler(nowhere)
+    """Keep log records of recovery off the terminal, whose output says the same, unless the application configures logging."""
+    handler = logging.NullHandler()
+    logging.root.addHandler(handler)
     try:
         yield
     finally:
-        logging.root.removeHandler(nowhere)
+        logging.root.removeHandler(handler)
 
 
 # ---- recover ------------------------------------------------------------------------------------------------------------
 
 
 def _recover(container: DatabaseContainer, options: argparse.Namespace) -> int:
-    """Commit or roll back the branches that a crash left prepared. Safe at any time, from any host."""
+    """Commit or roll back the branches that a crash left prepared. You can run it at any time and from any host."""
     settlement = container.recovery().settle(grace=options.grace, dry_run=options.dry_run)
-    for line in _page(settlement, container.settings().application, options.dry_run):
+    for line in _report(settlement, container.settings().application, options.dry_run):
         print(line)
     return SOMETHING_LEFT if settlement.left else NOTHING_LEFT
 
 
-def _page(settlement: Settlement, application: str, dry_run: bool) -> Iterator[str]:
-    """Yield what an operator has to know, the units of work first, oldest first, and the sum last."""
+def _report(settlement: Settlement, application: str, dry_run: bool) -> Iterator[str]:
+    """Yield the lines of the report: the units of work, oldest first, then databases without an answer, and the totals."""
     for unit in settlement.units:
         yield f"{unit.unit}, begun {_moment(unit.begun_at)}: {_summary(unit, dry_run)}"
         width = max(len(branch.connection) for branch in unit.branches)
@@ -170,22 +174,22 @@ def _page(settlement: Settlement, application: str, dry_run: bool) -> Iterator[s
     if settlement.unreachable:
         yield "What is prepared there keeps its locks. Run this again when it can be reached."
         yield ""
-    yield _sum(settlement, application, dry_run)
+    yield _totals(settlement, application, dry_run)
 
 
 def _summary(unit: UnitInDoubt, dry_run: bool) -> str:
     if all(branch.state is BranchState.GONE for branch in unit.branches):
-        return "somebody else has settled it meanwhile"
+        return "another recovery has settled it meanwhile"
     if unit.verdict is None:
         return f"{'under way' if unit.is_under_way else 'LEFT IN DOUBT'}, because {unit.reason}"
-    decided = "it was decided to commit it" if unit.verdict is Verdict.COMMIT else "nobody had decided to commit it"
+    decided = "it was decided to commit it" if unit.verdict is Verdict.COMMIT else "there was no decision to commit it"
     if unit.is_under_way:
         return f"under way, because {unit.reason}; later it would be {_participle(unit.verdict)}, because {decided}"
     if dry_run:
         return f"would be {_participle(unit.verdict)}, because {decided}"
     if unit.is_settled:
         return f"{_participle(unit.verdict)}, because {decided}"
-    return f"LEFT, because not all of it could be {_participle(unit.verdict)}, as it must be: {decided}"
+    return f"LEFT, because not all of it could be {_participle(unit.verdict)}; {decided}"
 
 
 def _participle(verdict: Verdict) -> str:
@@ -208,8 +212,8 @@ def _state(branch: BranchInDoubt, unit: UnitInDoubt, dry_run: bool) -> str:
 def _moment(at: float) -> str:
     try:
         spelled = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (ValueError, OverflowError, OSError):  # any six letters are a time
-        return "nobody knows when"
+    except (ValueError, OverflowError, OSError):  # the letters of an xid may spell any number
+        return "at an unknown time"
     return f"{spelled} ({_duration(time.time() - at)} ago)"
 
 
@@ -220,7 +224,7 @@ def _duration(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def _sum(settlement: Settlement, application: str, dry_run: bool) -> str:
+def _totals(settlement: Settlement, application: str, dry_run: bool) -> str:
     if not (settlement.units or settlement.unreachable or settlement.forgotten):
         return f"Nothing of {application!r} is in doubt."
     settled = sum(unit.is_settled for unit in settlement.units)
@@ -244,7 +248,7 @@ def _counted(number: int, thing: str) -> str:
 
 
 def _check(container: DatabaseContainer, options: argparse.Namespace) -> int:
-    """Ask the server of every two-phase connection whether it can prepare, and try whether decisions can be written."""
+    """Ask the server of each two-phase connection whether it can prepare transactions, and try to write a decision."""
     container.check()
     places = container.core.decision_places()
     names = places.two_phase()

@@ -1,4 +1,4 @@
-"""Bases and metadata by connection name, and which connection a model belongs to."""
+"""Declarative bases and MetaData for each connection, and the connection of a model."""
 
 from app_db.models._bases import CONNECTION, Reflected, connection_of, metadata_of, orm_base
 

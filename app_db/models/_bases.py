@@ -1,12 +1,12 @@
-"""Declarative bases and metadata by connection name: a model knows the name of its connection, and never an engine.
+"""Declarative bases and MetaData for each connection: a model knows the name of its connection, and no engine.
 
-The name stands in the `info` of the MetaData that a model's table is in, under `CONNECTION`, and everything else reads it
-there. A MetaData of the application's own with that key does as well as one of `metadata_of`.
+The name is in the `info` of the MetaData of a model's table, under the key `CONNECTION`. All else reads it there, so a MetaData
+of the application's own works too if it has that key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from types import new_class
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -32,81 +32,80 @@ from app_db.errors import InvalidUse, NotReflected, SpansDatabases, UnknownModel
 from app_db.settings._connection_settings import CONNECTION_NAME_RULE, is_connection_name
 
 CONNECTION = "app_db_connection"
-"""The key in a MetaData's `info` under which the name of its connection stands."""
+"""The key of a connection's name in the `info` of a MetaData."""
 
-# ---- what a model is made from ----------------------------------------------------------------------------------------
+# ---- metadata and bases ----------------------------------------------------------------------------------------
+
+_Convention = Mapping[str, Any]  # as SQLAlchemy has it
 
 _metadata: dict[str, MetaData] = {}
 
 
-def metadata_of(name: str = "writer", *, naming_convention: Mapping[str, Any] | None = None) -> MetaData:
-    """Return the one MetaData of this process for the tables of the connection `name`.
+def metadata_of(name: str = "writer", *, naming_convention: _Convention | None = None) -> MetaData:
+    """Return the MetaData for the tables of the connection `name`. Each call returns the same one.
 
-    Settings need not be there yet. A naming convention holds for all who ask for that name, and has to be given before there are
-    tables.
+    The connection need not be configured yet. A naming convention has to be given before the MetaData has tables. Raises
+    InvalidUse for a second naming convention, for one that comes too late, and for a name that no connection can have.
 
     >>> from app_db import metadata_of
     >>> metadata_of("warehouse") is metadata_of("warehouse")
     True
     """
-    known = _metadata.get(name) or _metadata.setdefault(_checked(name), MetaData(info={CONNECTION: name}))
+    if name not in _metadata and not is_connection_name(name):
+        raise InvalidUse(f"A connection can't be called {name!r}", f"Its name must be {CONNECTION_NAME_RULE}")
+    known = _metadata.get(name) or _metadata.setdefault(name, MetaData(info={CONNECTION: name}))
     if naming_convention is not None:
-        _agree(name, known, naming_convention)
+        _set_convention(name, known, naming_convention)
     return known
 
 
-def _checked(name: str) -> str:
-    if not is_connection_name(name):
-        raise InvalidUse(f"A connection can't be called {name!r}", f"Its name must be {CONNECTION_NAME_RULE}")
-    return name
-
-
-def _agree(name: str, known: MetaData, naming_convention: Mapping[str, Any]) -> None:
+def _set_convention(name: str, known: MetaData, naming_convention: _Convention) -> None:
     wanted = MetaData(naming_convention=dict(naming_convention)).naming_convention
     if known.naming_convention == wanted:
         return
     if known.naming_convention != MetaData().naming_convention:
         problem = f"Two different naming conventions were given for the tables of {name!r}"
-        raise InvalidUse(problem, "Give one of them, in the place that is imported first")
+        raise InvalidUse(problem, "Give only one of them, in the module that is imported first")
     if known.tables:
-        problem = f"A naming convention was given for the tables of {name!r} when there were some without it already"
+        problem = f"A naming convention was given for the tables of {name!r} after some of them had been declared without it"
         raise InvalidUse(problem, "Give it to the first orm_base() or metadata_of() of that name")
     known.naming_convention = wanted
 
 
 class _OrmBase:
-    """Beside DeclarativeBase in a base of `orm_base`: lets a class below it that declares nothing be a base, too."""
+    """A mixin for the bases of `orm_base`: a subclass that declares nothing is abstract, and so a base as well."""
 
     if TYPE_CHECKING:
         __abstract__: bool
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
+    def __init_subclass__(cls, **arguments: object) -> None:
         if DeclarativeBase not in cls.__bases__ and _declares_nothing(cls):
             cls.__abstract__ = True
         super().__init_subclass__(**arguments)
 
 
-_SAYS_WHAT_A_TABLE_IS = frozenset({"__annotations__", "__annotate__", "__annotate_func__", "__table__", "__tablename__"})
+_DECLARES_A_TABLE = frozenset({"__annotations__", "__annotate__", "__annotate_func__", "__table__", "__tablename__"})
 
 
-def _declares_nothing(base: type[Any]) -> bool:
+def _declares_nothing(base: type) -> bool:
     inherits = any(hasattr(base, name) for name in ("__table__", "__tablename__", "__mapper__"))
     return not inherits and not any(_is_declared(name, value) for name, value in vars(base).items())
 
 
 def _is_declared(name: str, value: object) -> bool:
-    if name in _SAYS_WHAT_A_TABLE_IS or isinstance(value, Column | MappedColumn | MapperProperty):
+    if name in _DECLARES_A_TABLE or isinstance(value, Column | MappedColumn | MapperProperty):
         return True
-    # An association proxy, whose module takes long to import.
+    # An association proxy. An isinstance check would need its module, which takes long to import.
     return isinstance(value, InspectionAttr) and value.extension_type.name == "ASSOCIATION_PROXY"
 
 
 def orm_base(
-    name: str = "writer", *, naming_convention: Mapping[str, Any] | None = None, reflected: bool = False
+    name: str = "writer", *, naming_convention: _Convention | None = None, reflected: bool = False
 ) -> type[DeclarativeBase]:
-    """Return a new declarative base, for models of the connection `name`. All bases of one name share `metadata_of(name)`.
+    """Return a new declarative base for models of the connection `name`. Its MetaData is `metadata_of(name)`.
 
-    The models of a `reflected` base get their columns from the database: see `Reflected`.
+    The models of a `reflected` base get their columns from the database: see `Reflected`. Raises InvalidUse as `metadata_of`
+    does.
 
     >>> from app_db import connection_of, orm_base
     >>> from sqlalchemy.orm import Mapped, mapped_column
@@ -118,7 +117,7 @@ def orm_base(
     >>> connection_of(Letter)
     'archive'
 
-    mypy takes no call for a base class. For mypy, the same is said so:
+    mypy does not accept a call as a base class. For mypy, write the same as:
 
         class Base(DeclarativeBase):
             metadata = metadata_of("archive")
@@ -130,35 +129,36 @@ def orm_base(
     return base
 
 
-# ---- models that are filled from the database -------------------------------------------------------------------------
+# ---- reflected models -------------------------------------------------------------------------
 
 REFLECTED = "app_db_reflected"
-"""The key in a table's `info` that says that the table is somebody else's to create: it was, or will be, reflected."""
+"""The key in the `info` of a reflected table, which app_db does not create or drop."""
 
 _unreflected: set[Any] = set()
-"""A weak set could not be read while another thread imports models."""
+"""The models without columns. No weak set, because that can't be read while another thread imports models."""
 
 
 class _ReflectedMeta(DeclarativeAttributeIntercept):
-    """Makes what is asked of a model before it was reflected one clear error. Type checkers take any attribute for a column."""
+    """Raises NotReflected if a model is used before it is reflected. For type checkers, any attribute is a column."""
 
-    def __getattr__(cls, name: str) -> Any:
+    def __getattr__(cls, name: str) -> Any:  # a column has any type
         if cls in _unreflected and not name.startswith("_"):
             raise _not_reflected(cls)
         raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
 
-    if not TYPE_CHECKING:  # who would take the arguments of this for those of the model
+    if not TYPE_CHECKING:  # type checkers would take these arguments for those of the model
 
-        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        def __call__(cls, *args, **kwargs):
             if cls in _unreflected:
                 raise _not_reflected(cls)
             return super().__call__(*args, **kwargs)
 
 
 class Reflected(DeferredReflection, metaclass=_ReflectedMeta):
-    """Beside DeclarativeBase in a base: its models declare `__tablename__`, and get their columns from the live database.
+    """A mixin for declarative bases: the models declare `__tablename__`, and get their columns from the database.
 
-    `container.reflect()` does that. Columns that the class declares win over those of the database.
+    `container.reflect()` reads the columns. A column that a model declares itself replaces that of the database. Until then, any
+    use of a model raises NotReflected.
 
         class Base(Reflected, DeclarativeBase):
             metadata = metadata_of("warehouse")
@@ -169,7 +169,7 @@ class Reflected(DeferredReflection, metaclass=_ReflectedMeta):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
+    def __init_subclass__(cls, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
         table = None if "__abstract__" in vars(cls) else getattr(cls, "__table__", None)
         if table is not None:
@@ -177,36 +177,36 @@ class Reflected(DeferredReflection, metaclass=_ReflectedMeta):
             _unreflected.add(cls)
 
 
-def _refuse_unmapped(model: type[Any]) -> NoReturn:
+def _refuse_unmapped(model: type) -> NoReturn:
     raise _not_reflected(model)
 
 
 when_unmapped(Reflected, _refuse_unmapped)
 
 
-def _not_reflected(model: type[Any]) -> NotReflected:
+def _not_reflected(model: Any) -> NotReflected:
     return NotReflected(model.__name__, _connection_in(model.metadata) or "")
 
 
 def unreflected_models(name: str) -> list[type[Reflected]]:
-    """Return the models of a connection that wait for being reflected."""
+    """Return the models of a connection that are not reflected yet."""
     return [model for model in list(_unreflected) if _connection_in(model.metadata) == name]
 
 
 def note_reflected(models: Iterable[type[Reflected]]) -> None:
-    """Note that models are mapped now."""
+    """Note that these models are mapped."""
     _unreflected.difference_update(models)
 
 
-# ---- which connection a model is of -------------------------------------------------------------------------------------
+# ---- the connection of a model -------------------------------------------------------------------------------------
 
 
 def connection_of(subject: object) -> str:
-    """Return the name of the connection that `subject` belongs to: a model, what is made of models, or a statement.
+    """Return the name of the connection of `subject`: a model, a table, a statement, or a part of one of them.
 
-    That is a mapped class, its instance, mapper, alias or attribute; a table, alias, subquery or column; a MetaData or
-    declarative base; a statement. Tables without a connection (temporary ones, say) count for nothing beside others. Raises
-    UnknownModel when nothing in it has a connection, and SpansDatabases when tables of several are in it.
+    A subject is a mapped class, its instance, mapper, alias or attribute; a table, alias, subquery or column; a MetaData or
+    declarative base; a statement. Tables without a connection, such as temporary tables, are ignored beside others. Raises
+    UnknownModel if nothing in the subject has a connection, and SpansDatabases if it has tables of several connections.
     """
     found = _selectable_of(subject)
     if not isinstance(found, MetaData | Table):
@@ -222,11 +222,11 @@ def _connection_in(metadata: MetaData) -> str | None:
     return name
 
 
-def _selectable_of(subject: Any) -> Any:
-    """Return what a model is mapped to, most often its table, and the metadata of a base. All else is itself."""
+def _selectable_of(subject: object) -> object:
+    """Return the table or other selectable of a model, the MetaData of a base, and any other subject itself."""
     if isinstance(subject, ClauseElement):
         return subject
-    known = inspect(subject, raiseerr=False)
+    known: object = inspect(subject, raiseerr=False)
     if isinstance(known, QueryableAttribute):
         known = known.parent
     if isinstance(known, AliasedInsp | InstanceState):
@@ -237,11 +237,11 @@ def _selectable_of(subject: Any) -> Any:
 
 
 _MOST_STATEMENTS = 1000
-_of_statements: dict[Any, str] = {}
+_of_statements: dict[Hashable, str] = {}
 
 
-def _connection_of_parts(subject: Any) -> str:
-    """Return the connection of a statement, which is looked through only once for all that differ in their parameters alone."""
+def _connection_of_parts(subject: object) -> str:
+    """Return the connection of a statement. Statements that differ in their parameters only are searched once."""
     key = cache_key_of(subject)
     if key is None:
         return _only_connection(subject)
@@ -253,10 +253,10 @@ def _connection_of_parts(subject: Any) -> str:
     return name
 
 
-def _only_connection(subject: Any) -> str:
+def _only_connection(subject: object) -> str:
     found: dict[str, str] = {}  # the first table of each connection
     for table in _tables_in(subject):
-        name = None if table.metadata is None else _connection_in(table.metadata)  # a sequence may have none
+        name = None if table.metadata is None else _connection_in(table.metadata)  # a sequence may have no MetaData
         if name is not None:
             found.setdefault(name, table.fullname if isinstance(table, Table) else table.name)
     if len(found) > 1:
@@ -266,13 +266,14 @@ def _only_connection(subject: Any) -> str:
     return next(iter(found))
 
 
-def _tables_in(subject: Any) -> Iterator[Table | Sequence]:
+def _tables_in(subject: object) -> Iterator[Table | Sequence]:
     """Yield the tables and sequences in a statement, also those in subqueries and behind columns."""
-    remaining, seen = [subject], set[int]()
+    remaining: list[object] = [subject]
+    seen = set[int]()
     while remaining:
         element = remaining.pop()
-        while not isinstance(element, ClauseElement) and hasattr(element, "__clause_element__"):
-            element = element.__clause_element__()
+        while not isinstance(element, ClauseElement) and (clause_element := getattr(element, "__clause_element__", None)):
+            element = clause_element()
         if id(element) in seen:
             continue
         seen.add(id(element))
@@ -282,19 +283,19 @@ def _tables_in(subject: Any) -> Iterator[Table | Sequence]:
             remaining += _parts_of(element)
 
 
-def _parts_of(element: Any) -> Iterable[Any]:
+def _parts_of(element: object) -> Iterable[object]:
     if isinstance(element, ColumnClause):
         return () if element.table is None else (element.table,)
     if isinstance(element, BaseDDLElement):
         made = getattr(element, "element", None)
-        return (getattr(made, "table", made),)  # an index or a constraint has one
+        return (getattr(made, "table", made),)  # an index or a constraint has a table
     if isinstance(element, next_value):
         return (element.sequence,)
     return element.get_children() if isinstance(element, ClauseElement) else ()
 
 
-def described(subject: Any) -> str:
-    """Return how an error calls a subject. The text of a statement may hold what is secret, and is left out."""
+def described(subject: object) -> str:
+    """Return a description of a subject for errors. It leaves out the text of statements, which may hold secrets."""
     if isinstance(subject, Table):
         return f"the table {subject.fullname!r}"
     if isinstance(subject, ClauseElement):

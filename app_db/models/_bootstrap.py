@@ -1,4 +1,4 @@
-"""Making the tables and filling them for the first time: once, however often and by however many it is asked for."""
+"""Creates tables and fills them, once, however many processes ask for it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from app_db.models._reflection import connections_in
 from app_db.models._schema import create_all, create_bootstrap_table, steps, writable
 
 _ATTEMPTS = 10
-"""Whoever comes second waits for the first one, and SQLite and MariaDB give up waiting after a while."""
+"""A second process waits for the first one, and SQLite and MariaDB stop waiting after a while."""
 
 
 class _DoneBefore(Exception):
-    """Ends the unit of work of whoever comes second."""
+    """Ends a unit of work that would do a step again."""
 
 
 def bootstrap(
     container: Container, callback: Callable[[], object] | None = None, *, on: str | None = None, step: str = "bootstrap"
 ) -> bool:
-    """Make the tables, and call `callback` in a unit of work, once: return whether that was now.
+    """Create the tables, and call `callback` in a unit of work, once for each `step`. Return whether it was called now.
 
-    That it was called stands in the table `app_db_bootstrap` of the connection `on`, and commits with what it wrote, or not at
-    all. So it may be repeated until it succeeds, and of processes that do it at the same time one does it and the others wait.
-    `on` is the writer, or the only writable connection that has tables; `step` tells several callbacks apart.
+    The unit also writes the step to the table `app_db_bootstrap` of the connection `on`, so that both commit or neither. It may
+    be repeated until it succeeds. If several processes do it at the same time, one calls the callback and the others wait.
+    Without `on` it is the writer, or the only writable connection with tables. Raises InvalidUse for a coroutine function, and
+    for a connection that can't store steps.
     """
     if inspect.iscoroutinefunction(callback):
         raise InvalidUse("bootstrap() was given a coroutine function", "Use `await container.async_bootstrap(...)`")
@@ -53,7 +54,7 @@ def bootstrap(
 async def async_bootstrap(
     container: Container, callback: Callable[[], Awaitable[object]], *, on: str | None = None, step: str = "bootstrap"
 ) -> bool:
-    """Do what `bootstrap` does with a coroutine function. The tables are made in a thread, by the drivers of threads."""
+    """Do what `bootstrap` does with a coroutine function. The tables are created in a thread, by a driver for threads."""
     if not inspect.iscoroutinefunction(callback):
         raise InvalidUse("async_bootstrap() was given no coroutine function", "Use `container.bootstrap(...)`")
     await asyncio.to_thread(create_all, container)
@@ -71,7 +72,7 @@ async def async_bootstrap(
 
 
 def _claim(session: Session, step: str) -> None:
-    """Write that a step is done, first of all, so that another process waits here until this one has committed or not."""
+    """Write the row of a step before the callback runs, so that another process waits here until this one has ended."""
     done = steps()
     if session.scalar(select(done.c.step).where(done.c.step == step)) is not None:
         raise _DoneBefore
@@ -82,13 +83,13 @@ def _claim(session: Session, step: str) -> None:
 
 
 def _place(container: Container, on: str | None) -> str:
-    """Return the connection that remembers what was done, with a table for that."""
+    """Return the connection that stores the steps, after creating the table for them."""
     place = _usual_place(container) if on is None else on
     writable(container, [place])
     if not container.settings().connection(place).transactional:
         raise InvalidUse(
-            f"The connection {place!r} can't remember a bootstrap, because it commits by itself, whatever becomes of the unit",
-            "Name another one with `on`",
+            f"The connection {place!r} can't store bootstrap steps, because it commits by itself, even if the unit aborts",
+            "Name another connection with `on`",
         )
     create_bootstrap_table(container, place)
     return place
@@ -101,4 +102,4 @@ def _usual_place(container: Container) -> str:
     if len(candidates) == 1:
         return candidates[0]
     listed = ", ".join(map(repr, candidates)) or "none that has tables"
-    raise InvalidUse(f"It is not clear which connection is to remember the bootstrap: {listed}", "Name it with `on`")
+    raise InvalidUse(f"Several connections, or none, can store bootstrap steps: {listed}", "Name one with `on`")

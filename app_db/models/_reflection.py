@@ -1,11 +1,11 @@
-"""Tables that are read from the live database: those of reflected models, and whole schemas."""
+"""Reads tables from the database: those of reflected models, and whole schemas."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from sqlalchemy import Connection, Inspector, MetaData, Table, inspect
 from sqlalchemy.engine.reflection import ObjectKind
@@ -17,22 +17,25 @@ from app_db._databases.registry import database_of
 from app_db.errors import CannotReflect, UnknownConnection, UnknownTable, Unreflectable
 from app_db.models._bases import CONNECTION, REFLECTED, Reflected, note_reflected, unreflected_models
 
+if TYPE_CHECKING:
+    from sqlalchemy.engine.interfaces import ReflectedPrimaryKeyConstraint
 
-class _Looking:
-    """The terms of a transaction in which nothing is written: on SQLite it waits for no writer."""
+
+class _ReadOnlyTerms:
+    """The terms of a transaction that writes nothing. On SQLite it does not wait for writers."""
 
     read_only = True
     isolation: str | None = None
     timed = False
 
 
-_LOOKING = _Looking()
+_READ_ONLY = _ReadOnlyTerms()
 _reflecting = Lock()
-"""Models are the process's, whoever has them filled."""
+"""Held while models are filled. All containers of a process share the models."""
 
 
 def connections_in(container: Container, names: Iterable[str] = ()) -> list[str]:
-    """Return the connections that a container declares, or of these the ones that were asked for by name."""
+    """Return the connections that a container declares, or only `names`. Raises UnknownConnection for a name it does not have."""
     declared = sorted(name.removesuffix("_sessionmaker") for name in container.providers if name.endswith("_sessionmaker"))
     declared = [name for name in declared if name in container.providers]
     for name in names:
@@ -42,10 +45,10 @@ def connections_in(container: Container, names: Iterable[str] = ()) -> list[str]
 
 
 @contextmanager
-def _looking_at(container: Container, name: str) -> Generator[Connection]:
+def _connected(container: Container, name: str) -> Generator[Connection]:
     engine = container.providers[f"{name}_engine"]()
     settings = container.settings().connection(name)
-    with database_of(engine.dialect.name).engine_for_unit(engine, settings, _LOOKING).connect() as connection:
+    with database_of(engine.dialect.name).engine_for_unit(engine, settings, _READ_ONLY).connect() as connection:
         yield connection
 
 
@@ -53,11 +56,11 @@ def _looking_at(container: Container, name: str) -> Generator[Connection]:
 
 
 def reflect(container: Container, *names: str) -> None:
-    """Fill the reflected models of the container's connections, or of those named, from their databases.
+    """Read the columns of reflected models from the databases of all connections, or of those in `names`.
 
-    Each model is filled once in a process, by whichever container comes first; when all are, nothing connects. Threads that ask
-    at the same time wait for the one that does it. Raises CannotReflect, which names all models that could not be filled; they
-    may be tried again.
+    Each model is filled once in a process, by the first container that does it. If all are filled, nothing connects. Another
+    thread that calls this meanwhile waits. Raises CannotReflect, which names all models that could not be filled. These can be
+    tried again.
     """
     problems: list[Unreflectable] = []
     for name in connections_in(container, names):
@@ -69,10 +72,10 @@ def reflect(container: Container, *names: str) -> None:
 
 
 def _fill(container: Container, name: str) -> list[Unreflectable]:
-    models = unreflected_models(name)  # asked again, because another thread may have done it meanwhile
+    models = unreflected_models(name)  # again: another thread may have filled them meanwhile
     if not models:
         return []
-    with _looking_at(container, name) as connection:
+    with _connected(container, name) as connection:
         problems = list(_problems(inspect(connection), name, models))
         if not problems:
             _map(connection, models)
@@ -81,30 +84,30 @@ def _fill(container: Container, name: str) -> list[Unreflectable]:
 
 def _map(connection: Connection, models: list[type[Reflected]]) -> None:
     declared = {metadata: set(metadata.tables) for metadata in {model.metadata for model in models}}
-    chosen: Any = _Chosen("Chosen", (DeferredReflection,), {"models": frozenset(models)})
+    chosen = cast("type[DeferredReflection]", _Chosen("Chosen", (DeferredReflection,), {"models": frozenset(models)}))
     try:
         chosen.prepare(connection, views=True)
-    finally:  # an error that nobody foresaw leaves some mapped
+    finally:  # an unexpected error leaves some of them mapped
         note_reflected(model for model in models if "__mapper__" in vars(model))
     for metadata, keys in declared.items():
-        for key in metadata.tables.keys() - keys:  # what foreign keys lead to
+        for key in metadata.tables.keys() - keys:  # the tables that foreign keys refer to
             metadata.tables[key].info[REFLECTED] = True
 
 
 class _Chosen(type):
-    """The class of a class whose subclasses are those chosen: it is the subclasses of a class that SQLAlchemy prepares."""
+    """The metaclass of a class whose subclasses are `models`: SQLAlchemy prepares all subclasses of a class."""
 
-    models: frozenset[type[Any]]
+    models: frozenset[type]
 
-    def __subclasscheck__(cls, subclass: type[Any]) -> bool:
+    def __subclasscheck__(cls, subclass: type) -> bool:
         return subclass in cls.models
 
 
-def _problems(inspector: Inspector, name: str, models: Iterable[Any]) -> Iterator[Unreflectable]:
-    """Yield what would stop some of the models from being mapped, before any of them is."""
-    by_table: dict[Table, Any] = {}
+def _problems(inspector: Inspector, name: str, models: Iterable[type[Reflected]]) -> Iterator[Unreflectable]:
+    """Yield the problems of the models that can't be mapped. It is called before any of them is mapped."""
+    by_table: dict[Table, type[Reflected]] = {}
     for model in sorted(models, key=lambda model: (model.__table__.fullname, len(model.__mro__))):
-        by_table.setdefault(model.__table__, model)  # of several, the one that the others inherit from
+        by_table.setdefault(model.__table__, model)  # of several models, the one from which the others inherit
     for schema in {table.schema: None for table in by_table}:
         tables = [table for table in by_table if table.schema == schema]
         there = {*inspector.get_table_names(schema), *inspector.get_view_names(schema)}
@@ -116,7 +119,7 @@ def _problems(inspector: Inspector, name: str, models: Iterable[Any]) -> Iterato
                 yield Unreflectable(by_table[table].__name__, table.fullname, name, problem)
 
 
-def _problem(model: Any, table: Table, there: set[str], key: Any) -> str:
+def _problem(model: type[Reflected], table: Table, there: set[str], key: ReflectedPrimaryKeyConstraint | None) -> str:
     if table.name not in there:
         return "is not there"
     if not _has_key(model, table, key):
@@ -124,9 +127,9 @@ def _problem(model: Any, table: Table, there: set[str], key: Any) -> str:
     return ""
 
 
-def _has_key(model: Any, table: Table, found: Any) -> bool:
-    # The database's word counts for those of its columns that the class has not declared.
-    of_database = set((found or {}).get("constrained_columns", ())) - set(table.columns.keys())
+def _has_key(model: type[Reflected], table: Table, found: ReflectedPrimaryKeyConstraint | None) -> bool:
+    # A column that the model declares is a key only if the model says so.
+    of_database = set(found["constrained_columns"] if found else ()) - set(table.columns.keys())
     of_mapper = getattr(model, "__mapper_args__", None)
     return bool(table.primary_key.columns or of_database or (isinstance(of_mapper, dict) and "primary_key" in of_mapper))
 
@@ -135,9 +138,9 @@ def _has_key(model: Any, table: Table, found: Any) -> bool:
 
 
 class ReflectedSchema(Mapping[str, Table]):
-    """The tables and views of a schema as they were when it was read: `tables.orders`, or `tables["orders"]`.
+    """The tables and views of a schema at the time at which it was read: `tables.orders`, or `tables["orders"]`.
 
-    The second form reaches those as well that are called like a method of mappings: `tables["items"]`.
+    The second form also finds a table with the name of a method of mappings: `tables["items"]`. Raises UnknownTable.
     """
 
     def __init__(self, connection: str, tables: Mapping[str, Table]) -> None:
@@ -169,20 +172,21 @@ class ReflectedSchema(Mapping[str, Table]):
 
 
 def reflect_schema(container: Container, name: str, schema: str | None = None) -> ReflectedSchema:
-    """Read all tables and views of a connection's schema, its default one unless said otherwise, and return them by name.
+    """Read all tables and views of a connection's schema, and return them by name. Without `schema` it is the default one.
 
-    They are Tables, with primary key or without, which belong to the connection and to a MetaData of their own.
+    Tables without a primary key are included. The tables belong to the connection and to a MetaData of their own. Raises
+    UnknownConnection.
     """
     connections_in(container, [name])
     metadata = MetaData(info={CONNECTION: name})
-    with _looking_at(container, name) as connection:
+    with _connected(container, name) as connection:
         metadata.reflect(connection, schema=schema, views=True)
     return ReflectedSchema(name, {table.name: table for table in metadata.tables.values() if table.schema == schema})
 
 
 def _forget_parents_lock() -> None:
-    """Let a forked child go on where another thread of its parent was reflecting."""
-    global _reflecting  # noqa: PLW0603  # there is one
+    """Make a new lock in a forked child. Another thread of the parent may have held the old one."""
+    global _reflecting  # noqa: PLW0603  # one for the process
     _reflecting = Lock()
 
 

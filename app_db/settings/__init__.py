@@ -1,4 +1,4 @@
-"""What the databases are, and where each setting comes from."""
+"""The settings of the database connections, read with pydantic-settings."""
 
 from app_db.settings._connection_settings import ConnectionSettings, PoolSettings, SessionSettings
 from app_db.settings._database_settings import DatabaseSettings

@@ -1,6 +1,6 @@
-"""What one named connection is: which database, and how it is used.
+"""The settings of one named connection: which database it is, and how it is used.
 
-Secrets are `SecretStr` here and `***` wherever something is shown.
+Secrets are `SecretStr`, and are shown as `***`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from app_db.settings._urls import (
 )
 
 DATABASE_FIELDS = ("url", *URL_PARTS, "password_provider", "connect_args")
-"""The settings that say which database a connection uses; the others say how. A mirror has none of its own."""
+"""The settings that say which database a connection uses. The others say how. A mirror has none of these."""
 
-# ---- what a value must be ---------------------------------------------------------------------------------------
+# ---- rules for values ---------------------------------------------------------------------------------------
 
 
 def matching(pattern: str, requirement: str) -> AfterValidator:
-    """Return what refuses a value that does not match, and says what is required."""
+    """Return a validator that refuses a value which does not match, and says what is required."""
     compiled = re.compile(pattern, re.ASCII)
 
     def check(value: str) -> str:
@@ -69,7 +69,7 @@ CONNECTION_NAME_RULE = "a lower-case Python identifier without '__'"
 
 
 def is_connection_name(name: object) -> bool:
-    """Return whether a connection can have this name: CONNECTION_NAME_RULE says which names are."""
+    """Return whether a connection can have this name. CONNECTION_NAME_RULE is the rule in words."""
     matches = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*_?", name) is not None
     return matches and not iskeyword(str(name))
 
@@ -78,7 +78,7 @@ def is_connection_name(name: object) -> bool:
 
 
 class DatabaseIdentity:
-    """Stands for the one database behind a connection and its mirrors. All copies of it are the same object."""
+    """The identity of a database: a connection and its mirrors have the same one. A copy of it is the object itself."""
 
     __slots__ = ("__weakref__", "name")
 
@@ -88,12 +88,12 @@ class DatabaseIdentity:
     def __copy__(self) -> DatabaseIdentity:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DatabaseIdentity:
+    def __deepcopy__(self, memo: dict[int, object]) -> DatabaseIdentity:
         return self
 
 
 class PoolSettings(Group):
-    """How many connections are kept, and for how long. Times are seconds."""
+    """The connection pool: how many connections it keeps, and for how long. Times are in seconds."""
 
     size: int = Field(default=5, ge=1)
     max_overflow: int = Field(default=10, ge=-1)
@@ -112,10 +112,14 @@ class SessionSettings(Group):
 
 
 class ConnectionSettings(Group):
-    """One named connection: which database it is, by `url`, by its parts or by `mirror`, and how it is used.
+    """The settings of one named connection: its database, by `url`, by parts of the URL or by `mirror`, and how it is used.
 
-    By itself it is a value, and may contradict itself: the `DatabaseSettings` that it becomes a part of know its name, and refuse
-    it with an error that names the variable to change.
+    Settings that contradict each other are accepted here, and refused by the `DatabaseSettings` that contain them. These know the
+    name of the connection, so that the error names the variable to change.
+
+    >>> from app_db import ConnectionSettings
+    >>> ConnectionSettings(driver="postgresql", host="db", user="shop", password="secret", database="shop").masked_url
+    'postgresql+psycopg://shop:***@db/shop'
     """
 
     url: _Url | None = None
@@ -141,30 +145,30 @@ class ConnectionSettings(Group):
     connect_args: _ConnectArgs = Field(default_factory=dict)
 
     _read_url: URL | None = PrivateAttr(default=None)
-    _identity: DatabaseIdentity = PrivateAttr(default_factory=lambda: DatabaseIdentity("name"))  # DatabaseSettings knows better
+    _identity: DatabaseIdentity = PrivateAttr(default_factory=lambda: DatabaseIdentity("name"))  # until `become`
 
-    if TYPE_CHECKING:  # type checkers would ask for SecretStr where a plain string does
+    if TYPE_CHECKING:  # type checkers would not accept a plain string for a SecretStr
 
-        def __init__(self, **given: Any) -> None: ...
+        def __init__(self, **given: object) -> None: ...
 
     def database_identity(self) -> DatabaseIdentity:
-        """Return the object that is the same for a connection, its mirrors and all copies of them."""
+        """Return an object that is the same for a connection, its mirrors, and all copies of them."""
         return self._identity
 
     @property
     def place(self) -> object:
-        """What is equal for all connections to the same database, whoever logs in and by whichever driver."""
+        """A value that is equal for all connections to the same database, with whatever user and driver."""
         url = self.sqlalchemy_url()
         if url.get_backend_name() != "sqlite":
             return url.get_backend_name(), url.host, url.port, url.database
         return self._identity if is_memory(url) else str(Path(str(url.database)).absolute())
 
     def become(self, name: str) -> None:
-        """Be the connection of that name, with a database of its own."""
+        """Take the name of a connection, and a database identity of its own. `DatabaseSettings` calls this."""
         self._identity = DatabaseIdentity(name)
 
     def sqlalchemy_url(self) -> URL:
-        """Return the URL to connect to, password included. Raises SettingsError when there is none or it can't be read."""
+        """Return the URL to connect to, with the password. Raises SettingsError if it is missing or can't be read."""
         url = self.read_url()
         if url is None:
             raise SettingsError([Problem(self.variable("url"), UNREADABLE_URL)])
@@ -172,17 +176,17 @@ class ConnectionSettings(Group):
 
     @property
     def masked_url(self) -> str:
-        """The URL as it may be shown."""
+        """The URL with its secrets masked. Raises SettingsError as `sqlalchemy_url()` does."""
         return masked(self.sqlalchemy_url())
 
     def load_password_provider(self) -> Callable[[], str]:
-        """Import and return the function that is asked for a password for each new DBAPI connection."""
+        """Import and return the function that returns the password for each new DBAPI connection. Raises SettingsError."""
         variable = self.variable("password_provider")
         if self.password_provider is None:
             raise SettingsError([Problem(variable, "is not set.")])
         module, _, attribute = self.password_provider.partition(":")
         try:
-            provider: Any = import_module(module)
+            provider: object = import_module(module)
             for name in attribute.split("."):
                 provider = getattr(provider, name)
         except (ImportError, AttributeError) as error:
@@ -196,8 +200,8 @@ class ConnectionSettings(Group):
         return variable_for(("connections", self._identity.name, field))
 
     def read_url(self) -> URL | None:
-        """Return the URL to connect to, or None where there is none or it can't be read."""
-        url = self._read_url  # pydantic is slow to find what is private, so it is asked once
+        """Return the URL to connect to, or None if it is missing or can't be read."""
+        url = self._read_url  # read once, because pydantic's access to private attributes is slow
         if url is None:
             url = self._read_url = self._read()
         return url
@@ -222,12 +226,12 @@ class ConnectionSettings(Group):
 
 
 def contradiction(name: str, field: str, message: str) -> Finding:
-    """Return what is wrong with a setting of a connection."""
+    """Return a problem with a setting of a connection, as a ContradictorySettings."""
     return ContradictorySettings, Problem(variable_for(("connections", name, field)), message)
 
 
 def findings_of(name: str, connection: ConnectionSettings, reading: Reading) -> Iterator[Finding]:
-    """Yield what is wrong with one connection, whatever the others are."""
+    """Yield the problems of one connection that don't depend on the others."""
     if not is_connection_name(name):
         yield SettingsError, Problem(variable_for(("connections", name)), f"a connection's name must be {CONNECTION_NAME_RULE}.")
     for field, message in (*_contradictions_of_use(connection), *_contradictions_of_database(connection)):
@@ -237,7 +241,7 @@ def findings_of(name: str, connection: ConnectionSettings, reading: Reading) -> 
 
 
 def _contradictions_of_use(connection: ConnectionSettings) -> Iterator[tuple[str, str]]:
-    """Yield the settings of how a connection is used that exclude another one: the field, and what it excludes and why."""
+    """Yield each contradiction between settings of how a connection is used: a field, and what it excludes and why."""
     if connection.read_only and connection.two_phase:
         yield "two_phase", "excludes READ_ONLY=true: where nothing is written, nothing can be prepared."
     if connection.read_only and not connection.transactional:
@@ -255,7 +259,7 @@ def _contradictions_of_use(connection: ConnectionSettings) -> Iterator[tuple[str
 
 
 def _contradictions_of_database(connection: ConnectionSettings) -> Iterator[tuple[str, str]]:
-    """Yield the settings of which database it is that exclude another one, as `_contradictions_of_use` does."""
+    """Yield each contradiction between settings of which database it is: a field, and what it excludes and why."""
     if connection.mirror is not None:
         if own := _given(connection, DATABASE_FIELDS):
             yield "mirror", f"excludes {_upper(own)}: a mirror uses the database of another connection. Unset one side."
@@ -267,7 +271,7 @@ def _contradictions_of_database(connection: ConnectionSettings) -> Iterator[tupl
         yield "driver", "is not set, but other parts of the URL are. Set it, for example to postgresql+psycopg."
     if connection.password_provider and (url := connection.read_url()) is not None and url.password is not None:
         place = "PASSWORD" if connection.url is None else "URL"
-        yield "password_provider", f"excludes a password in {place}: say it in one place."
+        yield "password_provider", f"excludes a password in {place}. Remove one of them."
 
 
 def _given(connection: ConnectionSettings, fields: Iterable[str]) -> list[str]:

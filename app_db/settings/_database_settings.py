@@ -1,21 +1,14 @@
-"""What the databases are: the settings of every connection, checked as a whole.
+"""The settings of all connections, checked as a whole. `app_db.settings._sources` reads them.
 
-Where they come from, and which source wins, is told in `app_db.settings._sources`. `DatabaseSettings` may also be a field of an
-application's own settings, and take values from variables of the application; errors name the variables of app_db then too:
-
-    class Settings(BaseSettings):
-        db: DatabaseSettings = Field(default_factory=DatabaseSettings)
-
-Give those the option `hide_input_in_errors`, because pydantic shows the values of a model with an error of its own.
-
-Secrets are `SecretStr` here and `***` wherever something is shown.
+Secrets are `SecretStr`, and are shown as `***`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -30,31 +23,40 @@ from app_db.settings._connection_settings import (
     findings_of,
     matching,
 )
-from app_db.settings._sources import DELIMITER, PREFIX, Finding, Origin, Reading, variable_for
+from app_db.settings._sources import DELIMITER, PREFIX, Finding, Origin, Paths, Reading, variable_for
 from app_db.settings._urls import dialect_of, is_memory
 
 _Application = Annotated[
     str, matching(r"[A-Za-z][A-Za-z0-9_-]{0,15}", "must begin with a letter and have at most 16 letters, digits, '_' or '-'")
 ]
 _DecisionLog = Annotated[str, matching(r"[a-z][a-z0-9_]*|file:.+", "must be the name of a connection, or file: and a path")]
-_FROM_CONFIG: Any = object()
+_FROM_CONFIG = Path()
+"""The default of `_env_file` and `_secrets_dir`: the value in `model_config` is used."""
 _PREPARING_DRIVERS = frozenset({"psycopg", "asyncpg", "pymysql", "asyncmy"})
 _LONGEST_TWO_PHASE_NAME = 22
 FILE = "file:"
-"""What `decision_log` begins with when decisions go into a file."""
+"""`decision_log` begins with this if decisions are kept in a file."""
 
 
 class DatabaseSettings(BaseSettings):
-    """All connections and what they have in common. Raises one SettingsError that lists everything wrong with them.
+    """The settings of all connections, and those that they have in common.
 
-    What isn't given is read from environment variables that begin with `APP_DB_`, from `.env`, and from a secrets directory.
-    `_env_file=` and `_secrets_dir=` name other places to read from than `.env` and none.
+    Settings that are not given are read from environment variables that begin with `APP_DB_`, from `.env`, and from the secrets
+    directory. `_env_file=` replaces `.env`, and `_secrets_dir=` names one or several secrets directories. Raises a SettingsError
+    that lists everything wrong, with the variables to change.
+
+    It may be a field of the application's own settings. Give those `hide_input_in_errors=True`, because pydantic shows the values
+    of a model in its own errors:
+
+        class Settings(BaseSettings):
+            model_config = SettingsConfigDict(hide_input_in_errors=True)
+            db: DatabaseSettings = Field(default_factory=DatabaseSettings)
 
     >>> from app_db import DatabaseSettings
     >>> settings = DatabaseSettings(connections={"writer": {"url": "postgresql://shop:secret@db/shop"}})
     >>> settings.connection("writer").masked_url
     'postgresql+psycopg://shop:***@db/shop'
-    >>> settings.connection("reader").read_only  # a reader that nobody configured is the writer, read-only
+    >>> settings.connection("reader").read_only  # a reader that is not configured is the writer, read-only
     True
     """
 
@@ -76,10 +78,10 @@ class DatabaseSettings(BaseSettings):
         self,
         /,
         *,
-        _env_file: Any = _FROM_CONFIG,
+        _env_file: Paths = _FROM_CONFIG,
         _env_file_encoding: str | None = None,
-        _secrets_dir: Any = _FROM_CONFIG,
-        **given: Any,
+        _secrets_dir: Paths = _FROM_CONFIG,
+        **given: object,
     ) -> None:
         config = type(self).model_config
         reading = Reading(type(self))
@@ -87,13 +89,13 @@ class DatabaseSettings(BaseSettings):
         reading.read_env_file(config.get("env_file") if _env_file is _FROM_CONFIG else _env_file, _env_file_encoding)
         reading.read_variables(os.environ, "environment")
         reading.take((), given, "given in code")
-        reading.settle_writer()
+        reading.apply_database_url()
         self._settle(reading)
 
     def _settle(self, reading: Reading) -> None:
-        """Become what was read, or raise what is wrong with it."""
-        # BaseSettings.__init__ is passed over: it would read the variables a second time, drop the nested ones nobody knows
-        # without a word, and keep no record of where a value came from.
+        """Take the values that were read, or raise an error that lists all problems."""
+        # Not BaseSettings.__init__: it would read the variables a second time, ignore unknown nested variables silently, and
+        # not record the source of a value.
         while invalid := _validation_error(super(BaseSettings, self).__init__, reading.tree()):
             if not reading.reject(invalid):
                 raise reading.error()
@@ -105,9 +107,9 @@ class DatabaseSettings(BaseSettings):
         self._origins = tuple(reading.origins())
 
     def connection(self, name: str) -> ConnectionSettings:
-        """Return the settings of a connection with its mirror resolved: they say which database, and how it is used.
+        """Return the settings of a connection. A mirror has the database of the connection that it mirrors.
 
-        A reader nobody configured is the writer, read-only.
+        A `reader` that is not configured is the writer, read-only. Raises ConnectionNotConfigured for other names.
         """
         own = self._declared(name)
         if own is None:
@@ -121,10 +123,11 @@ class DatabaseSettings(BaseSettings):
         return owner.model_copy(update=usage)
 
     def replicas(self) -> dict[str, str]:
-        """Return which connections reads may be sent to in place of another one: each with the name of that.
+        """Return the replicas, each with the name of the connection whose reads may be sent to it.
 
-        It is what `replica_of` names; where that isn't set, a read-only connection is the replica of what it mirrors, and
-        `reader` of `writer` where both are databases of one kind. An empty `replica_of` makes it nobody's.
+        `replica_of` names that connection. If it isn't set, a read-only connection is a replica of the connection that it
+        mirrors, and `reader` is a replica of `writer` if their databases are of the same kind. An empty `replica_of` makes it no
+        replica.
         """
         names = {*self.connections, *(["reader"] if self._declared("reader") else [])}
         found = {name: self._replicated_by(name) for name in sorted(names)}
@@ -141,15 +144,15 @@ class DatabaseSettings(BaseSettings):
         return owner if _kind(own) == _kind(self.connection(owner)) else None
 
     def lenders(self, names: Collection[str]) -> dict[str, str]:
-        """Return which of these connections have no transaction of their own in a unit: each with the one whose they share.
+        """Return the connections that have no transaction of their own in a unit, each with the one whose transaction it uses.
 
-        So it is for connections with the same URL whose writes are the unit's to commit. The lender is `writer`, or the first.
+        Writable connections with the same URL share a transaction. It belongs to `writer`, or else to the first by name.
         """
         found = {name: self.lender_of(name, names) for name in names}
         return {name: lender for name, lender in found.items() if lender is not None}
 
     def lender_of(self, name: str, names: Collection[str]) -> str | None:
-        """Return the one of these connections whose transaction `name` shares, if it has none of its own."""
+        """Return the connection among `names` whose transaction `name` uses, or None if it has its own."""
         known = self._lending
         if known is None or known[0] is not self.connections:  # a copy's may be others
             known = self._lending = self.connections, self._lending_groups()
@@ -165,11 +168,14 @@ class DatabaseSettings(BaseSettings):
         return {name: group for group in groups.values() for name in group}
 
     def origins(self) -> list[Origin]:
-        """Return where each setting that was given came from, sorted by variable, with secrets masked."""
+        """Return the source of each setting that was given, sorted by variable, with secrets masked."""
         return list(self._origins)
 
-    def with_connections(self, connections: Mapping[str, ConnectionSettings], **others: Any) -> DatabaseSettings:
-        """Return these settings with all connections replaced, and `others` too, checked as a whole. No variable is read."""
+    def with_connections(self, connections: Mapping[str, ConnectionSettings], **others: object) -> DatabaseSettings:
+        """Return a copy with other connections, and other values of the fields in `others`. Raises SettingsError.
+
+        No source is read.
+        """
         given = {field: getattr(self, field) for field in self.model_fields_set}
         reading = Reading(type(self))
         reading.take((), {**given, "connections": dict(connections), **others}, "given in code")
@@ -183,7 +189,7 @@ class DatabaseSettings(BaseSettings):
         return self.connections.get(name)
 
     def _mirrors(self, name: str) -> list[str]:
-        """Return the names from a connection to what it mirrors in the end, which may be unknown or one passed before."""
+        """Return the names from a connection to the end of its mirrors. The last may be unknown, or a name that came before."""
         names = [name]
         while (connection := self._declared(names[-1])) is not None and connection.mirror is not None:
             names.append(connection.mirror)
@@ -193,9 +199,9 @@ class DatabaseSettings(BaseSettings):
 
 
 def _lending_key(own: ConnectionSettings) -> object:
-    """Return what is equal for connections that can share a transaction."""
+    """Return a value that is equal for connections that can share a transaction."""
     url = own.sqlalchemy_url()
-    memory = own.database_identity() if is_memory(url) else None  # of which each has its own, with the same URL
+    memory = own.database_identity() if is_memory(url) else None  # each has its own, with the same URL
     return url, memory, own.password_provider, own.isolation_level, own.statement_timeout
 
 
@@ -207,7 +213,7 @@ def _kind(connection: ConnectionSettings) -> str | None:
 # ---- checking the whole -----------------------------------------------------------------------------------------
 
 
-def _validation_error(validate: Callable[..., None], values: dict[str, Any]) -> ValidationError | None:
+def _validation_error(validate: Callable[..., None], values: dict[str, object]) -> ValidationError | None:
     # Returned, not raised: an error raised while this one is handled would carry it, and the values in it, as its context.
     try:
         validate(**values)
@@ -217,7 +223,7 @@ def _validation_error(validate: Callable[..., None], values: dict[str, Any]) -> 
 
 
 def _findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]:
-    """Yield what pydantic can't see: settings that exclude each other, and connections that lead nowhere."""
+    """Yield the problems that pydantic can't see: contradictions, and references to connections that don't exist."""
     for name, connection in settings.connections.items():
         yield from findings_of(name, connection, reading)
         if connection.mirror:
@@ -227,23 +233,27 @@ def _findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]
         if connection.two_phase:
             yield from _two_phase_findings(settings, name)
     yield from _decision_log_findings(settings)
-    # A variable that was misspelt or refused may be all there is of a connection.
+    # Not if the only variable of a connection was misspelt or refused.
     if not settings.connections and not any(variable_for(["connections"]) in str(problem) for _, problem in reading.problems):
         variable = variable_for(("connections", "writer", "url"))
         message = f"is not set, and no other connection is. To start, paste {variable}=sqlite:///writer.db"
         yield NothingConfigured, Problem(variable, message)
 
 
+def _not_configured(settings: DatabaseSettings, missing: str, name: str = "") -> str:
+    """Return how a message about the connection `name` ends that names a missing connection."""
+    others = ", ".join(repr(known) for known in sorted(settings.connections) if known != name) or "none"
+    hint = did_you_mean(missing, settings.connections)
+    return f"a connection that is not configured.{hint} {'Others configured' if name else 'Configured'} are: {others}."
+
+
 def _mirror_findings(settings: DatabaseSettings, name: str, reading: Reading) -> Iterator[Finding]:
     *passed, last = settings._mirrors(name)
     if last in passed:
         circle = " → ".join([*passed, last])
-        yield contradiction(name, "mirror", f"leads in a circle: {circle}. Give one of them a URL.")
+        yield contradiction(name, "mirror", f"leads back to itself: {circle}. Give one of these connections a URL.")
     elif settings._declared(last) is None and not reading.has_refused(("connections", last)):
-        hint = did_you_mean(last, settings.connections)
-        others = ", ".join(repr(known) for known in sorted(settings.connections) if known != name) or "none"
-        message = f"leads to a connection that is not configured.{hint} Others configured are: {others}."
-        yield contradiction(name, "mirror", message)
+        yield contradiction(name, "mirror", f"leads to {_not_configured(settings, last, name)}")
 
 
 def _replica_findings(settings: DatabaseSettings, name: str, owner: str, reading: Reading) -> Iterator[Finding]:
@@ -251,10 +261,7 @@ def _replica_findings(settings: DatabaseSettings, name: str, owner: str, reading
     if owner == name:
         yield contradiction(name, "replica_of", "names the connection itself. Name the one whose database it copies.")
     elif known is None and not reading.has_refused(("connections", owner)):
-        others = ", ".join(repr(other) for other in sorted(settings.connections) if other != name) or "none"
-        hint = did_you_mean(owner, settings.connections)
-        message = f"names a connection that is not configured.{hint} Others configured are: {others}."
-        yield contradiction(name, "replica_of", message)
+        yield contradiction(name, "replica_of", f"names {_not_configured(settings, owner, name)}")
     elif known is not None and known.read_only:
         yield contradiction(name, "replica_of", f"names {owner!r}, which is read-only. Name the connection that writes.")
     elif known is not None and None not in (kinds := {_end_kind(settings, name), _end_kind(settings, owner)}) and len(kinds) > 1:
@@ -262,7 +269,7 @@ def _replica_findings(settings: DatabaseSettings, name: str, owner: str, reading
 
 
 def _end_kind(settings: DatabaseSettings, name: str) -> str | None:
-    """Return the kind of database that a connection leads to, where it leads to one."""
+    """Return the kind of database at the end of a connection's mirrors, or None if there is none."""
     end = settings._declared(settings._mirrors(name)[-1])
     return None if end is None else _kind(end)
 
@@ -277,7 +284,7 @@ def _two_phase_findings(settings: DatabaseSettings, name: str) -> Iterator[Findi
         yield contradiction(name, "two_phase", message)
     elif url.get_driver_name() not in _PREPARING_DRIVERS:
         known = " and ".join(sorted(_PREPARING_DRIVERS))
-        message = f"is not there for the driver {url.get_driver_name()}. Use one of {known}."
+        message = f"is not supported by the driver {url.get_driver_name()}. Use one of {known}."
         yield contradiction(name, "two_phase", message)
     if len(name) > _LONGEST_TWO_PHASE_NAME:
         message = f"needs a connection whose name has at most {_LONGEST_TWO_PHASE_NAME} characters: it is part of every xid."
@@ -291,10 +298,7 @@ def _decision_log_findings(settings: DatabaseSettings) -> Iterator[Finding]:
     owner = settings.connections.get(chosen)
     problem = ""
     if owner is None:
-        others = ", ".join(repr(known) for known in sorted(settings.connections)) or "none"
-        problem = (
-            f"names a connection that is not configured.{did_you_mean(chosen, settings.connections)} Configured are: {others}."
-        )
+        problem = f"names {_not_configured(settings, chosen)}"
     elif owner.read_only or not owner.transactional:
         problem = "names a connection that is read-only or not transactional. Name one that units of work write to."
     if problem:

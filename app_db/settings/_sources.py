@@ -1,8 +1,8 @@
-"""Where settings come from.
+"""The sources of settings.
 
-A setting may come from five places. The first that has it wins, setting by setting: given in code, the environment,
-`.env`, the secrets directory (a file a setting), and for the writer's URL `DATABASE_URL`. Wherever it came from, a
-setting is spoken of by its environment variable.
+A setting may come from five sources. For each setting the first source that has it wins: code, the environment, `.env`, the
+secrets directory (one file for each setting), and `DATABASE_URL` for the writer's URL. Errors name a setting by its environment
+variable, whatever its source.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard, get_args, get_origin
+from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import BaseSettings, DotEnvSettingsSource
@@ -26,10 +26,13 @@ PREFIX = "APP_DB_"
 DELIMITER = "__"
 
 Finding = tuple[type[SettingsError], Problem]
-"""A problem, and the kind of error it makes when there is no problem of another kind."""
+"""A problem, and the class of the error to raise if all problems are of that class."""
 
 _Path = tuple[str, ...]
 """The keys that lead to a setting: connections, writer, url."""
+
+Paths: TypeAlias = Path | str | Sequence[Path | str] | None
+"""Files or directories: one, several or none."""
 
 
 def variable_for(path: Iterable[object]) -> str:
@@ -39,7 +42,7 @@ def variable_for(path: Iterable[object]) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a setting came from. `source` is one of: given in code, environment, .env, secrets, DATABASE_URL."""
+    """Where a setting came from. `source` is `given in code`, `environment`, `.env`, `secrets` or `DATABASE_URL`."""
 
     variable: str
     source: str
@@ -47,11 +50,11 @@ class Origin:
 
 
 class Group(BaseModel):
-    """Settings that belong together. A group given as a whole still competes with other sources setting by setting."""
+    """Settings that belong together. Each setting of a group may come from another source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, populate_by_name=True)
 
-    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+    def __repr_args__(self) -> Iterator[tuple[str, object]]:
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if value != field.get_default(call_default_factory=True):
@@ -59,14 +62,14 @@ class Group(BaseModel):
 
 
 class _Given(NamedTuple):
-    value: Any
+    value: object
     source: str
 
 
 class Reading:
-    """What was given for the settings of `model`, one entry a setting, and what is wrong with the way it was given.
+    """The values that the sources give for the settings of `model`, and the problems with them.
 
-    Read the source that wins last.
+    Read the sources in ascending order of precedence: the last one wins.
     """
 
     def __init__(self, model: type[BaseSettings]) -> None:
@@ -78,20 +81,20 @@ class Reading:
 
     # ---- the sources ----
 
-    def read_secrets(self, directories: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> None:
-        """Read the files that are named like variables, in any case; others belong to others."""
+    def read_secrets(self, directories: Paths) -> None:
+        """Read the files whose names are those of variables, in upper or lower case. Other files are ignored."""
         for directory in [directories] if isinstance(directories, (str, os.PathLike)) else directories or ():
             folder = Path(directory).expanduser()
             if not folder.is_dir():
                 warnings.warn(f"the secrets directory {str(folder)!r} does not exist", stacklevel=3)
                 continue
             files = [file for file in folder.iterdir() if file.is_file() and file.name.upper().startswith(PREFIX)]
-            # What is not UTF-8 becomes text that pydantic refuses, and so a problem of its variable.
+            # Bytes that are not UTF-8 become text that pydantic refuses: a problem of this variable, not an error here.
             texts = {file.name: file.read_text("utf-8", "surrogateescape").rstrip("\r\n") for file in files}
             self.read_variables(texts, "secrets")
 
-    def read_env_file(self, env_file: Any, encoding: str | None) -> None:
-        """Read what pydantic-settings would take for the `env_file` of `model`: a path, several or None."""
+    def read_env_file(self, env_file: Paths, encoding: str | None) -> None:
+        """Read files of variables, as pydantic-settings reads its `env_file`."""
         try:
             variables = DotEnvSettingsSource(self.model, env_file, encoding).env_vars
         except (OSError, UnicodeError):
@@ -100,15 +103,16 @@ class Reading:
             self.read_variables(variables, ".env")
 
     def read_variables(self, variables: Mapping[str, str | None], source: str) -> None:
-        """Take every variable that begins with PREFIX. One that is no setting is a problem."""
+        """Read each variable that begins with PREFIX. If there is no such setting, that is a problem."""
         texts = {name.upper(): text for name, text in variables.items() if text is not None}
         self._database_url = texts.get("DATABASE_URL") or self._database_url
-        for name in sorted(texts, key=lambda name: name.count(DELIMITER)):  # an object first, then what replaces a part of it
+        # A JSON object comes first, then the variables that replace parts of it.
+        for name in sorted(texts, key=lambda name: name.count(DELIMITER)):
             if name.startswith(PREFIX):
                 self._read(name, texts[name], source)
 
-    def take(self, path: _Path, value: Any, source: str) -> None:
-        """Remember a value. It wins over what was taken before for the same setting, and leaves its neighbours alone."""
+    def take(self, path: _Path, value: object, source: str) -> None:
+        """Store a value. It replaces an earlier value of the same setting, and no other setting of the same group."""
         for leaf, leaf_value in _leaves(path, value):
             related = [other for other in self._given if _overlap(leaf, other)]
             if leaf_value == {} and (related or not leaf):
@@ -117,29 +121,29 @@ class Reading:
                 del self._given[other]
             self._given[leaf] = _Given(leaf_value, source)
 
-    def settle_writer(self) -> None:
-        """Let DATABASE_URL be the writer's when nothing else says which database the writer is."""
+    def apply_database_url(self) -> None:
+        """Use DATABASE_URL for the writer, if no other setting says which database the writer is."""
         fields = ("url", "mirror", *URL_PARTS)
-        said = any(path[:2] == ("connections", "writer") and (len(path) == 2 or path[2] in fields) for path in self._given)
-        if self._database_url and not said:
+        is_given = any(path[:2] == ("connections", "writer") and (len(path) == 2 or path[2] in fields) for path in self._given)
+        if self._database_url and not is_given:
             self.take(("connections", "writer", "url"), self._database_url, "DATABASE_URL")
 
     # ---- the outcome ----
 
-    def tree(self) -> dict[str, Any]:
-        """Return what was given as `model` takes it: groups are dicts in dicts."""
-        root: dict[str, Any] = {}
+    def tree(self) -> dict[str, object]:
+        """Return the values as arguments of `model`: groups are dicts in dicts."""
+        root: dict[str, object] = {}
         for path, given in self._given.items():
             node = root
             for key in path[:-1]:
-                node = node.setdefault(key, {})
+                node = cast("dict[str, object]", node.setdefault(key, {}))
             node[path[-1]] = given.value
         return root
 
     def reject(self, invalid: ValidationError) -> bool:
-        """Turn what pydantic refused into problems and forget those values, so that the rest can still be checked.
+        """Note a problem for each value that pydantic refused, and remove the value, so that the rest can be checked.
 
-        Returns whether there was anything to forget.
+        Return whether a value was removed.
         """
         before = len(self._given)
         for error in invalid.errors(include_url=False, include_input=False):
@@ -148,18 +152,18 @@ class Reading:
             if error["type"] == "extra_forbidden":
                 self._unknown(variable_for(path))
             else:
-                message = _in_plain_words(error["type"], error.get("ctx", {}))
-                self.problems.append((SettingsError, Problem(self.name_of(path), message)))
+                message = _PLAIN_WORDS.get(error["type"], "can't be used: it is of the wrong kind.")
+                self.problems.append((SettingsError, Problem(self.name_of(path), message.format_map(error.get("ctx", {})))))
             for other in [other for other in self._given if _overlap(path, other)]:
                 del self._given[other]
         return len(self._given) < before
 
     def has_refused(self, path: _Path) -> bool:
-        """Return whether a setting was refused, or a part of it, or what it is a part of."""
+        """Return whether a setting was refused, or a part of it, or the group that it is in."""
         return any(_overlap(path, other) for other in self._refused)
 
     def name_of(self, path: _Path) -> str:
-        """Return the variable a setting was given by, or can be given by."""
+        """Return the variable that gave a setting, or that can give it."""
         given = self._given.get(path)
         return "DATABASE_URL" if given is not None and given.source == "DATABASE_URL" else variable_for(path)
 
@@ -173,7 +177,7 @@ class Reading:
         return sorted(origins, key=lambda origin: origin.variable)
 
     def error(self) -> SettingsError:
-        """Return one error for all problems, of their own kind when they are all of one."""
+        """Return one error that lists all problems. Its class is that of the problems, if they all have the same."""
         kinds = {kind for kind, _ in self.problems}
         kind = kinds.pop() if len(kinds) == 1 else SettingsError
         return kind(sorted({problem for _, problem in self.problems}, key=lambda problem: problem.variable))
@@ -186,8 +190,8 @@ class Reading:
         if kind is None:
             self._unknown(name)
             return
-        value = _decoded(text) if kind is Any or _holds_more(kind) else text
-        if _holds_more(kind) and not is_object(value):
+        value = _decoded(text) if kind is Any or _is_group(kind) else text
+        if _is_group(kind) and not is_object(value):
             self._refused.add(path)
             self.problems.append((SettingsError, Problem(name, _PLAIN_WORDS["dict_type"])))
         else:
@@ -197,17 +201,17 @@ class Reading:
         connections = {"writer", "reader", *(key.lower() for key in name.split(DELIMITER)[1:2])}
         connections.update(path[1] for path in self._given if path[:1] == ("connections",) and len(path) > 1)
         hint = did_you_mean(name, _known_variables(self.model, (), connections))
-        self.problems.append((UnknownVariable, Problem(name, f"is set, but nobody reads it.{hint}")))
+        self.problems.append((UnknownVariable, Problem(name, f"is set, but app_db has no such setting.{hint}")))
 
 
-# ---- paths and the types they lead to ---------------------------------------------------------------------------
+# ---- paths, and the types of their settings ---------------------------------------------------------------------------
 
 
 def _overlap(one: _Path, other: _Path) -> bool:
     return one[: len(other)] == other[: len(one)]
 
 
-def _leaves(path: _Path, value: Any) -> Iterator[tuple[_Path, Any]]:
+def _leaves(path: _Path, value: object) -> Iterator[tuple[_Path, object]]:
     if isinstance(value, Group):
         fields = type(value).model_fields
         value = {str(fields[name].validation_alias or name): getattr(value, name) for name in value.model_fields_set}
@@ -218,27 +222,27 @@ def _leaves(path: _Path, value: Any) -> Iterator[tuple[_Path, Any]]:
         yield from _leaves((*path, "class" if key == "class_" else key), item)
 
 
-def _decoded(text: str) -> Any:
+def _decoded(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
 
 
-def _is_model(kind: Any) -> TypeGuard[type[BaseModel]]:
+def _is_model(kind: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _holds_more(kind: Any) -> bool:
+def _is_group(kind: object) -> bool:
     return _is_model(kind) or get_origin(kind) is dict
 
 
-def _fields(model: type[BaseModel]) -> dict[str, Any]:
+def _fields(model: type[BaseModel]) -> dict[str, object]:
     return {str(field.validation_alias or name): field.annotation for name, field in model.model_fields.items()}
 
 
-def _type_at(kind: Any, path: _Path) -> Any:
-    """Return the type of the setting a path leads to, or None where there is no setting."""
+def _type_at(kind: object, path: _Path) -> object:
+    """Return the type of the setting that a path leads to from a type, or None if there is no such setting."""
     for key in path:
         if _is_model(kind):
             kind = _fields(kind).get(key)
@@ -249,8 +253,8 @@ def _type_at(kind: Any, path: _Path) -> Any:
     return kind
 
 
-def _known_variables(kind: Any, path: _Path, connections: Iterable[str]) -> Iterator[str]:
-    """Yield the variables of all settings below a path, those of a connection for each of the names in `connections`."""
+def _known_variables(kind: object, path: _Path, connections: Iterable[str]) -> Iterator[str]:
+    """Yield the variables of all settings below a path. Connections have the names in `connections`."""
     if _is_model(kind):
         for key, inner in _fields(kind).items():
             yield from _known_variables(inner, (*path, key), connections)
@@ -261,7 +265,7 @@ def _known_variables(kind: Any, path: _Path, connections: Iterable[str]) -> Iter
         yield variable_for(path)
 
 
-# ---- what pydantic refuses, in plain words ----------------------------------------------------------------------
+# ---- pydantic's errors in plain words ----------------------------------------------------------------------
 
 _PLAIN_WORDS = {
     "bool_parsing": "must be true or false.",
@@ -284,7 +288,3 @@ _PLAIN_WORDS = {
     "model_attributes_type": "must be a JSON object.",
     "value_error": "{error}.",
 }
-
-
-def _in_plain_words(error_type: str, context: Mapping[str, Any]) -> str:
-    return _PLAIN_WORDS.get(error_type, "can't be used: it is of the wrong kind.").format_map(context)

@@ -1,6 +1,6 @@
-"""How database URLs are read, and how they and whatever else may hold a secret are shown.
+"""Reads database URLs, and masks secrets in URLs and other settings.
 
-Nothing here raises for a URL it can't use: the error would quote it. What is wrong is returned instead.
+No function here raises for a URL that it can't use, because the error would quote the URL. It returns what is wrong.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from pydantic import SecretStr, SerializationInfo
 from sqlalchemy.engine import URL, Dialect, make_url
@@ -32,7 +32,7 @@ _DEFAULT_DRIVERS = {
     "mysql": "mysql+pymysql",
     "mariadb": "mariadb+pymysql",
 }
-_PACKAGES = {  # by driver: the module it is, what to pip install for it
+_PACKAGES = {  # by driver: its module, and what to pip install
     "psycopg": ("psycopg", "'psycopg[binary]'"),
     "psycopg2": ("psycopg2", "psycopg2-binary"),
     "asyncpg": ("asyncpg", "'app-db[asyncpg]'"),
@@ -48,22 +48,22 @@ _PACKAGES = {  # by driver: the module it is, what to pip install for it
 
 
 def with_driver(name: str) -> str:
-    """Return `dialect+driver` for a bare dialect that app_db chooses the driver of, else `name` as it is."""
+    """Return `dialect+driver` for a dialect that app_db chooses a driver for, and `name` itself for others."""
     return _DEFAULT_DRIVERS.get(name, name)
 
 
 def parse_url(text: str) -> URL | None:
-    """Return the URL with its driver settled, or None when it can't be read or can be read in more than one way."""
+    """Return the URL with a driver, or None for text that can't be read as a URL, or that is ambiguous."""
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):
         return None
-    if url.password is not None and text.count("@") > 1:  # a part of the password would be taken for the host, and shown
+    if url.password is not None and text.count("@") > 1:  # a part of the password would be read as the host, and shown
         return None
     return url.set(drivername=with_driver(url.drivername))
 
 
-_FOR_COROUTINES = {  # psycopg and oracledb serve both
+_FOR_COROUTINES = {  # psycopg and oracledb are for both
     "psycopg2": "asyncpg",
     "pg8000": "asyncpg",
     "pysqlite": "aiosqlite",
@@ -81,12 +81,12 @@ _FOR_THREADS = {
 
 
 def for_coroutines(url: URL) -> URL:
-    """Return the URL with the driver by which coroutines reach the same database."""
+    """Return the URL of the same database with a driver for coroutines."""
     return _with_other_driver(url, _FOR_COROUTINES)
 
 
 def for_threads(url: URL) -> URL:
-    """Return the URL with the driver by which threads reach the same database."""
+    """Return the URL of the same database with a driver for threads."""
     return _with_other_driver(url, _FOR_THREADS)
 
 
@@ -96,7 +96,7 @@ def _with_other_driver(url: URL, others: dict[str, str]) -> URL:
 
 
 def dialect_of(url: URL, *, asynchronous: bool = False) -> type[Dialect] | str:
-    """Return the dialect of a URL, or a sentence that says what is wrong with its driver, and what to install."""
+    """Return the dialect of a URL, or a sentence that says what is wrong and what to install."""
     try:
         dialect = url.get_dialect()
         if asynchronous:
@@ -112,7 +112,7 @@ def dialect_of(url: URL, *, asynchronous: bool = False) -> type[Dialect] | str:
 
 
 def require_greenlet() -> None:
-    """Raise the error that says what to install unless coroutines can drive synchronous code."""
+    """Raise InvalidUse unless greenlet is installed, by which coroutines run synchronous code."""
     try:
         import_module("greenlet")  # SQLAlchemy 2.1 installs it only when asked to
     except ImportError:
@@ -120,7 +120,7 @@ def require_greenlet() -> None:
 
 
 def is_memory(url: URL) -> bool:
-    """Return whether a database is SQLite's, and in no file of the application's."""
+    """Return whether a URL is that of an SQLite database in memory."""
     if url.get_backend_name() != "sqlite":
         return False
     return url.database in (None, "", ":memory:") or url.query.get("mode") == "memory"
@@ -133,57 +133,61 @@ _SECRET_KEY = re.compile(r"pass|pwd|secret|token|credential|dsn|conninfo|odbc_co
 
 
 def is_secret(key: str) -> bool:
-    """Return whether a setting of this name holds a secret."""
+    """Return whether the value of a setting with this name is a secret."""
     return key != "password_provider" and _SECRET_KEY.search(key) is not None
 
 
-def is_object(value: object) -> TypeGuard[dict[str, Any]]:
-    """Return whether a value is what JSON calls an object."""
+def is_object(value: object) -> TypeGuard[dict[str, object]]:
+    """Return whether a value is a JSON object: a dict whose keys are strings."""
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
-def shown(key: str, value: Any) -> Any:
-    """Return the value of the setting `key` as people may see it: equal to it, or with its secrets masked."""
+def _is_array(value: object) -> TypeGuard[list[object]]:
+    return isinstance(value, list)
+
+
+def shown(key: str, value: object) -> object:
+    """Return the value of the setting `key` with its secrets masked."""
     if value is None:
         return None
     if key == "url":
-        url = parse_url(revealed(value))
+        url = parse_url(str(revealed(value)))
         return MASK if url is None else masked(url)
     if is_secret(key) or isinstance(value, SecretStr):
         return MASK
     if is_object(value):
         return {inner: shown(inner, item) for inner, item in value.items()}
-    if isinstance(value, list):
+    if _is_array(value):
         return [shown(key, item) for item in value]
     return re.sub(r"(://[^:/@\s]*:)\S+@", rf"\1{MASK}@", value) if isinstance(value, str) else value
 
 
 def masked(url: URL) -> str:
-    """Return a URL as people may see it: without its password and the secrets of its query."""
+    """Return the text of a URL with the password, and secrets in the query, masked."""
     query = {key: MASK if is_secret(key) else value for key, value in url.query.items()}
     return url.set(query=query).render_as_string(hide_password=True).replace("%2A%2A%2A", MASK)
 
 
-def dumped(value: dict[str, Any], info: SerializationInfo) -> Any:
-    """Serialize a mapping that may hold secrets: to JSON masked, to Python so that `revealed` gets it back."""
+def dumped(value: dict[str, object], info: SerializationInfo) -> object:
+    """Serialize a mapping that may hold secrets: masked for JSON, and with SecretStr for Python, which `revealed` undoes."""
     return shown("", value) if info.mode == "json" else _concealed(value)
 
 
-def _concealed(value: Any, secret: bool = False) -> Any:
-    """Return a value with what is secret in it wrapped in SecretStr."""
+def _concealed(value: object, secret: bool = False) -> object:
+    """Return a value with each secret in it wrapped in SecretStr."""
     if is_object(value):
         return {key: _concealed(item, secret or is_secret(key)) for key, item in value.items()}
-    if isinstance(value, list):
+    if _is_array(value):
         return [_concealed(item, secret) for item in value]
     return SecretStr(str(value)) if secret else value
 
 
-def revealed(value: Any) -> Any:
-    """Return a value with every SecretStr and URL in it as plain text, secrets included."""
+def revealed(value: object) -> object:
+    """Return a value with each SecretStr and URL in it as plain text, secrets included."""
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, URL):
         return value.render_as_string(hide_password=False)
     if is_object(value):
         return {key: revealed(item) for key, item in value.items()}
-    return [revealed(item) for item in value] if isinstance(value, list) else value
+    return [revealed(item) for item in value] if _is_array(value) else value

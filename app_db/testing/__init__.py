@@ -1,6 +1,6 @@
-"""Switches for tests: everything rolled back, other settings for a while, throw-away databases, hooks that are only noted.
+"""Context managers for tests: roll everything back, use other settings or databases, capture hooks.
 
-They are context managers, for every test runner. Under pytest they are fixtures, too.
+They work with every test runner. The pytest plugin has fixtures for them.
 """
 
 from app_db._units.hooks import CapturedHook, CapturedHooks

@@ -1,4 +1,4 @@
-"""Other settings for a while: the container gets another state, and its own back afterwards."""
+"""Replaces the settings of a container for the length of a block: it gets another state, and its own back at the end."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from app_db.settings import ConnectionSettings, DatabaseSettings
 from app_db.settings._sources import variable_for
 from app_db.settings._urls import UNREADABLE_URL, URL_PARTS, parse_url
 
+_Provider = providers.Provider[Any]
+
 
 class Override:
-    """A block, for `with` or `async with`, in which a container has other settings. It gives those settings."""
+    """A block, for `with` or `async with`, in which a container has other settings. It gives those settings.
+
+    Raises SettingsError for settings that are wrong, and InvalidUse if the same object is entered twice.
+    """
 
     def __init__(self, container: DatabaseContainer, settings: DatabaseSettings | Mapping[str, str]) -> None:
         self.container = container
         self._settings = settings
         self._own: State | None = None
         """The container's own state, while the block lasts."""
-        self._overridden: list[tuple[providers.Provider[Any], Sequence[providers.Provider[Any]]]] = []
+        self._overridden: list[tuple[_Provider, Sequence[_Provider]]] = []
+        """The providers, and what overrides each outside the block."""
         self._rehearsal: Rehearsal | None = None
 
     def __enter__(self) -> DatabaseSettings:
@@ -34,7 +40,7 @@ class Override:
             raise InvalidUse("The same override was entered twice", "Make another one for each block")
         settings = self.other_settings()
         holder, coordinator = self.container.core.holder(), self.container.core.coordinator()
-        with MAKING:  # or a thread could make an engine from these settings for the other state
+        with MAKING:  # another thread could make an engine from the new settings and store it in the old state
             self._overridden = [(provider, provider.overridden) for provider in _providers(self.container)]
             for provider, _ in self._overridden:
                 provider.reset_override()
@@ -61,17 +67,17 @@ class Override:
             self.clean_up()
 
     def other_settings(self) -> DatabaseSettings:
-        """Return what the container is to have. Nothing was changed yet."""
+        """Return the settings of the block. It is called before anything is changed."""
         given = self._settings
         return given if isinstance(given, DatabaseSettings) else settings_with_urls(self.container, given)
 
     def clean_up(self) -> None:
-        """Do what is left to do when the container has everything back."""
+        """Remove what `other_settings` made. It is called when the container has its own settings back."""
 
     def _put_back(self) -> State:
-        """Give the container its own state and overrides back, and return the state of the block."""
+        """Restore the container's own state and overrides, and return the state of the block."""
         holder, coordinator = self.container.core.holder(), self.container.core.coordinator()
-        holder.state.decision_places.forget_acknowledged()  # while engines are still the block's
+        holder.state.decision_places.forget_acknowledged()  # by the engines of the block
         with MAKING:
             for provider, overriding in self._overridden:
                 provider.reset_override()
@@ -82,8 +88,8 @@ class Override:
         return state
 
 
-def _providers(container: DatabaseContainer) -> Iterator[providers.Provider[Any]]:
-    """Yield the providers whose overrides belong to the settings."""
+def _providers(container: DatabaseContainer) -> Iterator[_Provider]:
+    """Yield the providers whose overrides the block removes."""
     yield container.settings
     for connection in connections_of(container).values():
         for kind in KINDS:
@@ -99,7 +105,7 @@ def connections_of(container: DatabaseContainer) -> dict[str, Connection]:
 
 
 def settings_of(container: DatabaseContainer) -> DatabaseSettings | None:
-    """Return the settings of a container, or None where nothing is configured yet."""
+    """Return the settings of a container, or None where no connection is configured."""
     try:
         return container.settings()
     except NothingConfigured:
@@ -107,17 +113,17 @@ def settings_of(container: DatabaseContainer) -> DatabaseSettings | None:
 
 
 def names_of(container: DatabaseContainer, settings: DatabaseSettings | None) -> list[str]:
-    """Return all connections there can be: those of the settings, and those that the container declares."""
+    """Return the names of all connections in the settings and in the container, sorted."""
     return sorted({*connections_of(container), *(settings.connections if settings is not None else ())})
 
 
 def declared(settings: DatabaseSettings | None, name: str) -> ConnectionSettings | None:
-    """Return a connection as the settings have it, its mirror not resolved."""
+    """Return the settings of a connection without resolving its mirror."""
     return None if settings is None else settings._declared(name)
 
 
 def settings_with_urls(container: DatabaseContainer, urls: Mapping[str, str]) -> DatabaseSettings:
-    """Return a container's settings with other databases for some connections, or raise a SettingsError that lists all wrongs."""
+    """Return the settings of a container with other URLs for some connections. Raises SettingsError, which lists all problems."""
     settings = settings_of(container)
     known = names_of(container, settings)
     problems = [problem for name, url in urls.items() if (problem := _problem_of(name, url, known)) is not None]
@@ -132,7 +138,7 @@ def settings_with_urls(container: DatabaseContainer, urls: Mapping[str, str]) ->
 def _problem_of(name: str, url: object, known: list[str]) -> Problem | None:
     variable = variable_for(("connections", name, "url"))
     if name not in known:
-        listed = ", ".join(repr(one) for one in known)
+        listed = ", ".join(map(repr, known))
         return Problem(variable, f"is for no connection of the container.{did_you_mean(name, known)} There are: {listed}.")
     if not isinstance(url, str) or parse_url(url) is None:
         return Problem(variable, UNREADABLE_URL)
@@ -140,7 +146,7 @@ def _problem_of(name: str, url: object, known: list[str]) -> Problem | None:
 
 
 def with_url(connection: ConnectionSettings | None, url: str) -> ConnectionSettings:
-    """Return settings that say the same of how a connection is used, and `url` of which database it is."""
+    """Return the settings of a connection with another URL, and with all that says how it is used."""
     if connection is None:
         return ConnectionSettings(url=url)
     replaced = {"url", "mirror", *URL_PARTS}
@@ -148,6 +154,6 @@ def with_url(connection: ConnectionSettings | None, url: str) -> ConnectionSetti
     if after is not None and after.password is not None:
         replaced.add("password_provider")
     if before is None or after is None or before.get_backend_name() != after.get_backend_name():
-        replaced |= {"connect_args", "password_provider"}  # meant for another kind of database
+        replaced |= {"connect_args", "password_provider"}  # they are for the other kind of database
     kept = {field: getattr(connection, field) for field in connection.model_fields_set if field not in replaced}
     return ConnectionSettings(**kept, url=url)

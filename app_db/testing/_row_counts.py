@@ -1,4 +1,4 @@
-"""How many rows there are, to find out what a test has left that was to leave nothing."""
+"""Counts rows, to find what a test has committed outside its isolation."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from app_db.testing._overrides import connections_of
 log = logging.getLogger("app_db")
 
 _LONGEST_WAIT = 2
-"""Seconds that counting waits for a lock that a test has left."""
+"""How long counting waits for a lock that a test has left behind, in seconds."""
 
 
 class RowCounts:
-    """The numbers of rows of the models' tables, as others see them, when this was made."""
+    """The committed rows of the models' tables, counted when this object is made.
+
+    `connections` names the connections to count; without it, all that can be written are counted.
+    """
 
     def __init__(self, container: DatabaseContainer, connections: Collection[str] | None = None) -> None:
         self._container = container
@@ -31,9 +34,9 @@ class RowCounts:
         self._before = dict(self._count())
 
     def differences(self, own: Collection[str] = ()) -> list[str]:
-        """Say, in a sentence each, which tables have more rows or fewer now.
+        """Count again, and return a sentence for each table whose number of rows has changed.
 
-        `own` names the connections whose tables are the tests' own. There, tables that had no rows are emptied again.
+        `own` names the connections whose tables were made for the tests. Their tables that were empty are emptied again.
         """
         return [sentence for name, now in self._count() for sentence in self._differences(name, now, emptied=name in own)]
 
@@ -52,12 +55,12 @@ class RowCounts:
             yield _sentence(name, table, change) + (" (deleted again)" if table in again else "")
 
     def _count(self) -> Iterator[tuple[str, Mapping[str, int] | str]]:
-        if self._container.core.coordinator().rehearsal is not None:  # inside another isolation, nobody sees what others see
+        if self._container.core.coordinator().rehearsal is not None:  # inside another isolation, committed rows can't be seen
             return
         for name in _written(self._container, self._connections):
             try:
                 yield name, _rows(self._container.providers[f"{name}_engine"](), name)
-            except SettingsError:  # there is no driver for threads
+            except SettingsError:  # no driver for threads is installed
                 log.debug("The rows of %r can't be counted", name, exc_info=True)
             except Exception as error:
                 log.debug("The rows of %r can't be counted", name, exc_info=True)
@@ -65,7 +68,7 @@ class RowCounts:
 
 
 def _written(container: DatabaseContainer, names: Collection[str] | None) -> list[str]:
-    """Return the connections to databases with tables that the test may have written to."""
+    """Return the connections with tables that the test may have written to."""
     configured = container.settings().connections
     declared = connections_of(container) if names is None else names
     return [
@@ -93,10 +96,10 @@ def _empty(engine: Engine, name: str, tables: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class _Query:
-    """The one query that counts the tables of a database: those of the models that are there."""
+    """The query that counts the rows of the models' tables which exist in a database."""
 
     tables: Sequence[Table]
-    """The models' tables when it was made."""
+    """The models' tables at the time at which the query was made."""
     counted: Sequence[str]
     statement: str
 
@@ -112,7 +115,7 @@ def _rows(engine: Engine, name: str) -> dict[str, int]:
     try:
         return _run(engine, query)
     except Exception:
-        _queries.pop(engine, None)  # a table was dropped, perhaps
+        _queries.pop(engine, None)  # a table may have been dropped
         raise
 
 
@@ -126,7 +129,7 @@ def _query(engine: Engine, tables: Sequence[Table]) -> _Query:
 
 
 def _run(engine: Engine, query: _Query) -> dict[str, int]:
-    """Count, on a connection below SQLAlchemy's, whose transactions would wait in SQLite until nobody writes."""
+    """Run the query on a connection of the driver: on SQLite, a transaction of SQLAlchemy's would wait for every writer."""
     if not query.statement:
         return {}
     connection = engine.raw_connection()

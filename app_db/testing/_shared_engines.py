@@ -1,229 +1,242 @@
-"""Engines whose connections are all the same one, a `SharedConnection`: for threads, and for coroutines."""
+"""Engines whose checkouts all share one connection, a `SharedConnection`: for threads, and for coroutines."""
 
 from __future__ import annotations
 
 import copy
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, cast
 
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.engine.characteristics import ConnectionCharacteristic
 from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
+from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from app_db._compat.aiosqlite import is_view, leave_open
-from app_db.testing._sharing import SHARED, SHARER, SharedConnection, Sharer
+from app_db._databases.registry import database_of
+from app_db.testing._savepoints import Checkout
+from app_db.testing._shared_connection import CHECKOUT, SHARED, SharedConnection, checkout_in
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
-    from sqlalchemy.engine import Connection, Dialect
-    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.engine import AdaptedConnection, Connection, Dialect
+    from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
     from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
+
+    from app_db.settings import ConnectionSettings
 
 READ_ONLY = "app_db_read_only"
-"""The execution option that makes a connection of a sharing engine read-only."""
+"""The execution option that makes a connection of an isolated engine read-only."""
 
-AsyncView = Callable[[Any], Awaitable[Any]]
-"""Gives coroutines a connection that the driver for threads has made."""
+AsyncView = Callable[["DBAPIConnection"], Awaitable[object]]
+"""Returns a connection for coroutines that uses a connection of the driver for threads."""
 
-_INSTEAD = frozenset(
+_OWN_ATTRIBUTES = frozenset(
     "dispatch connect do_begin do_commit do_rollback do_close do_terminate do_savepoint do_rollback_to_savepoint "
     "do_release_savepoint do_execute do_executemany do_execute_no_params connection_characteristics "
     "supports_server_side_cursors".split()
 ) | {SHARED}
-"""What a dialect of a sharing engine has of its own."""
+"""The attributes that the dialect of an isolated engine does not copy from the dialect of the real engine."""
 
 
-class _Noted(ConnectionCharacteristic):
-    """An execution option that is noted where it would be set on the connection."""
+@dataclass(frozen=True, eq=False)
+class IsolatedConnection:
+    """A connection of the container, and what makes its engines outside the isolation."""
+
+    name: str
+    settings: ConnectionSettings
+    engine: Callable[[], Engine]
+    async_engine: Callable[[], AsyncEngine]
+
+    @cached_property
+    def autocommit(self) -> bool:
+        """Whether each statement is a transaction of its own."""
+        return database_of(self.url.get_backend_name()).isolation_level(self.settings) == "AUTOCOMMIT"
+
+    @property
+    def url(self) -> URL:
+        """The URL of its database."""
+        return self.settings.sqlalchemy_url()
+
+
+class _NotedOption(ConnectionCharacteristic):
+    """An execution option that is noted in the checkout, and not set on the connection, which other checkouts share."""
 
     __slots__ = ("_note",)
     transactional = True
 
-    def __init__(self, note: Callable[[Sharer, Any], None]) -> None:
+    def __init__(self, note: Callable[[Checkout, object], None]) -> None:
         self._note = note
 
-    def set_connection_characteristic(self, dialect: Dialect, conn: Connection, dbapi_conn: DBAPIConnection, value: Any) -> None:
-        sharer = conn.info.get(SHARER)
-        if sharer is not None:
-            self._note(sharer, value)
+    def set_connection_characteristic(
+        self, dialect: Dialect, conn: Connection, dbapi_conn: DBAPIConnection, value: object
+    ) -> None:
+        checkout = checkout_in(conn.info)
+        if checkout is not None:
+            self._note(checkout, value)
 
-    def set_characteristic(self, dialect: Dialect, dbapi_conn: DBAPIConnection, value: Any) -> None:
-        """Do nothing: the connection is everybody's."""
+    def set_characteristic(self, dialect: Dialect, dbapi_conn: DBAPIConnection, value: object) -> None:
+        """Do nothing: other checkouts share the connection."""
 
     def reset_characteristic(self, dialect: Dialect, dbapi_conn: DBAPIConnection) -> None:
-        """Do nothing: what was noted goes when the connection is returned."""
+        """Do nothing: the note ends with the checkout."""
 
-    def get_characteristic(self, dialect: Dialect, dbapi_conn: DBAPIConnection) -> Any:
-        return None
-
-
-def _note_isolation(sharer: Sharer, level: str) -> None:
-    sharer.at_once = sharer.read_only or level == "AUTOCOMMIT"
+    def get_characteristic(self, dialect: Dialect, dbapi_conn: DBAPIConnection) -> None:
+        """Return None: SQLAlchemy asks for the default, to set it again."""
 
 
-def _note_read_only(sharer: Sharer, read_only: bool) -> None:
-    sharer.read_only = read_only
-    sharer.at_once = sharer.at_once or read_only
+def _note_isolation(checkout: Checkout, level: object) -> None:
+    checkout.autocommit = checkout.read_only or level == "AUTOCOMMIT"
+
+
+def _note_read_only(checkout: Checkout, read_only: object) -> None:
+    checkout.read_only = bool(read_only)
+    checkout.autocommit = checkout.autocommit or checkout.read_only
 
 
 _CHARACTERISTICS = immutabledict(
     {
-        "isolation_level": _Noted(_note_isolation),
-        "postgresql_readonly": _Noted(_note_read_only),
-        READ_ONLY: _Noted(_note_read_only),
+        "isolation_level": _NotedOption(_note_isolation),
+        "postgresql_readonly": _NotedOption(_note_read_only),
+        READ_ONLY: _NotedOption(_note_read_only),
     }
 )
 
 
-def sharing_engine(shared: SharedConnection, name: str, model: Engine, *, at_once: bool, read_only: bool) -> Engine:
-    """Return an engine like `model`, whose connections are the shared one."""
-    teacher = model.dialect  # not the engine, which may go when the container makes a new one
-    dialect = copy.copy(teacher)
-    for attribute in _INSTEAD:
+def sharing_engine(shared: SharedConnection, user: IsolatedConnection, real: Engine) -> Engine:
+    """Return an engine like `real` whose checkouts share one connection."""
+    original = real.dialect  # not the engine, which may be disposed when the container makes a new one
+    dialect = copy.copy(original)
+    for attribute in _OWN_ATTRIBUTES:
         vars(dialect).pop(attribute, None)
 
-    def create() -> Any:
+    def create() -> DBAPIConnection:
         dbapi_connection = shared.dbapi_connection()
-        learned = {name: value for name, value in vars(teacher).items() if name not in _INSTEAD}
-        vars(dialect).update(learned)  # by connecting
+        # Opening it may have told the original dialect what the server can do.
+        vars(dialect).update({name: value for name, value in vars(original).items() if name not in _OWN_ATTRIBUTES})
         return dbapi_connection
 
-    share(dialect, shared, close=_leave_open)
+    _share(dialect, shared, close=_leave_open)
     pool = NullPool(create, dialect=dialect, reset_on_return=None)
-    engine = Engine(pool, dialect, model.url, logging_name=name, echo=cast("bool | None", model.echo))
-    watch_sharers(engine, shared, name, at_once=at_once, read_only=read_only)
+    engine = Engine(pool, dialect, real.url, logging_name=user.name, echo=cast("bool | None", real.echo))
+    _note_checkouts(engine, shared, user)
     return engine
 
 
-def share(dialect: Any, shared: SharedConnection, close: Callable[[Any], None]) -> None:
-    """Have a dialect begin and end transactions, and send statements, as on a connection that is shared."""
-    execute, executemany, execute_no_params = dialect.do_execute, dialect.do_executemany, dialect.do_execute_no_params
+def _share(dialect: Dialect, shared: SharedConnection, close: Callable[[AdaptedConnection], None]) -> None:
+    """Make a dialect begin and end transactions, and send statements, by a shared connection."""
 
-    def read_at_once(cursor: Any, context: Any) -> None:
-        if shared.rules.reads_at_once or context is None or cursor.description is None:
+    def on_checkout(method: Callable[[Checkout | None], None]) -> Callable[[PoolProxiedConnection], None]:
+        return lambda connection: method(_checkout_on(connection))
+
+    def on_savepoint(method: Callable[[Checkout, str], None]) -> Callable[[Connection, str], None]:
+        def instead(connection: Connection, name: str) -> None:
+            with shared.statement_lock():
+                method(connection.info[CHECKOUT], name)
+
+        return instead
+
+    attributes: dict[str, object] = {
+        "do_begin": on_checkout(shared.start),
+        "do_commit": on_checkout(partial(shared.finish, commit=True)),
+        "do_rollback": on_checkout(partial(shared.finish, commit=False)),
+        "do_savepoint": on_savepoint(shared.savepoints.savepoint),
+        "do_release_savepoint": on_savepoint(shared.savepoints.release),
+        "do_rollback_to_savepoint": on_savepoint(shared.savepoints.roll_back_to),
+        "do_close": close,
+        "do_terminate": close,
+        "connection_characteristics": _CHARACTERISTICS,
+        SHARED: shared,
+    }
+    for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+        attributes[name] = partial(_execute, shared, getattr(dialect, name))
+    if not dialect.is_async:
+        attributes["supports_server_side_cursors"] = False  # they would keep the connection busy between two statements
+    for name, value in attributes.items():
+        setattr(dialect, name, value)
+
+
+def _execute(
+    shared: SharedConnection, execute: Callable[..., None], cursor: DBAPICursor, statement: str, *arguments: object
+) -> None:
+    """Do what `execute`, one of a dialect's three methods for that, does. The last argument may be the execution context."""
+    context = arguments[-1] if arguments and isinstance(arguments[-1], DefaultExecutionContext) else None
+
+    def send() -> None:
+        shared.uncancelled(execute, cursor, statement, *arguments)
+        if shared.rules.reads_at_once or context is None or not cursor.description:
             return
-        if not (context.isinsert or context.isupdate or context.isdelete):  # of which SQLAlchemy reads some itself
+        if not (context.isinsert or context.isupdate or context.isdelete):  # SQLAlchemy itself reads some rows of these
             context.cursor_fetch_strategy = FullyBufferedCursorFetchStrategy(cursor, initial_buffer=deque(cursor.fetchall()))
 
-    def do_execute(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        def send() -> None:
-            shared.uncut(execute, cursor, statement, parameters, context)
-            read_at_once(cursor, context)
-
-        shared.statement(_sharer_in(context), statement, send)
-
-    def do_executemany(cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        def send() -> None:
-            shared.uncut(executemany, cursor, statement, parameters, context)
-
-        shared.statement(_sharer_in(context), statement, send)
-
-    def do_execute_no_params(cursor: Any, statement: str, context: Any = None) -> None:
-        def send() -> None:
-            shared.uncut(execute_no_params, cursor, statement, context)
-            read_at_once(cursor, context)
-
-        shared.statement(_sharer_in(context), statement, send)
-
-    dialect.do_execute, dialect.do_executemany, dialect.do_execute_no_params = do_execute, do_executemany, do_execute_no_params
-    _share_transactions(dialect, shared)
-    dialect.do_close = dialect.do_terminate = close
-    dialect.connection_characteristics = _CHARACTERISTICS
-    setattr(dialect, SHARED, shared)
-    if not dialect.is_async:
-        dialect.supports_server_side_cursors = False  # they would keep the wire between two statements
+    shared.statement(None if context is None else _checkout_on(context.root_connection), statement, send)
 
 
-def _share_transactions(dialect: Any, shared: SharedConnection) -> None:
-    def do_begin(proxied: Any) -> None:
-        shared.start(_sharer_on(proxied))
-
-    def do_commit(proxied: Any) -> None:
-        shared.finish(_sharer_on(proxied), commit=True)
-
-    def do_rollback(proxied: Any) -> None:
-        shared.finish(_sharer_on(proxied), commit=False)
-
-    def do_savepoint(connection: Any, name: str) -> None:
-        shared.savepoint(_sharer_on(connection), name)
-
-    def do_release_savepoint(connection: Any, name: str) -> None:
-        shared.release(_sharer_on(connection), name)
-
-    def do_rollback_to_savepoint(connection: Any, name: str) -> None:
-        shared.roll_back_to(_sharer_on(connection), name)
-
-    for instead in (do_begin, do_commit, do_rollback, do_savepoint, do_release_savepoint, do_rollback_to_savepoint):
-        setattr(dialect, instead.__name__, instead)
-
-
-def watch_sharers(engine: Engine, shared: SharedConnection, name: str, *, at_once: bool, read_only: bool) -> None:
-    """Have the shared connection know who has it."""
+def _note_checkouts(engine: Engine, shared: SharedConnection, user: IsolatedConnection) -> None:
+    """Make the pool tell the shared connection of each checkout and return."""
+    # Not `user` itself, by which the engine would keep its container alive.
+    name, autocommit, read_only = user.name, user.autocommit, user.settings.read_only
 
     @event.listens_for(engine, "checkout")
-    def check_out(dbapi_connection: Any, record: Any, proxy: Any) -> None:
-        shared.check_out(record.info, name, at_once=at_once, read_only=read_only)
+    def check_out(dbapi_connection: object, record: ConnectionPoolEntry, proxy: object) -> None:
+        shared.check_out(record.info, name, autocommit=autocommit, read_only=read_only)
 
     @event.listens_for(engine, "reset")
-    def check_in_early(dbapi_connection: Any, record: Any, state: Any) -> None:
+    def check_in_early(dbapi_connection: object, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:
         # SQLAlchemy goes on to the event below when an exception from a signal handler lands here, but not when it lands there.
         if record is not None and state.asyncio_safe:
             shared.check_in(record.info)
 
     @event.listens_for(engine, "checkin")
-    def check_in(dbapi_connection: Any, record: Any) -> None:
+    def check_in(dbapi_connection: object, record: ConnectionPoolEntry) -> None:
         shared.check_in(record.info)
 
 
-def _sharer_in(context: Any) -> Any:
-    return None if context is None else _sharer_on(context.root_connection)
-
-
-def _sharer_on(connection: Any) -> Any:
+def _checkout_on(connection: Connection | PoolProxiedConnection) -> Checkout | None:
     try:
-        return connection.info.get(SHARER)
-    except NotImplementedError:  # the dialect is looking around on a connection that is not the pool's yet
+        return checkout_in(connection.info)
+    except NotImplementedError:  # the connection of a dialect that reads the server's version, outside the pool
         return None
 
 
 # ---- one connection for threads and coroutines ------------------------------------------------------------------------------
 
 
-def async_sharing_engine(
-    shared: SharedConnection, name: str, url: URL, view: AsyncView, *, at_once: bool, read_only: bool
-) -> AsyncEngine:
-    """Return an engine of coroutines whose connections are a view on a shared one that the driver for threads has made."""
+def async_sharing_engine(shared: SharedConnection, user: IsolatedConnection, url: URL, view: AsyncView) -> AsyncEngine:
+    """Return an engine for coroutines whose checkouts share a connection that the driver for threads has made."""
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    def create(*arguments: Any, **parameters: Any) -> Awaitable[Any]:
+    def create(*arguments: object, **parameters: object) -> Awaitable[object]:
         dbapi_connection = shared.dbapi_connection()  # here, where it can wait for others, and not in the coroutine
         return view(dbapi_connection)
 
-    engine = create_async_engine(url, async_creator=create, poolclass=NullPool, pool_reset_on_return=None, logging_name=name)
-    dialect: Any = engine.sync_engine.dialect
-    share(dialect, shared, close=_let_go)
-    look_around = dialect.initialize
+    engine = create_async_engine(url, async_creator=create, poolclass=NullPool, pool_reset_on_return=None, logging_name=user.name)
+    dialect = engine.dialect
+    _share(dialect, shared, close=_close_view)
+    read_version = dialect.initialize
 
     def initialize(connection: Connection) -> None:
-        with shared.on_the_wire():  # all the time: some of what it asks the dialect doesn't hear of
-            look_around(connection)
+        with shared.statement_lock():  # for the whole of it: some of its questions don't go through the dialect
+            read_version(connection)
 
-    dialect.initialize = initialize
-    watch_sharers(engine.sync_engine, shared, name, at_once=at_once, read_only=read_only)
+    dialect.initialize = initialize  # type: ignore[method-assign]  # of this one dialect
+    _note_checkouts(engine.sync_engine, shared, user)
     return engine
 
 
-def _leave_open(dbapi_connection: Any) -> None:
-    """Do nothing: the connection is everybody's."""
+def _leave_open(dbapi_connection: object) -> None:
+    """Do nothing: other checkouts share the connection."""
 
 
-def _let_go(dbapi_connection: Any) -> None:
-    """Stop using a view, and leave the shared connection open."""
+def _close_view(dbapi_connection: AdaptedConnection) -> None:
+    """Close a connection for coroutines, and leave the shared connection open that it uses."""
     view = dbapi_connection.driver_connection
     if not is_view(view):
         return

@@ -1,47 +1,51 @@
-"""Switches for tests: everything rolled back, other settings for a while, throw-away databases, hooks that are only noted.
-
-They are context managers, for every test runner. Under pytest they are fixtures, too.
-"""
+"""The context managers of `app_db.testing`."""
 
 from __future__ import annotations
 
 import logging
 import unittest
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 from dependency_injector import providers
 from sqlalchemy import Engine, Table, inspect
 
 from app_db._liveness import WithBlock
+from app_db._sessions.providers import Held
 from app_db._units.hooks import CapturedHooks
 from app_db._units.manager import current
 from app_db._wording import did_you_mean
-from app_db.container import Connection, DatabaseContainer
+from app_db.container import ConnectionContainer, DatabaseContainer
 from app_db.errors import ConnectionNotConfigured, InvalidUse, IsolationBroken
 from app_db.models._schema import own_tables, writable
 from app_db.settings import DatabaseSettings
-from app_db.testing._isolation import Isolated, Isolation
-from app_db.testing._overrides import Override
+from app_db.testing._isolation import Isolation
+from app_db.testing._overrides import Override, connections_of
+from app_db.testing._shared_engines import IsolatedConnection
 from app_db.testing._throw_away import ThrowAway
 from app_db.testing._worker_databases import WorkerDatabases
 
 _log = logging.getLogger("app_db")
 
+T = TypeVar("T")
+
 
 class isolated(WithBlock):  # noqa: N801  # used like a function
-    """Roll back at the end what is written in the block, on every connection of a container, whoever commits it.
+    """Roll back, at the end of the block, what it wrote to the databases of a container, although the code in it commits.
 
-    Within it each database has one connection, in one transaction, that all sessions share: those of threads and of coroutines,
-    and those of connections that lead to the same database. Units of work commit, abort, nest, and are tried again as they are
-    outside; what they have committed, later ones see. They run one after the other; one that waits for another one longer than
-    `patience` seconds raises IsolationTimeout. `connections` names those to isolate, if not all.
+    In the block each database has one connection, in one transaction, that all sessions share: those of threads and of
+    coroutines, and those of all connections to that database. Units of work commit, abort, nest and are retried as usual, and
+    later units see what was committed. Units run one after the other. A block inside another one rolls back its own part only.
+    For coroutines there is `async with`.
 
-    What was left open, or could not be kept apart, is raised as IsolationBroken at the end of a block that raised nothing.
-    In a coroutine it is `async with`. Inside another one it undoes its own part only.
+    `connections` names the connections to isolate; without it, all are. `patience` is how long a unit waits for another one,
+    in seconds.
+
+    The block gives an `Isolation`. Raises InvalidUse inside a unit of work, IsolationTimeout in a unit that waited too long,
+    and IsolationBroken at the end of a block that left something open or could not be isolated completely. If the block itself
+    raised an error, the problems are notes of that error.
 
     >>> from app_db import Container, DatabaseSettings
     >>> from app_db.testing._switches import isolated
@@ -63,7 +67,7 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
     def __init__(
         self, container: DatabaseContainer, connections: Collection[str] | None = None, *, patience: float = 5.0
     ) -> None:
-        self._container: Any = container
+        self._container = container
         self._patience = patience
         self._connections = _connections_of(container, connections)
         self._stack = ExitStack()
@@ -78,8 +82,8 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
         isolation = self._isolation = Isolation(coordinator, self._configured(), self._patience)
         for name in isolation.names:
             connection = self._connections[name]
-            self._stack.enter_context(_overriding(connection.engine, partial(isolation.engine, name)))
-            self._stack.enter_context(_overriding(connection.async_engine, partial(isolation.async_engine, name)))
+            for provider, make in ((connection.engine, isolation.engine), (connection.async_engine, isolation.async_engine)):
+                self._stack.enter_context(provider.override(providers.Callable(make, name)))
         self._stack.callback(setattr, coordinator, "rehearsal", coordinator.rehearsal)
         coordinator.rehearsal = isolation
         return isolation
@@ -101,7 +105,7 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
             self._stack.close()
 
     def torn_down(self) -> None:
-        """End the isolation, whose `with` statement is gone without having left it."""
+        """End the isolation: an exception removed its `with` statement before `__exit__` could run."""
         for problem in self._end():
             _log.warning("An isolated test was torn down: %s", problem)
 
@@ -113,17 +117,17 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
 
         await to_the_end(self._leave, error)
 
-    def _configured(self) -> Iterator[Isolated]:
+    def _configured(self) -> Iterator[IsolatedConnection]:
         settings = self._container.settings()
         for name, connection in self._connections.items():
-            with suppress(ConnectionNotConfigured):  # nor does it matter to the application until somebody uses it
+            with suppress(ConnectionNotConfigured):  # as without the isolation, its first use raises that
                 engines = _unless_overridden(connection.engine), _unless_overridden(connection.async_engine)
-                yield Isolated(name, settings.connection(name), *engines)
+                yield IsolatedConnection(name, settings.connection(name), *engines)
 
 
-def _connections_of(container: Any, names: Collection[str] | None) -> dict[str, Any]:
+def _connections_of(container: DatabaseContainer, names: Collection[str] | None) -> dict[str, ConnectionContainer]:
     """Return the connections of a container, or those that are named."""
-    connections = {name: provider for name, provider in container.providers.items() if isinstance(provider, Connection)}
+    connections = connections_of(container)
     for name in names or ():
         if name not in connections:
             advice = f"{did_you_mean(name, connections)} The connections are {', '.join(connections)}".lstrip()
@@ -131,28 +135,25 @@ def _connections_of(container: Any, names: Collection[str] | None) -> dict[str, 
     return {name: provider.container for name, provider in connections.items() if names is None or name in names}
 
 
-def _unless_overridden(provider: Any) -> Any:
-    """Return what gives what a provider gives now, whatever will override it."""
-    return provider.overridden[-1] if provider.overridden else provider.own
-
-
-def _overriding(provider: Any, function: Any) -> Any:
-    return provider.override(providers.Callable(function))
+def _unless_overridden(provider: Held[T]) -> Callable[[], T]:
+    """Return a function that returns what a provider returns now, before the isolation overrides it."""
+    overriding: Sequence[Callable[[], T]] = provider.overridden
+    return overriding[-1] if overriding else provider.own
 
 
 # ---- other databases ---------------------------------------------------------------------------------------------------
 
 
 def overridden(container: DatabaseContainer, settings: DatabaseSettings | Mapping[str, str]) -> Override:
-    """Give a container other settings for the length of a `with` or `async with` block, and give the block those settings.
+    """Give a container other settings for the length of a `with` or `async with` block. The block gives those settings.
 
-    Engines, makers and sessions, for threads and for coroutines, follow at once, whatever existed before or was overridden; and
-    at the end of the block everything is as it was, the same objects as before, and what was made in the meantime is disposed.
-    A unit of work that is under way keeps the sessions that it has. If the container class has a settings provider of its own,
-    `reset_singletons()` in the block resets that, too.
+    The container makes new engines, sessionmakers and sessions from them, without its overrides. At the end of the block it has
+    its own objects and overrides back, and the engines of the block are disposed. A unit of work that is under way keeps the
+    sessions that it has. If the container class has a settings provider of its own, `reset_singletons()` in the block resets
+    that, too.
 
-    `settings` may be a mapping of connections to URLs. Then only the databases of those connections are replaced, and how they
-    are used stays as it is. A wrong name or URL is a SettingsError, and changes nothing.
+    `settings` may be a mapping of connections to URLs. It replaces only the databases of those connections, and keeps how they
+    are used. Raises SettingsError for an unknown name or a wrong URL, and changes nothing then.
 
     >>> from app_db import Container, DatabaseSettings
     >>> from app_db.testing._switches import overridden
@@ -169,13 +170,13 @@ def overridden(container: DatabaseContainer, settings: DatabaseSettings | Mappin
 def sqlite(container: DatabaseContainer) -> Override:
     """Give a container throw-away SQLite databases for the length of a `with` or `async with` block.
 
-    Every connection gets a file of its own, which is removed afterwards. Mirrors stay mirrors; a read-only connection to the
-    database of a writable one becomes a mirror of that, and a read-only `reader` one of `writer`. Read-only and autonomous
-    connections stay what they are.
+    Every connection gets a file of its own, with the tables of its models. The files are removed at the end. Mirrors stay
+    mirrors. A read-only connection to the database of a writable one becomes a mirror of that, and a read-only `reader` a mirror
+    of `writer`. Read-only and autonomous connections stay what they are.
 
-    SQLite can't prepare: connections that are two-phase are not, then, and atomicity becomes `best_effort`, so that units that
-    write to several of them run; they commit one after the other. Isolation levels that SQLite does not have, and what is
-    said to a driver or about connections that idle, are left out.
+    SQLite can't prepare transactions. If a connection is two-phase, no connection is in the block, and atomicity becomes
+    `best_effort`: units that write to several connections commit one after the other. Isolation levels that SQLite does not
+    have are left out, and so are driver arguments and the settings for idle connections.
 
     >>> from app_db import Container, DatabaseSettings
     >>> from app_db.testing._switches import sqlite
@@ -188,19 +189,20 @@ def sqlite(container: DatabaseContainer) -> Override:
 
 
 def worker_databases(container: DatabaseContainer, worker: str) -> WorkerDatabases:
-    """Give a container databases of one worker's own, for tests that run in several processes at the same time.
+    """Give a container the databases of one worker, for tests that run in several processes at the same time.
 
-    Within the `with` block, the database of every writable connection is called `<database>_<worker>`. It is made if it is not
-    there, and dropped at the end. Mirrors, and read-only connections to the same database, follow.
+    In the `with` block, the database of every writable connection is called `<database>_<worker>`. It is created if it does not
+    exist, and dropped at the end. Mirrors and read-only connections to the same database use it as well. Raises
+    CannotMakeDatabase.
     """
     return WorkerDatabases(container, worker)
 
 
 @contextmanager
 def made_tables(container: DatabaseContainer) -> Generator[frozenset[str]]:
-    """Make the tables of the models for the length of the block, and give it the names of the connections that had none before.
+    """Create the tables of the models for the length of the block. It gives the names of the connections that had none before.
 
-    Only the tables of those are dropped again.
+    At the end it drops the tables of those connections only.
     """
     names = [name for name in writable(container, ()) if not _has_some(container.providers[f"{name}_engine"](), own_tables(name))]
     container.create_all()
@@ -221,10 +223,10 @@ def _has_some(engine: Engine, tables: Sequence[Table]) -> bool:
 
 @contextmanager
 def captured_hooks(container: DatabaseContainer) -> Generator[CapturedHooks]:
-    """Note what units of work would call after they have committed, and don't call it: a list of CapturedHook.
+    """Collect the on-commit hooks of the units in the block instead of calling them. It gives the list, of CapturedHook.
 
-    Hooks of units that abort, or of savepoints that are rolled back, are not in it. `run()` of the list calls them,
-    and `await run_awaited()` does in coroutines.
+    Hooks of units that abort, or of savepoints that are rolled back, are not in the list. `run()` of the list calls them;
+    in coroutines `await run_awaited()` does.
 
     >>> from app_db import Container, DatabaseSettings
     >>> from app_db.testing._switches import captured_hooks
@@ -251,16 +253,25 @@ def captured_hooks(container: DatabaseContainer) -> Generator[CapturedHooks]:
 
 
 class IsolatedTestCase(unittest.TestCase):
-    """A test case whose tests are isolated: `class TestOrders(IsolatedTestCase)`, with the container in `container`.
+    """A test case whose tests are isolated.
 
-    With coroutines it is `class TestOrders(IsolatedTestCase, IsolatedAsyncioTestCase)`. Each test has `self.isolation`, whose
-    `session()` prepares and checks. A `setUp` of its own begins with `super().setUp()`.
+    For tests that are coroutines, derive from IsolatedAsyncioTestCase too, after this class. A `setUp` of a subclass begins with
+    `super().setUp()`.
+
+        class TestOrders(IsolatedTestCase):
+            container = container  # your application's
+
+            def test_an_order_is_placed(self) -> None:
+                place_order("A-1")
+                self.isolation.session().scalars(select(Order)).one()
     """
 
     container: ClassVar[DatabaseContainer]
+    """The container whose databases are isolated."""
     connections: ClassVar[Collection[str] | None] = None
-    """Those to isolate, if not all."""
+    """The connections to isolate; None for all."""
     isolation: Isolation
+    """The isolation of the test that runs."""
 
     def setUp(self) -> None:
         super().setUp()

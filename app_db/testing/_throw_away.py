@@ -1,11 +1,10 @@
-"""Throw-away SQLite databases in the place of whatever the settings say."""
+"""Throw-away SQLite databases in place of the databases in the settings."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
@@ -17,7 +16,7 @@ from app_db.testing._overrides import Override, declared, names_of, settings_of
 
 
 class ThrowAway(Override):
-    """Other settings, and the directory in which their databases are."""
+    """Settings with SQLite databases in a directory that is removed at the end."""
 
     _directory = ""
 
@@ -46,7 +45,7 @@ class ThrowAway(Override):
 
 
 def _make_tables(container: DatabaseContainer, settings: DatabaseSettings) -> None:
-    """Make the models' tables, those of read-only connections too, whose databases would be empty for ever."""
+    """Create the tables of the models, also on read-only connections, whose databases would stay empty otherwise."""
     container.create_all()
     for name, connection in settings.connections.items():
         tables = own_tables(name)
@@ -61,16 +60,16 @@ _ISOLATION_LEVELS = ("AUTOCOMMIT", "READ UNCOMMITTED", "SERIALIZABLE")
 
 
 def on_sqlite(container: DatabaseContainer, directory: Path) -> DatabaseSettings:
-    """Return the settings of a container with files in `directory` in the place of its databases."""
+    """Return the settings of a container with SQLite files in `directory` in place of its databases."""
     settings = settings_of(container)
     connections = {}
     names = names_of(container, settings)
     if settings is None and "writer" in names:
-        names = [name for name in names if name != "reader"]  # which is the writer, read-only
+        names = [name for name in names if name != "reader"]  # without settings, it is a mirror of the writer
     for name in names:
         own = declared(settings, name) or ConnectionSettings()
-        twin = own.mirror or _twin_of(name, own, settings)
-        place = {"mirror": twin} if twin else {"url": f"sqlite:///{directory / name}.db"}
+        mirrored = own.mirror or _same_database(name, own, settings)
+        place = {"mirror": mirrored} if mirrored else {"url": f"sqlite:///{directory / name}.db"}
         connections[name] = ConnectionSettings(**_usage(own), **place)
     if settings is None:
         return DatabaseSettings(connections=connections)
@@ -79,10 +78,10 @@ def on_sqlite(container: DatabaseContainer, directory: Path) -> DatabaseSettings
     return settings.with_connections(connections, atomicity=atomicity, decision_log=None, recover_at_start=False)
 
 
-def _usage(connection: ConnectionSettings) -> dict[str, Any]:
-    """Return how a connection is used, as far as SQLite can."""
+def _usage(connection: ConnectionSettings) -> dict[str, object]:
+    """Return the settings of how a connection is used which SQLite supports."""
     given = connection.model_fields_set
-    usage = {field: getattr(connection, field) for field in _USAGE if field in given}
+    usage: dict[str, object] = {field: getattr(connection, field) for field in _USAGE if field in given}
     if connection.isolation_level in _ISOLATION_LEVELS:
         usage["isolation_level"] = connection.isolation_level
     pool = connection.pool
@@ -90,11 +89,12 @@ def _usage(connection: ConnectionSettings) -> dict[str, Any]:
     return usage
 
 
-def _twin_of(name: str, connection: ConnectionSettings, settings: DatabaseSettings | None) -> str | None:
-    """Return the writable connection whose database a read-only one reads: its own would be empty for ever."""
+def _same_database(name: str, connection: ConnectionSettings, settings: DatabaseSettings | None) -> str | None:
+    """Return the writable connection to the database that a read-only connection reads, if there is one."""
     if settings is None or not connection.read_only:
         return None
     place = settings.connection(name).place
-    writable = {other: one for other, one in settings.connections.items() if not (one.read_only or one.mirror)}
-    twins = sorted(other for other in writable if settings.connection(other).place == place)
-    return "writer" if name == "reader" and "writer" in writable else next(iter(twins), None)
+    writable = [other for other, own in settings.connections.items() if not (own.read_only or own.mirror)]
+    if name == "reader" and "writer" in writable:
+        return "writer"
+    return min((other for other in writable if settings.connection(other).place == place), default=None)

@@ -1,4 +1,4 @@
-"""A database for each of the processes that run tests at the same time, made and dropped on the servers of the settings."""
+"""Databases for one of several processes that run tests at the same time, created and dropped on the servers of the settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("app_db")
 
 
 class WorkerDatabases(Override):
-    """Other settings, in which every database that can be written is the worker's own. Leaving the block drops those."""
+    """Settings with a database of the worker's own for each that can be written. They are dropped at the end."""
 
     def __init__(self, container: DatabaseContainer, worker: str) -> None:
         super().__init__(container, {})
@@ -41,7 +41,8 @@ class WorkerDatabases(Override):
             for names in _written_places(self.container, settings):
                 urls = {name: _of_worker(name, settings.connection(name).sqlalchemy_url(), self._worker) for name in names}
                 stack.enter_context(_database(names[0], settings, urls[names[0]]))
-                own |= {name: with_url(settings.connections[name], _text(url)) for name, url in urls.items()}
+                for name, url in urls.items():
+                    own[name] = with_url(settings.connections[name], url.render_as_string(hide_password=False))
             self._databases = stack.pop_all()
         return settings.with_connections({**settings.connections, **own})
 
@@ -50,29 +51,24 @@ class WorkerDatabases(Override):
 
 
 def _written_places(container: DatabaseContainer, settings: DatabaseSettings) -> list[list[str]]:
-    """Return, for each database of the container that can be written, the connections to it: first one that can write."""
+    """Return, for each database that the container can write to, the connections to it, a writable one first."""
     places: dict[object, list[str]] = {}
     owners = {settings._mirrors(name)[-1] for name in connections_of(container)}
     for name in sorted(owners.intersection(settings.connections), key=lambda name: (settings.connections[name].read_only, name)):
         places.setdefault(settings.connection(name).place, []).append(name)
     return [
-        names for names in places.values() if not (settings.connections[names[0]].read_only or _in_memory(settings, names[0]))
+        names
+        for names in places.values()
+        for first in [settings.connection(names[0])]
+        if not (first.read_only or is_memory(first.sqlalchemy_url()))
     ]
-
-
-def _in_memory(settings: DatabaseSettings, name: str) -> bool:
-    return is_memory(settings.connection(name).sqlalchemy_url())
 
 
 def _of_worker(name: str, url: URL, worker: str) -> URL:
     database = url.database or url.username
     if database is None:
-        raise CannotMakeDatabase(name, worker, "the settings don't name the database that it would be called after")
+        raise CannotMakeDatabase(name, worker, "its name is made from the name of the database, and the settings don't have that")
     return url.set(database=database_of(url.get_backend_name()).name_for_worker(database, worker))
-
-
-def _text(url: URL) -> str:
-    return url.render_as_string(hide_password=False)
 
 
 # ---- on the server -------------------------------------------------------------------------------------------------
@@ -80,7 +76,7 @@ def _text(url: URL) -> str:
 
 @contextmanager
 def _database(name: str, settings: DatabaseSettings, url: URL) -> Generator[None]:
-    """Have the database of `url` for the length of the block, made and dropped by way of the one that the settings name."""
+    """Create the database of `url` for the length of the block, by a connection to the database in the settings."""
     kind, database = database_of(url.get_backend_name()), str(url.database)
     if not kind.creates_databases:
         raise CannotMakeDatabase(name, database, f"app_db does not know how {url.get_backend_name()} makes one")

@@ -75,7 +75,7 @@ def test_each_unit_is_printed_with_what_was_decided_and_done(scene: Scene) -> No
     [first] = [line for line in done.lines if line.startswith(committed)]
     assert " s ago): committed, because it was decided to commit it" in first
     [second] = [line for line in done.lines if line.startswith(aborted)]
-    assert "rolled back, because nobody had decided to commit it" in second
+    assert "rolled back, because there was no decision to commit it" in second
     assert done.lines.count("  warehouse  committed") == done.lines.count("  writer     committed") == 1
     assert done.lines.count("  warehouse  rolled back") == 1
     assert done.lines[-1] == f"2 units of {scene.settings.application!r} in doubt, 2 settled, 0 left."
@@ -89,7 +89,7 @@ def test_a_dry_run_prints_what_would_be_done(scene: Scene) -> None:
     assert done.code == 1
     assert f"{committed}, begun" in done.out
     assert "would be committed, because it was decided to commit it" in done.out
-    assert "would be rolled back, because nobody had decided to commit it" in done.out
+    assert "would be rolled back, because there was no decision to commit it" in done.out
     assert f"by the user 'app_db' as {scene.settings.application}:{aborted}:writer" in done.out
     assert "LEFT" not in done.out
     assert len(scene.ours("writer")) == 2
@@ -152,7 +152,7 @@ def test_what_a_killed_process_left_is_recovered(postgres: PostgresServer, new_p
             assert application.run(name, die_at=step).killed
         done = application.recover()
     assert done.returncode == 0
-    assert done.stdout.count("rolled back, because nobody had decided") == 1
+    assert done.stdout.count("rolled back, because there was no decision") == 1
     assert done.stdout.count("committed, because it was decided") == 1
     for connection in connections.values():
         database = connection["url"].rpartition("/")[2]
@@ -172,7 +172,7 @@ def test_a_grace_that_is_none_is_refused(grace: str) -> None:
 
 
 def page(*units: UnitInDoubt, dry_run: bool = False) -> str:
-    return "\n".join(cli._page(Settlement(list(units)), "shop", dry_run))
+    return "\n".join(cli._report(Settlement(list(units)), "shop", dry_run))
 
 
 def unit_of(*states: BranchState, verdict: Verdict | None = Verdict.COMMIT, unit: str = "", begun_at: float = 0) -> UnitInDoubt:
@@ -183,7 +183,7 @@ def unit_of(*states: BranchState, verdict: Verdict | None = Verdict.COMMIT, unit
 
 def test_a_unit_that_others_settled_is_not_said_to_be_rolled_back() -> None:
     shown = page(unit_of(BranchState.GONE, BranchState.GONE, verdict=Verdict.ABORT))
-    assert "somebody else has settled it" in shown
+    assert "another recovery has settled it" in shown
     assert "rolled back" not in shown
 
 
@@ -304,8 +304,8 @@ def test_a_container_may_be_named(name: str, shop: Path, scene: Scene) -> None:
         ("shop:Shop.writer", "it is no database container"),
         ("shop:needs", "calling it failed (TypeError)"),
         ("shop:fails", "calling it failed (ValueError)"),
-        ("", "there is no module"),
-        (":Shop", "there is no module"),
+        ("", "it names no module"),
+        (":Shop", "it names no module"),
     ],
 )
 def test_a_container_that_is_none_is_explained_in_one_line(name: str, says: str, shop: Path) -> None:

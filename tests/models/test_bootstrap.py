@@ -120,11 +120,11 @@ def test_a_reader_and_a_mirror_are_passed_over_and_refused_when_named(sqlite_url
     container.create_all()
     assert tables_in(sqlite_url) == {"things"}
     for verb in (container.create_all, container.drop_all):
-        with pytest.raises(InvalidUse, match=f"'{mirror}' can't be made or dropped: it mirrors another connection"):
+        with pytest.raises(InvalidUse, match=f"'{mirror}' can't be created or dropped: it mirrors another connection"):
             verb(own, mirror)
         with pytest.raises(InvalidUse, match=f"APP_DB_CONNECTIONS__{shut.upper()}__READ_ONLY"):
             verb(shut)
-        with pytest.raises(InvalidUse, match="'reader' can't be made or dropped: it mirrors another connection"):
+        with pytest.raises(InvalidUse, match="'reader' can't be created or dropped: it mirrors another connection"):
             verb(reader)
     assert tables_in(sqlite_url) == {"things"}
     container.shutdown_resources()
@@ -202,7 +202,7 @@ def test_a_callback_that_fills_another_database_follows_the_rules_for_several(ne
     new_table(name)
     urls = {name: new_sqlite_url(), other: new_sqlite_url()}
     with container_for(urls) as container:
-        with pytest.raises(InvalidUse, match=f"not clear which connection is to remember the bootstrap: '{name}', '{other}'"):
+        with pytest.raises(InvalidUse, match=f"Several connections, or none, can store bootstrap steps: '{name}', '{other}'"):
             container.bootstrap(seeding(container, other, table))
         with pytest.raises(NotAtomic):
             container.bootstrap(seeding(container, other, table), on=name)
@@ -222,7 +222,7 @@ def test_a_connection_that_can_not_remember_is_refused(sqlite_url: str) -> None:
     audit, shut = new_name(), new_name()
     connections = {audit: {"url": sqlite_url, "transactional": False}, shut: {"url": sqlite_url, "read_only": True}}
     with container_for(connections) as container:
-        with pytest.raises(InvalidUse, match="can't remember a bootstrap"):
+        with pytest.raises(InvalidUse, match="can't store bootstrap steps"):
             container.bootstrap(lambda: None, on=audit)
         with pytest.raises(InvalidUse, match="read-only"):
             container.bootstrap(lambda: None, on=shut)

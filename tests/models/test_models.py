@@ -250,7 +250,7 @@ def test_all_bases_of_a_name_have_one_naming_convention() -> None:
 
 def test_a_naming_convention_that_comes_too_late_is_refused() -> None:
     Table("t", metadata_of("late"), Column("id", Integer, primary_key=True))
-    with pytest.raises(InvalidUse, match="when there were some without it"):
+    with pytest.raises(InvalidUse, match="after some of them had been declared without it"):
         orm_base("late", naming_convention={"pk": "pk_%(table_name)s"})
 
 

@@ -123,6 +123,23 @@ def test_errors_live_on_one_page() -> None:
     assert elsewhere == []
 
 
+def test_the_docstring_of_the_module_draws_the_tree_of_classes() -> None:
+    drawn = re.findall(r"^    ([ │├└─]*)(\w+)(?: \((.*)\))?$", errors.__doc__ or "", re.MULTILINE)
+    bases = {
+        found: [base for base in found.__bases__ if not issubclass(base, AppDbError) and base is not Exception]
+        for found in CLASSES
+    }
+    paths = {found: [base for base in reversed(found.__mro__) if base in CLASSES] for found in CLASSES}
+    assert {(name, len(indent) // 5, beside) for indent, name, beside in drawn} == {
+        (
+            found.__name__,
+            len(paths[found]) - 1,
+            ", ".join(f"{base.__module__}.{base.__name__}".removeprefix("builtins.") for base in bases[found]),
+        )
+        for found in CLASSES
+    }
+
+
 def test_every_error_has_an_example_here() -> None:
     assert {type(example) for example in EXAMPLES} >= set(CLASSES) - BASES
 

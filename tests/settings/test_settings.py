@@ -953,7 +953,7 @@ def test_a_decision_log_must_be_where_units_of_work_write(environment: Set) -> N
     ("url", "says"),
     [
         ("sqlite:///w.db", "needs a database that can prepare"),
-        ("postgresql+psycopg2://h/d", "is not there for the driver psycopg2"),
+        ("postgresql+psycopg2://h/d", "is not supported by the driver psycopg2"),
     ],
 )
 def test_two_phase_is_refused_where_it_can_not_be(environment: Set, url: str, says: str) -> None:

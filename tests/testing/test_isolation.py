@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from contextvars import copy_context
+from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import transaction
@@ -433,7 +435,7 @@ def test_a_commit_by_the_drivers_own_connection_is_found_out(new_database_url: C
             connection.execute(ITEMS.insert().values(name="a"))
             driver: Any = connection.connection.driver_connection
             driver.commit()
-        assert any("ended by somebody" in note for note in caught.value.__notes__)
+        assert any("ended inside it" in note for note in caught.value.__notes__)
         with isolated(app.container):  # the next test is not disturbed
             assert seen(app, "writer") == ["a"]
 
@@ -678,6 +680,18 @@ def test_two_hundred_isolations_leave_nothing_in_the_process_or_on_the_server(ap
     for _ in range(200):
         once()
     assert all(now <= then for now, then in zip(count(), before, strict=True))
+
+
+def test_an_isolation_does_not_keep_its_engines_alive(tmp_path: Path) -> None:
+    settings = DatabaseSettings(connections={"writer": {"url": f"sqlite:///{tmp_path}/shop.db"}})
+    container = container_of("writer")(settings=settings)
+    with isolated(container), container.transaction():
+        container.providers["writer_session"]().execute(text("SELECT 1"))
+    engine = ref(container.providers["writer_engine"]())
+    container.shutdown_resources()
+    del container
+    gc.collect()
+    assert engine() is None
 
 
 def test_a_server_that_stops_in_mid_test_fails_the_test_and_not_the_next(new_postgres: Callable[..., PostgresServer]) -> None:

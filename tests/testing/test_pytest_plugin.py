@@ -333,7 +333,7 @@ def test_the_marker_limits_isolation_or_takes_a_test_out_of_it(project: Project)
     )
     result = project.run()
     result.assert_outcomes(passed=4, errors=2)
-    result.stdout.fnmatch_lines(["*app_db_session needs the isolation that the marker takes the test out of*"])
+    result.stdout.fnmatch_lines(["*app_db_session needs an isolated test, and the marker says isolation=False*"])
     result.stdout.fnmatch_lines(["*There is no connection 'wrehouse' to isolate. Did you mean 'warehouse'?*"])
     assert (project.rows(), project.rows("facts", "sales")) == (1, 2)
 
@@ -383,7 +383,7 @@ def test_what_is_no_database_container_is_refused(project: Project) -> None:
     project.file("test_shop.py", "def test_one(app_db_session): pass")
     result = project.run()
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*app_db_container gave object, which is no container of app_db*"])
+    result.stdout.fnmatch_lines(["*app_db_container returned object, which is no container of app_db*"])
 
 
 @pytest.mark.exhaustive

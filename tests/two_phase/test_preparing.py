@@ -26,6 +26,7 @@ from app_db._databases.postgresql import PostgreSQLPrepareVerbs
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._databases.registry import database_of
 from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
+from app_db._units import branch_connections
 from harness.choosing import mostly
 from harness.proxies import Proxy
 from harness.requiring import started

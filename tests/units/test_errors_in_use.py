@@ -451,7 +451,8 @@ def test_an_unknown_variable_is_named_with_the_near_one(monkeypatch: pytest.Monk
     monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__POOL__SISE", "7")
     container = Container()
     with pytest.raises(
-        UnknownVariable, match=r"SISE: is set, but nobody reads it\. Did you mean 'APP_DB_CONNECTIONS__WRITER__POOL__SIZE'\?"
+        UnknownVariable,
+        match=r"SISE: is set, but app_db has no such setting\. Did you mean 'APP_DB_CONNECTIONS__WRITER__POOL__SIZE'\?",
     ):
         container.settings()
     with pytest.raises(UnknownVariable), container.transaction():
