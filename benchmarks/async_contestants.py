@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from dependency_injector.wiring import Provide
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 import by_hand
@@ -28,7 +27,7 @@ from contestants import (
 from databases import Place
 from measuring import WARM_UP, Batch, Effort
 from schema import Base, Row, Shop
-from workloads import ALL, TALLY, Workload
+from workloads import ALL, TALLY, Workload, asking_async
 
 Unit = Callable[[], Awaitable[Any]]
 UnitOf = Callable[[Workload], Unit]
@@ -158,29 +157,11 @@ def decorated(url: str, runner: asyncio.Runner) -> Iterator[UnitOf]:
     """
     container = shop(url)
     add_first_row(container.writer_engine())
-    units = {workload: _decorated(workload) for workload in ALL}
+    units = {workload: asking_async(transactional, Shop, workload, __name__, "async_session") for workload in ALL}
     container.wire(modules=[__name__])
     yield units.__getitem__
     container.unwire()
     runner.run(_shut_down(container))
-
-
-def _decorated(workload: Workload) -> Unit:
-    work = workload.work_async
-    if len(workload.uses) == 1:
-
-        @transactional
-        async def unit(session: AsyncSession = Provide[getattr(Shop, f"{workload.uses[0]}_async_session")]) -> Any:
-            return await work(session)
-
-        return unit
-    one, other = (getattr(Shop, f"{name}_async_session") for name in workload.uses)
-
-    @transactional
-    async def unit_of_two(first: AsyncSession = Provide[one], second: AsyncSession = Provide[other]) -> Any:
-        return await work(first, second)
-
-    return unit_of_two
 
 
 async def _shut_down(container: DatabaseContainer) -> None:

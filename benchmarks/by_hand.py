@@ -13,14 +13,14 @@ from typing import Any
 
 import transaction
 from dependency_injector import containers, providers
-from dependency_injector.wiring import Provide, inject
+from dependency_injector.wiring import inject
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util.concurrency import greenlet_spawn
 from zope.sqlalchemy import register
 
-from workloads import ALL, Workload
+from workloads import ALL, Workload, asking, asking_async
 
 
 def _scoped(engine: Engine) -> scoped_session[Session]:
@@ -71,7 +71,7 @@ def units(container: Container) -> Callable[[Workload], Callable[[], Any]]:
     """Give units: a function with injected sessions, called in a transaction of this thread's
     manager.
     """
-    functions = {workload: _injected(workload) for workload in ALL}
+    functions = {workload: asking(inject, Container, workload, __name__) for workload in ALL}
     container.wire(modules=[__name__])
 
     def unit_of(workload: Workload) -> Callable[[], Any]:
@@ -86,29 +86,11 @@ def units(container: Container) -> Callable[[Workload], Callable[[], Any]]:
     return unit_of
 
 
-def _injected(workload: Workload) -> Callable[[], Any]:
-    work = workload.work
-    if len(workload.uses) == 1:
-
-        @inject
-        def injected(session: Session = Provide[getattr(Container, f"{workload.uses[0]}_session")]) -> Any:
-            return work(session)
-
-        return injected
-    one, other = (getattr(Container, f"{name}_session") for name in workload.uses)
-
-    @inject
-    def injected_both(first: Session = Provide[one], second: Session = Provide[other]) -> Any:
-        return work(first, second)
-
-    return injected_both
-
-
 def async_units(container: AsyncContainer) -> Callable[[Workload], Callable[[], Awaitable[Any]]]:
     """Give units of coroutines. The manager ends transactions in a greenlet, where the drivers can
     be awaited.
     """
-    functions = {workload: _injected_async(workload) for workload in ALL}
+    functions = {workload: asking_async(inject, AsyncContainer, workload, __name__) for workload in ALL}
     container.wire(modules=[__name__])
 
     def unit_of(workload: Workload) -> Callable[[], Awaitable[Any]]:
@@ -131,21 +113,3 @@ def async_units(container: AsyncContainer) -> Callable[[Workload], Callable[[], 
         return unit
 
     return unit_of
-
-
-def _injected_async(workload: Workload) -> Callable[[], Awaitable[Any]]:
-    work = workload.work_async
-    if len(workload.uses) == 1:
-
-        @inject
-        async def injected(session: AsyncSession = Provide[getattr(AsyncContainer, f"{workload.uses[0]}_session")]) -> Any:
-            return await work(session)
-
-        return injected
-    one, other = (getattr(AsyncContainer, f"{name}_session") for name in workload.uses)
-
-    @inject
-    async def injected_both(first: AsyncSession = Provide[one], second: AsyncSession = Provide[other]) -> Any:
-        return await work(first, second)
-
-    return injected_both

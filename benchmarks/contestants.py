@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from dependency_injector.wiring import Provide
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import PoolProxiedConnection
@@ -18,7 +17,7 @@ from app_db import DatabaseContainer, DatabaseSettings, transactional
 from databases import Place
 from measuring import WARM_UP, Effort
 from schema import Base, Row, Shop
-from workloads import ALL, BOTH, TALLY, Workload
+from workloads import ALL, BOTH, TALLY, Workload, asking
 
 BARE = "bare"
 SAME = "same work"
@@ -208,29 +207,11 @@ def decorated(url: str, *, pool_size: int = 5) -> Iterator[UnitOf]:
     """
     container = shop(url, pool_size)
     add_first_row(container.writer_engine())
-    units = {workload: _decorated(workload) for workload in ALL}
+    units = {workload: asking(transactional, Shop, workload, __name__) for workload in ALL}
     container.wire(modules=[__name__])
     yield units.__getitem__
     container.unwire()
     container.shutdown_resources()
-
-
-def _decorated(workload: Workload) -> Unit:
-    work = workload.work
-    if len(workload.uses) == 1:
-
-        @transactional
-        def unit(session: Session = Provide[getattr(Shop, f"{workload.uses[0]}_session")]) -> Any:
-            return work(session)
-
-        return unit
-    one, other = (getattr(Shop, f"{name}_session") for name in workload.uses)
-
-    @transactional
-    def unit_of_two(first: Session = Provide[one], second: Session = Provide[other]) -> Any:
-        return work(first, second)
-
-    return unit_of_two
 
 
 def shop(url: str, pool_size: int = 5) -> Shop:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dependency_injector.wiring import Provide
 from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -111,3 +112,40 @@ UNTOUCHED = Workload("session not used", ("writer",), _nothing, _nothing_async)
 MEASURED = (SELECT, SELECT_READER, INSERT, UPDATE, BOTH, STATEMENTS, UNTOUCHED)
 TALLY = Workload("rows and counts", ("writer",), _tally, _tally_async)
 ALL = (*MEASURED, TALLY)
+
+
+# ---- with injected sessions ----------------------------------------------------------------------
+
+
+def asking(decorate: Callable[..., Any], container: Any, workload: Workload, module: str) -> Callable[[], Any]:
+    """Return a decorated function that does the work with sessions that it asks a container for. The
+    container gives them when it has wired the module.
+    """
+    work, asked = workload.work, [Provide[getattr(container, f"{name}_session")] for name in workload.uses]
+
+    def unit(session: Session = asked[0]) -> Any:
+        return work(session)
+
+    def unit_of_two(first: Session = asked[0], second: Session = asked[-1]) -> Any:
+        return work(first, second)
+
+    chosen = unit if len(asked) == 1 else unit_of_two
+    chosen.__module__ = module
+    return decorate(chosen)
+
+
+def asking_async(
+    decorate: Callable[..., Any], container: Any, workload: Workload, module: str, kind: str = "session"
+) -> Callable[[], Awaitable[Any]]:
+    """Return the same as a coroutine function. `kind` is what the container calls such sessions."""
+    work, asked = workload.work_async, [Provide[getattr(container, f"{name}_{kind}")] for name in workload.uses]
+
+    async def unit(session: AsyncSession = asked[0]) -> Any:
+        return await work(session)
+
+    async def unit_of_two(first: AsyncSession = asked[0], second: AsyncSession = asked[-1]) -> Any:
+        return await work(first, second)
+
+    chosen = unit if len(asked) == 1 else unit_of_two
+    chosen.__module__ = module
+    return decorate(chosen)

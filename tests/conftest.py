@@ -17,20 +17,23 @@ The marks `exhaustive`, `representative` and `soak` say what `make test` leaves 
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import inspect
 import os
 import re
 import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from fnmatch import fnmatchcase
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from harness.coroutines import Awaited, InThreads, driven
 from harness.installing import install
 from harness.requiring import started
 from harness.servers import MariaDBServer, PostgresServer, PostgresStandby, Server, Setting, available, quick_tempdir
@@ -111,6 +114,34 @@ def _missing_server(report: object) -> tuple[str, str] | None:
 
 def _is_missing(what: str) -> bool:
     return what.startswith("not found")
+
+
+# ---- coroutines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
+    """Run a test that is a coroutine function on a loop of its own; without a loop, if its application is one of threads.
+
+    The applications among its fixtures see at its end that no connection is in use, and close what belongs to the loop.
+    """
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    given = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+
+    if any(isinstance(application, InThreads) for application in given.values()):
+        driven(pyfuncitem.obj(**given))
+        return True
+
+    async def supervised() -> None:
+        async with AsyncExitStack() as stack:
+            for application in given.values():
+                if isinstance(application, Awaited):
+                    await stack.enter_async_context(application.supervised())
+            await pyfuncitem.obj(**given)
+
+    asyncio.run(supervised())
+    return True
 
 
 # ---- the environment ------------------------------------------------------------------------------------------------

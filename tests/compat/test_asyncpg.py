@@ -14,23 +14,19 @@ from app_db._compat.asyncpg import believes_in_transaction, hang_up
 from harness.servers import PostgresServer
 
 
-def test_a_transaction_that_asyncpg_believes_in_can_be_seen(postgres_url: str) -> None:
+async def test_a_transaction_that_asyncpg_believes_in_can_be_seen(postgres_url: str) -> None:
     """Without `_top_xact`, a connection that was interrupted right after BEGIN would go back to its pool, and the next unit's
     COMMIT would only release a savepoint.
     """
-
-    async def work() -> list[bool]:
-        connection: Any = await asyncpg.connect(dsn_of(postgres_url))
-        seen = [believes_in_transaction(connection)]
-        transaction = connection.transaction()
-        await transaction.start()
-        seen.append(believes_in_transaction(connection))
-        await transaction.rollback()
-        seen.append(believes_in_transaction(connection))
-        await connection.close()
-        return seen
-
-    assert asyncio.run(work()) == [False, True, False]
+    connection: Any = await asyncpg.connect(dsn_of(postgres_url))
+    seen = [believes_in_transaction(connection)]
+    transaction = connection.transaction()
+    await transaction.start()
+    seen.append(believes_in_transaction(connection))
+    await transaction.rollback()
+    seen.append(believes_in_transaction(connection))
+    await connection.close()
+    assert seen == [False, True, False]
 
 
 def test_a_connection_of_a_closed_loop_is_closed_at_its_socket_without_a_complaint(

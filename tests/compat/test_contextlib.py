@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from types import FrameType
@@ -39,27 +38,23 @@ class Noting:
 
 
 @pytest.mark.parametrize("new_stack", [ExitStack, AsyncExitStack])
-def test_a_stack_that_enters_and_leaves_is_recognized(new_stack: Any) -> None:
+async def test_a_stack_that_enters_and_leaves_is_recognized(new_stack: Any) -> None:
     """Without it, a block that a stack was interrupted in entering or leaving would keep its unit current."""
-
-    async def main() -> None:
-        noting, awaited = Noting(), Noting()
-        stack = new_stack()
-        if isinstance(stack, AsyncExitStack):
-            async with stack:
-                stack.enter_context(noting)
-                await stack.enter_async_context(awaited)
-        else:
-            with stack:
-                stack.enter_context(noting)
-        for note in (noting, awaited) if isinstance(stack, AsyncExitStack) else (noting,):
-            assert note.entered is not None
-            assert is_entering(note.entered)
-            assert stack_of(note.entered) is stack
-            assert any(is_leaving(frame, stack) for frame, _ in note.left)
-            assert not any(is_leaving(frame, new_stack()) for frame, _ in note.left)
-
-    asyncio.run(main())
+    noting, awaited = Noting(), Noting()
+    stack = new_stack()
+    if isinstance(stack, AsyncExitStack):
+        async with stack:
+            stack.enter_context(noting)
+            await stack.enter_async_context(awaited)
+    else:
+        with stack:
+            stack.enter_context(noting)
+    for note in (noting, awaited) if isinstance(stack, AsyncExitStack) else (noting,):
+        assert note.entered is not None
+        assert is_entering(note.entered)
+        assert stack_of(note.entered) is stack
+        assert any(is_leaving(frame, stack) for frame, _ in note.left)
+        assert not any(is_leaving(frame, new_stack()) for frame, _ in note.left)
 
 
 def test_other_frames_are_no_stacks() -> None:

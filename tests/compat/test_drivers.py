@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import selectors
 import sqlite3
 from pathlib import Path
@@ -68,79 +67,63 @@ def test_pymysql_hangs_up_without_a_word(mariadb_url: str) -> None:
 # ---- asyncpg, as SQLAlchemy adapts it -------------------------------------------------------------------------------------
 
 
-def test_asyncpgs_adapter_begins_anew_after_a_transaction_that_was_ended_below_it(postgres_url: str) -> None:
+async def test_asyncpgs_adapter_begins_anew_after_a_transaction_that_was_ended_below_it(postgres_url: str) -> None:
     """`_transaction`, `_top_xact`, `_started`: without them, the next unit would begin no transaction, and commit as it goes."""
-
-    async def main() -> None:
-        engine = create_async_engine(make_url(postgres_url).set(drivername="postgresql+asyncpg"))
-        async with engine.connect() as connection:
-            await connection.execute(text("CREATE TABLE items (name text)"))
-            await connection.commit()
-            await connection.execute(text("INSERT INTO items VALUES ('a')"))
-            adapted: Any = (await connection.get_raw_connection()).dbapi_connection
-            await adapted.driver_connection.execute("COMMIT")
-            note_ended_transaction(adapted)
-            await connection.rollback()
-            await connection.execute(text("INSERT INTO items VALUES ('b')"))
-            await connection.rollback()
-            names = (await connection.execute(text("SELECT name FROM items"))).scalars().all()
-        await engine.dispose()
-        assert names == ["a"]
-
-    asyncio.run(main())
+    engine = create_async_engine(make_url(postgres_url).set(drivername="postgresql+asyncpg"))
+    async with engine.connect() as connection:
+        await connection.execute(text("CREATE TABLE items (name text)"))
+        await connection.commit()
+        await connection.execute(text("INSERT INTO items VALUES ('a')"))
+        adapted: Any = (await connection.get_raw_connection()).dbapi_connection
+        await adapted.driver_connection.execute("COMMIT")
+        note_ended_transaction(adapted)
+        await connection.rollback()
+        await connection.execute(text("INSERT INTO items VALUES ('b')"))
+        await connection.rollback()
+        names = (await connection.execute(text("SELECT name FROM items"))).scalars().all()
+    await engine.dispose()
+    assert names == ["a"]
 
 
-def test_asyncpgs_adapter_gives_the_error_that_applications_know(postgres_url: str) -> None:
+async def test_asyncpgs_adapter_gives_the_error_that_applications_know(postgres_url: str) -> None:
     """`_handle_exception`: without it, an application would see asyncpg's own errors for what a two-phase unit refuses."""
-
-    async def main() -> None:
-        engine = create_async_engine(make_url(postgres_url).set(drivername="postgresql+asyncpg"))
-        async with engine.connect() as connection:
-            adapted: Any = (await connection.get_raw_connection()).dbapi_connection
-            with pytest.raises(Exception, match="nowhere") as caught:
-                await adapted.driver_connection.execute("SELECT * FROM nowhere")
-            found = await greenlet_spawn(adapted_error, adapted, caught.value)
-            assert isinstance(found, adapted.dbapi.Error)
-            assert getattr(found, "sqlstate", None) == "42P01"
-        await engine.dispose()
-
-    asyncio.run(main())
+    engine = create_async_engine(make_url(postgres_url).set(drivername="postgresql+asyncpg"))
+    async with engine.connect() as connection:
+        adapted: Any = (await connection.get_raw_connection()).dbapi_connection
+        with pytest.raises(Exception, match="nowhere") as caught:
+            await adapted.driver_connection.execute("SELECT * FROM nowhere")
+        found = await greenlet_spawn(adapted_error, adapted, caught.value)
+        assert isinstance(found, adapted.dbapi.Error)
+        assert getattr(found, "sqlstate", None) == "42P01"
+    await engine.dispose()
 
 
 # ---- one connection for threads and coroutines ------------------------------------------------------------------------------
 
 
-def test_psycopg_takes_one_libpq_connection_for_threads_and_coroutines(postgres_url: str) -> None:
+async def test_psycopg_takes_one_libpq_connection_for_threads_and_coroutines(postgres_url: str) -> None:
     """`_adapters`, `_pool`: without them, isolated tests could not share one transaction between threads and coroutines."""
     there = make_url(postgres_url)
     options: Any = {"host": there.host, "port": there.port, "user": there.username, "password": str(there.password or "")}
-
-    async def main() -> None:
-        with psycopg.connect(dbname=there.database, **options) as connection:
-            connection.execute("CREATE TEMPORARY TABLE items (name text)")
-            view = await async_view(connection)
-            await view.execute("INSERT INTO items VALUES (%s)", ("a",))
-            assert connection.execute("SELECT name FROM items").fetchall() == [("a",)]
-            connection.rollback()
-            del view
-
-    asyncio.run(main())
-
-
-def test_aiosqlite_takes_an_open_connection_and_leaves_it_open(tmp_path: Path) -> None:
-    """`_connection`, `_tx`, `_thread`: without them, isolated tests could not share one transaction of SQLite."""
-
-    async def main() -> None:
-        connection = sqlite3.connect(tmp_path / "shop.db", check_same_thread=False)
-        connection.execute("CREATE TABLE items (name TEXT)")
-        view = await aiosqlite.async_view(connection)
-        assert aiosqlite.is_view(view)
-        assert not aiosqlite.is_view(connection)
-        await view.execute("INSERT INTO items VALUES ('a')")
-        await view.create_function("twice", 1, lambda value: value * 2)  # which SQLAlchemy asks of every new connection
-        aiosqlite.leave_open(view)
-        await view.close()
+    with psycopg.connect(dbname=there.database, **options) as connection:
+        connection.execute("CREATE TEMPORARY TABLE items (name text)")
+        view = await async_view(connection)
+        await view.execute("INSERT INTO items VALUES (%s)", ("a",))
         assert connection.execute("SELECT name FROM items").fetchall() == [("a",)]
-        connection.close()
+        connection.rollback()
+        del view
 
-    asyncio.run(main())
+
+async def test_aiosqlite_takes_an_open_connection_and_leaves_it_open(tmp_path: Path) -> None:
+    """`_connection`, `_tx`, `_thread`: without them, isolated tests could not share one transaction of SQLite."""
+    connection = sqlite3.connect(tmp_path / "shop.db", check_same_thread=False)
+    connection.execute("CREATE TABLE items (name TEXT)")
+    view = await aiosqlite.async_view(connection)
+    assert aiosqlite.is_view(view)
+    assert not aiosqlite.is_view(connection)
+    await view.execute("INSERT INTO items VALUES ('a')")
+    await view.create_function("twice", 1, lambda value: value * 2)  # which SQLAlchemy asks of every new connection
+    aiosqlite.leave_open(view)
+    await view.close()
+    assert connection.execute("SELECT name FROM items").fetchall() == [("a",)]
+    connection.close()

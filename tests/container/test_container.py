@@ -1075,20 +1075,16 @@ def test_a_copied_a_derived_and_a_nested_container_serve_coroutines_by_strings(
     assert run(application.db, by_application_awaited) == 42
 
 
-def test_shutting_down_an_applications_container_awaits_the_engines_in_it(settings: DatabaseSettings) -> None:
+async def test_shutting_down_an_applications_container_awaits_the_engines_in_it(settings: DatabaseSettings) -> None:
     application = cast("Any", Application)(db=providers.Container(Shop, settings=settings))
-
-    async def main() -> None:
-        assert application.shutdown_resources() is None, "there is nothing to wait for"
-        async with application.db.transaction():
-            await application.db.writer_async_session().execute(text("SELECT 1"))
-        pool = application.db.writer_async_engine().pool
-        assert pool.checkedin() == 1
-        await application.shutdown_resources()
-        assert pool.checkedin() == 0
-        assert not application.db.writer_async_engine.is_built
-
-    asyncio.run(main())
+    assert application.shutdown_resources() is None, "there is nothing to wait for"
+    async with application.db.transaction():
+        await application.db.writer_async_session().execute(text("SELECT 1"))
+    pool = application.db.writer_async_engine().pool
+    assert pool.checkedin() == 1
+    await application.shutdown_resources()
+    assert pool.checkedin() == 0
+    assert not application.db.writer_async_engine.is_built
 
 
 def test_what_a_settings_override_changes_reaches_coroutines_after_a_reset(

@@ -30,7 +30,9 @@ from sqlalchemy.orm import sessionmaker
 
 from app_db._databases.drivers import begin_along
 from app_db.errors import TransactionLost
-from harness.async_applications import AwaitedDatabases, opened_awaited, with_driver
+from harness.alarms import Alarm, alarm
+from harness.applications import Boom
+from harness.coroutines import AwaitedDatabases, opened_awaited, with_driver
 from harness.items import Databases, Item, opened
 from harness.requiring import started
 from harness.servers import PostgresServer, PostgresStandby
@@ -41,10 +43,6 @@ NAMED = text("SELECT name FROM item WHERE amount = :amount ORDER BY name")
 BACKEND = text("SELECT pg_backend_pid() WHERE 1 = :one")
 ONE = {"one": 1}
 ADD = "INSERT INTO item (name, amount) VALUES (%s, 0)"
-
-
-class Boom(Exception):
-    pass
 
 
 @pytest.fixture
@@ -163,17 +161,14 @@ def test_each_further_statement_is_one_more(databases: Databases) -> None:
         assert count() == 4
 
 
-def test_coroutines_save_it_too(awaited: AwaitedDatabases) -> None:
-    async def main() -> int:
+async def test_coroutines_save_it_too(awaited: AwaitedDatabases) -> None:
+    async with awaited.container.transaction():
+        connection = await (await awaited.awaited_session().connection()).get_raw_connection()
+        pgconn: Any = connection.driver_connection.pgconn  # type: ignore[union-attr]
+    with counted_round_trips(pgconn) as count:
         async with awaited.container.transaction():
-            connection = await (await awaited.awaited_session().connection()).get_raw_connection()
-            pgconn: Any = connection.driver_connection.pgconn  # type: ignore[union-attr]
-        with counted_round_trips(pgconn) as count:
-            async with awaited.container.transaction():
-                assert (await awaited.awaited_session().scalars(NAMED, {"amount": 0})).all() == ["a"]
-            return count()
-
-    assert awaited.run(main) == 2
+            assert (await awaited.awaited_session().scalars(NAMED, {"amount": 0})).all() == ["a"]
+        assert count() == 2
 
 
 # ---- what is as it was --------------------------------------------------------------------------------------------------
@@ -520,7 +515,7 @@ AWAITED_ACTIONS = [
 
 
 @pytest.mark.parametrize("action", AWAITED_ACTIONS, ids=lambda action: action.__name__)
-def test_whatever_coroutines_do_first_does_what_it_does_with_bare_sqlalchemy(
+async def test_whatever_coroutines_do_first_does_what_it_does_with_bare_sqlalchemy(
     awaited: AwaitedDatabases, postgres_url: str, action: Callable[[AsyncConnection], Any]
 ) -> None:
     async def perform(engine: AsyncEngine, fails: bool) -> object:
@@ -537,13 +532,10 @@ def test_whatever_coroutines_do_first_does_what_it_does_with_bare_sqlalchemy(
         awaited.rival("DELETE FROM item WHERE name <> 'a'")
         return result, after, kept
 
-    async def main() -> None:
-        bare = create_async_engine(with_driver(postgres_url, "psycopg"))
-        for fails in (False, True):
-            assert await perform(awaited.awaited_engine(), fails) == await perform(bare, fails)
-        await bare.dispose()
-
-    awaited.run(main)
+    bare = create_async_engine(with_driver(postgres_url, "psycopg"))
+    for fails in (False, True):
+        assert await perform(awaited.awaited_engine(), fails) == await perform(bare, fails)
+    await bare.dispose()
 
 
 def test_a_connection_in_autocommit_stays_in_autocommit(databases: Databases) -> None:
@@ -762,27 +754,12 @@ def test_an_interrupted_first_statement_ends_on_the_server_too(databases: Databa
     assert read(databases) == ["a"]
 
 
-def ring(number: int, frame: FrameType | None) -> None:
-    raise Boom
-
-
-@contextmanager
-def alarm(seconds: float, handler: Callable[[int, FrameType | None], None] = ring) -> Iterator[None]:
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def test_a_first_statement_that_a_signal_handler_ends_is_not_waited_for_and_its_connection_is_closed(
     databases: Databases,
 ) -> None:
     first = backend(databases)
     started = time.monotonic()
-    with pytest.raises(Boom), alarm(0.2), databases.container.transaction():
+    with pytest.raises(Alarm), alarm(0.2), databases.container.transaction():
         databases.session().execute(text("SELECT pg_sleep(:seconds)"), {"seconds": 5})
     assert time.monotonic() - started < 2
     assert backend(databases) != first
@@ -792,7 +769,7 @@ def test_a_first_statement_that_a_signal_handler_ends_is_not_waited_for_and_its_
 def test_the_drivers_own_connection_is_closed_then_too(databases: Databases) -> None:
     with databases.engine().connect() as connection:
         raw = driver(connection)
-        with pytest.raises(Boom), alarm(0.2):
+        with pytest.raises(Alarm), alarm(0.2):
             raw.execute("SELECT pg_sleep(%s)", (5,))
         assert raw.closed
         with pytest.raises(psycopg.OperationalError, match="the connection is closed"):
@@ -915,26 +892,23 @@ def test_interruptions_at_random_times_harm_no_later_unit(databases: Databases) 
     assert_works(databases)
 
 
-def test_a_cancelled_first_statement_leaves_a_connection_that_works(awaited: AwaitedDatabases) -> None:
+async def test_a_cancelled_first_statement_leaves_a_connection_that_works(awaited: AwaitedDatabases) -> None:
     async def unit() -> None:
         async with awaited.container.transaction():
             await awaited.say("SELECT pg_sleep(:seconds)", seconds=60)
 
-    async def main() -> list[str]:
-        task = asyncio.create_task(unit())
-        loop = asyncio.get_running_loop()
-        canceller = when_asleep(awaited, lambda: loop.call_soon_threadsafe(task.cancel))
-        await asyncio.wait([task])
-        canceller.join()
-        assert task.cancelled()
-        async with awaited.container.transaction():
-            return list(await awaited.awaited_session().scalars(NAMED, {"amount": 0}))
-
-    assert awaited.run(main) == ["a"]
+    task = asyncio.create_task(unit())
+    loop = asyncio.get_running_loop()
+    canceller = when_asleep(awaited, lambda: loop.call_soon_threadsafe(task.cancel))
+    await asyncio.wait([task])
+    canceller.join()
+    assert task.cancelled()
+    async with awaited.container.transaction():
+        assert list(await awaited.awaited_session().scalars(NAMED, {"amount": 0})) == ["a"]
 
 
 @pytest.mark.exhaustive
-def test_cancellations_at_random_times_harm_no_later_unit(awaited: AwaitedDatabases) -> None:
+async def test_cancellations_at_random_times_harm_no_later_unit(awaited: AwaitedDatabases) -> None:
     dice = random.Random(4711)
 
     async def unit(number: int) -> None:
@@ -943,23 +917,20 @@ def test_cancellations_at_random_times_harm_no_later_unit(awaited: AwaitedDataba
             await awaited.write("undone")
             raise Boom
 
-    async def main() -> int:
-        cancelled = 0
-        for number in range(60):
-            task = asyncio.create_task(unit(number))
-            await asyncio.sleep(dice.random() * 0.006)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            cancelled += task.cancelled()
+    cancelled = 0
+    for number in range(60):
+        task = asyncio.create_task(unit(number))
+        await asyncio.sleep(dice.random() * 0.006)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        cancelled += task.cancelled()
+        async with awaited.container.transaction():
+            assert await awaited.say("SELECT CAST(:number AS int)", number=-number) == -number
+        with suppress(Boom):
             async with awaited.container.transaction():
-                assert await awaited.say("SELECT CAST(:number AS int)", number=-number) == -number
-            with suppress(Boom):
-                async with awaited.container.transaction():
-                    await a_copy(await awaited.awaited_session().connection())
-                    raise Boom
-        return cancelled
-
-    assert awaited.run(main) > 5
+                await a_copy(await awaited.awaited_session().connection())
+                raise Boom
+    assert cancelled > 5
     assert awaited.items() == ["a"]
 
 
@@ -1031,7 +1002,7 @@ def test_coroutines_learn_why_the_server_has_closed_an_idle_connection(
         await bare.dispose()
         return reasons
 
-    reasons = awaited.run(main)
+    reasons = awaited.in_a_loop(main)
     assert reasons[1] == reasons[0]
     assert reasons[0] == "57P01" or not TELLS_WHY
 
@@ -1095,7 +1066,7 @@ def test_over_a_socket_psycopg_begins_as_ever() -> None:
 
 def test_a_read_only_connection_reads_in_one_round_trip_as_ever(postgres_url: str) -> None:
     with opened({"reader": postgres_url}, each={**ALONG, "read_only": True}) as databases:
-        databases.put("a", connection="reader")
+        databases.put("a", on="reader")
         with databases.engine("reader").connect() as connection:
             pgconn = driver(connection).pgconn
         with counted_round_trips(pgconn) as count:

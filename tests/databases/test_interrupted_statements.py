@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -13,12 +11,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from harness.alarms import Alarm, alarm, ring
 from harness.applications import Application, running
-
-
-class Alarm(Exception):
-    """What a signal handler raises, which is no BaseException: SQLAlchemy closes the connection after those by itself."""
-
 
 SLEEPS = {"postgresql": "SELECT pg_sleep(5)", "mariadb": "SELECT SLEEP(5)"}
 BACKENDS = {"postgresql": "SELECT pg_backend_pid()", "mariadb": "SELECT CONNECTION_ID()"}
@@ -40,24 +34,6 @@ def by_cursor(session: Session, statement: str) -> None:
 WAYS = pytest.mark.parametrize("execute", [by_session, by_connection, by_cursor])
 
 
-def ring(number: int, frame: object) -> None:
-    """Handle a signal as Celery's soft time limit does."""
-    raise Alarm
-
-
-@contextmanager
-def alarm(seconds: float) -> Iterator[None]:
-    """Raise Alarm in the main thread after so many seconds."""
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 @pytest.fixture(params=["postgresql", "mariadb"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -74,6 +50,7 @@ def backend(app: Application, kind: str) -> int:
     return int(app.session().scalar(text(BACKENDS[kind])))
 
 
+@pytest.mark.representative("postgresql-by_session", "mariadb-by_cursor")
 @WAYS
 def test_it_is_not_used_by_the_next_unit(app: Application, kind: str, execute: Callable[[Session, str], None]) -> None:
     with app.unit():

@@ -11,17 +11,21 @@ connection may be in use any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
-from sqlalchemy import Engine, NullPool, String, create_engine, event, text
+from dependency_injector import providers
+from sqlalchemy import Engine, NullPool, QueuePool, String, Table, create_engine, event, insert, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from app_db import DatabaseContainer, DatabaseSettings, Transaction, container_of
+from app_db.settings._urls import for_threads
 
 Settings = str | Mapping[str, Any]
 """What a connection is made from: a URL, or its settings."""
+
+Atomicity = Literal["strict", "best_effort"]
 
 WRITING_FUNCTION = {
     "postgresql": """
@@ -43,6 +47,10 @@ DEFER_UNIQUENESS = (
 """On PostgreSQL: makes the COMMIT of a unit fail that adds another item "taken"."""
 
 
+class Boom(Exception):
+    """An error of the application's own."""
+
+
 class Base(DeclarativeBase):
     """The models of the tests' application."""
 
@@ -55,17 +63,35 @@ class Item(Base):
 
 
 class Application:
-    """A container with the connections it was given, and plain engines beside it."""
+    """A container with the connections it was given, and plain engines beside it.
 
-    def __init__(self, connections: Mapping[str, Settings], atomicity: Literal["strict", "best_effort"]) -> None:
+    As a context manager it closes them at its end, when no connection may be in use any more.
+    """
+
+    item: type[Any] = Item
+    """The model that tests write; each database has its table."""
+
+    def __init__(
+        self,
+        connections: Mapping[str, Settings],
+        atomicity: Atomicity = "strict",
+        *,
+        names: Sequence[str] = (),
+        copies: Sequence[str] = (),
+        manager: Any = None,
+        **common: Any,
+    ) -> None:
+        """`names` are connections without settings; `copies` those whose databases get their tables from elsewhere."""
         given = {name: {"url": what} if isinstance(what, str) else dict(what) for name, what in connections.items()}
-        settings = DatabaseSettings(connections=given, atomicity=atomicity, _env_file=None)
-        self.connections = tuple(given)
-        self.container: DatabaseContainer = container_of(*given)(settings=settings)
-        self._plain = {name: create_engine(settings.connection(name).sqlalchemy_url(), poolclass=NullPool) for name in given}
-        for name, own in given.items():
-            if "mirror" not in own:
-                Base.metadata.create_all(self._plain[name])
+        self.settings = DatabaseSettings(_env_file=None, connections=given, atomicity=atomicity, **common)
+        self.connections = tuple(dict.fromkeys([*given, *names]))
+        own = {} if manager is None else {"transaction_manager": providers.Object(manager)}
+        self.container: DatabaseContainer = container_of(*self.connections)(settings=self.settings, **own)
+        urls = {name: for_threads(self.settings.connection(name).sqlalchemy_url()) for name in given}
+        self._plain = {name: create_engine(url, poolclass=NullPool) for name, url in urls.items()}
+        for name, own_settings in given.items():
+            if "mirror" not in own_settings and name not in copies:
+                self.table_on(name).metadata.create_all(self._plain[name])
 
     # ---- what the application does
 
@@ -83,14 +109,19 @@ class Application:
 
     def add(self, name: str, connection: str = "writer") -> None:
         """Add an item in the unit that is under way, and send it."""
-        self.session(connection).add(Item(name=name))
-        self.session(connection).flush()
+        session = self.session(connection)
+        session.add(self.item(name=name))
+        session.flush()
 
     def override_engine(self, name: str, engine: Engine) -> None:
         """Have the application use another engine than the one app_db makes."""
         getattr(self.container, f"{name}_engine").override(engine)
 
     # ---- what others see
+
+    def table_on(self, connection: str) -> Table:
+        """The table of a connection's items."""
+        return cast("Table", self.item.__table__)
 
     def plain_engine(self, name: str = "writer") -> Engine:
         """An engine on the same database that app_db knows nothing of."""
@@ -99,7 +130,7 @@ class Application:
     def names(self, name: str = "writer") -> list[str]:
         """The names of the items that have been committed, sorted."""
         with self._plain[name].connect() as connection:
-            return sorted(connection.execute(text("SELECT name FROM items")).scalars())
+            return sorted(connection.execute(text(f"SELECT name FROM {self.table_on(name)}")).scalars())
 
     def run(self, *statements: str, on: str = "writer") -> None:
         """Run statements beside the application, each committed at once."""
@@ -107,10 +138,36 @@ class Application:
             with self._plain[on].begin() as connection:
                 connection.exec_driver_sql(statement)
 
-    def checked_out(self) -> dict[str, int]:
-        """How many connections of each pool are in use."""
-        pools: dict[str, Any] = {name: self.engine(name).pool for name in self.connections}
-        return {name: pool.checkedout() for name, pool in pools.items() if pool.checkedout()}
+    def put(self, *names: str, on: str = "writer") -> None:
+        """Commit items beside the application."""
+        with self._plain[on].begin() as connection:
+            for name in names:
+                connection.execute(insert(self.table_on(on)).values(name=name))
+
+    def checked_out(self) -> int:
+        """How many connections are in use."""
+        return sum(checked_out([self.engine(name) for name in self.connections]))
+
+    def leftovers(self) -> list[object]:
+        """What a unit must not leave behind."""
+        in_use = {name: checked_out([self.engine(name)]) for name in self.connections}
+        return [(name, number) for name, (number,) in in_use.items() if number]
+
+    # ---- its end
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            assert kind is not None or self.leftovers() == []
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self.container.shutdown_resources()
+        for plain in self._plain.values():
+            plain.dispose()
 
     def define_writing_function(self, name: str = "writer") -> None:
         """Make `SELECT add_item('a')` write, in a way the statement's text doesn't show."""
@@ -128,18 +185,21 @@ class Application:
             dbapi_connection.create_function("add_item", 1, add_item)
 
 
+def checked_out(engines: Iterable[Engine]) -> list[int]:
+    """How many connections are in use, of each engine."""
+    return [engine.pool.checkedout() if isinstance(engine.pool, QueuePool) else 0 for engine in engines]
+
+
 @contextmanager
-def running(atomicity: Literal["strict", "best_effort"] = "strict", **connections: Settings) -> Iterator[Application]:
+def running(atomicity: Atomicity = "strict", **connections: Settings) -> Iterator[Application]:
     """An application on these databases for the length of the block. At its end nothing may be in use any more."""
-    app = Application(connections, atomicity)
-    try:
-        yield app
-        assert app.checked_out() == {}
-    finally:
-        app.container.shutdown_resources()
-        for name in app.connections:
-            app.engine(name).dispose()  # an engine of the test's own, perhaps
-        app.container.shutdown_resources()
+    with Application(connections, atomicity) as app:
+        try:
+            yield app
+            assert app.leftovers() == []
+        finally:
+            for name in app.connections:
+                app.engine(name).dispose()  # an engine of the test's own, perhaps
 
 
 @contextmanager

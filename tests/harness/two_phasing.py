@@ -15,21 +15,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from sqlalchemy import NullPool, create_engine, make_url, text
+from sqlalchemy import make_url, text
 
-from app_db import DatabaseSettings, container_of
 from app_db._databases.concurrent_statements import Results, execute_together
 from app_db._two_phase.decisions import Decision
 from app_db._two_phase.recovery import Settlement
 from app_db._two_phase.xids import Xid
-from app_db.settings._urls import for_threads
-from harness.applications import Application, Base, Settings
+from harness.applications import Application, Atomicity, Settings
 from harness.servers import MariaDBServer, PostgresServer
-
-Atomicity = Literal["strict", "best_effort"]
 
 _applications = count(1)
 _databases = count(1)
@@ -52,16 +48,7 @@ class TwoPhaseApplication(Application):
     def __init__(self, connections: Mapping[str, Settings], decision_log: str | None, atomicity: Atomicity) -> None:
         given = {name: _preparing({"url": what} if isinstance(what, str) else dict(what)) for name, what in connections.items()}
         self.application = f"shop{next(_applications)}"  # MariaDB's xids are the whole server's
-        settings = DatabaseSettings(
-            _env_file=None, application=self.application, connections=given, decision_log=decision_log, atomicity=atomicity
-        )
-        self.connections = tuple(given)
-        self.container = container_of(*given)(settings=settings)
-        urls = {name: for_threads(settings.connection(name).sqlalchemy_url()) for name in given}
-        self._plain = {name: create_engine(url, poolclass=NullPool) for name, url in urls.items()}
-        for name, own in given.items():
-            if "mirror" not in own:
-                Base.metadata.create_all(self._plain[name])
+        super().__init__(given, atomicity, application=self.application, decision_log=decision_log)
 
     def add_to_each(self, item: str, *names: str) -> None:
         """Add an item on each of these connections, or on all."""
@@ -101,9 +88,9 @@ class TwoPhaseApplication(Application):
     def leftovers(self) -> list[object]:
         """What a unit must not leave behind. A server notices late that a client has gone."""
         deadline = time.monotonic() + 3
-        while (found := [*self.checked_out().items(), *self.prepared(), *self.open()]) and time.monotonic() < deadline:
+        while (found := [*super().leftovers(), *self.prepared(), *self.open()]) and time.monotonic() < deadline:
             time.sleep(0.02)
-        return list(found)
+        return found
 
 
 def _preparing(given: dict[str, Any]) -> dict[str, Any]:
@@ -111,17 +98,11 @@ def _preparing(given: dict[str, Any]) -> dict[str, Any]:
     return {"two_phase": can and not given.get("read_only"), **given}
 
 
-@contextmanager
 def two_phasing(
     decision_log: str | None = None, atomicity: Atomicity = "strict", /, **connections: Settings
-) -> Iterator[TwoPhaseApplication]:
-    """An application on these databases for the length of the block."""
-    app = TwoPhaseApplication(connections, decision_log, atomicity)
-    try:
-        yield app
-        assert app.leftovers() == []
-    finally:
-        app.container.shutdown_resources()
+) -> TwoPhaseApplication:
+    """An application on these databases for the length of a block."""
+    return TwoPhaseApplication(connections, decision_log, atomicity)
 
 
 # ---- what servers have heard ------------------------------------------------------------------------------------------

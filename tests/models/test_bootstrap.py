@@ -245,25 +245,21 @@ async def wait_for(awaitable: Any) -> Any:
 
 
 @pytest.mark.parametrize("driver", ["aiosqlite", "psycopg", "asyncpg", "asyncmy"])
-def test_coroutines_bootstrap_once(driver: str, request: pytest.FixtureRequest) -> None:
+async def test_coroutines_bootstrap_once(driver: str, request: pytest.FixtureRequest) -> None:
     pytest.importorskip(driver)
     fixture = {"aiosqlite": "sqlite_url", "asyncmy": "mariadb_url"}.get(driver, "postgres_url")
     url: str = request.getfixturevalue(fixture)
     name = new_name()
     table = new_table(name)
+    with container_for({name: f"{url.partition('+')[0].partition(':')[0]}+{driver}{url[url.index('://') :]}"}) as container:
 
-    async def main() -> None:
-        with container_for({name: f"{url.partition('+')[0].partition(':')[0]}+{driver}{url[url.index('://') :]}"}) as container:
+        async def seed() -> None:
+            await getattr(container, f"{name}_async_session")().execute(table.insert().values(name="seed"))
 
-            async def seed() -> None:
-                await getattr(container, f"{name}_async_session")().execute(table.insert().values(name="seed"))
-
-            runs = await asyncio.gather(*(container.async_bootstrap(seed) for _ in range(3)))
-            assert sorted(runs) == [False, False, True]
-            assert await container.async_bootstrap(seed) is False
-            await container.shutdown_resources()
-
-    asyncio.run(main())
+        runs = await asyncio.gather(*(container.async_bootstrap(seed) for _ in range(3)))
+        assert sorted(runs) == [False, False, True]
+        assert await container.async_bootstrap(seed) is False
+        await container.shutdown_resources()
     assert rows_in(url) == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import os
 import subprocess
@@ -446,18 +445,14 @@ def test_a_models_session_is_the_units_session_of_its_connection(container: Shop
         container.session_of(Order)
 
 
-def test_coroutines_have_the_session_of_a_model(container: Shop) -> None:
+async def test_coroutines_have_the_session_of_a_model(container: Shop) -> None:
     pytest.importorskip("aiosqlite")
-
-    async def main() -> None:
-        async with container.transaction():
-            assert container.async_session_of(Order) is container.shop_async_session()
-            container.async_session_of(Order).add(Order(id=2, sku="b"))
-        async with container.transaction():
-            assert (await container.async_session_of(Order).get_one(Order, 2)).sku == "b"
-        await container.shutdown_resources()
-
-    asyncio.run(main())
+    async with container.transaction():
+        assert container.async_session_of(Order) is container.shop_async_session()
+        container.async_session_of(Order).add(Order(id=2, sku="b"))
+    async with container.transaction():
+        assert (await container.async_session_of(Order).get_one(Order, 2)).sku == "b"
+    await container.shutdown_resources()
 
 
 def test_session_of_survives_what_containers_survive(container: Shop, settings: DatabaseSettings) -> None:

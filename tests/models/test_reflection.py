@@ -455,24 +455,20 @@ def test_a_read_only_connection_reflects(database_url: str) -> None:
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "aiosqlite"])
-def test_coroutines_reflect_in_a_thread(driver: str, request: pytest.FixtureRequest) -> None:
+async def test_coroutines_reflect_in_a_thread(driver: str, request: pytest.FixtureRequest) -> None:
     pytest.importorskip(driver)
     url: str = request.getfixturevalue("postgres_url" if driver == "asyncpg" else "sqlite_url")
     name = fresh_models(url)
-
-    async def main() -> None:
-        scheme = "postgresql+asyncpg" if driver == "asyncpg" else "sqlite+aiosqlite"
-        settings = DatabaseSettings(connections={name: {"url": scheme + url[url.index("://") :]}})
-        container = container_of(name)(settings=settings)
-        await asyncio.to_thread(container.reflect)
-        legacy = inspect_model(name, "legacy_0")
-        async with container.transaction():
-            container.async_session_of(legacy).add(legacy(id=1, name="a"))
-        async with container.transaction():
-            assert (await container.async_session_of(legacy).get_one(legacy, 1)).name == "a"
-        await container.shutdown_resources()
-
-    asyncio.run(main())
+    scheme = "postgresql+asyncpg" if driver == "asyncpg" else "sqlite+aiosqlite"
+    settings = DatabaseSettings(connections={name: {"url": scheme + url[url.index("://") :]}})
+    container = container_of(name)(settings=settings)
+    await asyncio.to_thread(container.reflect)
+    legacy = inspect_model(name, "legacy_0")
+    async with container.transaction():
+        container.async_session_of(legacy).add(legacy(id=1, name="a"))
+    async with container.transaction():
+        assert (await container.async_session_of(legacy).get_one(legacy, 1)).name == "a"
+    await container.shutdown_resources()
 
 
 FORKING = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,11 +11,7 @@ from sqlalchemy import select, text
 from app_db import DatabaseSettings
 from app_db.errors import NotAtomic, SessionIsManaged, UnitOfWorkEnded
 from app_db.testing import isolated
-from harness.applications import Application, Item, running
-
-
-class Boom(Exception):
-    pass
+from harness.applications import Application, Boom, Item, running
 
 
 @pytest.fixture(params=["the same URL", "a mirror"])
@@ -94,21 +89,17 @@ def test_it_is_isolated_with_the_lender(app: Application) -> None:
     assert app.names() == []
 
 
-def test_coroutines_have_it_so_too(app: Application) -> None:
+async def test_coroutines_have_it_so_too(app: Application) -> None:
     container: Any = app.container
-
-    async def main() -> None:
+    async with container.transaction():
+        await container.warehouse_async_session().execute(text("INSERT INTO items (name) VALUES ('a')"))
+        container.writer_async_session().add(Item(name="b"))
+        container.warehouse_async_session().add(Item(name="c"))
+    with pytest.raises(Boom):
         async with container.transaction():
-            await container.warehouse_async_session().execute(text("INSERT INTO items (name) VALUES ('a')"))
-            container.writer_async_session().add(Item(name="b"))
-            container.warehouse_async_session().add(Item(name="c"))
-        with pytest.raises(Boom):
-            async with container.transaction():
-                container.warehouse_async_session().add(Item(name="d"))
-                raise Boom
-        await container.shutdown_resources()
-
-    asyncio.run(main())
+            container.warehouse_async_session().add(Item(name="d"))
+            raise Boom
+    await container.shutdown_resources()
     assert app.names() == ["a", "b", "c"]
 
 

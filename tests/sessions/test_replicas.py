@@ -116,16 +116,13 @@ def test_nothing_is_written_to_a_replica(app: RoutedApplication) -> None:
         app.session.execute(text("SELECT setval(pg_get_serial_sequence('items', 'id'), 100)"))
 
 
-def test_coroutines_read_from_the_replica(app: RoutedApplication) -> None:
-    async def main() -> None:
-        async with app.unit():
-            session = app.container.async_session()
-            assert (await session.scalars(select(Item.name))).all() == ["before"]
-            session.add(Item(name="now"))
-            assert len((await session.scalars(select(Item.name))).all()) == 3
-        await app.container.shutdown_resources()
-
-    asyncio.run(main())
+async def test_coroutines_read_from_the_replica(app: RoutedApplication) -> None:
+    async with app.unit():
+        session = app.container.async_session()
+        assert (await session.scalars(select(Item.name))).all() == ["before"]
+        session.add(Item(name="now"))
+        assert len((await session.scalars(select(Item.name))).all()) == 3
+    await app.container.shutdown_resources()
     assert app.names() == ["before", "now", "since"]
 
 

@@ -263,6 +263,7 @@ FLUSHES: dict[str, Callable[[Any], None]] = {
 }
 
 
+@pytest.mark.representative("session-flush", "writer_session-bulk_save_objects")
 @pytest.mark.parametrize("flush", FLUSHES)
 def test_a_unit_is_rolled_back_after_another_threads_flush_has_ended(container: Any, ask: Callable[[], Any], flush: str) -> None:
     sent, goes_on, order = threading.Event(), threading.Event(), list[str]()

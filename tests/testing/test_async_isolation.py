@@ -19,8 +19,9 @@ from sqlalchemy import select, text
 
 from app_db.errors import CannotIsolate, IsolationBroken, IsolationTimeout
 from app_db.testing import isolated
-from harness.async_applications import AwaitedDatabases, Boom, opened_awaited
+from harness.applications import Boom
 from harness.choosing import mostly
+from harness.coroutines import AwaitedDatabases, opened_awaited
 from harness.items import Item
 
 DRIVERS = ("psycopg", "aiosqlite", "asyncpg", "asyncmy")
@@ -63,7 +64,8 @@ def seen_by_threads(databases: AwaitedDatabases, connection: str = "writer") -> 
         return sorted(databases.session(connection).scalars(select(Item.name)))
 
 
-def test_connections_may_be_made_while_a_statement_is_executed(shared: AwaitedDatabases) -> None:
+@pytest.mark.representative("aiosqlite")
+async def test_connections_may_be_made_while_a_statement_is_executed(shared: AwaitedDatabases) -> None:
     """The fact guarded: SQLAlchemy makes functions for each SQLite connection, and SQLite makes none during a statement."""
     counting = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200000) SELECT count(*) FROM n"
 
@@ -76,60 +78,52 @@ def test_connections_may_be_made_while_a_statement_is_executed(shared: AwaitedDa
         async with shared.awaited_engine().connect():
             await asyncio.sleep(0)
 
-    async def main() -> None:
-        async with isolated(shared.container):
-            await count(1)
-            counter = asyncio.create_task(count(20))
-            while not counter.done():
-                await connect()
-            await counter
-
-    shared.run(main)
+    async with isolated(shared.container):
+        await count(1)
+        counter = asyncio.create_task(count(20))
+        while not counter.done():
+            await connect()
+        await counter
 
 
 # ---- units of coroutines -------------------------------------------------------------------------------------------------
 
 
-def test_what_a_unit_committed_later_units_see_and_it_is_gone_afterwards(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        for _ in range(2):
-            async with isolated(databases.container):
-                async with databases.container.transaction():
-                    await databases.write("a")
-                    await databases.write("b", "warehouse")
-                with pytest.raises(Boom):
-                    async with databases.container.transaction():
-                        await databases.write("c")
-                        raise Boom
-                assert await seen(databases) == ["a"]
-                assert await seen(databases, "warehouse") == ["b"]
-                assert databases.items() == []
-            assert databases.items() == databases.items("warehouse") == []
-
-    databases.run(main)
-
-
-def test_nested_units_and_units_of_their_own_inside_others(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
+async def test_what_a_unit_committed_later_units_see_and_it_is_gone_afterwards(databases: AwaitedDatabases) -> None:
+    for _ in range(2):
         async with isolated(databases.container):
-            with pytest.raises(Boom):
-                async with databases.container.transaction():
-                    assert await databases.awaited_session().scalar(text("SELECT count(*) FROM item")) == 0
-                    async with databases.container.transaction("requires_new"):
-                        await databases.write("own")
-                    raise Boom
             async with databases.container.transaction():
                 await databases.write("a")
-                with pytest.raises(Boom):
-                    async with databases.container.transaction("nested"):
-                        await databases.write("undone")
-                        raise Boom
-            assert await seen(databases) == ["a", "own"]
+                await databases.write("b", "warehouse")
+            with pytest.raises(Boom):
+                async with databases.container.transaction():
+                    await databases.write("c")
+                    raise Boom
+            assert await seen(databases) == ["a"]
+            assert await seen(databases, "warehouse") == ["b"]
+            assert databases.items() == []
+        assert databases.items() == databases.items("warehouse") == []
 
-    databases.run(main)
+
+async def test_nested_units_and_units_of_their_own_inside_others(databases: AwaitedDatabases) -> None:
+    async with isolated(databases.container):
+        with pytest.raises(Boom):
+            async with databases.container.transaction():
+                assert await databases.awaited_session().scalar(text("SELECT count(*) FROM item")) == 0
+                async with databases.container.transaction("requires_new"):
+                    await databases.write("own")
+                raise Boom
+        async with databases.container.transaction():
+            await databases.write("a")
+            with pytest.raises(Boom):
+                async with databases.container.transaction("nested"):
+                    await databases.write("undone")
+                    raise Boom
+        assert await seen(databases) == ["a", "own"]
 
 
-def test_tasks_take_turns_and_half_of_them_raise(databases: AwaitedDatabases) -> None:
+@pytest.mark.representative("aiosqlite")
+async def test_tasks_take_turns_and_half_of_them_raise(databases: AwaitedDatabases) -> None:
     async def one(number: int) -> None:
         async with databases.container.transaction():
             await databases.write(f"{number:02}")
@@ -138,74 +132,59 @@ def test_tasks_take_turns_and_half_of_them_raise(databases: AwaitedDatabases) ->
             if number % 2:
                 raise Boom
 
-    async def main() -> None:
-        async with isolated(databases.container, patience=30):
-            await asyncio.gather(*(one(number) for number in range(40)), return_exceptions=True)
-            expected = [f"{number:02}" for number in range(0, 40, 2)]
-            assert await seen(databases) == await seen(databases, "warehouse") == expected
-
-    databases.run(main)
+    async with isolated(databases.container, patience=30):
+        await asyncio.gather(*(one(number) for number in range(40)), return_exceptions=True)
+        expected = [f"{number:02}" for number in range(0, 40, 2)]
+        assert await seen(databases) == await seen(databases, "warehouse") == expected
 
 
-def test_cancelled_tasks_leave_all_or_nothing_and_give_their_turn_back(databases: AwaitedDatabases) -> None:
+async def test_cancelled_tasks_leave_all_or_nothing_and_give_their_turn_back(databases: AwaitedDatabases) -> None:
     async def one(number: int) -> None:
         async with databases.container.transaction():
             await databases.write(f"{number:02}")
             await databases.write(f"{number:02}", "warehouse")
 
-    async def main() -> None:
-        dice = random.Random(7)
-        async with isolated(databases.container, patience=30):
-            tasks = [asyncio.create_task(one(number)) for number in range(30)]
-            for task in tasks:
-                await asyncio.sleep(dice.uniform(0, 0.004))
-                if dice.random() < 0.5:
-                    task.cancel()
-            await asyncio.wait(tasks)
-            assert await seen(databases) == await seen(databases, "warehouse")
-            finished = {f"{number:02}" for number, task in enumerate(tasks) if not task.cancelled() and task.exception() is None}
-            assert finished <= set(await seen(databases))
-
-    databases.run(main)
+    dice = random.Random(7)
+    async with isolated(databases.container, patience=30):
+        tasks = [asyncio.create_task(one(number)) for number in range(30)]
+        for task in tasks:
+            await asyncio.sleep(dice.uniform(0, 0.004))
+            if dice.random() < 0.5:
+                task.cancel()
+        await asyncio.wait(tasks)
+        assert await seen(databases) == await seen(databases, "warehouse")
+        finished = {f"{number:02}" for number, task in enumerate(tasks) if not task.cancelled() and task.exception() is None}
+        assert finished <= set(await seen(databases))
 
 
-def test_a_task_that_waits_in_vain_is_told_for_whom(databases: AwaitedDatabases) -> None:
+async def test_a_task_that_waits_in_vain_is_told_for_whom(databases: AwaitedDatabases) -> None:
     async def other() -> None:
         async with databases.container.transaction():
             await databases.write("never")
 
-    async def main() -> None:
-        async with isolated(databases.container, patience=0.2), databases.container.transaction():
-            await databases.write("a")
-            with pytest.raises(IsolationTimeout, match=r"the task '.*', which uses 'writer'"):
-                await asyncio.create_task(other(), context=Context())  # that knows of no unit
-
-    databases.run(main)
+    async with isolated(databases.container, patience=0.2), databases.container.transaction():
+        await databases.write("a")
+        with pytest.raises(IsolationTimeout, match=r"the task '.*', which uses 'writer'"):
+            await asyncio.create_task(other(), context=Context())  # that knows of no unit
 
 
-def test_its_async_session_prepares_and_checks(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        async with isolated(databases.container) as isolation, isolation.async_session() as session:
-            session.add(Item(name="prepared"))
-            await session.commit()
-            assert await seen(databases) == ["prepared"]
-            async with databases.container.transaction():
-                await databases.write("made")
-            assert sorted(await session.scalars(select(Item.name))) == ["made", "prepared"]
-
-    databases.run(main)
+async def test_its_async_session_prepares_and_checks(databases: AwaitedDatabases) -> None:
+    async with isolated(databases.container) as isolation, isolation.async_session() as session:
+        session.add(Item(name="prepared"))
+        await session.commit()
+        assert await seen(databases) == ["prepared"]
+        async with databases.container.transaction():
+            await databases.write("made")
+        assert sorted(await session.scalars(select(Item.name))) == ["made", "prepared"]
 
 
-def test_results_are_streamed(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        async with isolated(databases.container):
-            async with databases.container.transaction():
-                databases.awaited_session().add_all(Item(name=f"{number:02}") for number in range(30))
-            async with databases.container.transaction():
-                streamed = await databases.awaited_session().stream_scalars(select(Item.name).order_by(Item.name))
-                assert [name async for name in streamed] == [f"{number:02}" for number in range(30)]
-
-    databases.run(main)
+async def test_results_are_streamed(databases: AwaitedDatabases) -> None:
+    async with isolated(databases.container):
+        async with databases.container.transaction():
+            databases.awaited_session().add_all(Item(name=f"{number:02}") for number in range(30))
+        async with databases.container.transaction():
+            streamed = await databases.awaited_session().stream_scalars(select(Item.name).order_by(Item.name))
+            assert [name async for name in streamed] == [f"{number:02}" for number in range(30)]
 
 
 def test_an_isolation_around_the_loop_outlives_it(databases: AwaitedDatabases) -> None:
@@ -248,77 +227,63 @@ async def _shut_down(databases: AwaitedDatabases) -> None:
 
 
 @pytest.mark.parametrize("backend", ["asyncio"])
-def test_anyios_task_groups_and_scopes_are_as_good_as_any(databases: AwaitedDatabases, backend: str) -> None:
+async def test_anyios_task_groups_and_scopes_are_as_good_as_any(databases: AwaitedDatabases, backend: str) -> None:
     async def one(name: str) -> None:
         with anyio.move_on_after(20):
             async with databases.container.transaction():
                 await databases.write(name)
 
-    async def main() -> None:
-        async with isolated(databases.container):
-            async with anyio.create_task_group() as group:
-                for name in ("a", "b", "c"):
-                    group.start_soon(one, name)
-            assert await seen(databases) == ["a", "b", "c"]
-
-    databases.run(main)
+    async with isolated(databases.container):
+        async with anyio.create_task_group() as group:
+            for name in ("a", "b", "c"):
+                group.start_soon(one, name)
+        assert await seen(databases) == ["a", "b", "c"]
 
 
 # ---- threads and coroutines ----------------------------------------------------------------------------------------------
 
 
-def test_threads_see_what_coroutines_committed_and_the_other_way_round(shared: AwaitedDatabases) -> None:
-    async def main() -> None:
-        async with isolated(shared.container) as isolation:
-            async with shared.container.transaction():
-                await shared.write("awaited")
-            assert await asyncio.to_thread(seen_by_threads, shared) == ["awaited"]
-            with isolation.session() as session:
-                session.add(Item(name="prepared"))
-                session.commit()
-            with shared.container.transaction():
-                shared.add("blocking")
-            assert await seen(shared) == ["awaited", "blocking", "prepared"]
-
-    shared.run(main)
+async def test_threads_see_what_coroutines_committed_and_the_other_way_round(shared: AwaitedDatabases) -> None:
+    async with isolated(shared.container) as isolation:
+        async with shared.container.transaction():
+            await shared.write("awaited")
+        assert await asyncio.to_thread(seen_by_threads, shared) == ["awaited"]
+        with isolation.session() as session:
+            session.add(Item(name="prepared"))
+            session.commit()
+        with shared.container.transaction():
+            shared.add("blocking")
+        assert await seen(shared) == ["awaited", "blocking", "prepared"]
 
 
-def test_one_unit_with_both_kinds_of_session_commits_and_aborts_both(shared: AwaitedDatabases) -> None:
-    async def main() -> None:
-        async with isolated(shared.container):
-            for name, outcome in (("kept", None), ("undone", Boom)):
-                try:
-                    async with shared.container.transaction():
-                        await shared.write(f"{name} awaited")
-                        await asyncio.to_thread(shared.add, f"{name} blocking")
-                        await shared.write(f"{name} awaited", "warehouse")
-                        if outcome is not None:
-                            raise outcome
-                except Boom:
-                    pass
-            assert await seen(shared) == ["kept awaited", "kept blocking"]
-            assert await seen(shared, "warehouse") == ["kept awaited"]
-
-    shared.run(main)
+async def test_one_unit_with_both_kinds_of_session_commits_and_aborts_both(shared: AwaitedDatabases) -> None:
+    async with isolated(shared.container):
+        for name, outcome in (("kept", None), ("undone", Boom)):
+            try:
+                async with shared.container.transaction():
+                    await shared.write(f"{name} awaited")
+                    await asyncio.to_thread(shared.add, f"{name} blocking")
+                    await shared.write(f"{name} awaited", "warehouse")
+                    if outcome is not None:
+                        raise outcome
+            except Boom:
+                pass
+        assert await seen(shared) == ["kept awaited", "kept blocking"]
+        assert await seen(shared, "warehouse") == ["kept awaited"]
 
 
-def test_statements_are_not_prepared_twice_under_one_name(request: pytest.FixtureRequest) -> None:
+async def test_statements_are_not_prepared_twice_under_one_name(request: pytest.FixtureRequest) -> None:
     """psycopg prepares what is executed for the sixth time, and each of its two connections counts its names from 0."""
-    with opened_awaited({"writer": new_urls(request, "psycopg")()}, "psycopg") as databases:
-
-        async def main() -> None:
-            async with isolated(databases.container):
-                count = text("SELECT count(*) FROM item")
-                for _ in range(2):
-                    async with databases.container.transaction():
-                        assert [await databases.awaited_session().scalar(count) for _ in range(12)] == [0] * 12
-                    with databases.container.transaction():
-                        assert [databases.session().scalar(count) for _ in range(12)] == [0] * 12
-
-        databases.run(main)
+    async with opened_awaited({"writer": new_urls(request, "psycopg")()}, "psycopg") as databases, isolated(databases.container):
+        count = text("SELECT count(*) FROM item")
+        for _ in range(2):
+            async with databases.container.transaction():
+                assert [await databases.awaited_session().scalar(count) for _ in range(12)] == [0] * 12
+            with databases.container.transaction():
+                assert [databases.session().scalar(count) for _ in range(12)] == [0] * 12
 
 
-def test_threads_and_tasks_use_the_one_connection_at_once_and_never_at_the_same_time(shared: AwaitedDatabases) -> None:
+async def test_threads_and_tasks_use_the_one_connection_at_once_and_never_at_the_same_time(shared: AwaitedDatabases) -> None:
     async def awaited(number: int) -> None:
         async with shared.container.transaction():
             await shared.write(f"awaited {number:02}")
@@ -327,36 +292,30 @@ def test_threads_and_tasks_use_the_one_connection_at_once_and_never_at_the_same_
         with shared.container.transaction():
             shared.add(f"blocking {number:02}")
 
-    async def main() -> None:
-        async with isolated(shared.container, patience=30):
-            await asyncio.gather(
-                *(awaited(number) for number in range(20)), *(asyncio.to_thread(blocking, number) for number in range(20))
-            )
-            assert len(await seen(shared)) == 40
-
-    shared.run(main)
+    async with isolated(shared.container, patience=30):
+        await asyncio.gather(
+            *(awaited(number) for number in range(20)), *(asyncio.to_thread(blocking, number) for number in range(20))
+        )
+        assert len(await seen(shared)) == 40
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "asyncmy"])
 @pytest.mark.parametrize("first", ["coroutines", "threads"])
-def test_drivers_that_cannot_share_a_connection_are_not_mixed(driver: str, first: str, request: pytest.FixtureRequest) -> None:
+async def test_drivers_that_cannot_share_a_connection_are_not_mixed(
+    driver: str, first: str, request: pytest.FixtureRequest
+) -> None:
     """Two connections would not see each other's rows, and would wait for each other's locks for ever."""
     new_url = new_urls(request, driver)
-    with opened_awaited({"writer": new_url(), "warehouse": new_url()}, driver) as databases:
-
-        async def main() -> None:
-            async with isolated(databases.container):
-                if first == "coroutines":
-                    assert await seen(databases) == []
-                    with pytest.raises(CannotIsolate, match=f"by .* and {driver}"):
-                        seen_by_threads(databases)
-                else:
-                    assert seen_by_threads(databases) == []
-                    with pytest.raises(CannotIsolate, match=f"by .* and {driver}"):
-                        await seen(databases)
-                assert seen_by_threads(databases, "warehouse") == []  # each database for itself
-
-        databases.run(main)
+    async with opened_awaited({"writer": new_url(), "warehouse": new_url()}, driver) as databases, isolated(databases.container):
+        if first == "coroutines":
+            assert await seen(databases) == []
+            with pytest.raises(CannotIsolate, match=f"by .* and {driver}"):
+                seen_by_threads(databases)
+        else:
+            assert seen_by_threads(databases) == []
+            with pytest.raises(CannotIsolate, match=f"by .* and {driver}"):
+                await seen(databases)
+        assert seen_by_threads(databases, "warehouse") == []  # each database for itself
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "asyncmy"])
@@ -386,9 +345,10 @@ def test_a_unit_of_coroutines_left_open_is_reported(shared: AwaitedDatabases) ->
         await shared.write("a")
         kept.append(unit)
 
-    shared.run(main)
+    shared.in_a_loop(main)
 
 
+@pytest.mark.representative("asyncpg")
 def test_fifty_isolations_leave_no_thread_and_no_connection(databases: AwaitedDatabases) -> None:
     async def once() -> None:
         async with isolated(databases.container):
@@ -412,64 +372,58 @@ def test_fifty_isolations_leave_no_thread_and_no_connection(databases: AwaitedDa
         assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
         return after
 
-    databases.run(main)
+    databases.in_a_loop(main)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
-def test_eager_tasks_take_turns_too(databases: AwaitedDatabases) -> None:
+async def test_eager_tasks_take_turns_too(databases: AwaitedDatabases) -> None:
     async def one(name: str) -> None:
         async with databases.container.transaction():
             await databases.write(name)
 
-    async def main() -> None:
-        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
-        async with isolated(databases.container):
-            await asyncio.gather(one("a"), one("b"))
-            assert await seen(databases) == ["a", "b"]
-
-    databases.run(main)
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
+    async with isolated(databases.container):
+        await asyncio.gather(one("a"), one("b"))
+        assert await seen(databases) == ["a", "b"]
 
 
+@pytest.mark.representative("aiosqlite")
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_a_unit_that_is_cancelled_at_any_step_leaves_nothing_when_it_fails(driver: str, request: pytest.FixtureRequest) -> None:
+async def test_a_unit_that_is_cancelled_at_any_step_leaves_nothing_when_it_fails(
+    driver: str, request: pytest.FixtureRequest
+) -> None:
     """aiosqlite executes what was cancelled all the same, past what is said on the shared connection meanwhile."""
-    with opened_awaited({"writer": new_urls(request, driver)()}, driver) as databases:
+    async with opened_awaited({"writer": new_urls(request, driver)()}, driver) as databases:
 
         async def work(name: str) -> None:
             async with databases.container.transaction():
                 await databases.say("INSERT INTO item VALUES (:name, 0)", name=name)
                 raise Boom
 
-        async def main() -> None:
-            async with isolated(databases.container):
-                for steps in range(40):
-                    task = asyncio.create_task(work(f"{steps:02}"))
-                    for _ in range(steps):
-                        await asyncio.sleep(0)
-                    task.cancel()
-                    with pytest.raises((asyncio.CancelledError, Boom)):
-                        await task
-                    await asyncio.sleep(0.002)
-                    assert await seen(databases) == []
-
-        databases.run(main)
+        async with isolated(databases.container):
+            for steps in range(40):
+                task = asyncio.create_task(work(f"{steps:02}"))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises((asyncio.CancelledError, Boom)):
+                    await task
+                await asyncio.sleep(0.002)
+                assert await seen(databases) == []
 
 
-def test_a_statement_that_is_cancelled_while_it_runs_leaves_nothing(request: pytest.FixtureRequest) -> None:
+async def test_a_statement_that_is_cancelled_while_it_runs_leaves_nothing(request: pytest.FixtureRequest) -> None:
     """asyncmy would take the answer to it for that of the next one."""
-    with opened_awaited({"writer": new_urls(request, "asyncmy")()}, "asyncmy") as databases:
+    async with opened_awaited({"writer": new_urls(request, "asyncmy")()}, "asyncmy") as databases:
 
         async def work() -> None:
             async with databases.container.transaction():
                 await databases.say("INSERT INTO item SELECT 'slow', SLEEP(0.2)")
 
-        async def main() -> None:
-            async with isolated(databases.container):
-                task = asyncio.create_task(work())
-                await asyncio.sleep(0.05)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                assert await seen(databases) == []
-
-        databases.run(main)
+        async with isolated(databases.container):
+            task = asyncio.create_task(work())
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await seen(databases) == []

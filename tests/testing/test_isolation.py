@@ -34,14 +34,10 @@ from app_db.errors import (
     UnitOfWorkTimeout,
 )
 from app_db.testing import isolated
-from harness.applications import DEFER_UNIQUENESS, Application, Base, Item, running
+from harness.applications import DEFER_UNIQUENESS, Application, Base, Boom, Item, running
 from harness.servers import PostgresServer
 
 ITEMS = Base.metadata.tables["items"]
-
-
-class Boom(Exception):
-    pass
 
 
 @pytest.fixture

@@ -321,21 +321,18 @@ def test_a_unit_that_outlives_the_block_keeps_its_sessions(container: Container,
     assert where(container) == "before"
 
 
-def test_coroutines_follow_the_settings_inside_a_running_loop(container: Container, place: Callable[[str], str]) -> None:
-    async def main() -> None:
-        before = everything(container)
-        assert await where_async(container) == "before"
-        async with overridden(container, settings_for(writer=place("meanwhile"))):
-            assert await where_async(container) == "meanwhile"
-            threads = threading.active_count()
-        assert settles_at(threading.active_count, threads - 1), "the thread of aiosqlite's connection has ended"
-        assert everything(container) == before
-        with overridden(container, settings_for(writer=place("again"))):
-            assert await where_async(container) == "again"
-        assert await where_async(container) == "before"
-        await container.shutdown_resources()
-
-    asyncio.run(main())
+async def test_coroutines_follow_the_settings_inside_a_running_loop(container: Container, place: Callable[[str], str]) -> None:
+    before = everything(container)
+    assert await where_async(container) == "before"
+    async with overridden(container, settings_for(writer=place("meanwhile"))):
+        assert await where_async(container) == "meanwhile"
+        threads = threading.active_count()
+    assert settles_at(threading.active_count, threads - 1), "the thread of aiosqlite's connection has ended"
+    assert everything(container) == before
+    with overridden(container, settings_for(writer=place("again"))):
+        assert await where_async(container) == "again"
+    assert await where_async(container) == "before"
+    await container.shutdown_resources()
 
 
 def test_engines_of_other_loops_are_put_back_and_disposed_too(container: Container, place: Callable[[str], str]) -> None:
@@ -853,25 +850,22 @@ def test_all_noted_hooks_run_whatever_one_raises(container: Container) -> None:
     assert sent == [(("still",), {})]
 
 
-def test_noted_coroutine_hooks_are_awaited(container: Container) -> None:
+async def test_noted_coroutine_hooks_are_awaited(container: Container) -> None:
     async def later(what: str) -> None:
         await asyncio.sleep(0)
         send(what)
 
-    async def main() -> None:
-        with captured_hooks(container) as hooks:
-            async with container.transaction() as unit:
-                unit.on_commit(later, "coroutine")
-                unit.on_commit(send, "function")
-        assert hooks == [CapturedHook(later, "coroutine"), CapturedHook(send, "function")]
-        with pytest.raises(AwaitRequired, match="run_awaited"):
-            hooks.run()
-        assert len(hooks) == 2, "nothing was run"
-        await hooks.run_awaited()
-        assert sent == [(("coroutine",), {}), (("function",), {})]
-        await container.shutdown_resources()
-
-    asyncio.run(main())
+    with captured_hooks(container) as hooks:
+        async with container.transaction() as unit:
+            unit.on_commit(later, "coroutine")
+            unit.on_commit(send, "function")
+    assert hooks == [CapturedHook(later, "coroutine"), CapturedHook(send, "function")]
+    with pytest.raises(AwaitRequired, match="run_awaited"):
+        hooks.run()
+    assert len(hooks) == 2, "nothing was run"
+    await hooks.run_awaited()
+    assert sent == [(("coroutine",), {}), (("function",), {})]
+    await container.shutdown_resources()
 
 
 def test_noted_hooks_nest_and_are_the_containers_in_all_threads(container: Container) -> None:

@@ -6,24 +6,22 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.pool import QueuePool
 
 from app_db._databases.concurrent_statements import execute_together_async
 from app_db._units.manager import retryable
 from app_db.errors import AbortedByRecovery, CommitUnconfirmed, OutcomeUnknown
-from harness.applications import DEFER_UNIQUENESS, Item, Settings
-from harness.async_applications import PATIENCE, Boom, Lag, with_driver
+from harness.applications import DEFER_UNIQUENESS, Boom, Item, Settings
 from harness.choosing import mostly
+from harness.coroutines import PATIENCE, Awaited, Lag, with_driver
 from harness.proxies import Loss, Proxy
 from harness.servers import PostgresServer
 from harness.two_phasing import TwoPhaseApplication, kill_backend, listening_to_postgres, without
@@ -42,30 +40,8 @@ SLOW = (
 """On PostgreSQL: makes PREPARE, or COMMIT, take so many seconds for each item."""
 
 
-class AwaitedApplication(TwoPhaseApplication):
+class AwaitedApplication(Awaited, TwoPhaseApplication):
     """An application whose coroutines write to databases that can prepare."""
-
-    def run_awaited(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine on a loop of its own, and see that it leaves no connection in use."""
-
-        async def supervised() -> T:
-            try:
-                result = await main()
-                assert self.in_use() == {}
-                return result
-            finally:
-                disposal: Any = self.container.shutdown_resources()
-                if disposal is not None:
-                    await disposal
-
-        return asyncio.run(supervised())
-
-    def in_use(self) -> dict[str, int]:
-        pools = {name: getattr(self.container, f"{name}_async_engine")().pool for name in self.connections}
-        return {name: pool.checkedout() for name, pool in pools.items() if isinstance(pool, QueuePool) and pool.checkedout()}
-
-    def awaited_session(self, name: str = "writer") -> AsyncSession:
-        return cast("AsyncSession", getattr(self.container, f"{name}_async_session")())
 
     async def write(self, item: str, *names: str) -> None:
         """Add an item on each of these connections, or on all, and send it."""
@@ -87,20 +63,14 @@ class AwaitedApplication(TwoPhaseApplication):
             self.run(*(statement.format(seconds) for statement in SLOW), on=name)
 
 
-@contextmanager
-def awaiting(driver: str, decision_log: str | None = None, **connections: Settings) -> Generator[AwaitedApplication]:
+def awaiting(driver: str, decision_log: str | None = None, **connections: Settings) -> AwaitedApplication:
     """An application whose PostgreSQL is reached by way of a driver."""
     given: dict[str, Any] = {}
     for name, what in connections.items():
         own = {"url": what} if isinstance(what, str) else dict(what)
         own["url"] = with_driver(own["url"], "aiosqlite" if own["url"].startswith("sqlite") else driver)
         given[name] = own
-    app = AwaitedApplication(given, decision_log, "strict")
-    try:
-        yield app
-        assert app.leftovers() == []
-    finally:
-        app.container.shutdown_resources()
+    return AwaitedApplication(given, decision_log, "strict")
 
 
 @pytest.fixture(params=mostly(["psycopg", "asyncpg"], exhaustive="psycopg"))
@@ -157,16 +127,16 @@ def test_branches_are_prepared_at_once_and_the_loop_goes_on(driver: str, new_pos
                     began = time.monotonic()
                 return time.monotonic() - began, lag.worst
 
-        took, lag = app.run_awaited(main)
+        took, lag = app.in_a_loop(main)
         assert 0.5 <= took < 1.5, "and not 2 s"
         assert lag < PATIENCE
         assert app.everywhere() == {name: ["a", "before"] for name in names}
 
 
 @pytest.mark.representative("asyncpg")
-def test_sessions_of_both_kinds_are_prepared_at_once(driver: str, new_postgres_url: NewUrl, tmp_path: Path) -> None:
+async def test_sessions_of_both_kinds_are_prepared_at_once(driver: str, new_postgres_url: NewUrl, tmp_path: Path) -> None:
     names = ("alpha", "beta", "gamma", "delta")
-    with awaiting(driver, f"file:{tmp_path}/decisions", **{name: new_postgres_url() for name in names}) as app:
+    async with awaiting(driver, f"file:{tmp_path}/decisions", **{name: new_postgres_url() for name in names}) as app:
         app.slow_down(0.5, *names)
 
         async def unit(item: str) -> tuple[float, float]:
@@ -177,11 +147,8 @@ def test_sessions_of_both_kinds_are_prepared_at_once(driver: str, new_postgres_u
                     began = time.monotonic()
                 return time.monotonic() - began, lag.worst
 
-        async def main() -> tuple[float, float]:
-            await unit("before")
-            return await unit("a")
-
-        took, lag = app.run_awaited(main)
+        await unit("before")
+        took, lag = await unit("a")
         assert 0.5 <= took < 1.5, "and not 2 s"
         assert lag < PATIENCE
         assert app.everywhere() == {name: ["a", "before"] for name in names}
@@ -203,7 +170,7 @@ def test_a_slow_decision_log_does_not_hold_the_loop_up(driver: str, new_postgres
                     await app.unit_of("a", "writer", "warehouse")
                 return time.monotonic() - began, lag.worst
 
-        took, lag = app.run_awaited(main)
+        took, lag = app.in_a_loop(main)
         assert took > 0.4, "the log was not locked"
         assert lag < PATIENCE
         assert app.names("warehouse") == ["a", "before"]
@@ -229,7 +196,7 @@ def test_blocking_branches_do_not_wait_for_threads_that_wait_for_them(
                 assert not waiting.done()
             await waiting
 
-        app.run_awaited(lambda: asyncio.wait_for(main(), 10))
+        app.in_a_loop(lambda: asyncio.wait_for(main(), 10))
         assert app.names() == ["a", "seed"]
         assert app.names("warehouse") == ["a"]
 
@@ -245,7 +212,7 @@ def test_one_written_database_commits_plainly(postgres: PostgresServer, app: Awa
                 await app.write("a", "warehouse")
                 await app.awaited_session("writer").scalar(select(Item.name))
 
-        app.run_awaited(main)
+        app.in_a_loop(main)
         words = [pair for pair in heard() if pair[1].startswith(("COMMIT", "PREPARE"))]
         assert words == [("writer", "COMMIT"), ("warehouse", "COMMIT")]
 
@@ -274,7 +241,7 @@ def test_the_next_unit_on_a_connection_begins_a_transaction_after_a_two_phase_co
 
     with listening_to_postgres(postgres, app) as heard:
         before = len(postgres.log_lines())
-        app.run_awaited(main)
+        app.in_a_loop(main)
         assert not [line for line in postgres.log_lines()[before:] if "no transaction in progress" in line]
         said = [word for name, word in heard() if name == "archive" and word.startswith(("BEGIN", "PREPARE", "COMMIT", "ROLL"))]
         assert [word.strip(";") for word in said][-7:] == [
@@ -290,25 +257,21 @@ def test_the_next_unit_on_a_connection_begins_a_transaction_after_a_two_phase_co
 
 @pytest.mark.representative("asyncpg-file-archive")
 @pytest.mark.parametrize(("app", "failing"), [("file", "archive"), ("writer", "archive"), ("writer", "writer")], indirect=["app"])
-def test_a_deferred_constraint_leaves_nothing_anywhere(failing: str, app: AwaitedApplication) -> None:
+async def test_a_deferred_constraint_leaves_nothing_anywhere(failing: str, app: AwaitedApplication) -> None:
     app.run(*DEFER_UNIQUENESS, on=failing)
+    calls: list[int] = []
 
-    async def main() -> None:
-        calls: list[int] = []
+    async def work() -> None:
+        calls.append(1)
+        await app.write("a")
+        await app.write("taken", failing)
 
-        async def work() -> None:
-            calls.append(1)
-            await app.write("a")
-            await app.write("taken", failing)
-
-        with pytest.raises(IntegrityError, match="one_of_each") as caught:
-            await app.unit(attempts=3, backoff=0).run(work)
-        assert len(calls) == 1
-        assert getattr(caught.value.orig, "sqlstate", None) == "23505"
-        assert app.in_use() == {}
-        await app.unit_of("b")  # the connections are in order
-
-    app.run_awaited(main)
+    with pytest.raises(IntegrityError, match="one_of_each") as caught:
+        await app.unit(attempts=3, backoff=0).run(work)
+    assert len(calls) == 1
+    assert getattr(caught.value.orig, "sqlstate", None) == "23505"
+    assert app.in_use() == 0
+    await app.unit_of("b")  # the connections are in order
     assert app.everywhere() == {**each("b"), failing: ["b", "taken"]}
 
 
@@ -327,28 +290,24 @@ def test_a_serialization_failure_at_prepare_is_tried_again(app: AwaitedApplicati
                 other.add(Item(name="beside"))
         await app.write(f"after {count}")
 
-    app.run_awaited(lambda: cast("Any", app.unit(isolation="SERIALIZABLE", attempts=3, backoff=0).run(work)))
+    app.in_a_loop(lambda: cast("Any", app.unit(isolation="SERIALIZABLE", attempts=3, backoff=0).run(work)))
     assert len(calls) == 2
     assert app.names("warehouse") == ["after 2", "beside", "seed"]
     assert app.names("archive") == ["after 2", "seed"]
 
 
-def test_a_branch_whose_transaction_had_failed_unseen_is_not_taken_for_prepared(app: AwaitedApplication) -> None:
+async def test_a_branch_whose_transaction_had_failed_unseen_is_not_taken_for_prepared(app: AwaitedApplication) -> None:
     """PREPARE TRANSACTION is answered with ROLLBACK then, and with no error."""
-
-    async def main() -> None:
-        with pytest.raises(Exception, match=r"ROLLBACK|lost"):
-            async with app.container.transaction():
-                await app.write("a")
-                driver_connection: Any = await (await app.awaited_session("archive").connection()).get_raw_connection()
-                with pytest.raises(Exception, match="zero"):
-                    await driver_connection.driver_connection.execute("SELECT 1/0")
-
-    app.run_awaited(main)
+    with pytest.raises(Exception, match=r"ROLLBACK|lost"):
+        async with app.container.transaction():
+            await app.write("a")
+            driver_connection: Any = await (await app.awaited_session("archive").connection()).get_raw_connection()
+            with pytest.raises(Exception, match="zero"):
+                await driver_connection.driver_connection.execute("SELECT 1/0")
     assert app.everywhere() == each()
 
 
-def test_a_unit_that_recovery_has_aborted_says_so_and_can_be_repeated(
+async def test_a_unit_that_recovery_has_aborted_says_so_and_can_be_repeated(
     app: AwaitedApplication, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     between(monkeypatch, 1, app.recover, after=True)
@@ -358,64 +317,49 @@ def test_a_unit_that_recovery_has_aborted_says_so_and_can_be_repeated(
         calls.append(1)
         await app.write("a")
 
-    async def main() -> None:
-        with pytest.raises(AbortedByRecovery) as caught:
-            await app.unit_of("a")
-        assert retryable(caught.value)
-        assert app.everywhere() == each()
-        await cast("Awaitable[None]", app.unit(attempts=2, backoff=0).run(work))
-
-    app.run_awaited(main)
+    with pytest.raises(AbortedByRecovery) as caught:
+        await app.unit_of("a")
+    assert retryable(caught.value)
+    assert app.everywhere() == each()
+    await cast("Awaitable[None]", app.unit(attempts=2, backoff=0).run(work))
     assert app.everywhere() == each("a")
 
 
-def test_a_last_resource_that_refuses_leaves_nothing(driver: str, new_postgres_url: NewUrl) -> None:
-    with awaiting(driver, writer=new_postgres_url(), warehouse=new_postgres_url(), old=without(new_postgres_url())) as app:
+async def test_a_last_resource_that_refuses_leaves_nothing(driver: str, new_postgres_url: NewUrl) -> None:
+    async with awaiting(driver, writer=new_postgres_url(), warehouse=new_postgres_url(), old=without(new_postgres_url())) as app:
         app.run(*DEFER_UNIQUENESS, on="old")
-
-        async def main() -> None:
-            with pytest.raises(IntegrityError, match="one_of_each"):
-                async with app.container.transaction():
-                    await app.write("a")
-                    await app.write("taken", "old")
-            await app.unit_of("b")
-
-        app.run_awaited(main)
+        with pytest.raises(IntegrityError, match="one_of_each"):
+            async with app.container.transaction():
+                await app.write("a")
+                await app.write("taken", "old")
+        await app.unit_of("b")
         assert app.everywhere() == {"writer": ["b"], "warehouse": ["b"], "old": ["b", "taken"]}
 
 
-def test_a_sqlite_file_that_is_busy_leaves_nothing(driver: str, new_postgres_url: NewUrl, sqlite_url: str) -> None:
+async def test_a_sqlite_file_that_is_busy_leaves_nothing(driver: str, new_postgres_url: NewUrl, sqlite_url: str) -> None:
     lite = {"url": sqlite_url, "connect_args": {"timeout": 0.1}}
-    with awaiting(driver, writer=new_postgres_url(), warehouse=new_postgres_url(), lite=lite) as app:
-
-        async def main() -> None:
-            await app.unit_of("before")
-            with app.plain_engine("lite").connect() as rival:
-                rival.exec_driver_sql("BEGIN IMMEDIATE")
-                with pytest.raises(OperationalError, match="locked"):
-                    await app.unit_of("a", "writer", "warehouse", "lite")
-            await app.unit_of("b")
-
-        app.run_awaited(main)
+    async with awaiting(driver, writer=new_postgres_url(), warehouse=new_postgres_url(), lite=lite) as app:
+        await app.unit_of("before")
+        with app.plain_engine("lite").connect() as rival:
+            rival.exec_driver_sql("BEGIN IMMEDIATE")
+            with pytest.raises(OperationalError, match="locked"):
+                await app.unit_of("a", "writer", "warehouse", "lite")
+        await app.unit_of("b")
         assert app.everywhere() == {name: ["b", "before"] for name in ("writer", "warehouse", "lite")}
 
 
-def test_a_decision_log_that_is_away_leaves_the_outcome_to_recovery(driver: str, new_postgres_url: NewUrl) -> None:
+async def test_a_decision_log_that_is_away_leaves_the_outcome_to_recovery(driver: str, new_postgres_url: NewUrl) -> None:
     urls: dict[str, Any] = {"writer": new_postgres_url(), "warehouse": new_postgres_url(), "journal": without(new_postgres_url())}
-    with awaiting(driver, "journal", **urls) as app:
+    async with awaiting(driver, "journal", **urls) as app:
         app.container.core.decision_places().of("journal").ensure()
-
-        async def main() -> None:
-            await app.unit_of("before", "writer", "warehouse")
-            app.run("ALTER TABLE app_db_decisions RENAME TO elsewhere", on="journal")
-            with pytest.raises(OutcomeUnknown):
-                await app.unit_of("a", "writer", "warehouse")
-            app.run("ALTER TABLE elsewhere RENAME TO app_db_decisions", on="journal")
-            assert len(app.prepared()) == 2
-            assert not (await asyncio.to_thread(app.recover)).left
-            await app.unit_of("b", "writer", "warehouse")
-
-        app.run_awaited(main)
+        await app.unit_of("before", "writer", "warehouse")
+        app.run("ALTER TABLE app_db_decisions RENAME TO elsewhere", on="journal")
+        with pytest.raises(OutcomeUnknown):
+            await app.unit_of("a", "writer", "warehouse")
+        app.run("ALTER TABLE elsewhere RENAME TO app_db_decisions", on="journal")
+        assert len(app.prepared()) == 2
+        assert not (await asyncio.to_thread(app.recover)).left
+        await app.unit_of("b", "writer", "warehouse")
         assert app.names() == app.names("warehouse") == ["b", "before"]
 
 
@@ -425,7 +369,7 @@ def test_a_decision_log_that_is_away_leaves_the_outcome_to_recovery(driver: str,
 @pytest.mark.representative("asyncpg-file-timeout")
 @pytest.mark.parametrize("by", ["cancel", "timeout"])
 @both_logs
-def test_a_unit_that_is_cancelled_at_any_moment_is_in_all_databases_or_in_none(
+async def test_a_unit_that_is_cancelled_at_any_moment_is_in_all_databases_or_in_none(
     by: str, driver: str, app: AwaitedApplication
 ) -> None:
     committed: set[str] = set()
@@ -450,45 +394,38 @@ def test_a_unit_that_is_cancelled_at_any_moment_is_in_all_databases_or_in_none(
         assert task.cancelled() == was_under_way or waits_in_tasks(driver)  # which may lose the cancellation, and commits
         return task.cancelled()
 
-    async def main() -> int:
-        found = 0
-        for number in range(25):
-            await unit(f"0 {number}")  # connects again, where that is needed
-            began = time.monotonic()
-            await unit(f"1 {number}")
-            usual = time.monotonic() - began
-            if await cancelled(f"2 {number}", random.uniform(0, 1.1 * usual)):
-                found += f"2 {number}" in committed
-            assert app.in_use() == {}
-            assert app.prepared() == []
-        return found
-
-    both = app.run_awaited(main)
+    found = 0
+    for number in range(25):
+        await unit(f"0 {number}")  # connects again, where that is needed
+        began = time.monotonic()
+        await unit(f"1 {number}")
+        usual = time.monotonic() - began
+        if await cancelled(f"2 {number}", random.uniform(0, 1.1 * usual)):
+            found += f"2 {number}" in committed
+        assert app.in_use() == 0
+        assert app.prepared() == []
+    both = found
     assert both > 0, "nobody was cancelled in the middle of a commit that went on"
     assert app.everywhere() == each(*committed)
 
 
-def test_a_commit_that_is_cancelled_while_it_prepares_is_finished_first(app: AwaitedApplication) -> None:
+async def test_a_commit_that_is_cancelled_while_it_prepares_is_finished_first(app: AwaitedApplication) -> None:
     app.slow_down(0.4, *NAMES)
+    at_its_end = asyncio.Event()
 
-    async def main() -> None:
-        at_its_end = asyncio.Event()
+    async def unit() -> None:
+        async with app.container.transaction():
+            await app.write("a")
+            at_its_end.set()
 
-        async def unit() -> None:
-            async with app.container.transaction():
-                await app.write("a")
-                at_its_end.set()
-
-        task = asyncio.create_task(unit())
-        await at_its_end.wait()
-        await asyncio.sleep(0.1)
-        for _ in range(3):
-            task.cancel()
-            await asyncio.sleep(0.01)
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    app.run_awaited(main)
+    task = asyncio.create_task(unit())
+    await at_its_end.wait()
+    await asyncio.sleep(0.1)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0.01)
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert app.everywhere() == each("a")
 
 
@@ -524,7 +461,7 @@ def test_a_connection_that_is_lost_leaves_all_or_nothing(
         except DBAPIError as error:
             return error
         finally:
-            assert app.in_use() == {}
+            assert app.in_use() == 0
         return None
 
     async def all_of_it() -> BaseException | None:
@@ -534,7 +471,7 @@ def test_a_connection_that_is_lost_leaves_all_or_nothing(
         await cast("Awaitable[None]", app.unit(attempts=3, backoff=0).run(app.write, "b"))
         return caught
 
-    caught = app.run_awaited(all_of_it)
+    caught = app.in_a_loop(all_of_it)
     if moment.endswith("COMMIT PREPARED"):
         assert caught is None
     if moment in ("before PREPARE", "in PREPARE"):
@@ -542,7 +479,7 @@ def test_a_connection_that_is_lost_leaves_all_or_nothing(
     assert app.everywhere() == each("b", *([] if caught else ["a"]))
 
 
-def test_a_database_that_does_not_confirm_is_told_once(app: AwaitedApplication, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_database_that_does_not_confirm_is_told_once(app: AwaitedApplication, monkeypatch: pytest.MonkeyPatch) -> None:
     backends: list[int] = []
     between(monkeypatch, 2, lambda: kill_backend(app, "archive", backends[0]))
 
@@ -550,15 +487,11 @@ def test_a_database_that_does_not_confirm_is_told_once(app: AwaitedApplication, 
         return False
 
     monkeypatch.setattr("app_db._units.branches.Branch.settle_elsewhere", in_vain)
-
-    async def main() -> None:
-        with pytest.raises(CommitUnconfirmed) as caught:
-            async with app.container.transaction():
-                await app.write("a")
-                backends.append(await app.backend("archive"))
-        assert caught.value.connections == ("archive",)
-
-    app.run_awaited(main)
+    with pytest.raises(CommitUnconfirmed) as caught:
+        async with app.container.transaction():
+            await app.write("a")
+            backends.append(await app.backend("archive"))
+    assert caught.value.connections == ("archive",)
     assert app.everywhere() == {**each("a"), "archive": []}
     assert not app.recover().left
     assert app.everywhere() == each("a")
@@ -590,7 +523,7 @@ def test_a_word_or_an_answer_that_is_lost_leaves_all_or_nothing_and_a_true_error
                 await cast("Awaitable[None]", app.unit(attempts=3, backoff=0).run(app.write, "b"))
                 return lag.worst
 
-            assert app.run_awaited(main) < PATIENCE
+            assert app.in_a_loop(main) < PATIENCE
             network.cut()
             assert not app.recover().left
             expected = ["a", "b", "before"] if word == "COMMIT PREPARED" else ["b", "before"]
@@ -625,7 +558,7 @@ def test_200_units_over_two_clusters_half_of_which_raise(
         async def main() -> list[Any]:
             return await asyncio.gather(*map(unit, range(200)), return_exceptions=True)
 
-        outcomes = app.run_awaited(main)
+        outcomes = app.in_a_loop(main)
         assert {type(outcome) for outcome in outcomes} == {type(None), Boom}
         expected = sorted(
             name for number in range(0, 200, 2) for name in (f"{number:03}", *([f"{number:03}s"] if number % 3 == 0 else []))

@@ -667,6 +667,7 @@ def test_what_is_no_unit_is_refused(path: Path, unit: str) -> None:
 # ---- interruptions ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("Boom")
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # Python swallows what comes in a weakref's callback

@@ -1003,6 +1003,7 @@ class Stumbling(NonBlockingConnection):
         self.below.abandon()
 
 
+@pytest.mark.representative("postgres")
 def test_an_interruption_at_any_step_claims_nothing_that_is_not_so(place: Place) -> None:
     """The steps are those of a line that prepares, beside another one that is not disturbed."""
     claimed = set()

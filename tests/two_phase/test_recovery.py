@@ -694,6 +694,7 @@ def between(monkeypatch: pytest.MonkeyPatch, moment: str, act: Callable[[], Any]
     return seen
 
 
+@pytest.mark.representative("writer-after prepare", "audit-before telling")
 @pytest.mark.parametrize("moment", ["before prepare", "after prepare", "before telling", "after telling"])
 @pytest.mark.parametrize("log", ["writer", "audit"])
 def test_a_recovery_beside_a_committer_takes_nothing_apart(

@@ -281,7 +281,7 @@ def test_hooks_run_before_anything_is_prepared_and_after_everything_has_committe
             unit.on_commit(look, "committed")
             unit.on_abort(look, "aborted")
         both = ["a", "from the hook"]
-        assert seen == [("committed", {"writer": both, "warehouse": both}, [], {})]
+        assert seen == [("committed", {"writer": both, "warehouse": both}, [], 0)]
 
 
 def test_an_aborted_units_hooks_run_when_nothing_is_prepared_any_more(new_postgres_url: NewUrl) -> None:
@@ -294,7 +294,7 @@ def test_an_aborted_units_hooks_run_when_nothing_is_prepared_any_more(new_postgr
             app.add_to_each("a")
             unit.on_commit(seen.append, "committed")
             unit.on_abort(lambda: seen.append((app.everywhere(), app.prepared(), app.checked_out())))
-        assert seen == [({"writer": [], "warehouse": ["a"]}, [], {})]
+        assert seen == [({"writer": [], "warehouse": ["a"]}, [], 0)]
 
 
 # ---- savepoints, inner units, options --------------------------------------------------------------------------------------

@@ -437,7 +437,7 @@ def test_a_log_that_goes_away_in_the_middle_leaves_the_outcome_to_recovery_and_s
         assert caught.value.prepared == ("archive", "warehouse", "writer")
         assert not retryable(caught.value)
         assert isinstance(caught.value.__cause__, DBAPIError)
-        assert app.checked_out() == {}
+        assert app.checked_out() == 0
         server.start()
         assert len(app.prepared()) == 3
         assert not app.recover().left
@@ -671,7 +671,7 @@ def test_an_interruption_at_any_moment_leaves_all_or_nothing(app: TwoPhaseApplic
         if returned:
             known.add(f"{number}")
     assert interrupted > 50, "Python itself swallows one that comes in a destructor"
-    assert app.checked_out() == {}
+    assert app.checked_out() == 0
     assert not app.recover().left
     names = seen(app)
     assert names["writer"] == names["warehouse"] == names["archive"]
@@ -686,7 +686,7 @@ def test_an_interruption_while_a_database_takes_its_time_to_prepare_leaves_all_o
     app.run(*SLOW_COMMIT, on=slow)
     with pytest.raises(KeyboardInterrupt), interrupted_after(0.4), app.unit():
         add_everywhere(app, "a")
-    assert app.checked_out() == {}
+    assert app.checked_out() == 0
     deadline = time.monotonic() + 5
     while app.open() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -16,11 +16,9 @@ import transaction as zope
 from dependency_injector.wiring import Provide
 from sqlalchemy import exc, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from transaction.interfaces import NoTransaction
 
-from app_db import Container, Propagation, UnitOfWork, transactional
+from app_db import Container, UnitOfWork, transactional
 from app_db.errors import (
-    AlreadyInUnitOfWork,
     AwaitRequired,
     HookFailed,
     InvalidUse,
@@ -34,12 +32,11 @@ from app_db.errors import (
     UnitOfWorkEnded,
     UnitOfWorkTimeout,
 )
-from harness.async_applications import DRIVERS, PATIENCE, AwaitedDatabases, Boom, Lag, make_commits_slow, opened_awaited, url_for
+from harness.applications import Boom
 from harness.choosing import mostly
-from harness.items import Item, database_name
+from harness.coroutines import DRIVERS, PATIENCE, AwaitedDatabases, Lag, make_commits_slow, opened_awaited, url_for
+from harness.items import LONG, Item, database_name
 from harness.servers import PostgresServer
-from units.test_propagation import CASES, LONG, Outcome, Row
-from units.test_propagation import Boom as InnerBoom
 
 POSTGRESQL = ("asyncpg", "psycopg")
 
@@ -54,11 +51,6 @@ def databases(request: pytest.FixtureRequest) -> Iterator[AwaitedDatabases]:
 def on_postgresql(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[AwaitedDatabases]:
     with opened_awaited(postgres_url, request.param, each={"pool": {"size": 5}}) as databases:
         yield databases
-
-
-@pytest.fixture
-def ran() -> list[Any]:
-    return []
 
 
 # ---- many at once -----------------------------------------------------------------------------------------------------
@@ -108,7 +100,7 @@ def test_500_tasks_write_exactly_what_their_units_commit(
                 assert postgres.open_transactions(database_name(url)) == []
             return outcomes
 
-        outcomes = databases.run(main)
+        outcomes = databases.in_a_loop(main)
         assert tasks.wrong == []
         assert [type(outcome) for outcome in outcomes] == [type(None), Boom] * (TASKS // 2)
         assert databases.items() == [f"{number:03}" for number in range(0, TASKS, 2)]
@@ -117,21 +109,17 @@ def test_500_tasks_write_exactly_what_their_units_commit(
 # ---- what is provided -------------------------------------------------------------------------------------------------
 
 
-def test_the_providers_have_flat_and_nested_names(databases: AwaitedDatabases) -> None:
+async def test_the_providers_have_flat_and_nested_names(databases: AwaitedDatabases) -> None:
     container: Any = databases.container
     for kind in ("async_engine", "async_sessionmaker", "async_scoped_session", "async_session"):
         assert getattr(container, f"writer_{kind}") is getattr(container.writer, kind)
-
-    async def main() -> None:
-        async with container.transaction():
-            session = container.writer_async_session()
-            assert isinstance(session, AsyncSession)
-            assert container.writer_async_session() is session
-            assert container.writer_async_scoped_session()() is session
-            await container.writer_async_scoped_session().execute(text("SELECT 1"))
-            assert session.in_transaction()
-
-    databases.run(main)
+    async with container.transaction():
+        session = container.writer_async_session()
+        assert isinstance(session, AsyncSession)
+        assert container.writer_async_session() is session
+        assert container.writer_async_scoped_session()() is session
+        await container.writer_async_scoped_session().execute(text("SELECT 1"))
+        assert session.in_transaction()
 
 
 def test_every_loop_has_an_engine_of_its_own_which_is_made_when_it_is_needed(databases: AwaitedDatabases) -> None:
@@ -147,8 +135,8 @@ def test_every_loop_has_an_engine_of_its_own_which_is_made_when_it_is_needed(dat
         engines.append(databases.awaited_engine())
         assert databases.awaited_engine() is engines[-1]
 
-    databases.run(main)
-    databases.run(main)
+    databases.in_a_loop(main)
+    databases.in_a_loop(main)
     assert engines[0] is not engines[1]
     assert databases.items() == ["0", "1"]
 
@@ -160,43 +148,37 @@ def test_a_loop_that_ended_without_disposing_its_engine_is_no_obstacle(databases
         await databases.awaited_engine().dispose()  # or its driver complains, and rightly
 
     asyncio.run(main())
-    databases.run(main)
+    databases.in_a_loop(main)
 
 
-def test_outside_of_a_unit_there_is_no_session(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        with pytest.raises(NoUnitOfWork):
-            databases.awaited_session()
-        async with databases.container.transaction():
-            session = databases.awaited_session()
-            await databases.write("a")
-        with pytest.raises(NoUnitOfWork):
-            databases.awaited_session()
-        with pytest.raises(UnitOfWorkEnded):
-            await session.execute(text("SELECT 1"))
-        with pytest.raises(UnitOfWorkEnded):
-            session.add(Item(name="late"))
-
-    databases.run(main)
+async def test_outside_of_a_unit_there_is_no_session(databases: AwaitedDatabases) -> None:
+    with pytest.raises(NoUnitOfWork):
+        databases.awaited_session()
+    async with databases.container.transaction():
+        session = databases.awaited_session()
+        await databases.write("a")
+    with pytest.raises(NoUnitOfWork):
+        databases.awaited_session()
+    with pytest.raises(UnitOfWorkEnded):
+        await session.execute(text("SELECT 1"))
+    with pytest.raises(UnitOfWorkEnded):
+        session.add(Item(name="late"))
     assert databases.items() == ["a"]
 
 
-def test_what_a_unit_does_itself_its_session_refuses(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        async with databases.container.transaction():
-            session = databases.awaited_session()
-            await databases.write("a")
-            for method in (session.commit, session.rollback, session.close, session.reset, session.invalidate):
-                with pytest.raises(SessionIsManaged):
-                    await method()
+async def test_what_a_unit_does_itself_its_session_refuses(databases: AwaitedDatabases) -> None:
+    async with databases.container.transaction():
+        session = databases.awaited_session()
+        await databases.write("a")
+        for method in (session.commit, session.rollback, session.close, session.reset, session.invalidate):
             with pytest.raises(SessionIsManaged):
-                async with session.begin():
-                    pass
-            with pytest.raises(SessionIsManaged):
-                await session.execute(text("COMMIT"))
-            await databases.write("b")
-
-    databases.run(main)
+                await method()
+        with pytest.raises(SessionIsManaged):
+            async with session.begin():
+                pass
+        with pytest.raises(SessionIsManaged):
+            await session.execute(text("COMMIT"))
+        await databases.write("b")
     assert databases.items() == ["a", "b"]
 
 
@@ -251,7 +233,7 @@ def test_a_decorated_coroutine_function_runs_in_a_unit(databases: AwaitedDatabas
     assert databases.items() == ["a", "b", "c", "e0", "e1", "e2"]
 
 
-def test_a_coroutine_function_can_be_run_in_attempts(databases: AwaitedDatabases, ran: list[Any]) -> None:
+async def test_a_coroutine_function_can_be_run_in_attempts(databases: AwaitedDatabases, ran: list[Any]) -> None:
     async def work(name: str) -> str:
         ran.append(name)
         await databases.write(name)
@@ -259,292 +241,54 @@ def test_a_coroutine_function_can_be_run_in_attempts(databases: AwaitedDatabases
             raise exc.DBAPIError("", None, Boom("lost"), connection_invalidated=True)
         return name
 
-    async def main() -> None:
-        run = databases.container.transaction(attempts=3, backoff=0.001).run
-        assert await run(work, "a") == "a"
-
-    databases.run(main)
+    run = databases.container.transaction(attempts=3, backoff=0.001).run
+    assert await run(work, "a") == "a"
     assert ran == ["a", "a", "a"]
     assert databases.items() == ["a"]
-
-
-def test_a_with_block_cannot_have_attempts(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        with pytest.raises(InvalidUse, match=r"run\(function\)"):
-            async with databases.container.transaction(attempts=2):
-                pytest.fail("entered")
-
-    databases.run(main)
-
-
-def test_an_object_serves_one_block_at_a_time(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        transaction = databases.container.transaction()
-        async with transaction:
-            with pytest.raises(InvalidUse, match="in use"):
-                async with transaction:
-                    pytest.fail("entered twice")
-            await databases.write("a")
-
-    databases.run(main)
-    assert databases.items() == ["a"]
-
-
-# ---- propagation ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=mostly(DRIVERS, exhaustive="psycopg"))
-def two_blocks(request: pytest.FixtureRequest) -> Iterator[tuple[AwaitedDatabases, str]]:
-    """Databases, and the connection the inner block writes to: SQLite has one writer at a time, so there it is another one."""
-    if request.param == "aiosqlite":
-        new = request.getfixturevalue("new_sqlite_url")
-        with opened_awaited({"writer": new(), "other": new()}, request.param) as databases:
-            yield databases, "other"
-    else:
-        with opened_awaited(request.getfixturevalue("postgres_url"), request.param) as databases:
-            yield databases, "writer"
-
-
-@pytest.mark.parametrize(("row", "ending"), CASES)
-def test_the_table_of_propagation(two_blocks: tuple[AwaitedDatabases, str], row: Row, ending: str) -> None:
-    """The same table as for threads."""
-    databases, connection = two_blocks
-    transaction = databases.container.transaction
-    has_unit = row.under_way or row.propagation in ("required", "requires_new", "nested")
-    has_unit = has_unit and row.propagation != "not_supported"
-
-    async def inner_block() -> None:
-        async with transaction(propagation=row.propagation):
-            if has_unit:
-                await databases.write("inner", connection)
-            else:
-                with pytest.raises(NoUnitOfWork):
-                    databases.awaited_session(connection)
-                with pytest.raises(NoTransaction):
-                    databases.container.unit()
-            if ending != "succeeds":
-                raise InnerBoom
-
-    async def outer_block() -> None:
-        if row.under_way:
-            await databases.write("outer")
-        if ending != "is_swallowed":
-            await inner_block()
-            return
-        with pytest.raises((InnerBoom, AlreadyInUnitOfWork, NoUnitOfWork)):
-            await inner_block()
-
-    async def main() -> type[Exception] | None:
-        try:
-            if row.under_way:
-                async with transaction():
-                    await outer_block()
-            else:
-                await outer_block()
-        except (InnerBoom, UnitOfWorkDoomed, AlreadyInUnitOfWork, NoUnitOfWork) as caught:
-            return type(caught)
-        finally:
-            with pytest.raises(NoUnitOfWork):
-                databases.container.unit()
-        return None
-
-    error = databases.run(main)
-    rows = {*databases.items(), *databases.items(connection)}
-    assert Outcome(frozenset(rows), error) == getattr(row, ending)
-
-
-def test_the_outer_unit_is_taken_up_again_after_units_inside(on_postgresql: AwaitedDatabases) -> None:
-    databases = on_postgresql
-    transaction = databases.container.transaction
-
-    async def main() -> None:
-        with pytest.raises(Boom):
-            async with transaction():
-                await databases.write("outer")
-                session, pid = databases.awaited_session(), await databases.awaited_backend_id()
-                async with transaction(propagation="requires_new"):
-                    await databases.write("inner")
-                    assert databases.awaited_session() is not session
-                    assert await databases.awaited_backend_id() != pid
-                    async with transaction(propagation=Propagation.REQUIRES_NEW):
-                        await databases.write("innermost")
-                    with pytest.raises(Boom):
-                        async with transaction(propagation="requires_new"):
-                            await databases.write("never")
-                            raise Boom
-                    await databases.write("inner again")
-                assert databases.awaited_session() is session
-                async with transaction(propagation="not_supported"):
-                    async with transaction():
-                        await databases.write("own")
-                    with pytest.raises(NoUnitOfWork):
-                        databases.container.unit()
-                assert databases.awaited_session() is session
-                assert databases.items() == ["inner", "inner again", "innermost", "own"]
-                await databases.write("outer again")
-                raise Boom
-        with pytest.raises(NoUnitOfWork):
-            databases.container.unit()
-
-    databases.run(main)
-    assert databases.items() == ["inner", "inner again", "innermost", "own"]
-
-
-def test_a_failed_inner_commit_leaves_the_outer_unit_usable(on_postgresql: AwaitedDatabases) -> None:
-    databases = on_postgresql
-    databases.rival("ALTER TABLE item ADD COLUMN other TEXT REFERENCES item DEFERRABLE INITIALLY DEFERRED")
-
-    async def main() -> None:
-        async with databases.container.transaction():
-            await databases.write("outer")
-            with pytest.raises(exc.IntegrityError):
-                async with databases.container.transaction(propagation="requires_new"):
-                    await databases.say("INSERT INTO item (name, amount, other) VALUES ('inner', 0, 'nowhere')")
-            await databases.write("outer again")
-
-    databases.run(main)
-    assert databases.items() == ["outer", "outer again"]
 
 
 # ---- options ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_read_only_unit_refuses_to_write(databases: AwaitedDatabases) -> None:
+async def test_a_read_only_unit_refuses_to_write(databases: AwaitedDatabases) -> None:
     databases.put("a")
-
-    async def main() -> None:
-        async with databases.container.transaction(read_only=True):
-            assert await databases.say("SELECT count(*) FROM item") == 1
-            with pytest.raises(ReadOnlyViolation):
-                await databases.say("INSERT INTO item (name, amount) VALUES ('b', 0)")
+    async with databases.container.transaction(read_only=True):
+        assert await databases.say("SELECT count(*) FROM item") == 1
         with pytest.raises(ReadOnlyViolation):
-            async with databases.container.transaction(read_only=True):
-                databases.awaited_session().add(Item(name="c"))
-        async with databases.container.transaction():
-            await databases.write("d")
-
-    databases.run(main)
+            await databases.say("INSERT INTO item (name, amount) VALUES ('b', 0)")
+    with pytest.raises(ReadOnlyViolation):
+        async with databases.container.transaction(read_only=True):
+            databases.awaited_session().add(Item(name="c"))
+    async with databases.container.transaction():
+        await databases.write("d")
     assert databases.items() == ["a", "d"]
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_a_read_only_connection_is_guarded_by_its_database(request: pytest.FixtureRequest, driver: str) -> None:
+async def test_a_read_only_connection_is_guarded_by_its_database(request: pytest.FixtureRequest, driver: str) -> None:
     url = url_for(driver, request)
-    with opened_awaited({"writer": url, "reader": url}, driver, settings={"reader": {"read_only": True}}) as databases:
+    async with opened_awaited({"writer": url, "reader": url}, driver, settings={"reader": {"read_only": True}}) as databases:
         if driver != "aiosqlite":
             databases.rival(
                 "CREATE FUNCTION sneak() RETURNS int LANGUAGE sql AS $$INSERT INTO item (name, amount) VALUES ('s', 0); "
                 "SELECT 1$$"
             )
-
-        async def main() -> None:
-            async with databases.container.transaction():
-                await databases.write("a")
-                assert await databases.say("SELECT count(*) FROM item", "reader") == 0
-                with pytest.raises(ReadOnlyViolation):
-                    await databases.say("DELETE FROM item", "reader")
-            if driver != "aiosqlite":
-                with pytest.raises(ReadOnlyViolation):
-                    async with databases.container.transaction():
-                        await databases.say("SELECT sneak()", "reader")
-
-        databases.run(main)
+        async with databases.container.transaction():
+            await databases.write("a")
+            assert await databases.say("SELECT count(*) FROM item", "reader") == 0
+            with pytest.raises(ReadOnlyViolation):
+                await databases.say("DELETE FROM item", "reader")
+        if driver != "aiosqlite":
+            with pytest.raises(ReadOnlyViolation):
+                async with databases.container.transaction():
+                    await databases.say("SELECT sneak()", "reader")
         assert databases.items() == ["a"]
-
-
-@pytest.mark.parametrize("asked", ["serializable", "REPEATABLE READ"])
-def test_the_isolation_reaches_the_server_and_does_not_stay(on_postgresql: AwaitedDatabases, asked: str) -> None:
-    databases = on_postgresql
-
-    async def level() -> str:
-        return str(await databases.say("SHOW transaction_isolation")).upper()
-
-    async def main() -> None:
-        async with databases.container.transaction():
-            assert await level() == "READ COMMITTED"
-        async with databases.container.transaction(isolation=asked):
-            assert await level() == asked.upper()
-            with pytest.raises(InvalidUse, match="READ COMMITTED"):
-                async with databases.container.transaction(isolation="read committed"):
-                    pytest.fail("entered")
-            await databases.write("a")
-        async with databases.container.transaction():
-            assert await level() == "READ COMMITTED"
-
-    databases.run(main)
-    assert databases.items() == ["a"]
-
-
-def test_a_statement_is_stopped_when_the_units_time_is_over(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        long = LONG[databases.outside().dialect.name]
-        began = time.monotonic()
-        with pytest.raises(UnitOfWorkTimeout):
-            async with databases.container.transaction(timeout=0.3):
-                await databases.write("a")
-                await databases.say(long)
-        assert time.monotonic() - began < 2.8
-        with pytest.raises(UnitOfWorkTimeout):
-            async with databases.container.transaction(timeout=0.05):
-                await databases.write("b")
-                await asyncio.sleep(0.1)
-        async with databases.container.transaction():
-            await databases.write("c")
-
-    databases.run(main)
-    assert databases.items() == ["c"]
-
-
-def test_an_inner_time_limit_ends_with_its_block(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        async with databases.container.transaction():
-            await databases.write("a")
-            async with databases.container.transaction(timeout=0.1):
-                await databases.write("b")
-            await asyncio.sleep(0.15)
-            await databases.write("c")
-        with pytest.raises(UnitOfWorkTimeout):
-            async with databases.container.transaction():
-                await databases.write("d")
-                async with databases.container.transaction(timeout=0.1, propagation="nested"):
-                    await databases.say(LONG[databases.outside().dialect.name])
-
-    databases.run(main)
-    assert databases.items() == ["a", "b", "c"]
-
-
-def test_exceptions_of_commit_on_commit(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        with pytest.raises(Boom):
-            async with databases.container.transaction(commit_on=Boom):
-                await databases.write("a")
-                raise Boom
-        with pytest.raises(ZeroDivisionError):
-            async with databases.container.transaction(commit_on=Boom):
-                await databases.write("b")
-                raise ZeroDivisionError
-
-    databases.run(main)
-    assert databases.items() == ["a"]
-
-
-def test_a_doomed_unit_does_not_commit(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        with pytest.raises(UnitOfWorkDoomed, match="so it is"):
-            async with databases.container.transaction() as unit:
-                await databases.write("a")
-                unit.doom("so it is")
-                assert unit.is_doomed
-                await databases.write("b")
-
-    databases.run(main)
-    assert databases.items() == []
 
 
 # ---- attempts ---------------------------------------------------------------------------------------------------------
 
 
-def test_serialization_failures_are_tried_again(on_postgresql: AwaitedDatabases) -> None:
+async def test_serialization_failures_are_tried_again(on_postgresql: AwaitedDatabases) -> None:
     """Ten units add one to the same amount. Without another attempt most of them would fail."""
     databases = on_postgresql
     databases.put("a")
@@ -556,18 +300,15 @@ def test_serialization_failures_are_tried_again(on_postgresql: AwaitedDatabases)
         await asyncio.sleep(0.01)
         item.amount += 1
 
-    async def main() -> None:
-        run = databases.container.transaction
-        await asyncio.gather(
-            *(run(isolation="repeatable read", attempts=30, backoff=0.01).run(add_one, number) for number in range(10))
-        )
-
-    databases.run(main)
+    run = databases.container.transaction
+    await asyncio.gather(
+        *(run(isolation="repeatable read", attempts=30, backoff=0.01).run(add_one, number) for number in range(10))
+    )
     assert databases.amount("a") == 10
     assert len(attempts) > 10
 
 
-def test_a_commit_that_fails_to_serialize_is_tried_again(on_postgresql: AwaitedDatabases, ran: list[Any]) -> None:
+async def test_a_commit_that_fails_to_serialize_is_tried_again(on_postgresql: AwaitedDatabases, ran: list[Any]) -> None:
     databases = on_postgresql
     databases.put("a", "b")
 
@@ -580,27 +321,21 @@ def test_a_commit_that_fails_to_serialize_is_tried_again(on_postgresql: AwaitedD
                 rival.execute(text("SELECT sum(amount) FROM item"))
                 rival.execute(text("UPDATE item SET amount = 7 WHERE name = 'b'"))
 
-    async def main() -> None:
-        await databases.container.transaction(isolation="serializable", attempts=3, backoff=0.001).run(work)
-
-    databases.run(main)
+    await databases.container.transaction(isolation="serializable", attempts=3, backoff=0.001).run(work)
     assert len(ran) == 2
     assert (databases.amount("a"), databases.amount("b")) == (1, 7)
 
 
-def test_the_pause_between_attempts_does_not_keep_the_loop(databases: AwaitedDatabases, ran: list[Any]) -> None:
+async def test_the_pause_between_attempts_does_not_keep_the_loop(databases: AwaitedDatabases, ran: list[Any]) -> None:
     async def work() -> None:
         ran.append(1)
         if len(ran) < 4:
             raise exc.DBAPIError("", None, Boom("lost"), connection_invalidated=True)
 
-    async def main() -> None:
-        random.seed(2)
-        async with Lag() as lag:
-            await databases.container.transaction(attempts=4, backoff=0.2).run(work)
-        assert lag.worst < PATIENCE
-
-    databases.run(main)
+    random.seed(2)
+    async with Lag() as lag:
+        await databases.container.transaction(attempts=4, backoff=0.2).run(work)
+    assert lag.worst < PATIENCE
 
 
 @pytest.mark.exhaustive
@@ -619,7 +354,7 @@ def test_a_locked_file_is_tried_again(sqlite_url: str, ran: list[Any]) -> None:
             await databases.container.transaction(attempts=3, backoff=0.001).run(work)
 
         try:
-            databases.run(main)
+            databases.in_a_loop(main)
         finally:
             rival.close()
         assert len(ran) == 2
@@ -652,107 +387,11 @@ def test_hooks_may_be_functions_and_coroutine_functions(databases: AwaitedDataba
                 raise Boom
         assert ran == [f"on_abort {how}" for how in ("awaited", "called", "returned")]
 
-    databases.run(main)
+    databases.in_a_loop(main)
     assert databases.items() == ["a"]
 
 
-def test_a_hook_before_the_commit_works_in_the_unit(databases: AwaitedDatabases) -> None:
-    async def write_more() -> None:
-        await databases.write("from the hook")
-        async with databases.container.transaction():
-            await databases.write("in a part of it")
-        async with databases.container.transaction(propagation="nested"):
-            await databases.write("in a savepoint")
-
-    async def main() -> None:
-        async with databases.container.transaction() as unit:
-            unit.before_commit(write_more)
-            await databases.write("a")
-        async with databases.container.transaction() as unit:
-            unit.before_commit(databases.write, "the only one")
-
-    databases.run(main)
-    assert databases.items() == ["a", "from the hook", "in a part of it", "in a savepoint", "the only one"]
-
-
-def test_a_failing_hook_before_the_commit_aborts(databases: AwaitedDatabases) -> None:
-    async def fail() -> None:
-        await databases.write("b")
-        raise Boom
-
-    async def main() -> None:
-        with pytest.raises(Boom):
-            async with databases.container.transaction() as unit:
-                unit.before_commit(fail)
-                await databases.write("a")
-
-    databases.run(main)
-    assert databases.items() == []
-
-
-def test_a_hook_after_the_end_may_begin_a_unit(databases: AwaitedDatabases) -> None:
-    async def own(name: str) -> None:
-        with pytest.raises(NoUnitOfWork):
-            databases.container.unit()
-        async with databases.container.transaction():
-            await databases.write(name)
-
-    def blocking(name: str) -> None:
-        with databases.container.transaction():
-            databases.add(name)
-
-    async def main() -> None:
-        async with databases.container.transaction() as unit:
-            unit.on_commit(own, "after")
-            unit.on_commit(blocking, "after, blocking")
-            await databases.write("a")
-        with pytest.raises(Boom):
-            async with databases.container.transaction() as unit:
-                unit.on_abort(own, "after abort")
-                await databases.write("b")
-                raise Boom
-        with pytest.raises(NoUnitOfWork):
-            databases.container.unit()
-
-    databases.run(main)
-    assert databases.items() == ["a", "after", "after abort", "after, blocking"]
-
-
-def test_what_hooks_raise_after_the_commit_is_gathered(databases: AwaitedDatabases, ran: list[Any]) -> None:
-    async def fail() -> None:
-        await asyncio.sleep(0)
-        raise Boom
-
-    async def main() -> None:
-        with pytest.raises(HookFailed) as failed:
-            async with databases.container.transaction() as unit:
-                for hook in (fail, fail, lambda: ran.append("ran")):
-                    unit.on_commit(hook)
-                await databases.write("a")
-        assert [type(error) for error in failed.value.errors] == [Boom, Boom]
-
-    databases.run(main)
-    assert ran == ["ran"]
-    assert databases.items() == ["a"]
-
-
-def test_a_hook_of_a_savepoint_that_was_rolled_back_does_not_run(databases: AwaitedDatabases, ran: list[Any]) -> None:
-    async def note(what: str) -> None:
-        ran.append(what)
-
-    async def main() -> None:
-        async with databases.container.transaction() as unit:
-            unit.on_commit(note, "kept")
-            with pytest.raises(Boom):
-                async with databases.container.transaction(propagation="nested") as inner:
-                    inner.on_commit(note, "rolled back")
-                    raise Boom
-
-    databases.run(main)
-    assert ran == ["kept"]
-
-
-def test_a_hook_may_use_what_depends_on_its_task(databases: AwaitedDatabases, ran: list[Any]) -> None:
+async def test_a_hook_may_use_what_depends_on_its_task(databases: AwaitedDatabases, ran: list[Any]) -> None:
     async def use() -> None:
         async with asyncio.timeout(5):
             await asyncio.sleep(0)
@@ -764,164 +403,98 @@ def test_a_hook_may_use_what_depends_on_its_task(databases: AwaitedDatabases, ra
         await asyncio.wait_for(asyncio.sleep(0), 5)
         await asyncio.to_thread(ran.append, "in a thread")
 
-    async def main() -> None:
-        async with databases.container.transaction() as unit:
-            unit.before_commit(use)
-            unit.on_commit(use)
-            await databases.write("a")
-
-    databases.run(main)
+    async with databases.container.transaction() as unit:
+        unit.before_commit(use)
+        unit.on_commit(use)
+        await databases.write("a")
     assert ran == ["in a thread"] * 2
-
-
-# ---- savepoints -------------------------------------------------------------------------------------------------------
-
-
-def test_nested_blocks_are_savepoints(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        nested = databases.container.transaction
-        async with databases.container.transaction():
-            await databases.write("a")
-            async with nested(propagation="nested"):
-                await databases.write("b")
-                with pytest.raises(Boom):
-                    async with nested(propagation="nested"):
-                        await databases.write("c")
-                        raise Boom
-                await databases.write("d")
-            with pytest.raises(exc.IntegrityError):
-                async with nested(propagation="nested"):
-                    await databases.write("a")
-            with pytest.raises(Boom):
-                async with nested(propagation="nested"):
-                    async with nested(propagation="nested"):
-                        await databases.write("e")
-                    raise Boom
-            await databases.write("f")
-
-    databases.run(main)
-    assert databases.items() == ["a", "b", "d", "f"]
-
-
-def test_a_savepoint_older_than_the_first_statement(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        async with databases.container.transaction():
-            with pytest.raises(Boom):
-                async with databases.container.transaction(propagation="nested"):
-                    await databases.write("a")
-                    raise Boom
-            await databases.write("b")
-
-    databases.run(main)
-    assert databases.items() == ["b"]
 
 
 # ---- what fails -------------------------------------------------------------------------------------------------------
 
 
-def test_a_statement_error_that_is_swallowed_loses_the_transaction(on_postgresql: AwaitedDatabases) -> None:
+async def test_a_statement_error_that_is_swallowed_loses_the_transaction(on_postgresql: AwaitedDatabases) -> None:
     """PostgreSQL would answer COMMIT with a silent ROLLBACK."""
     databases = on_postgresql
-
-    async def main() -> None:
-        with pytest.raises(TransactionLost, match="'writer'"):
-            async with databases.container.transaction():
-                await databases.write("a")
-                with pytest.raises(exc.DBAPIError):
-                    await databases.say("SELECT nothing_of_the_kind")
+    with pytest.raises(TransactionLost, match="'writer'"):
         async with databases.container.transaction():
-            await databases.write("b")
-
-    databases.run(main)
+            await databases.write("a")
+            with pytest.raises(exc.DBAPIError):
+                await databases.say("SELECT nothing_of_the_kind")
+    async with databases.container.transaction():
+        await databases.write("b")
     assert databases.items() == ["b"]
 
 
-def test_a_flush_error_that_is_swallowed_loses_the_transaction(databases: AwaitedDatabases) -> None:
+async def test_a_flush_error_that_is_swallowed_loses_the_transaction(databases: AwaitedDatabases) -> None:
     databases.put("taken")
-
-    async def main() -> None:
-        with pytest.raises(TransactionLost):
-            async with databases.container.transaction():
-                await databases.write("a")
-                with pytest.raises(exc.IntegrityError):
-                    await databases.write("taken")
+    with pytest.raises(TransactionLost):
         async with databases.container.transaction():
-            await databases.write("b")
-
-    databases.run(main)
+            await databases.write("a")
+            with pytest.raises(exc.IntegrityError):
+                await databases.write("taken")
+    async with databases.container.transaction():
+        await databases.write("b")
     assert databases.items() == ["b", "taken"]
 
 
-def test_a_statement_error_that_sqlite_survives_loses_nothing(sqlite_url: str) -> None:
-    with opened_awaited(sqlite_url, "aiosqlite") as databases:
-
-        async def main() -> None:
-            async with databases.container.transaction():
-                await databases.write("a")
-                with pytest.raises(exc.DBAPIError):
-                    await databases.say("SELECT nothing_of_the_kind")
-
-        databases.run(main)
+async def test_a_statement_error_that_sqlite_survives_loses_nothing(sqlite_url: str) -> None:
+    async with opened_awaited(sqlite_url, "aiosqlite") as databases:
+        async with databases.container.transaction():
+            await databases.write("a")
+            with pytest.raises(exc.DBAPIError):
+                await databases.say("SELECT nothing_of_the_kind")
         assert databases.items() == ["a"]
 
 
-def test_a_transaction_that_was_ended_below_is_noticed(on_postgresql: AwaitedDatabases) -> None:
+async def test_a_transaction_that_was_ended_below_is_noticed(on_postgresql: AwaitedDatabases) -> None:
     """By whoever speaks to the driver itself."""
     databases = on_postgresql
-
-    async def main() -> None:
-        with pytest.raises(TransactionLost):
-            async with databases.container.transaction():
-                await databases.write("a")
-                raw = await (await databases.awaited_session().connection()).get_raw_connection()
-                driver: Any = raw.driver_connection
-                await driver.execute("ROLLBACK")
-
-    databases.run(main)
+    with pytest.raises(TransactionLost):
+        async with databases.container.transaction():
+            await databases.write("a")
+            raw = await (await databases.awaited_session().connection()).get_raw_connection()
+            driver: Any = raw.driver_connection
+            await driver.execute("ROLLBACK")
     assert databases.items() == []
 
 
-def test_a_killed_backend_aborts_its_unit_and_the_next_works(on_postgresql: AwaitedDatabases, postgres: PostgresServer) -> None:
+async def test_a_killed_backend_aborts_its_unit_and_the_next_works(
+    on_postgresql: AwaitedDatabases, postgres: PostgresServer
+) -> None:
     databases = on_postgresql
-
-    async def main() -> None:
-        for _ in range(2):
-            with pytest.raises(exc.DBAPIError) as killed:
-                async with databases.container.transaction():
-                    await databases.write("a")
-                    postgres.execute("SELECT pg_terminate_backend(%s)", [await databases.awaited_backend_id()])
-                    await databases.write("b")
-            assert killed.value.connection_invalidated
-        with pytest.raises(OutcomeUnknown):
+    for _ in range(2):
+        with pytest.raises(exc.DBAPIError) as killed:
             async with databases.container.transaction():
                 await databases.write("a")
                 postgres.execute("SELECT pg_terminate_backend(%s)", [await databases.awaited_backend_id()])
+                await databases.write("b")
+        assert killed.value.connection_invalidated
+    with pytest.raises(OutcomeUnknown):
         async with databases.container.transaction():
-            await databases.write("c")
-
-    databases.run(main)
+            await databases.write("a")
+            postgres.execute("SELECT pg_terminate_backend(%s)", [await databases.awaited_backend_id()])
+    async with databases.container.transaction():
+        await databases.write("c")
     assert databases.items() == ["c"]
 
 
-def test_a_full_pool_makes_the_unit_fail_and_the_next_works(on_postgresql: AwaitedDatabases, postgres_url: str) -> None:
+async def test_a_full_pool_makes_the_unit_fail_and_the_next_works(on_postgresql: AwaitedDatabases, postgres_url: str) -> None:
     pool = {"size": 1, "max_overflow": 0, "timeout": 0.2}
-    with opened_awaited(postgres_url, "asyncpg", each={"pool": pool}) as databases:
+    async with opened_awaited(postgres_url, "asyncpg", each={"pool": pool}) as databases:
 
         async def second() -> None:
             async with databases.container.transaction(propagation="requires_new"):
                 await databases.write("second")
 
-        async def main() -> None:
-            async with databases.container.transaction():
-                await databases.write("first")
-                with pytest.raises(exc.TimeoutError):
-                    async with databases.container.transaction(propagation="requires_new"):
-                        await databases.write("third")
-                waiting = asyncio.create_task(second())
-                await asyncio.sleep(0.05)
-            await waiting
-
-        databases.run(main)
+        async with databases.container.transaction():
+            await databases.write("first")
+            with pytest.raises(exc.TimeoutError):
+                async with databases.container.transaction(propagation="requires_new"):
+                    await databases.write("third")
+            waiting = asyncio.create_task(second())
+            await asyncio.sleep(0.05)
+        await waiting
         assert databases.items() == ["first", "second"]
 
 
@@ -946,7 +519,7 @@ def test_engines_that_are_replaced_under_way_leave_nothing_behind(
         await units
         assert {engine.pool.checkedout() for engine in engines} == {0}
 
-    databases.run(main)
+    databases.in_a_loop(main)
     assert len(engines) > 2
     assert databases.items() == [f"{number:03}" for number in range(100)]
     give_up = time.monotonic() + 5
@@ -959,30 +532,24 @@ def test_engines_that_are_replaced_under_way_leave_nothing_behind(
 # ---- the wrong colour -------------------------------------------------------------------------------------------------
 
 
-def test_a_plain_with_has_no_sessions_for_coroutines(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        with databases.container.transaction():
-            with pytest.raises(AwaitRequired, match=r"'writer' async session.*`async with container\.transaction\(\)"):
-                databases.awaited_session()
-            databases.add("a")
-
-    databases.run(main)
+async def test_a_plain_with_has_no_sessions_for_coroutines(databases: AwaitedDatabases) -> None:
+    with databases.container.transaction():
+        with pytest.raises(AwaitRequired, match=r"'writer' async session.*`async with container\.transaction\(\)"):
+            databases.awaited_session()
+        databases.add("a")
     assert databases.items() == ["a"]
 
 
-def test_a_session_of_the_makers_own_is_refused_in_a_plain_with(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
-        container: Any = databases.container
-        with container.transaction():
-            session = container.writer_async_sessionmaker()()
-            with pytest.raises(AwaitRequired):
-                await session.execute(text("SELECT 1"))
-            databases.add("a")
-        async with container.transaction():
-            session = container.writer_async_sessionmaker()()
-            await session.execute(text("INSERT INTO item (name, amount) VALUES ('b', 0)"))
-
-    databases.run(main)
+async def test_a_session_of_the_makers_own_is_refused_in_a_plain_with(databases: AwaitedDatabases) -> None:
+    container: Any = databases.container
+    with container.transaction():
+        session = container.writer_async_sessionmaker()()
+        with pytest.raises(AwaitRequired):
+            await session.execute(text("SELECT 1"))
+        databases.add("a")
+    async with container.transaction():
+        session = container.writer_async_sessionmaker()()
+        await session.execute(text("INSERT INTO item (name, amount) VALUES ('b', 0)"))
     assert databases.items() == ["a", "b"]
 
 
@@ -998,83 +565,67 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_what_has_to_be_awaited_is_refused_outside_of_the_bridge(databases: AwaitedDatabases, ending: str) -> None:
-    async def main() -> None:
-        async with databases.container.transaction() as unit:
-            await databases.write("a")
-            with pytest.raises(AwaitRequired, match=r"has to be awaited.*`async with container\.transaction\(\)`"):
-                ENDINGS[ending](databases.container.transaction_manager(), unit)
-            await databases.write("b")
-
-    databases.run(main)
+async def test_what_has_to_be_awaited_is_refused_outside_of_the_bridge(databases: AwaitedDatabases, ending: str) -> None:
+    async with databases.container.transaction() as unit:
+        await databases.write("a")
+        with pytest.raises(AwaitRequired, match=r"has to be awaited.*`async with container\.transaction\(\)`"):
+            ENDINGS[ending](databases.container.transaction_manager(), unit)
+        await databases.write("b")
     assert databases.items() == ["a", "b"]
 
 
 @pytest.mark.parametrize("options", [{"propagation": "nested"}, {"timeout": 5.0}], ids=["nested", "timeout"])
 @pytest.mark.parametrize("used", ["before", "inside", "never"])
-def test_a_plain_with_inside_a_unit_of_coroutines(databases: AwaitedDatabases, options: dict[str, Any], used: str) -> None:
+async def test_a_plain_with_inside_a_unit_of_coroutines(databases: AwaitedDatabases, options: dict[str, Any], used: str) -> None:
     """It would have to wait for the sessions that coroutines use there, or use inside."""
-
-    async def main() -> None:
-        async with databases.container.transaction():
-            if used == "before":
-                await databases.write("a")
-            with pytest.raises(AwaitRequired, match="`async with "), databases.container.transaction(**options):
-                pytest.fail("entered")
-            await databases.write("b")
-            async with databases.container.transaction(**options):
-                await databases.write("c")
-
-    databases.run(main)
+    async with databases.container.transaction():
+        if used == "before":
+            await databases.write("a")
+        with pytest.raises(AwaitRequired, match="`async with "), databases.container.transaction(**options):
+            pytest.fail("entered")
+        await databases.write("b")
+        async with databases.container.transaction(**options):
+            await databases.write("c")
     assert databases.items() == (["a", "b", "c"] if used == "before" else ["b", "c"])
 
 
-def test_a_plain_with_that_waits_for_nothing_is_a_part_of_the_unit(databases: AwaitedDatabases) -> None:
-    async def main() -> None:
+async def test_a_plain_with_that_waits_for_nothing_is_a_part_of_the_unit(databases: AwaitedDatabases) -> None:
+    async with databases.container.transaction():
+        await databases.write("a")
+        with databases.container.transaction():
+            await databases.write("b")
+        with databases.container.transaction(propagation="mandatory") as unit:
+            unit.on_commit(databases.items)
+            await databases.write("c")
+    with pytest.raises(UnitOfWorkDoomed):
         async with databases.container.transaction():
-            await databases.write("a")
-            with databases.container.transaction():
-                await databases.write("b")
-            with databases.container.transaction(propagation="mandatory") as unit:
-                unit.on_commit(databases.items)
-                await databases.write("c")
-        with pytest.raises(UnitOfWorkDoomed):
-            async with databases.container.transaction():
-                await databases.write("d")
-                with pytest.raises(Boom), databases.container.transaction():
-                    raise Boom
-
-    databases.run(main)
+            await databases.write("d")
+            with pytest.raises(Boom), databases.container.transaction():
+                raise Boom
     assert databases.items() == ["a", "b", "c"]
 
 
-def test_a_savepoint_that_was_taken_before_coroutines_wrote_is_not_rolled_back_outside_of_the_bridge(
+async def test_a_savepoint_that_was_taken_before_coroutines_wrote_is_not_rolled_back_outside_of_the_bridge(
     databases: AwaitedDatabases,
 ) -> None:
-    async def main() -> None:
-        async with databases.container.transaction() as unit:
-            savepoint = unit.savepoint()
-            await databases.write("a")
-            with pytest.raises(AwaitRequired):
-                savepoint.rollback()
-            await databases.write("b")
-
-    databases.run(main)
+    async with databases.container.transaction() as unit:
+        savepoint = unit.savepoint()
+        await databases.write("a")
+        with pytest.raises(AwaitRequired):
+            savepoint.rollback()
+        await databases.write("b")
     assert databases.items() == ["a", "b"]
 
 
-def test_a_coroutine_hook_needs_a_unit_of_coroutines(databases: AwaitedDatabases, ran: list[Any]) -> None:
+async def test_a_coroutine_hook_needs_a_unit_of_coroutines(databases: AwaitedDatabases, ran: list[Any]) -> None:
     async def hook() -> None:
         ran.append("ran")
 
-    async def main() -> None:
-        with databases.container.transaction() as unit:
-            for register in (unit.before_commit, unit.on_commit, unit.on_abort):
-                with pytest.raises(AwaitRequired, match="`async with`"):
-                    register(hook)
-            databases.add("a")
-
-    databases.run(main)
+    with databases.container.transaction() as unit:
+        for register in (unit.before_commit, unit.on_commit, unit.on_abort):
+            with pytest.raises(AwaitRequired, match="`async with`"):
+                register(hook)
+        databases.add("a")
     assert ran == []
     assert databases.items() == ["a"]
 
@@ -1113,7 +664,7 @@ def test_tasks_cannot_share_zopes_transaction(sqlite_url: str, ran: list[Any]) -
                     databases.awaited_session()
                 databases.add("b")
 
-        databases.run(main)
+        databases.in_a_loop(main)
         assert ran == []
         assert databases.items() == ["a", "b"]
 
@@ -1122,23 +673,19 @@ def test_tasks_cannot_share_zopes_transaction(sqlite_url: str, ran: list[Any]) -
 
 
 @pytest.mark.representative("asyncpg")
-def test_a_slow_commit_keeps_nobody_else(on_postgresql: AwaitedDatabases) -> None:
+async def test_a_slow_commit_keeps_nobody_else(on_postgresql: AwaitedDatabases) -> None:
     databases = on_postgresql
     make_commits_slow(databases)
-
-    async def main() -> None:
-        async with databases.container.transaction():
-            databases.add("warm")  # the engines are made
-            await databases.say("SELECT 1")
-        async with Lag() as lag:
-            for write in (databases.write, asyncio.to_thread):
-                began = time.monotonic()
-                async with databases.container.transaction():
-                    await (write("a") if write == databases.write else asyncio.to_thread(databases.add, "b"))
-                assert time.monotonic() - began > 0.5
-        assert lag.worst < PATIENCE
-
-    databases.run(main)
+    async with databases.container.transaction():
+        databases.add("warm")  # the engines are made
+        await databases.say("SELECT 1")
+    async with Lag() as lag:
+        for write in (databases.write, asyncio.to_thread):
+            began = time.monotonic()
+            async with databases.container.transaction():
+                await (write("a") if write == databases.write else asyncio.to_thread(databases.add, "b"))
+            assert time.monotonic() - began > 0.5
+    assert lag.worst < PATIENCE
     assert databases.items() == ["a", "b", "warm"]
 
 
@@ -1147,38 +694,35 @@ SLOW_INSERT = "CREATE TRIGGER slow BEFORE INSERT ON item FOR EACH ROW EXECUTE FU
 
 
 @pytest.mark.parametrize("ending", ["commits", "rolls back a savepoint"])
-def test_a_slow_flush_of_a_blocking_session_keeps_nobody_else(postgres_url: str, ending: str) -> None:
-    with opened_awaited(postgres_url, "asyncpg") as databases:
+async def test_a_slow_flush_of_a_blocking_session_keeps_nobody_else(postgres_url: str, ending: str) -> None:
+    async with opened_awaited(postgres_url, "asyncpg") as databases:
         databases.rival(SLOW)
         databases.rival(SLOW_INSERT)
-
-        async def main() -> None:
-            async with databases.container.transaction():
-                databases.session().execute(text("SELECT 1"))
-                async with Lag() as lag:
-                    databases.session().add(Item(name="a"))
-                    async with databases.container.transaction(propagation="nested"):  # flushes
-                        databases.session().add(Item(name="b"))
-                    if ending != "commits":
-                        with pytest.raises(Boom):
-                            async with databases.container.transaction(propagation="nested"):
-                                databases.session().add(Item(name="c"))
-                                raise Boom
-                    databases.session().add(Item(name="d"))
-                assert lag.worst < PATIENCE
-                lagging = Lag()
-                await lagging.__aenter__()
-            await lagging.__aexit__()
-            assert lagging.worst < PATIENCE
-
-        databases.run(main)
+        async with databases.container.transaction():
+            databases.session().execute(text("SELECT 1"))
+            async with Lag() as lag:
+                databases.session().add(Item(name="a"))
+                async with databases.container.transaction(propagation="nested"):  # flushes
+                    databases.session().add(Item(name="b"))
+                if ending != "commits":
+                    with pytest.raises(Boom):
+                        async with databases.container.transaction(propagation="nested"):
+                            databases.session().add(Item(name="c"))
+                            raise Boom
+                databases.session().add(Item(name="d"))
+            assert lag.worst < PATIENCE
+            lagging = Lag()
+            await lagging.__aenter__()
+        await lagging.__aexit__()
+        assert lagging.worst < PATIENCE
         assert databases.items() == ["a", "b", "d"]
 
 
+@pytest.mark.representative("commit", "roll_back_to")
 @pytest.mark.parametrize(
     "method", ["commit", "roll_back", "flush", "has_lost_transaction", "savepoint", "roll_back_to", "release"]
 )
-def test_whatever_waits_for_a_blocking_session_does_so_in_a_thread(
+async def test_whatever_waits_for_a_blocking_session_does_so_in_a_thread(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """The slow part is the branch's own, whatever made it slow: a lock, the network."""
@@ -1190,30 +734,26 @@ def test_whatever_waits_for_a_blocking_session_does_so_in_a_thread(
         time.sleep(0.3)
         return usual(*arguments)
 
-    with opened_awaited(sqlite_url, "aiosqlite") as databases:
-
-        async def main() -> None:
+    async with opened_awaited(sqlite_url, "aiosqlite") as databases:
+        async with databases.container.transaction():
+            databases.add("warm")
+        monkeypatch.setattr(Branch, method, slowly)
+        lag = Lag()
+        await lag.__aenter__()
+        with pytest.raises(Boom):
             async with databases.container.transaction():
-                databases.add("warm")
-            monkeypatch.setattr(Branch, method, slowly)
-            lag = Lag()
-            await lag.__aenter__()
+                databases.add("gone")
+                raise Boom
+        async with databases.container.transaction():
+            databases.add("a")
+            async with databases.container.transaction(propagation="nested"):
+                databases.add("b")
             with pytest.raises(Boom):
-                async with databases.container.transaction():
-                    databases.add("gone")
-                    raise Boom
-            async with databases.container.transaction():
-                databases.add("a")
                 async with databases.container.transaction(propagation="nested"):
-                    databases.add("b")
-                with pytest.raises(Boom):
-                    async with databases.container.transaction(propagation="nested"):
-                        databases.add("c")
-                        raise Boom
-            await lag.__aexit__()
-            assert lag.worst < PATIENCE
-
-        databases.run(main)
+                    databases.add("c")
+                    raise Boom
+        await lag.__aexit__()
+        assert lag.worst < PATIENCE
         assert databases.items() == ["a", "b", "warm"]
 
 
@@ -1231,7 +771,7 @@ def test_a_locked_file_keeps_nobody_else(sqlite_url: str) -> None:
             assert lag.worst < PATIENCE
 
         try:
-            databases.run(main)
+            databases.in_a_loop(main)
         finally:
             rival.close()
         assert databases.items() == ["a"]
@@ -1240,22 +780,19 @@ def test_a_locked_file_keeps_nobody_else(sqlite_url: str) -> None:
 # ---- sessions of both kinds -------------------------------------------------------------------------------------------
 
 
-def test_a_blocking_function_in_a_thread_joins_its_callers_unit(databases: AwaitedDatabases) -> None:
+async def test_a_blocking_function_in_a_thread_joins_its_callers_unit(databases: AwaitedDatabases) -> None:
     def blocking(name: str) -> None:
         with databases.container.transaction():
             databases.add(name)
 
-    async def main() -> None:
+    async with databases.container.transaction():
+        await asyncio.to_thread(blocking, "a")
+        assert databases.items() == []
+    assert databases.items() == ["a"]
+    with pytest.raises(Boom):
         async with databases.container.transaction():
-            await asyncio.to_thread(blocking, "a")
-            assert databases.items() == []
-        assert databases.items() == ["a"]
-        with pytest.raises(Boom):
-            async with databases.container.transaction():
-                await asyncio.to_thread(blocking, "b")
-                raise Boom
-
-    databases.run(main)
+            await asyncio.to_thread(blocking, "b")
+            raise Boom
     assert databases.items() == ["a"]
 
 
@@ -1267,85 +804,74 @@ def two(request: pytest.FixtureRequest) -> Iterator[AwaitedDatabases]:
         yield databases
 
 
-def test_sessions_of_both_kinds_end_together(two: AwaitedDatabases) -> None:
-    async def main() -> None:
+async def test_sessions_of_both_kinds_end_together(two: AwaitedDatabases) -> None:
+    async with two.container.transaction():
+        await two.write("a")
+        await asyncio.to_thread(two.add, "a", "log")
+        two.session("log").add(Item(name="b"))
+        two.awaited_session().add(Item(name="b"))
+    with pytest.raises(Boom):
         async with two.container.transaction():
-            await two.write("a")
-            await asyncio.to_thread(two.add, "a", "log")
-            two.session("log").add(Item(name="b"))
-            two.awaited_session().add(Item(name="b"))
+            await two.write("c")
+            two.add("c", "log")
+            raise Boom
+    async with two.container.transaction():
         with pytest.raises(Boom):
-            async with two.container.transaction():
-                await two.write("c")
-                two.add("c", "log")
-                raise Boom
-        async with two.container.transaction():
-            with pytest.raises(Boom):
-                async with two.container.transaction(propagation="nested"):
-                    await two.write("d")
-                    two.add("d", "log")
-                    raise Boom
             async with two.container.transaction(propagation="nested"):
-                await two.write("e")
-                two.add("e", "log")
-
-    two.run(main)
+                await two.write("d")
+                two.add("d", "log")
+                raise Boom
+        async with two.container.transaction(propagation="nested"):
+            await two.write("e")
+            two.add("e", "log")
     assert two.items() == two.items("log") == ["a", "b", "e"]
 
 
-def test_a_time_limit_is_for_sessions_of_both_kinds(two: AwaitedDatabases) -> None:
-    async def main() -> None:
-        long = LONG[two.outside().dialect.name]
-        with pytest.raises(UnitOfWorkTimeout):
-            async with two.container.transaction():
-                await two.write("a")
-                two.add("a", "log")
-                async with two.container.transaction(timeout=0.2):
-                    await asyncio.to_thread(two.session("log").execute, text(long))
+async def test_a_time_limit_is_for_sessions_of_both_kinds(two: AwaitedDatabases) -> None:
+    long = LONG[two.outside().dialect.name]
+    with pytest.raises(UnitOfWorkTimeout):
         async with two.container.transaction():
-            await two.write("b")
-            two.add("b", "log")
-
-    two.run(main)
+            await two.write("a")
+            two.add("a", "log")
+            async with two.container.transaction(timeout=0.2):
+                await asyncio.to_thread(two.session("log").execute, text(long))
+    async with two.container.transaction():
+        await two.write("b")
+        two.add("b", "log")
     assert two.items() == two.items("log") == ["b"]
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_two_written_databases_are_refused_when_all_or_nothing_is_wanted(request: pytest.FixtureRequest, driver: str) -> None:
+async def test_two_written_databases_are_refused_when_all_or_nothing_is_wanted(
+    request: pytest.FixtureRequest, driver: str
+) -> None:
     new = request.getfixturevalue("new_sqlite_url" if driver == "aiosqlite" else "new_postgres_url")
-    with opened_awaited({"writer": new(), "log": new()}, driver, atomicity="strict") as databases:
-
-        async def main() -> None:
-            with pytest.raises(NotAtomic, match=r"'log', 'writer'"):
-                async with databases.container.transaction():
-                    await databases.write("a")
-                    databases.add("a", "log")
-            with pytest.raises(NotAtomic, match=r"'log', 'writer'"):
-                async with databases.container.transaction():
-                    await databases.write("a")
-                    await databases.write("a", "log")
-
-        databases.run(main)
+    async with opened_awaited({"writer": new(), "log": new()}, driver, atomicity="strict") as databases:
+        with pytest.raises(NotAtomic, match=r"'log', 'writer'"):
+            async with databases.container.transaction():
+                await databases.write("a")
+                databases.add("a", "log")
+        with pytest.raises(NotAtomic, match=r"'log', 'writer'"):
+            async with databases.container.transaction():
+                await databases.write("a")
+                await databases.write("a", "log")
         assert databases.items() == databases.items("log") == []
 
 
-def test_one_connection_written_in_both_ways_is_two_transactions_and_the_error_says_so(postgres_url: str) -> None:
-    with opened_awaited(postgres_url, "asyncpg", atomicity="strict") as databases:
-
-        async def main() -> None:
-            with pytest.raises(NotAtomic, match=r"'writer', 'writer \(async\)'.*two transactions") as refused:
-                async with databases.container.transaction():
-                    await databases.write("a")
-                    databases.add("b")
-            assert refused.value.connections == ("writer", "writer (async)")
-
-        databases.run(main)
+async def test_one_connection_written_in_both_ways_is_two_transactions_and_the_error_says_so(postgres_url: str) -> None:
+    async with opened_awaited(postgres_url, "asyncpg", atomicity="strict") as databases:
+        with pytest.raises(NotAtomic, match=r"'writer', 'writer \(async\)'.*two transactions") as refused:
+            async with databases.container.transaction():
+                await databases.write("a")
+                databases.add("b")
+        assert refused.value.connections == ("writer", "writer (async)")
         assert databases.items() == []
 
 
 # ---- what is left behind ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("commits-*", "is cancelled-*")
 @pytest.mark.parametrize("databases", ["psycopg"], indirect=True)
 @pytest.mark.parametrize("ending", ["commits", "raises", "nested", "is cancelled"])
 def test_a_unit_leaves_no_garbage_that_sqlalchemy_would_not(databases: AwaitedDatabases, ending: str) -> None:
@@ -1393,7 +919,7 @@ def test_a_unit_leaves_no_garbage_that_sqlalchemy_would_not(databases: AwaitedDa
 
     gc.disable()
     try:
-        bare_garbage, units_garbage = databases.run(main)
+        bare_garbage, units_garbage = databases.in_a_loop(main)
     finally:
         gc.enable()
     assert units_garbage <= bare_garbage + 10

@@ -14,8 +14,9 @@ import pytest
 from sqlalchemy import text
 
 from app_db.errors import NoUnitOfWork, UnitOfWorkDoomed
-from harness.async_applications import DRIVERS, AwaitedDatabases, Boom, make_commits_slow, opened_awaited, url_for
+from harness.applications import Boom
 from harness.choosing import mostly
+from harness.coroutines import DRIVERS, AwaitedDatabases, make_commits_slow, opened_awaited, url_for
 from harness.items import database_name
 from harness.servers import PostgresServer
 from harness.versions import STRANDS_CONNECTIONS, waits_in_tasks
@@ -74,72 +75,68 @@ def test_500_tasks_a_third_of_which_are_cancelled_are_wholly_there_or_wholly_not
                 assert postgres.open_transactions(database_name(url), within=2.0) == []
             return outcomes
 
-        outcomes = databases.run(main)
+        outcomes = databases.in_a_loop(main)
         assert {type(outcome) for outcome in outcomes} == {type(None), Boom, asyncio.CancelledError}
         assert committed >= {number for number, outcome in enumerate(outcomes) if outcome is None}
         assert databases.items() == sorted(f"{number:03}{part}" for number in committed for part in "abc")
 
 
-def test_cancelled_moments_of_a_unit_over_two_databases(postgres: PostgresServer, new_postgres_url: Callable[[], str]) -> None:
+async def test_cancelled_moments_of_a_unit_over_two_databases(
+    postgres: PostgresServer, new_postgres_url: Callable[[], str]
+) -> None:
     """Once the first database is told to commit, the second one is, too."""
     urls = {"writer": new_postgres_url(), "log": new_postgres_url()}
-    with opened_awaited(urls, "asyncpg", each={"pool": POOL}) as databases:
+    async with opened_awaited(urls, "asyncpg", each={"pool": POOL}) as databases:
 
         async def unit(number: int) -> None:
             async with databases.container.transaction():
                 await databases.write(f"{number:03}")
                 await databases.write(f"{number:03}", "log")
 
-        async def main() -> None:
-            began = time.monotonic()
-            for number in range(10):
-                await unit(number)
-            usual = (time.monotonic() - began) / 10
-            for number in range(10, 110):
-                task = asyncio.create_task(unit(number))
-                await asyncio.sleep(random.uniform(0, usual))
-                task.cancel()
-                await asyncio.wait((task,))
-            assert databases.in_use() == 0
-            for url in urls.values():
-                assert postgres.open_transactions(database_name(url), within=2.0) == []
-
-        databases.run(main)
+        began = time.monotonic()
+        for number in range(10):
+            await unit(number)
+        usual = (time.monotonic() - began) / 10
+        for number in range(10, 110):
+            task = asyncio.create_task(unit(number))
+            await asyncio.sleep(random.uniform(0, usual))
+            task.cancel()
+            await asyncio.wait((task,))
+        assert databases.in_use() == 0
+        for url in urls.values():
+            assert postgres.open_transactions(database_name(url), within=2.0) == []
         assert databases.items() == databases.items("log")
         assert len(databases.items()) >= 10
 
 
-def test_sessions_of_both_kinds_are_wholly_there_or_wholly_not(
+async def test_sessions_of_both_kinds_are_wholly_there_or_wholly_not(
     postgres: PostgresServer, new_postgres_url: Callable[[], str]
 ) -> None:
     urls = {"writer": new_postgres_url(), "log": new_postgres_url()}
-    with opened_awaited(urls, "psycopg", each={"pool": POOL}) as databases:
+    async with opened_awaited(urls, "psycopg", each={"pool": POOL}) as databases:
 
         async def unit(number: int) -> None:
             async with databases.container.transaction():
                 await databases.write(f"{number:03}")
                 await asyncio.to_thread(databases.add, f"{number:03}", "log")
 
-        async def main() -> None:
-            await unit(0)
-            tasks = [asyncio.create_task(unit(number)) for number in range(1, 60)]
-            while not all(task.done() for task in tasks):
-                await asyncio.sleep(0.005)
-                random.choice(tasks).cancel()
-            give_up = time.monotonic() + 5
-            while databases.in_use() and time.monotonic() < give_up:  # noqa: ASYNC110  # nothing tells
-                await asyncio.sleep(0.01)  # a thread that still worked for a unit that was cancelled
-            for url in urls.values():
-                assert postgres.open_transactions(database_name(url), within=2.0) == []
-
-        databases.run(main)
+        await unit(0)
+        tasks = [asyncio.create_task(unit(number)) for number in range(1, 60)]
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0.005)
+            random.choice(tasks).cancel()
+        give_up = time.monotonic() + 5
+        while databases.in_use() and time.monotonic() < give_up:  # noqa: ASYNC110  # nothing tells
+            await asyncio.sleep(0.01)  # a thread that still worked for a unit that was cancelled
+        for url in urls.values():
+            assert postgres.open_transactions(database_name(url), within=2.0) == []
         assert databases.items() == databases.items("log")
 
 
 # ---- in the middle of a commit ----------------------------------------------------------------------------------------
 
 
-def test_a_cancelled_commit_is_finished_first(slow: AwaitedDatabases) -> None:
+async def test_a_cancelled_commit_is_finished_first(slow: AwaitedDatabases) -> None:
     hooks: list[str] = []
 
     async def unit() -> None:
@@ -147,52 +144,43 @@ def test_a_cancelled_commit_is_finished_first(slow: AwaitedDatabases) -> None:
             unit.on_commit(hooks.append, "committed")
             await slow.write("a")
 
-    async def main() -> None:
-        task = asyncio.create_task(unit())
-        await asyncio.sleep(0.25)
-        began = time.monotonic()
-        for _ in range(3):  # however often
-            task.cancel()
-            await asyncio.sleep(0.02)
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert time.monotonic() - began > 0.1
-        assert slow.items() == ["a"]
-        assert slow.in_use() == 0
-
-    slow.run(main)
+    task = asyncio.create_task(unit())
+    await asyncio.sleep(0.25)
+    began = time.monotonic()
+    for _ in range(3):  # however often
+        task.cancel()
+        await asyncio.sleep(0.02)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert time.monotonic() - began > 0.1
+    assert slow.items() == ["a"]
+    assert slow.in_use() == 0
     assert hooks == ["committed"]
 
 
-def test_a_timeout_in_a_commit_is_raised_after_it(slow: AwaitedDatabases) -> None:
-    async def main() -> None:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(None) as limit, slow.container.transaction():
-                await slow.write("a")
-                limit.reschedule(asyncio.get_running_loop().time() + 0.2)  # the commit takes longer
-        assert slow.items() == ["a"]
-        current: Any = asyncio.current_task()
-        assert current.cancelling() == 0
-        async with asyncio.timeout(5):
-            await asyncio.sleep(0)
-
-    slow.run(main)
+async def test_a_timeout_in_a_commit_is_raised_after_it(slow: AwaitedDatabases) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(None) as limit, slow.container.transaction():
+            await slow.write("a")
+            limit.reschedule(asyncio.get_running_loop().time() + 0.2)  # the commit takes longer
+    assert slow.items() == ["a"]
+    current: Any = asyncio.current_task()
+    assert current.cancelling() == 0
+    async with asyncio.timeout(5):
+        await asyncio.sleep(0)
 
 
-def test_wait_for_waits_for_the_commit(slow: AwaitedDatabases) -> None:
+async def test_wait_for_waits_for_the_commit(slow: AwaitedDatabases) -> None:
     async def unit() -> None:
         async with slow.container.transaction():
             await slow.write("a")
 
-    async def main() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(unit(), 0.2)
-        assert slow.items() == ["a"]
-
-    slow.run(main)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(unit(), 0.2)
+    assert slow.items() == ["a"]
 
 
-def test_a_task_group_that_fails_waits_for_the_commits_of_its_tasks(slow: AwaitedDatabases) -> None:
+async def test_a_task_group_that_fails_waits_for_the_commits_of_its_tasks(slow: AwaitedDatabases) -> None:
     async def unit() -> None:
         async with slow.container.transaction():
             await slow.write("a")
@@ -201,15 +189,12 @@ def test_a_task_group_that_fails_waits_for_the_commits_of_its_tasks(slow: Awaite
         await asyncio.sleep(0.2)
         raise Boom
 
-    async def main() -> None:
-        with pytest.raises(ExceptionGroup):
-            async with asyncio.TaskGroup() as group:
-                group.create_task(unit())
-                group.create_task(fail())
-        assert slow.items() == ["a"]
-        assert slow.in_use() == 0
-
-    slow.run(main)
+    with pytest.raises(ExceptionGroup):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(unit())
+            group.create_task(fail())
+    assert slow.items() == ["a"]
+    assert slow.in_use() == 0
 
 
 def test_a_loop_that_ends_waits_for_the_commits_under_way(slow: AwaitedDatabases) -> None:
@@ -245,7 +230,7 @@ def test_a_loop_that_ends_waits_for_the_commits_under_way(slow: AwaitedDatabases
     assert committed == ([] if waits_in_tasks(driver) else ["a"])  # such a driver is cut short beneath the commit
 
 
-def test_a_cancelled_commit_that_fails_says_why(slow: AwaitedDatabases) -> None:
+async def test_a_cancelled_commit_that_fails_says_why(slow: AwaitedDatabases) -> None:
     slow.rival("ALTER TABLE item ADD COLUMN other TEXT REFERENCES item DEFERRABLE INITIALLY DEFERRED")
 
     async def unit() -> None:
@@ -253,25 +238,22 @@ def test_a_cancelled_commit_that_fails_says_why(slow: AwaitedDatabases) -> None:
             unit.before_commit(asyncio.sleep, 0.3)
             await slow.say("INSERT INTO item (name, amount, other) VALUES ('a', 0, 'nowhere')")
 
-    async def main() -> None:
-        task = asyncio.create_task(unit())
-        await asyncio.sleep(0.15)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError) as cancelled:
-            await task
-        causes: list[str] = []
-        error: BaseException | None = cancelled.value
-        while error is not None:
-            causes.append(type(error).__name__)
-            error = error.__context__
-        assert "IntegrityError" in causes
-
-    slow.run(main)
+    task = asyncio.create_task(unit())
+    await asyncio.sleep(0.15)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await task
+    causes: list[str] = []
+    error: BaseException | None = cancelled.value
+    while error is not None:
+        causes.append(type(error).__name__)
+        error = error.__context__
+    assert "IntegrityError" in causes
     assert slow.items() == []
 
 
-def test_a_cancelled_rollback_is_finished_first(postgres: PostgresServer, postgres_url: str) -> None:
-    with opened_awaited(postgres_url, "asyncpg") as databases:
+async def test_a_cancelled_rollback_is_finished_first(postgres: PostgresServer, postgres_url: str) -> None:
+    async with opened_awaited(postgres_url, "asyncpg") as databases:
 
         async def unit() -> None:
             async with databases.container.transaction() as unit:
@@ -279,15 +261,12 @@ def test_a_cancelled_rollback_is_finished_first(postgres: PostgresServer, postgr
                 await databases.write("a")
                 raise Boom
 
-        async def main() -> None:
-            task = asyncio.create_task(unit())
-            await asyncio.sleep(0.2)
-            task.cancel()
-            await asyncio.wait((task,))
-            assert task.cancelled()
-            assert databases.in_use() == 0
-
-        databases.run(main)
+        task = asyncio.create_task(unit())
+        await asyncio.sleep(0.2)
+        task.cancel()
+        await asyncio.wait((task,))
+        assert task.cancelled()
+        assert databases.in_use() == 0
         assert postgres.open_transactions(database_name(postgres_url)) == []
         assert databases.items() == []
 
@@ -296,9 +275,11 @@ def test_a_cancelled_rollback_is_finished_first(postgres: PostgresServer, postgr
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_a_cancelled_statement_aborts_its_unit(request: pytest.FixtureRequest, postgres: PostgresServer, driver: str) -> None:
+async def test_a_cancelled_statement_aborts_its_unit(
+    request: pytest.FixtureRequest, postgres: PostgresServer, driver: str
+) -> None:
     url = url_for(driver, request) + ("?timeout=60" if driver == "aiosqlite" else "")  # its thread goes on for a while
-    with opened_awaited(url, driver, each={"pool": {"size": 1, "max_overflow": 0}}) as databases:
+    async with opened_awaited(url, driver, each={"pool": {"size": 1, "max_overflow": 0}}) as databases:
         long = (
             "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 3000000) SELECT count(*) FROM n"
             if driver == "aiosqlite"
@@ -312,44 +293,38 @@ def test_a_cancelled_statement_aborts_its_unit(request: pytest.FixtureRequest, p
                     await databases.write("a")
                 await databases.say(long)
 
-        async def main() -> None:
-            began = time.monotonic()
-            task = asyncio.create_task(unit())
-            await asyncio.sleep(0.2)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert databases.in_use() == 0
-            assert time.monotonic() - began < 5
-            async with databases.container.transaction():
-                await databases.write("next")
-
-        databases.run(main)
+        began = time.monotonic()
+        task = asyncio.create_task(unit())
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert databases.in_use() == 0
+        assert time.monotonic() - began < 5
+        async with databases.container.transaction():
+            await databases.write("next")
         assert databases.items() == ["next"]
         if driver != "aiosqlite":
             assert postgres.open_transactions(database_name(url), within=2.0) == []
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_whoever_waits_for_a_connection_can_be_cancelled(request: pytest.FixtureRequest, driver: str) -> None:
-    with opened_awaited(url_for(driver, request), driver, each={"pool": {"size": 1, "max_overflow": 0}}) as databases:
+async def test_whoever_waits_for_a_connection_can_be_cancelled(request: pytest.FixtureRequest, driver: str) -> None:
+    async with opened_awaited(url_for(driver, request), driver, each={"pool": {"size": 1, "max_overflow": 0}}) as databases:
 
-        async def main() -> None:
-            async def waits() -> None:
-                async with databases.container.transaction(propagation="requires_new"):
-                    await databases.write("b")
+        async def waits() -> None:
+            async with databases.container.transaction(propagation="requires_new"):
+                await databases.write("b")
 
-            async with databases.container.transaction():
-                await databases.write("a")
-                task = asyncio.create_task(waits())
-                await asyncio.sleep(0.1)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-            async with databases.container.transaction():
-                await databases.write("c")
-
-        databases.run(main)
+        async with databases.container.transaction():
+            await databases.write("a")
+            task = asyncio.create_task(waits())
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        async with databases.container.transaction():
+            await databases.write("c")
         assert databases.items() == ["a", "c"]
 
 
@@ -373,69 +348,60 @@ def test_a_part_that_is_cancelled_as_it_begins_leaves_nothing_in_the_unit(postgr
 
         if "timeout" in options:
             with pytest.raises(UnitOfWorkDoomed):  # as by any part that fails
-                databases.run(main)
+                databases.in_a_loop(main)
             assert databases.items() == []
         else:
-            databases.run(main)
+            databases.in_a_loop(main)
             assert databases.items() == ["a", "b"]
 
 
 # ---- anyio ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_cancelled_scope_of_anyio_waits_for_the_commit_and_does_not_spin(slow: AwaitedDatabases) -> None:
+async def test_a_cancelled_scope_of_anyio_waits_for_the_commit_and_does_not_spin(slow: AwaitedDatabases) -> None:
     """Without a shield anyio cancels anew each time the loop comes around: some 100 000 times in half a second."""
     hooks: list[str] = []
     rounds = 0
+    loop: Any = asyncio.get_running_loop()
+    run_once = loop._run_once
 
-    async def main() -> None:
+    def count() -> None:
         nonlocal rounds
-        loop: Any = asyncio.get_running_loop()
-        run_once = loop._run_once
+        rounds += 1
+        run_once()
 
-        def count() -> None:
-            nonlocal rounds
-            rounds += 1
-            run_once()
-
-        with anyio.CancelScope() as scope:
-            async with slow.container.transaction() as unit:
-                unit.on_commit(hooks.append, "committed")
-                await slow.write("a")
-                loop._run_once = count
-                loop.call_later(0.1, scope.cancel)
-            await anyio.sleep(5)
-        del loop._run_once
-        assert scope.cancelled_caught
-        assert slow.items() == ["a"]
-        assert slow.in_use() == 0
-
-    anyio.run(slow.supervised, main)
+    with anyio.CancelScope() as scope:
+        async with slow.container.transaction() as unit:
+            unit.on_commit(hooks.append, "committed")
+            await slow.write("a")
+            loop._run_once = count
+            loop.call_later(0.1, scope.cancel)
+        await anyio.sleep(5)
+    del loop._run_once
+    assert scope.cancelled_caught
+    assert slow.items() == ["a"]
+    assert slow.in_use() == 0
     assert hooks == ["committed"]
     assert rounds < 1000
 
 
-def test_a_scope_of_anyio_that_is_cancelled_before_the_end_aborts(slow: AwaitedDatabases) -> None:
+async def test_a_scope_of_anyio_that_is_cancelled_before_the_end_aborts(slow: AwaitedDatabases) -> None:
     hooks: list[str] = []
-
-    async def main() -> None:
-        with anyio.CancelScope() as scope:
-            async with slow.container.transaction() as unit:
-                unit.on_abort(hooks.append, "aborted")
-                await slow.write("a")
-                scope.cancel()
-                await anyio.sleep(5)
-        assert scope.cancelled_caught
-        assert slow.in_use() == 0
-        with pytest.raises(NoUnitOfWork):
-            slow.container.unit()
-
-    anyio.run(slow.supervised, main)
+    with anyio.CancelScope() as scope:
+        async with slow.container.transaction() as unit:
+            unit.on_abort(hooks.append, "aborted")
+            await slow.write("a")
+            scope.cancel()
+            await anyio.sleep(5)
+    assert scope.cancelled_caught
+    assert slow.in_use() == 0
+    with pytest.raises(NoUnitOfWork):
+        slow.container.unit()
     assert hooks == ["aborted"]
     assert slow.items() == []
 
 
-def test_a_task_group_of_anyio_that_fails_waits_for_the_commits_of_its_tasks(slow: AwaitedDatabases) -> None:
+async def test_a_task_group_of_anyio_that_fails_waits_for_the_commits_of_its_tasks(slow: AwaitedDatabases) -> None:
     written = anyio.Event()
 
     async def unit() -> None:
@@ -448,17 +414,14 @@ def test_a_task_group_of_anyio_that_fails_waits_for_the_commits_of_its_tasks(slo
         await anyio.sleep(0.1)  # the unit commits by now
         raise Boom
 
-    async def main() -> None:
-        with pytest.raises(ExceptionGroup):
-            async with anyio.create_task_group() as group:
-                group.start_soon(unit)
-                group.start_soon(fail)
-        assert slow.items() == ["a"]
-
-    anyio.run(slow.supervised, main)
+    with pytest.raises(ExceptionGroup):
+        async with anyio.create_task_group() as group:
+            group.start_soon(unit)
+            group.start_soon(fail)
+    assert slow.items() == ["a"]
 
 
-def test_hooks_are_not_cancelled_by_a_scope_of_anyio(slow: AwaitedDatabases) -> None:
+async def test_hooks_are_not_cancelled_by_a_scope_of_anyio(slow: AwaitedDatabases) -> None:
     ran: list[str] = []
     scopes: list[anyio.CancelScope] = []
 
@@ -469,16 +432,13 @@ def test_hooks_are_not_cancelled_by_a_scope_of_anyio(slow: AwaitedDatabases) -> 
             await slow.say("SELECT 1")
         ran.append("ran")
 
-    async def main() -> None:
-        with anyio.CancelScope() as scope:
-            scopes.append(scope)
-            async with slow.container.transaction() as unit:
-                unit.on_commit(hook)
-                await slow.write("a")
-            await anyio.sleep(5)
-        assert scope.cancelled_caught
-
-    anyio.run(slow.supervised, main)
+    with anyio.CancelScope() as scope:
+        scopes.append(scope)
+        async with slow.container.transaction() as unit:
+            unit.on_commit(hook)
+            await slow.write("a")
+        await anyio.sleep(5)
+    assert scope.cancelled_caught
     assert ran == ["ran"]
     assert slow.items() == ["a"]
 
@@ -508,6 +468,6 @@ def test_a_thread_that_works_on_for_a_unit_that_was_cancelled_leaves_nothing_ope
                 with pytest.raises(asyncio.CancelledError):
                     await task
 
-        databases.run(main)
+        databases.in_a_loop(main)
         assert postgres.open_transactions(database_name(postgres_url), within=2.0) == []
         assert databases.items() == []

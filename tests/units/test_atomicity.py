@@ -220,6 +220,7 @@ def test_a_readers_lock_that_fails_the_commit_of_one_is_a_partial_commit(failing
         check_outcome(app, caught.value, failing, ["seed"])
 
 
+@pytest.mark.representative("beta")
 @pytest.mark.parametrize("failing", OUTCOMES)
 def test_a_locked_server_that_fails_the_commit_of_one_is_a_partial_commit(
     failing: str, new_sqlite_url: NewUrl, mariadb_url: str

@@ -29,7 +29,8 @@ from greenlet import getcurrent  # type: ignore[import-untyped]  # it has no typ
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_connection
 from sqlalchemy.exc import DBAPIError
 
-from harness.async_applications import AwaitedDatabases, Boom, opened_awaited
+from harness.applications import Boom
+from harness.coroutines import AwaitedDatabases, opened_awaited
 from harness.items import Databases, opened
 from harness.servers import PostgresServer
 
@@ -222,7 +223,7 @@ def test_threads_leave_exactly_the_rows_of_their_units(
     postgres: PostgresServer, new_postgres_url: Callable[[], str], threads: int, units: int
 ) -> None:
     urls = {"writer": new_postgres_url(), "main": new_postgres_url()}
-    settings = {"writer": {"pool": {"size": 16, "max_overflow": 16, "timeout": 60}}, "main": {"pool": NO_POOL}}
+    settings: dict[str, Any] = {"writer": {"pool": {"size": 16, "max_overflow": 16, "timeout": 60}}, "main": {"pool": NO_POOL}}
     with opened(urls, settings=settings) as databases:
         run = Threads(databases, threads, units)
         run.run()
@@ -346,7 +347,7 @@ ONE_CONNECTION = {"size": 1, "max_overflow": 0, "timeout": 5}
 
 
 @pytest.mark.parametrize("is_begun", [True, False], ids=["after BEGIN", "before BEGIN was answered"])
-def test_a_unit_that_is_interrupted_as_asyncpg_begins_takes_nothing_from_the_next(
+async def test_a_unit_that_is_interrupted_as_asyncpg_begins_takes_nothing_from_the_next(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch, is_begun: bool
 ) -> None:
     """SQLAlchemy's adapter knows of no transaction then. The next unit would begin a savepoint, and commit only that."""
@@ -365,39 +366,32 @@ def test_a_unit_that_is_interrupted_as_asyncpg_begins_takes_nothing_from_the_nex
 
     monkeypatch.setattr(AsyncAdapt_asyncpg_connection, "_start_transaction", interrupted_begin)
 
-    with opened_awaited(postgres_url, "asyncpg", each={"pool": ONE_CONNECTION}) as databases:
+    async with opened_awaited(postgres_url, "asyncpg", each={"pool": ONE_CONNECTION}) as databases:
 
         async def unit(name: str) -> None:
             async with databases.container.transaction():
                 await databases.say(f"INSERT INTO item (name, amount) VALUES ('{name}', 0)")
 
-        async def main() -> None:
-            await unit("first")
-            interruptions.append(Interrupted())
-            with pytest.raises(Interrupted):
-                await unit("interrupted")
-            await unit("next")
-            assert databases.items() == ["first", "next"]
-            await unit("last")
-
-        databases.run(main)
+        await unit("first")
+        interruptions.append(Interrupted())
+        with pytest.raises(Interrupted):
+            await unit("interrupted")
+        await unit("next")
+        assert databases.items() == ["first", "next"]
+        await unit("last")
         assert databases.items() == ["first", "last", "next"]
 
 
-def test_a_connection_whose_lock_an_interruption_left_locked_is_not_used_again(postgres_url: str) -> None:
+async def test_a_connection_whose_lock_an_interruption_left_locked_is_not_used_again(postgres_url: str) -> None:
     """The next statement on it would wait without an end."""
-    with opened_awaited(postgres_url, "asyncpg", each={"pool": ONE_CONNECTION}) as databases:
-
-        async def main() -> None:
-            with pytest.raises(Interrupted):
-                async with databases.container.transaction():
-                    await databases.write("interrupted")
-                    connection = await databases.awaited_session().connection()
-                    adapter: Any = (await connection.get_raw_connection()).dbapi_connection
-                    await adapter._execute_mutex.acquire()
-                    raise Interrupted
-            async with asyncio.timeout(10), databases.container.transaction():
-                await databases.write("next")
-
-        databases.run(main)
+    async with opened_awaited(postgres_url, "asyncpg", each={"pool": ONE_CONNECTION}) as databases:
+        with pytest.raises(Interrupted):
+            async with databases.container.transaction():
+                await databases.write("interrupted")
+                connection = await databases.awaited_session().connection()
+                adapter: Any = (await connection.get_raw_connection()).dbapi_connection
+                await adapter._execute_mutex.acquire()
+                raise Interrupted
+        async with asyncio.timeout(10), databases.container.transaction():
+            await databases.write("next")
         assert databases.items() == ["next"]

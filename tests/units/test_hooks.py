@@ -12,31 +12,13 @@ from sqlalchemy import event, exc, text
 
 from app_db import DatabaseContainer, UnitOfWork
 from app_db.errors import HookFailed, NoUnitOfWork, UnitOfWorkDoomed
+from harness.applications import Boom
+from harness.coroutines import Either
 from harness.items import Databases, Item, opened
-
-
-class Boom(Exception):
-    pass
 
 
 def boom(*_: object) -> None:
     raise Boom
-
-
-@pytest.fixture
-def databases(sqlite_url: str) -> Iterator[Databases]:
-    with opened({"writer": sqlite_url}) as databases:
-        yield databases
-
-
-@pytest.fixture
-def container(databases: Databases) -> DatabaseContainer:
-    return databases.container
-
-
-@pytest.fixture
-def ran() -> list[Any]:
-    return []
 
 
 # ---- when, in which order, with what ------------------------------------------------------------------------------------
@@ -123,23 +105,38 @@ def test_what_a_hook_writes_before_the_commit_is_committed_with_the_rest(databas
     assert databases.items() == ["body", "flushed in the hook", "pending in the hook"]
 
 
-def test_a_unit_in_which_only_a_hook_writes_commits(databases: Databases) -> None:
-    with databases.container.transaction() as unit:
-        unit.before_commit(databases.add, "a")
-    assert databases.items() == ["a"]
+async def test_a_hook_before_the_commit_works_in_the_unit(either: Either) -> None:
+    async def write_more() -> None:
+        await either.write("from the hook")
+        async with either.block():
+            await either.write("in a part of it")
+        async with either.block(propagation="nested"):
+            await either.write("in a savepoint")
+
+    async with either.block() as unit:
+        unit.before_commit(either.hook(write_more))
+        await either.write("a")
+    async with either.block() as unit:
+        unit.before_commit(either.hook(either.write), "the only one")
+    assert either.items() == ["a", "from the hook", "in a part of it", "in a savepoint", "the only one"]
 
 
-def test_a_hook_that_fails_before_the_commit_aborts_everything(databases: Databases, ran: list[Any]) -> None:
-    with pytest.raises(Boom), databases.container.transaction() as unit:
-        databases.add("a")
-        unit.before_commit(databases.add, "b")
-        unit.before_commit(boom)
-        unit.before_commit(ran.append, "not reached")
-        unit.on_commit(ran.append, "not committed")
-        unit.on_abort(ran.append, "aborted")
+async def test_a_hook_that_fails_before_the_commit_aborts_everything(either: Either, ran: list[Any]) -> None:
+    async def fail() -> None:
+        await either.write("c")
+        raise Boom
+
+    with pytest.raises(Boom):
+        async with either.block() as unit:
+            await either.write("a")
+            unit.before_commit(either.hook(either.write), "b")
+            unit.before_commit(either.hook(fail))
+            unit.before_commit(ran.append, "not reached")
+            unit.on_commit(ran.append, "not committed")
+            unit.on_abort(ran.append, "aborted")
     assert ran == ["aborted"]
-    assert databases.items() == []
-    assert databases.checked_out() == 0
+    assert either.items() == []
+    assert either.checked_out() == 0
 
 
 def test_a_joined_block_that_fails_in_a_hook_dooms_the_unit(databases: Databases) -> None:
@@ -181,19 +178,29 @@ def test_in_a_hook_after_the_end_there_is_no_unit(databases: Databases, ran: lis
     assert ran == ["looked", "looked"]
 
 
-def test_a_hook_may_begin_a_unit_of_its_own(databases: Databases) -> None:
-    def write(name: str) -> None:
-        with databases.container.transaction():
-            databases.add(name)
+async def test_a_hook_may_begin_a_unit_of_its_own(either: Either) -> None:
+    async def own(name: str) -> None:
+        with pytest.raises(NoUnitOfWork):
+            either.container.unit()
+        async with either.block():
+            await either.write(name)
 
-    with databases.container.transaction() as unit:
-        databases.add("a")
-        unit.on_commit(write, "after the commit")
-    with pytest.raises(Boom), databases.container.transaction() as unit:
-        databases.add("b")
-        unit.on_abort(write, "after the abort")
-        raise Boom
-    assert databases.items() == ["a", "after the abort", "after the commit"]
+    def blocking(name: str) -> None:
+        with either.container.transaction():
+            either.add(name)
+
+    async with either.block() as unit:
+        await either.write("a")
+        unit.on_commit(either.hook(own), "after the commit")
+        unit.on_commit(blocking, "blocking")
+    with pytest.raises(Boom):
+        async with either.block() as unit:
+            await either.write("b")
+            unit.on_abort(either.hook(own), "after the abort")
+            raise Boom
+    with pytest.raises(NoUnitOfWork):
+        either.container.unit()
+    assert either.items() == ["a", "after the abort", "after the commit", "blocking"]
 
 
 def test_a_unit_of_a_hook_has_hooks_of_its_own(databases: Databases, ran: list[Any]) -> None:
@@ -209,26 +216,30 @@ def test_a_unit_of_a_hook_has_hooks_of_its_own(databases: Databases, ran: list[A
     assert databases.items() == ["depth 1", "depth 2", "depth 3"]
 
 
-def test_a_hook_that_fails_after_the_commit_is_reported_and_the_others_run(
-    databases: Databases, ran: list[Any], caplog: pytest.LogCaptureFixture
+async def test_a_hook_that_fails_after_the_commit_is_reported_and_the_others_run(
+    either: Either, ran: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    async def fail() -> None:
+        raise Boom
+
     caplog.set_level(logging.ERROR, "app_db")
-    with pytest.raises(HookFailed) as failed, databases.container.transaction() as unit:
-        databases.add("a")
-        unit.on_commit(ran.append, 1)
-        unit.on_commit(boom)
-        unit.on_commit(ran.append, 2)
-        unit.on_commit(int, "no number")
-        unit.on_commit(ran.append, 3)
+    with pytest.raises(HookFailed) as failed:
+        async with either.block() as unit:
+            await either.write("a")
+            unit.on_commit(ran.append, 1)
+            unit.on_commit(either.hook(fail))
+            unit.on_commit(ran.append, 2)
+            unit.on_commit(int, "no number")
+            unit.on_commit(ran.append, 3)
     assert ran == [1, 2, 3]
     assert [type(error) for error in failed.value.errors] == [Boom, ValueError]
     assert failed.value.__cause__ is failed.value.errors[0]
     assert "was committed" in str(failed.value)
     assert len(caplog.records) == 2
-    assert databases.items() == ["a"]
-    with databases.container.transaction():
-        databases.add("b")
-    assert databases.items() == ["a", "b"]
+    assert either.items() == ["a"]
+    async with either.block():
+        await either.write("b")
+    assert either.items() == ["a", "b"]
 
 
 def test_a_unit_of_a_hook_that_fails_does_not_change_what_was_committed(databases: Databases) -> None:
@@ -338,17 +349,23 @@ def register_all(unit: UnitOfWork, ran: list[Any], what: str) -> None:
     unit.on_abort(ran.append, f"abort, {what}")
 
 
-def test_hooks_of_a_nested_block_that_is_undone_do_not_run(databases: Databases, ran: list[Any]) -> None:
-    transaction = databases.container.transaction
-    with transaction() as unit:
+async def test_hooks_of_a_nested_block_that_is_undone_do_not_run(either: Either, ran: list[Any]) -> None:
+    async def note(what: str) -> None:
+        ran.append(what)
+
+    async with either.block() as unit:
         register_all(unit, ran, "outside")
-        with pytest.raises(Boom), transaction(propagation="nested") as inner:
-            register_all(inner, ran, "undone")
-            raise Boom
-        with transaction(propagation="nested") as inner:
+        with pytest.raises(Boom):
+            async with either.block(propagation="nested") as inner:
+                register_all(inner, ran, "undone")
+                inner.on_commit(either.hook(note), "undone")
+                raise Boom
+        async with either.block(propagation="nested") as inner:
             register_all(inner, ran, "kept")
         register_all(unit, ran, "afterwards")
-    assert ran == [f"{when}, {what}" for when in ("before", "commit") for what in ("outside", "kept", "afterwards")]
+        unit.on_commit(either.hook(note), "at last")
+    expected = [f"{when}, {what}" for when in ("before", "commit") for what in ("outside", "kept", "afterwards")]
+    assert ran == [*expected, "at last"]
 
 
 def test_the_first_hooks_of_a_unit_are_forgotten_when_their_nested_block_is_undone(databases: Databases, ran: list[Any]) -> None:

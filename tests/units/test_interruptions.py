@@ -220,7 +220,7 @@ STACKED = (
 )
 
 
-@pytest.mark.representative("with-Exception", "ExitStack-Exception")
+@pytest.mark.representative("with-Exception")
 @KINDS
 @scenarios(*PLAIN, *STACKED)
 def test_no_later_unit_is_lost(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
@@ -361,7 +361,7 @@ INNER = tuple(
 )
 
 
-@pytest.mark.representative("nested in a unit that returns-Exception", "requires_new in a unit that raises-Exception")
+@pytest.mark.representative("nested in a unit that returns-Exception")
 @KINDS
 @scenarios(*INNER)
 def test_the_outer_unit_goes_on_or_raises(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
@@ -635,11 +635,17 @@ INNER_AWAITED = tuple(
 )
 
 
-@pytest.mark.representative("async with-Exception")
+@pytest.mark.exhaustive
 @KINDS
 @scenarios(*AWAITED, *INNER_AWAITED)
 def test_no_later_unit_of_coroutines_is_lost(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
     tried = try_every_point(scenario, files, kind)
+    assert not tried.bad, tried.report()
+
+
+def test_no_later_unit_of_coroutines_is_lost_at_every_fifth_line(files: Callable[[], Ground]) -> None:
+    """What `make test` has the time for."""
+    tried = try_every_point(AWAITED[0], files, *IN_TURN, every=5)
     assert not tried.bad, tried.report()
 
 

@@ -147,22 +147,18 @@ def test_an_option_that_does_not_exist_is_named(sqlite_url: str, options: dict[s
         app.unit(**options)
 
 
-def test_a_block_left_in_another_task_raises_its_own_error_first(sqlite_url: str) -> None:
+async def test_a_block_left_in_another_task_raises_its_own_error_first(sqlite_url: str) -> None:
     """The unit is aborted from there, and what went wrong in the block matters more."""
+    with running(writer=sqlite_url) as app:
+        block = app.unit()
+        block.__enter__()
 
-    async def main() -> None:
-        with running(writer=sqlite_url) as app:
-            block = app.unit()
-            block.__enter__()
+        async def leave() -> None:
+            error = LookupError()
+            block.__exit__(LookupError, error, None)
 
-            async def leave() -> None:
-                error = LookupError()
-                block.__exit__(LookupError, error, None)
-
-            await asyncio.create_task(leave())
-            assert app.container.transaction_manager().current() is None
-
-    asyncio.run(main())
+        await asyncio.create_task(leave())
+        assert app.container.transaction_manager().current() is None
 
 
 def test_a_listener_that_fails_after_the_commit_does_not_make_it_undone(new_sqlite_url: Callable[[], str]) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,14 +16,13 @@ from transaction.interfaces import NoTransaction
 
 from app_db import DatabaseContainer, Propagation, transactional
 from app_db.errors import AlreadyInUnitOfWork, InvalidUse, NoUnitOfWork, UnitOfWorkDoomed, UnitOfWorkTimeout
-from harness.items import Databases, opened
+from harness.applications import Boom
+from harness.choosing import mostly
+from harness.coroutines import DRIVERS, Either, opened_either, url_for
+from harness.items import LONG, Databases, opened
 from harness.paths import ROOT
 
 DOCUMENT = ROOT / "docs" / "propagation-table.md"
-
-
-class Boom(Exception):
-    pass
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------
@@ -121,130 +120,134 @@ def test_the_table_has_every_propagation() -> None:
     assert len(TABLE) == 2 * len(Propagation)
 
 
-@pytest.fixture(params=["sqlite", "postgresql", "sqlite, zope's manager"])
-def two_blocks(request: pytest.FixtureRequest) -> Iterator[tuple[Databases, str]]:
-    """Databases, and the connection the inner block writes to: SQLite has one writer at a time, so there it is another one."""
+@pytest.fixture(params=["sqlite", "postgresql", "sqlite, zope's manager", *mostly(DRIVERS, exhaustive="psycopg")])
+def two_blocks(request: pytest.FixtureRequest) -> Iterator[Either]:
+    """Databases, with another one that the inner block writes to where it is SQLite, which has one writer at a time."""
     kind, _, manager = request.param.partition(",")
     given: dict[str, Any] = {}
     if manager:
         given = {"manager": zope.ThreadTransactionManager()}
         given["manager"].explicit = True  # or asking for a session would begin a transaction
-    if kind == "postgresql":
-        with opened({"writer": request.getfixturevalue("postgres_url")}, **given) as databases:
-            yield databases, "writer"
-    else:
+    if "sqlite" in kind:
         new = request.getfixturevalue("new_sqlite_url")
-        with opened({"writer": new(), "other": new()}, **given) as databases:
-            yield databases, "other"
+        with opened_either({"writer": new(), "other": new()}, kind, **given) as databases:
+            yield databases
+    else:
+        with opened_either({"writer": request.getfixturevalue("postgres_url")}, kind, **given) as databases:
+            yield databases
 
 
 @pytest.mark.parametrize(("row", "ending"), CASES)
-def test_the_table(two_blocks: tuple[Databases, str], row: Row, ending: str) -> None:
-    databases, connection = two_blocks
-    transaction = databases.container.transaction
+async def test_the_table(two_blocks: Either, row: Row, ending: str) -> None:
+    databases, connection = two_blocks, two_blocks.connections[-1]
     has_unit = row.under_way or row.propagation in ("required", "requires_new", "nested")
     has_unit = has_unit and row.propagation != "not_supported"
 
-    def inner_block() -> None:
-        with transaction(propagation=row.propagation):
+    async def inner_block() -> None:
+        async with databases.block(propagation=row.propagation):
             if has_unit:
-                databases.add("inner", connection)
+                await databases.write("inner", connection)
             else:
                 with pytest.raises(NoUnitOfWork):
-                    databases.session(connection)
+                    databases.unit_session(connection)
                 with pytest.raises(NoTransaction):
                     databases.container.unit()
             if ending != "succeeds":
                 raise Boom
 
-    def outer_block() -> None:
+    async def outer_block() -> None:
         if row.under_way:
-            databases.add("outer")
+            await databases.write("outer")
         if ending != "is_swallowed":
-            inner_block()
+            await inner_block()
             return
         with pytest.raises((Boom, AlreadyInUnitOfWork, NoUnitOfWork)):
-            inner_block()
+            await inner_block()
 
     error: type[Exception] | None = None
     try:
         if row.under_way:
-            with transaction():
-                outer_block()
+            async with databases.block():
+                await outer_block()
         else:
-            outer_block()
+            await outer_block()
     except (Boom, UnitOfWorkDoomed, AlreadyInUnitOfWork, NoUnitOfWork) as caught:
         error = type(caught)
+    with pytest.raises(NoUnitOfWork):
+        databases.container.unit()
     rows = {*databases.items(), *databases.items(connection)}
     assert Outcome(frozenset(rows), error) == getattr(row, ending)
     assert databases.checked_out() == 0
 
 
-@pytest.fixture(params=[None, zope.manager], ids=["the context's manager", "zope's manager"])
-def manager(request: pytest.FixtureRequest) -> Iterator[Any]:
-    yield request.param
+@pytest.fixture(params=["the context's manager", "zope's manager", *mostly(["asyncpg", "psycopg"], exhaustive="psycopg")])
+def on_postgres(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[Either]:
+    manager = zope.manager if request.param == "zope's manager" else None
+    with opened_either({"writer": postgres_url}, request.param, manager=manager) as databases:
+        yield databases
     zope.abort()
 
 
-def test_a_unit_of_its_own_survives_the_outer_ones_failure(postgres_url: str, manager: Any) -> None:
-    with opened({"writer": postgres_url}, manager=manager) as databases:
-        transaction = databases.container.transaction
-        with pytest.raises(Boom), transaction():
-            databases.add("outer")
-            session, pid = databases.session(), databases.backend_id()
-            with transaction(propagation="requires_new"):
-                databases.add("inner")
-                assert databases.session() is not session
-                assert databases.backend_id() != pid
-                with transaction(propagation="requires_new"):
-                    databases.add("innermost")
-            assert databases.items() == ["inner", "innermost"]
-            assert databases.session() is session
-            databases.add("outer again")
+def assert_no_unit(databases: Either) -> None:
+    if databases.container.transaction_manager() is not zope.manager:  # which begins one for whoever asks
+        with pytest.raises(NoUnitOfWork):
+            databases.container.unit()
+
+
+async def test_a_unit_of_its_own_survives_the_outer_ones_failure(on_postgres: Either) -> None:
+    databases = on_postgres
+    with pytest.raises(Boom):
+        async with databases.block():
+            await databases.write("outer")
+            session, pid = databases.unit_session(), await databases.awaited_backend_id()
+            async with databases.block(propagation="requires_new"):
+                await databases.write("inner")
+                assert databases.unit_session() is not session
+                assert await databases.awaited_backend_id() != pid
+                async with databases.block(propagation=Propagation.REQUIRES_NEW):
+                    await databases.write("innermost")
+                with pytest.raises(Boom):
+                    async with databases.block(propagation="requires_new"):
+                        await databases.write("never")
+                        raise Boom
+                await databases.write("inner again")
+            assert databases.items() == ["inner", "inner again", "innermost"]
+            assert databases.unit_session() is session
+            await databases.write("outer again")
             raise Boom
-        assert databases.items() == ["inner", "innermost"]
+    assert_no_unit(databases)
+    assert databases.items() == ["inner", "inner again", "innermost"]
 
 
-def test_a_block_without_a_unit_lets_the_outer_one_go_on_afterwards(postgres_url: str, manager: Any) -> None:
-    with opened({"writer": postgres_url}, manager=manager) as databases:
-        transaction = databases.container.transaction
-        with transaction():
-            databases.add("outer")
-            session = databases.session()
-            with transaction(propagation="not_supported"):
-                with transaction():
-                    databases.add("a unit of its own")
-                assert databases.items() == ["a unit of its own"]
-            assert databases.session() is session
-            databases.add("outer again")
-        assert databases.items() == ["a unit of its own", "outer", "outer again"]
+async def test_a_block_without_a_unit_lets_the_outer_one_go_on_afterwards(on_postgres: Either) -> None:
+    databases = on_postgres
+    async with databases.block():
+        await databases.write("outer")
+        session = databases.unit_session()
+        async with databases.block(propagation="not_supported"):
+            async with databases.block():
+                await databases.write("a unit of its own")
+            assert_no_unit(databases)
+            assert databases.items() == ["a unit of its own"]
+        assert databases.unit_session() is session
+        await databases.write("outer again")
+    assert databases.items() == ["a unit of its own", "outer", "outer again"]
 
 
-def test_the_outer_unit_waits_while_an_inner_one_fails_to_commit(postgres_url: str, manager: Any) -> None:
-    with opened({"writer": postgres_url}, manager=manager) as databases:
-        databases.put("taken")
-        databases.rival("ALTER TABLE item ADD COLUMN other TEXT REFERENCES item DEFERRABLE INITIALLY DEFERRED")
-        transaction = databases.container.transaction
-        with transaction():
-            databases.add("outer")
-            with pytest.raises(exc.IntegrityError), transaction(propagation="requires_new"):
-                databases.session().execute(text("INSERT INTO item (name, amount, other) VALUES ('inner', 0, 'nowhere')"))
-            databases.add("outer again")
-        assert databases.items() == ["outer", "outer again", "taken"]
+async def test_the_outer_unit_waits_while_an_inner_one_fails_to_commit(on_postgres: Either) -> None:
+    databases = on_postgres
+    databases.put("taken")
+    databases.rival("ALTER TABLE item ADD COLUMN other TEXT REFERENCES item DEFERRABLE INITIALLY DEFERRED")
+    async with databases.block():
+        await databases.write("outer")
+        with pytest.raises(exc.IntegrityError):
+            async with databases.block(propagation="requires_new"):
+                await databases.say("INSERT INTO item (name, amount, other) VALUES ('inner', 0, 'nowhere')")
+        await databases.write("outer again")
+    assert databases.items() == ["outer", "outer again", "taken"]
 
 
 # ---- options that contradict ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def databases(sqlite_url: str) -> Iterator[Databases]:
-    with opened({"writer": sqlite_url}) as databases:
-        yield databases
-
-
-@pytest.fixture
-def container(databases: Databases) -> DatabaseContainer:
-    return databases.container
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
@@ -278,87 +281,79 @@ def test_an_unknown_propagation_is_answered_with_the_known_ones(container: Datab
         container.transaction(propagation="new")
 
 
-def test_a_with_block_cannot_have_attempts(databases: Databases, container: DatabaseContainer) -> None:
-    ran = []
-    with pytest.raises(InvalidUse, match=r"run\(function\)"), container.transaction(attempts=2):
-        ran.append(1)
-    assert ran == []
+async def test_a_with_block_cannot_have_attempts(either: Either) -> None:
+    with pytest.raises(InvalidUse, match=r"run\(function\)"):
+        async with either.block(attempts=2):
+            pytest.fail("entered")
     with pytest.raises(NoUnitOfWork):
-        container.unit()
+        either.container.unit()
 
 
-def test_one_transaction_object_serves_one_block_at_a_time(databases: Databases, container: DatabaseContainer) -> None:
-    transaction = container.transaction()
-    with transaction:
-        databases.add("first")
-        with pytest.raises(InvalidUse, match="in use"), transaction:
-            pytest.fail("entered twice")
-        databases.add("second")
-    assert databases.items() == ["first", "second"]
+async def test_one_transaction_object_serves_one_block_at_a_time(either: Either) -> None:
+    transaction = either.unit()
+    async with either.entered(transaction):
+        await either.write("first")
+        with pytest.raises(InvalidUse, match="in use"):
+            async with either.entered(transaction):
+                pytest.fail("entered twice")
+        await either.write("second")
+    assert either.items() == ["first", "second"]
 
 
 # ---- isolation --------------------------------------------------------------------------------------------------------
 
-LEVEL = {"postgres_url": "SHOW transaction_isolation", "mariadb_url": "SELECT @@tx_isolation"}
+LEVEL = {"postgresql": "SHOW transaction_isolation", "mysql": "SELECT @@tx_isolation"}
+USUAL = {"postgresql": "READ COMMITTED", "mysql": "REPEATABLE READ"}
 ONE_CONNECTION = {"pool": {"size": 1, "max_overflow": 0}}
 
 
-@pytest.fixture(params=LEVEL)
-def levels(request: pytest.FixtureRequest) -> Iterator[tuple[Databases, Callable[[], str]]]:
-    with opened({"writer": request.getfixturevalue(request.param)}, each=ONE_CONNECTION) as databases:
-
-        def level() -> str:
-            shown: str = databases.session().scalar(text(LEVEL[request.param]))
-            return shown.upper().replace("-", " ")
-
-        yield databases, level
+@pytest.fixture(params=["postgresql", "mariadb", *mostly(["asyncpg", "psycopg"], exhaustive="psycopg")])
+def isolating(request: pytest.FixtureRequest) -> Iterator[Either]:
+    with opened_either({"writer": url_for(request.param, request)}, request.param, each=ONE_CONNECTION) as databases:
+        yield databases
 
 
-@pytest.mark.parametrize("asked", ["serializable", "SERIALIZABLE", "repeatable read", "READ_COMMITTED"])
-def test_the_isolation_reaches_the_server_and_does_not_stay(levels: tuple[Databases, Callable[[], str]], asked: str) -> None:
-    databases, level = levels
-    transaction = databases.container.transaction
-    with transaction():
-        usual, connection = level(), databases.backend_id()
-    with transaction(isolation=asked):
-        assert level() == asked.upper().replace("_", " ")
-        assert databases.backend_id() == connection
-        databases.add("a")
-    with transaction():
-        assert (level(), databases.backend_id()) == (usual, connection)
-    with pytest.raises(Boom), transaction(isolation=asked):
-        level()
-        raise Boom
-    with transaction():
-        assert (level(), databases.backend_id()) == (usual, connection)
+async def level(databases: Either) -> str:
+    return str(await databases.say(LEVEL[dialect_of(databases)])).upper().replace("-", " ")
 
 
-def test_an_inner_unit_cannot_have_another_isolation(levels: tuple[Databases, Callable[[], str]]) -> None:
-    databases, level = levels
-    transaction = databases.container.transaction
-    with transaction(isolation="serializable"):
-        with transaction(isolation="SERIALIZABLE"):
-            assert level() == "SERIALIZABLE"
-        with pytest.raises(InvalidUse, match=r"READ COMMITTED.*SERIALIZABLE"), transaction(isolation="read committed"):
-            pytest.fail("entered")
-        databases.add("a")  # the refusal dooms nothing
-    with transaction():
-        with (
-            pytest.raises(InvalidUse, match="the default isolation"),
-            transaction(isolation="serializable", propagation="nested"),
-        ):
-            pytest.fail("entered")
-        databases.add("b")
-    assert databases.items() == ["a", "b"]
+@pytest.mark.parametrize("asked", ["serializable", "SERIALIZABLE", "repeatable read", "REPEATABLE READ", "READ_COMMITTED"])
+async def test_the_isolation_reaches_the_server_and_does_not_stay(isolating: Either, asked: str) -> None:
+    async with isolating.block():
+        usual, connection = await level(isolating), await isolating.awaited_backend_id()
+        assert usual == USUAL[dialect_of(isolating)]
+    async with isolating.block(isolation=asked):
+        assert await level(isolating) == asked.upper().replace("_", " ")
+        assert await isolating.awaited_backend_id() == connection
+        await isolating.write("a")
+    async with isolating.block():
+        assert (await level(isolating), await isolating.awaited_backend_id()) == (usual, connection)
+    with pytest.raises(Boom):
+        async with isolating.block(isolation=asked):
+            await level(isolating)
+            raise Boom
+    async with isolating.block():
+        assert (await level(isolating), await isolating.awaited_backend_id()) == (usual, connection)
+
+
+async def test_an_inner_unit_cannot_have_another_isolation(isolating: Either) -> None:
+    async with isolating.block(isolation="serializable"):
+        async with isolating.block(isolation="SERIALIZABLE"):
+            assert await level(isolating) == "SERIALIZABLE"
+        with pytest.raises(InvalidUse, match=r"READ COMMITTED.*SERIALIZABLE"):
+            async with isolating.block(isolation="read committed"):
+                pytest.fail("entered")
+        await isolating.write("a")  # the refusal dooms nothing
+    async with isolating.block():
+        with pytest.raises(InvalidUse, match="the default isolation"):
+            async with isolating.block(isolation="serializable", propagation="nested"):
+                pytest.fail("entered")
+        await isolating.write("b")
+    assert isolating.items() == ["a", "b"]
 
 
 # ---- timeout ----------------------------------------------------------------------------------------------------------
 
-LONG = {
-    "sqlite": "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 30000000) SELECT count(*) FROM n",
-    "postgresql": "SELECT pg_sleep(3)",
-    "mysql": "SELECT SLEEP(3)",
-}
 LONGER_THAN_THE_TIMEOUT = {
     "sqlite": "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 6000000) SELECT count(*) FROM n",
     "postgresql": "SELECT pg_sleep(0.6)",
@@ -372,21 +367,31 @@ def limited(database_url: str) -> Iterator[Databases]:
         yield databases
 
 
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb", *mostly(DRIVERS, exhaustive="psycopg")])
+def either_limited(request: pytest.FixtureRequest) -> Iterator[Either]:
+    with opened_either({"writer": url_for(request.param, request)}, request.param, each=ONE_CONNECTION) as databases:
+        yield databases
+
+
 def dialect_of(databases: Databases) -> str:
     return databases.outside().dialect.name
 
 
-def test_a_statement_is_stopped_when_the_units_time_is_over(limited: Databases) -> None:
+async def test_a_statement_is_stopped_when_the_units_time_is_over(either_limited: Either) -> None:
     began = time.monotonic()
-    with pytest.raises(UnitOfWorkTimeout) as stopped, limited.container.transaction(timeout=0.3):
-        limited.add("a")
-        limited.session().execute(text(LONG[dialect_of(limited)]))
-    assert 0.3 <= time.monotonic() - began < 2.5
+    with pytest.raises(UnitOfWorkTimeout) as stopped:
+        async with either_limited.block(timeout=0.3):
+            await either_limited.write("a")
+            await either_limited.say(LONG[dialect_of(either_limited)])
+    assert 0.3 <= time.monotonic() - began < 2.8
     assert stopped.value.timeout == 0.3
     assert isinstance(stopped.value, TimeoutError)
-    assert limited.items() == []
+    async with either_limited.block():
+        await either_limited.write("c")
+    assert either_limited.items() == ["c"]
 
 
+@pytest.mark.representative("postgresql")
 def test_after_a_timeout_the_connection_is_usable_and_has_no_limit(limited: Databases) -> None:
     transaction = limited.container.transaction
     with transaction():
@@ -400,6 +405,7 @@ def test_after_a_timeout_the_connection_is_usable_and_has_no_limit(limited: Data
     assert limited.items() == ["a"]
 
 
+@pytest.mark.representative("postgresql")
 def test_after_a_unit_that_kept_its_time_the_connection_has_no_limit(limited: Databases) -> None:
     transaction = limited.container.transaction
     with transaction(timeout=0.3):
@@ -417,11 +423,12 @@ def test_no_statement_is_sent_when_the_time_is_over(limited: Databases) -> None:
     assert limited.items() == []
 
 
-def test_no_commit_is_sent_when_the_time_is_over(limited: Databases) -> None:
-    with pytest.raises(UnitOfWorkTimeout), limited.container.transaction(timeout=0.2):
-        limited.add("a")
-        time.sleep(0.25)
-    assert limited.items() == []
+async def test_no_commit_is_sent_when_the_time_is_over(either_limited: Either) -> None:
+    with pytest.raises(UnitOfWorkTimeout):
+        async with either_limited.block(timeout=0.2):
+            await either_limited.write("a")
+            await either_limited.pause(0.25)
+    assert either_limited.items() == []
 
 
 def test_a_unit_without_a_database_may_take_its_time(databases: Databases) -> None:
@@ -429,17 +436,17 @@ def test_a_unit_without_a_database_may_take_its_time(databases: Databases) -> No
         time.sleep(0.02)
 
 
-def test_an_inner_timeout_ends_with_its_block(limited: Databases) -> None:
-    transaction = limited.container.transaction
-    with transaction():
-        limited.add("a")
-        with transaction(timeout=0.2):
-            limited.add("b")
-        time.sleep(0.25)
-        limited.add("c")
-    assert limited.items() == ["a", "b", "c"]
+async def test_an_inner_timeout_ends_with_its_block(either_limited: Either) -> None:
+    async with either_limited.block():
+        await either_limited.write("a")
+        async with either_limited.block(timeout=0.2):
+            await either_limited.write("b")
+        await either_limited.pause(0.25)
+        await either_limited.write("c")
+    assert either_limited.items() == ["a", "b", "c"]
 
 
+@pytest.mark.representative("postgresql")
 def test_an_inner_timeout_in_which_the_session_began_ends_with_its_block(limited: Databases) -> None:
     transaction = limited.container.transaction
     with transaction():
@@ -450,15 +457,18 @@ def test_an_inner_timeout_in_which_the_session_began_ends_with_its_block(limited
     assert limited.items() == ["a", "b"]
 
 
-def test_an_inner_timeout_stops_a_statement_of_a_session_that_began_before(limited: Databases) -> None:
-    transaction = limited.container.transaction
+@pytest.mark.parametrize("propagation", ["required", pytest.param("nested", marks=pytest.mark.exhaustive)])
+async def test_an_inner_timeout_stops_a_statement_of_a_session_that_began_before(
+    either_limited: Either, propagation: str
+) -> None:
     began = time.monotonic()
-    with pytest.raises(UnitOfWorkTimeout), transaction():
-        limited.add("a")
-        with transaction(timeout=0.3):
-            limited.session().execute(text(LONG[dialect_of(limited)]))
+    with pytest.raises(UnitOfWorkTimeout):
+        async with either_limited.block():
+            await either_limited.write("a")
+            async with either_limited.block(timeout=0.3, propagation=propagation):
+                await either_limited.say(LONG[dialect_of(either_limited)])
     assert time.monotonic() - began < 2.5
-    assert limited.items() == []
+    assert either_limited.items() == []
 
 
 def test_an_inner_timeout_cannot_give_more_time_than_there_is(limited: Databases) -> None:
@@ -471,6 +481,7 @@ def test_an_inner_timeout_cannot_give_more_time_than_there_is(limited: Databases
     assert limited.items() == []
 
 
+@pytest.mark.representative("postgresql")
 def test_the_outer_timeout_goes_on_after_a_tighter_inner_one(limited: Databases) -> None:
     transaction = limited.container.transaction
     with pytest.raises(UnitOfWorkTimeout) as stopped, transaction(timeout=0.5):
@@ -507,19 +518,22 @@ class Gentle(Boom):
     pass
 
 
-def test_an_error_of_a_kind_in_commit_on_commits_and_goes_on(databases: Databases, container: DatabaseContainer) -> None:
+async def test_an_error_of_a_kind_in_commit_on_commits_and_goes_on(either: Either) -> None:
     for kinds, name in ((Gentle, "one kind"), ((Gentle,), "a tuple"), ([KeyError, Boom], "a list with its base")):
-        with pytest.raises(Gentle), container.transaction(commit_on=kinds):
-            databases.add(name)
-            raise Gentle
-    assert databases.items() == ["a list with its base", "a tuple", "one kind"]
+        with pytest.raises(Gentle):
+            async with either.block(commit_on=kinds):
+                await either.write(name)
+                raise Gentle
+    assert either.items() == ["a list with its base", "a tuple", "one kind"]
 
 
-def test_an_error_of_another_kind_aborts(databases: Databases, container: DatabaseContainer) -> None:
-    with pytest.raises(Boom), container.transaction(commit_on=Gentle):
-        databases.add("a")
-        raise Boom
-    assert databases.items() == []
+@pytest.mark.parametrize("error", [Boom, ZeroDivisionError])
+async def test_an_error_of_another_kind_aborts(either: Either, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        async with either.block(commit_on=Gentle):
+            await either.write("a")
+            raise error
+    assert either.items() == []
 
 
 def test_an_inner_error_of_a_kind_in_commit_on_dooms_nothing(databases: Databases, container: DatabaseContainer) -> None:
@@ -555,14 +569,15 @@ def test_an_error_in_commit_on_whose_commit_fails_is_the_context_of_the_commits_
 # ---- doomed units -----------------------------------------------------------------------------------------------------
 
 
-def test_a_doomed_unit_says_so_when_it_ends(databases: Databases, container: DatabaseContainer) -> None:
-    with pytest.raises(UnitOfWorkDoomed, match="the stock is empty"), container.transaction() as unit:
-        databases.add("a")
-        assert not unit.is_doomed
-        unit.doom("the stock is empty")
-        assert unit.is_doomed
-        databases.add("b")  # it may go on to the end
-    assert databases.items() == []
+async def test_a_doomed_unit_says_so_when_it_ends(either: Either) -> None:
+    with pytest.raises(UnitOfWorkDoomed, match="the stock is empty"):
+        async with either.block() as unit:
+            await either.write("a")
+            assert not unit.is_doomed
+            unit.doom("the stock is empty")
+            assert unit.is_doomed
+            await either.write("b")  # it may go on to the end
+    assert either.items() == []
 
 
 def test_a_doomed_unit_that_raises_raises_its_own_error(databases: Databases, container: DatabaseContainer) -> None:

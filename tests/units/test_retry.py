@@ -221,6 +221,7 @@ def test_an_outer_unit_with_attempts_repeats_the_whole(scene: Scene) -> None:
     assert scene.databases.amount("a") == scene.expected()
 
 
+@pytest.mark.representative("run_by_method-postgres", "run_by_decorator-mariadb")
 @pytest.mark.parametrize("server", ["postgres", "mariadb"])
 @both_ways
 def test_the_victim_of_a_deadlock_is_run_again(server: str, run: Run[None], request: pytest.FixtureRequest) -> None:

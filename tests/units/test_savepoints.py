@@ -10,13 +10,12 @@ from sqlalchemy import event, exc, text
 from transaction.interfaces import InvalidSavepointRollbackError
 
 from app_db.errors import UnitOfWorkDoomed
+from harness.applications import Boom
+from harness.choosing import mostly
+from harness.coroutines import DRIVERS, Either, opened_either, url_for
 from harness.items import Databases, Item, opened
 
 CONNECTIONS = ("sqlite", "postgresql", "mariadb")
-
-
-class Boom(Exception):
-    pass
 
 
 @pytest.fixture
@@ -28,6 +27,12 @@ def several(sqlite_url: str, postgres_url: str, mariadb_url: str) -> Iterator[Da
 @pytest.fixture
 def databases(database_url: str) -> Iterator[Databases]:
     with opened({"writer": database_url}) as databases:
+        yield databases
+
+
+@pytest.fixture(params=[*CONNECTIONS, *mostly(DRIVERS, exhaustive="psycopg")])
+def either(request: pytest.FixtureRequest) -> Iterator[Either]:
+    with opened_either({"writer": url_for(request.param, request)}, request.param) as databases:
         yield databases
 
 
@@ -169,16 +174,37 @@ def test_a_nested_block_in_which_sessions_are_first_used(several: Databases) -> 
 # ---- each database --------------------------------------------------------------------------------------------------------
 
 
-def test_a_statement_may_fail_in_a_nested_block(databases: Databases) -> None:
-    """PostgreSQL gives the whole transaction up otherwise, and answers COMMIT with a rollback."""
-    databases.put("taken")
-    transaction = databases.container.transaction
-    with transaction():
-        databases.add("outer")
-        with pytest.raises(exc.IntegrityError), transaction(propagation="nested"):
-            databases.add("taken")
-        databases.add("afterwards")
-    assert databases.items() == ["afterwards", "outer", "taken"]
+async def test_nested_blocks_are_savepoints(either: Either) -> None:
+    """Without one, PostgreSQL gives the whole transaction up after an error, and answers COMMIT with a rollback."""
+    async with either.block():
+        await either.write("a")
+        async with either.block(propagation="nested"):
+            await either.write("b")
+            with pytest.raises(Boom):
+                async with either.block(propagation="nested"):
+                    await either.write("c")
+                    raise Boom
+            await either.write("d")
+        with pytest.raises(exc.IntegrityError):
+            async with either.block(propagation="nested"):
+                await either.write("a")
+        with pytest.raises(Boom):
+            async with either.block(propagation="nested"):
+                async with either.block(propagation="nested"):
+                    await either.write("e")
+                raise Boom
+        await either.write("f")
+    assert either.items() == ["a", "b", "d", "f"]
+
+
+async def test_a_nested_block_older_than_the_first_statement(either: Either) -> None:
+    async with either.block():
+        with pytest.raises(Boom):
+            async with either.block(propagation="nested"):
+                await either.write("a")
+                raise Boom
+        await either.write("b")
+    assert either.items() == ["b"]
 
 
 def test_a_flush_that_fails_when_a_nested_block_ends_undoes_it(databases: Databases) -> None:

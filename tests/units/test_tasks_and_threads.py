@@ -21,7 +21,8 @@ import pytest
 
 from app_db import AppDbError, Propagation, UnitOfWork
 from app_db.errors import ForeignUnitOfWork, InvalidUse, NoUnitOfWork, UnitOfWorkDoomed, UnitOfWorkEnded, UnitOfWorkInUse
-from harness.async_applications import AwaitedDatabases, Boom, opened_awaited
+from harness.applications import Boom
+from harness.coroutines import AwaitedDatabases, opened_awaited
 from harness.items import Databases, opened
 from harness.paths import ROOT
 
@@ -333,7 +334,7 @@ def start_inside(databases: AwaitedDatabases, way: Way, unit: str, propagation: 
         if unit == NO_LOOP:
             run.without_a_loop()
         else:
-            databases.run(run.in_with if unit == WITH else partial(run.in_async_with, by_sync_session=unit == SYNC_SESSION))
+            databases.in_a_loop(run.in_with if unit == WITH else partial(run.in_async_with, by_sync_session=unit == SYNC_SESSION))
     except Boom:
         assert raises
     assert databases.checked_out() == 0
@@ -418,13 +419,7 @@ class Run:
 # ---- tasks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def databases(sqlite_url: str) -> Iterator[Databases]:
-    with opened({"writer": sqlite_url}) as databases:
-        yield databases
-
-
-def test_a_task_that_runs_without_a_unit_may_begin_one_inside(two_databases: AwaitedDatabases) -> None:
+async def test_a_task_that_runs_without_a_unit_may_begin_one_inside(two_databases: AwaitedDatabases) -> None:
     """As the same code does that is awaited in the unit's own task."""
     container = two_databases.container
 
@@ -435,13 +430,10 @@ def test_a_task_that_runs_without_a_unit_may_begin_one_inside(two_databases: Awa
             with container.transaction():
                 two_databases.add("inner", "other")
 
-    async def main() -> None:
-        with pytest.raises(Boom), container.transaction():
-            two_databases.add("outer")
-            await asyncio.create_task(without())
-            raise Boom
-
-    two_databases.run(main)
+    with pytest.raises(Boom), container.transaction():
+        two_databases.add("outer")
+        await asyncio.create_task(without())
+        raise Boom
     assert two_databases.items() == []
     assert two_databases.items("other") == ["inner"]
 
@@ -488,7 +480,7 @@ def test_a_callback_that_inherited_a_unit_is_told_a_way_out_that_works(databases
     assert databases.items() == ["own"]
 
 
-def test_a_task_that_outlives_its_parents_unit_may_begin_its_own(two_databases: AwaitedDatabases) -> None:
+async def test_a_task_that_outlives_its_parents_unit_may_begin_its_own(two_databases: AwaitedDatabases) -> None:
     container = two_databases.container
 
     async def outliving(may_go_on: asyncio.Event) -> None:
@@ -501,16 +493,13 @@ def test_a_task_that_outlives_its_parents_unit_may_begin_its_own(two_databases: 
         async with container.transaction():
             await two_databases.write("outliving")
 
-    async def main() -> None:
-        may_go_on = asyncio.Event()
-        async with container.transaction():
-            await two_databases.write("parent")
-            task = asyncio.create_task(outliving(may_go_on))
-            await asyncio.sleep(0)
-        may_go_on.set()
-        await task
-
-    two_databases.run(main)
+    may_go_on = asyncio.Event()
+    async with container.transaction():
+        await two_databases.write("parent")
+        task = asyncio.create_task(outliving(may_go_on))
+        await asyncio.sleep(0)
+    may_go_on.set()
+    await task
     assert two_databases.items() == ["outliving", "parent"]
 
 
@@ -561,9 +550,9 @@ def test_each_way_out_that_a_refused_task_is_told_works(two_databases: AwaitedDa
 
     if raises:
         with pytest.raises(Boom):
-            two_databases.run(main)
+            two_databases.in_a_loop(main)
     else:
-        two_databases.run(main)
+        two_databases.in_a_loop(main)
     assert two_databases.items() == ([] if raises else ["parent", "parent again"])
     assert two_databases.items("other") == ([] if raises and way_out != "requires_new" else ["child"])
 
@@ -730,7 +719,7 @@ def test_two_calls_of_to_thread_at_once_are_refused_by_name(two_databases: Await
             assert {refused.user, refused.other} == {f"thread {name!r}" for name in names}
             await asyncio.to_thread(databases.add, "afterwards", "other")
 
-    databases.run(main)
+    databases.in_a_loop(main)
     assert databases.items() == ["owner"]
     assert databases.items("other") == ["afterwards", "worked"]
 

@@ -8,7 +8,7 @@ import contextvars
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import pytest
@@ -19,7 +19,8 @@ import app_db._databases.engines
 import app_db._sessions.state
 import app_db.container
 from app_db.errors import ForeignUnitOfWork, NoUnitOfWork, UnitOfWorkEnded
-from harness.items import Databases, Item, checked_out, database_name, opened
+from harness.applications import Boom, checked_out
+from harness.items import Databases, Item, database_name, opened
 from harness.servers import PostgresServer
 
 T = TypeVar("T")
@@ -27,16 +28,6 @@ T = TypeVar("T")
 THREADS = 32
 UNITS = 200
 POOL = {"size": 5, "max_overflow": 10, "timeout": 60}
-
-
-class Boom(Exception):
-    pass
-
-
-@pytest.fixture
-def databases(sqlite_url: str) -> Iterator[Databases]:
-    with opened({"writer": sqlite_url}) as databases:
-        yield databases
 
 
 def in_thread(function: Callable[[], T], name: str | None = None) -> T:
