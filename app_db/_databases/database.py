@@ -126,6 +126,17 @@ class Database:
         """Return whether the transaction of `connection` can't commit after statements failed with `failures`."""
         return False
 
+    def note_beginning(self, connection: Connection) -> object:
+        """Return what `has_written` is to compare with, where that costs no round trip."""
+        return None
+
+    def has_written(self, connection: Connection, beginning: object, *, may_have_locked: bool) -> bool | None:
+        """Return whether the transaction has changed the database. None: only the texts of its statements tell.
+
+        `may_have_locked` is true where the transaction has locked rows, or rolled back to a savepoint.
+        """
+        return None
+
     def has_ended_transaction(self, connection: Connection) -> bool:
         """Return whether the driver knows that the transaction of `connection` has ended or failed. Nothing is sent."""
         return False

@@ -40,6 +40,14 @@ _DURABLE = (
 """Makes the COMMIT of a decision durable. With `synchronous_commit = off`, PostgreSQL answers COMMIT before it is on disk,
 except for prepared transactions."""
 
+_WHO_WROTE = """
+SELECT txid_current_if_assigned() IS NOT NULL, EXISTS (
+    SELECT FROM pg_catalog.pg_locks AS held
+    LEFT JOIN pg_catalog.pg_class AS relation ON relation.oid = held.relation
+    WHERE held.pid = pg_backend_pid() AND held.locktype = 'relation' AND held.granted
+    AND held.mode NOT IN ('AccessShareLock', 'RowShareLock') AND relation.relkind IS DISTINCT FROM 'S'
+)"""
+
 _AMOUNT = re.compile(r"(\d+)(ms|s|min|h|d)?$")
 _SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400, None: 0.001}
 
@@ -193,6 +201,12 @@ class PostgreSQL(Database):
         except DBAPIError:
             return True
         return False
+
+    def has_written(self, connection: Connection, beginning: object, *, may_have_locked: bool) -> bool | None:
+        # A transaction id is assigned by the first change, but also by a row lock, and stays when a savepoint is rolled back.
+        # The locks on tables tell these apart: a row lock takes a weaker one, and ROLLBACK TO gives back what was taken since.
+        has_id, holds_locks = connection.exec_driver_sql(_WHO_WROTE).one()
+        return bool(has_id and (holds_locks or not may_have_locked))
 
     def has_ended_transaction(self, connection: Connection) -> bool:
         driver_connection = connection.connection.driver_connection

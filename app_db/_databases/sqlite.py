@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sqlite3
 import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -41,6 +42,10 @@ _DEADLINE = "app_db_deadline"
 
 _STATEMENT_DEADLINE = "app_db_statement_deadline"
 """The same for one statement, when statements have a timeout of their own."""
+
+
+_HEADER = ("schema_version", "user_version", "application_id")
+"""What a transaction may change in a database file besides rows."""
 
 
 class SQLiteSharing(SharingRules):
@@ -141,6 +146,27 @@ class SQLite(Database):
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
         # A full disk, say, makes SQLite roll back by itself; what follows would be committed a statement at a time.
         return not getattr(connection.connection.driver_connection, "in_transaction", True)
+
+    def note_beginning(self, connection: Connection) -> object:
+        return getattr(connection.connection.driver_connection, "total_changes", None)
+
+    def has_written(self, connection: Connection, beginning: object, *, may_have_locked: bool) -> bool | None:
+        if beginning is None:
+            return None
+        changes = getattr(connection.connection.driver_connection, "total_changes", None)
+        return changes != beginning or self._has_other_header(connection)
+
+    def _has_other_header(self, connection: Connection) -> bool:
+        """Return whether what PRAGMA and DDL change differs from what is committed, which another connection reads."""
+        for _, name, file in connection.exec_driver_sql("PRAGMA database_list").all():
+            if not file:  # a temporary database, or one in memory
+                continue
+            own = [connection.exec_driver_sql(f'PRAGMA "{name}".{pragma}').scalar() for pragma in _HEADER]
+            with closing(sqlite3.connect(f"{Path(file).as_uri()}?mode=ro", uri=True)) as other:
+                committed = [other.execute(f"PRAGMA {pragma}").fetchone()[0] for pragma in _HEADER]
+            if own != committed:
+                return True
+        return False
 
     def may_be_in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
         # So it is also after a COMMIT refused with SQLITE_BUSY.

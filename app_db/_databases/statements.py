@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from enum import IntEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 
 class Effect(IntEnum):
@@ -29,6 +30,7 @@ _QUOTED = re.compile(
 )
 # What is left of the others, any of which may hide something; and a second statement.
 _DOUBTFUL = re.compile(r"""['"`\\]|--|/\*|\#(?!>)|\$\w*\$|;\s*[^\s;]""")
+_STRAY_QUOTE = re.compile(r"""['"`\\]|/\*|\#(?!>)|\$\w*\$""")
 _FIRST_WORD = re.compile(r"[\s(]*([A-Za-z]+)\b")
 _CALL = re.compile(r"([\w$.\]]+)\s*\(")
 
@@ -77,6 +79,66 @@ def transaction_verb(statement: str) -> str | None:
     """Return `commit`, `rollback` or `begin` when that is what a statement does to the whole transaction."""
     found = _CONTROLS_TRANSACTION.match(statement)
     return found.lastgroup if found else None
+
+
+_DOLLAR_QUOTED = re.compile(r"\$(\w*)\$.*?\$\1\$", re.DOTALL)
+_LATER_CONTROL = re.compile(
+    r""";(?:--[^\n]*\n|/\*(?!M?!).*?\*/|[\s;])*
+    (?:(?P<commit>COMMIT|END|PREPARE\s+TRANSACTION)|(?P<rollback>(?:ROLLBACK|ABORT)(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))
+    |(?P<begin>BEGIN|START\s+TRANSACTION))\b""",
+    re.DOTALL | re.IGNORECASE | re.VERBOSE,
+)
+_HAS_A_BODY = re.compile(r"\s*CREATE\b[^;]*\b(?:TRIGGER|PROCEDURE|FUNCTION|EVENT|PACKAGE)\b", re.IGNORECASE)
+
+
+@lru_cache(maxsize=2048)
+def later_transaction_verb(statement: str) -> str | None:
+    """Return what a statement after the first one in a text does to the whole transaction: `commit`, `rollback` or `begin`.
+
+    Where a text is quoted in a way that databases read differently, what is inside the quotes counts as well.
+    """
+    if ";" not in statement or _HAS_A_BODY.match(statement):
+        return None
+    text = _DOLLAR_QUOTED.sub(" ", statement)
+    plain = _QUOTED.sub(_without_content, text)
+    found = _LATER_CONTROL.search(text if "\\" in text or _STRAY_QUOTE.search(plain) else plain)
+    return found.lastgroup if found else None
+
+
+class SavepointVerb(NamedTuple):
+    """A statement that takes a savepoint, or rolls back to one."""
+
+    name: str
+    undoes: bool
+
+
+_SAVEPOINT = re.compile(
+    r"""\s*(?:SAVEPOINT\s+(?P<taken>\S+)
+    |ROLLBACK\s+(?:(?:WORK|TRANSACTION)\s+)?TO\s+(?:SAVEPOINT\s+)?(?P<undone>\S+))\s*;?\s*\Z""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+@lru_cache(maxsize=2048)
+def savepoint_verb(statement: str) -> SavepointVerb | None:
+    """Return which savepoint a statement takes or rolls back to, if it does."""
+    found = _SAVEPOINT.match(statement)
+    return None if found is None else SavepointVerb((found["taken"] or found["undone"]).rstrip(";"), found["undone"] is not None)
+
+
+_WRITES_UNNOTICED = re.compile(r"\bNOTIFY\b|\bpg_notify\b|\bWITH\s+HOLD\b|\bdblink", re.IGNORECASE)
+
+
+@lru_cache(maxsize=2048)
+def writes_unnoticed(statement: str) -> bool:
+    """Return whether a statement has an effect that its database does not count as a write of the transaction."""
+    return _WRITES_UNNOTICED.search(statement) is not None
+
+
+@lru_cache(maxsize=2048)
+def locks_rows(statement: str) -> bool:
+    """Return whether a statement locks rows that it reads."""
+    return _LOCK_CLAUSE.search(statement) is not None
 
 
 _LIFTS_READ_ONLY = re.compile(

@@ -124,7 +124,18 @@ class UnitSession(Session):
         self.require_unit()
         if self.branch is None and self._work is not None:
             self.config.note_next_checkout(self._work)
-        return super().get_bind(*args, **arguments)
+        bind = super().get_bind(*args, **arguments)
+        if bind is not self.bind:
+            self._refuse_other_engine(bind)
+        return bind
+
+    def _refuse_other_engine(self, bind: Any) -> None:
+        """Raise unless this is the connection of the session's branch: what another one does would not commit with the unit."""
+        if self.branch is None or bind not in self.branch.connections:
+            raise InvalidUse(
+                f"The {self.config.name!r} session was given another engine, {bind.engine.url!r}, whose work might commit alone",
+                "Declare a connection for that database, and use the session of that",
+            )
 
     def require_unit(self, attached: object = None) -> None:
         """Raise unless the unit of work that this session belongs to is the one under way here.
@@ -227,6 +238,9 @@ class UnitSession(Session):
                 f"The {self.config.name!r} session can't be in autocommit, because its unit of work could not be rolled back",
                 "Use the engine for what has to be committed at once, or a connection with transactional=false",
             )
+        bind = (bind_arguments or {}).get("bind")
+        if bind is not None and bind is not self.bind:
+            self._refuse_other_engine(bind)
         return super().connection(bind_arguments, execution_options)
 
     def commit(self) -> None:

@@ -14,7 +14,17 @@ from sqlalchemy.exc import DBAPIError
 
 from app_db._databases.interruptions import interrupted
 from app_db._databases.prepare_verbs import PrepareVerbs, Settling
-from app_db._databases.statements import Effect, effect_of, lifts_read_only, transaction_verb
+from app_db._databases.statements import (
+    Effect,
+    SavepointVerb,
+    effect_of,
+    later_transaction_verb,
+    lifts_read_only,
+    locks_rows,
+    savepoint_verb,
+    transaction_verb,
+    writes_unnoticed,
+)
 from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded
 
 if TYPE_CHECKING:
@@ -52,6 +62,11 @@ class BranchConnection:
     _xid: str | None = None
     _begun_by_xid = False
     _rolled_back_by: int | None = None  # a thread
+    _may_have_locked = False
+    _writes_unnoticed = False
+    _beginning: object = None
+    _was_asked = False
+    _savepoints: dict[str, tuple[Effect, bool]] | None = None
     _failures: Sequence[BaseException] = ()
     _usual_limits: Mapping[Connection, float] = MappingProxyType({})
 
@@ -112,6 +127,7 @@ class BranchConnection:
         if self.config.two_phase and not self.read_only and self._work.rehearsal is None:
             self._begin_by_xid(connection)
         info[BRANCH] = self
+        self._beginning = self.config.database.note_beginning(connection)
         if self._work.timed:
             self.apply_time_limit()
 
@@ -136,18 +152,52 @@ class BranchConnection:
         """Note what a statement does, and refuse what can't be allowed before it is sent."""
         if self._rolled_back_by not in (None, get_ident()):
             raise UnitOfWorkEnded(f"The {self.name!r} session")  # the thread goes on while its unit is being aborted
-        verb = transaction_verb(statement)
+        verb = transaction_verb(statement) or later_transaction_verb(statement)
         if verb is not None and not self._work.finishing:
             raise SessionIsManaged(self.name, verb)
+        savepoint = savepoint_verb(statement)
+        if savepoint is not None:
+            self._note_savepoint(savepoint)
         if self.read_only and lifts_read_only(statement):
             raise ReadOnlyViolation(self.name, "Lifting the protection", not self.config.read_only)
+        self._was_asked = False
         effect = effect_of(statement)
         if effect > self.effect:
             if effect is Effect.WRITES and self.read_only:
                 raise ReadOnlyViolation(self.name, "The statement", not self.config.read_only)
             self.effect = effect
+        if effect is not Effect.READS:
+            self._may_have_locked = self._may_have_locked or locks_rows(statement)
+            self._writes_unnoticed = self._writes_unnoticed or writes_unnoticed(statement)
         if self._work.timed:
             self._work.refuse_overtime()
+
+    def _note_savepoint(self, savepoint: SavepointVerb) -> None:
+        """Keep what is known at a savepoint, and go back to that when the savepoint is rolled back to."""
+        known = {} if self._savepoints is None else self._savepoints
+        if not savepoint.undoes:
+            current = self.config.database.note_beginning(self.connection)
+            known[savepoint.name] = self.effect, current == self._beginning
+            self._savepoints = known
+        elif savepoint.name in known:
+            self.effect, had_changed_nothing = known[savepoint.name]
+            self._may_have_locked = True
+            if had_changed_nothing:
+                self._beginning = self.config.database.note_beginning(self.connection)
+
+    def ask_whether_it_wrote(self) -> None:
+        """Ask the database whether the transaction has changed anything, unless the text of a statement says so for certain."""
+        if self.read_only or self.config.autonomous or self._writes_unnoticed or len(self._connections) != 1:
+            return
+        if self.effect is Effect.WRITES or self._was_asked or self._work.rehearsal is not None:
+            return
+        known = self.effect  # which the question itself may change
+        wrote = self.config.database.has_written(self.connection, self._beginning, may_have_locked=self._may_have_locked)
+        if wrote is None:
+            self.effect = known
+        else:
+            self.effect = max(known, Effect.MAY_WRITE) if wrote else min(known, Effect.LOCKS)
+        self._was_asked = True
 
     def is_interrupted_by(self, error: BaseException) -> bool:
         """Return whether an exception from outside came while the driver waited, so that the connection has to be closed."""

@@ -33,6 +33,9 @@ class BranchOffLoop(Branch):
     def has_lost_transaction(self) -> bool:
         return off_loop(super().has_lost_transaction)
 
+    def ask_whether_it_wrote(self) -> None:
+        off_loop(super().ask_whether_it_wrote)
+
     def check_commit(self, rehearsal: Any) -> None:
         off_loop(super().check_commit, rehearsal)
 

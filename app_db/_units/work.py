@@ -148,7 +148,8 @@ class Work:
         session = data_manager.session
         branch = session.branch
         if branch is None:
-            branch = session.branch = self.new_branch(session.config)
+            kind = BranchOffLoop if self.asynchronous and not session.config.asynchronous else Branch
+            branch = session.branch = kind(self, session.config)
             self.add(branch)
         branch.join(data_manager)
 
@@ -409,7 +410,15 @@ class Work:
             if part.has_lost_transaction():
                 raise TransactionLost(part.name)
         if len(self.branches) > 1:
+            self._ask_who_wrote()
             self._refuse_partial_commit()
+
+    def _ask_who_wrote(self) -> None:
+        """Ask the databases which of them the unit has written to, where more than one of them may have been written to."""
+        may_have_written = [branch for branch in self.branches if not (branch.read_only or branch.config.autonomous)]
+        if len(may_have_written) > 1 and (self._coordinator.atomicity() == "strict" or any(b.can_prepare for b in self.branches)):
+            for branch in may_have_written:
+                branch.ask_whether_it_wrote()
 
     def _refuse_partial_commit(self) -> None:
         alone = [branch for branch in unpreparable(self.branches) if branch.wrote]

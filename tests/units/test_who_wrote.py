@@ -1,0 +1,332 @@
+"""Where a strict unit has several databases, each is asked whether the unit wrote to it: a statement's text may hide a write."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import event, select, text
+from sqlalchemy.orm import Session
+
+from app_db.errors import InvalidUse, NotAtomic, SessionIsManaged
+from harness.applications import Application, Item, running
+from harness.servers import PostgresServer
+
+NewUrl = Callable[[], str]
+
+PREPARED = """
+CREATE TABLE touched (id serial PRIMARY KEY, name text);
+CREATE FUNCTION touch(items) RETURNS text LANGUAGE plpgsql AS $$
+    BEGIN INSERT INTO touched (name) VALUES ($1.name); RETURN $1.name; END $$;
+CREATE FUNCTION lower(items) RETURNS text LANGUAGE sql AS $$ INSERT INTO touched (name) VALUES ($1.name) RETURNING name $$;
+CREATE FUNCTION touch_both(integer, integer) RETURNS boolean LANGUAGE plpgsql AS $$
+    BEGIN INSERT INTO touched (name) VALUES ('operator'); RETURN true; END $$;
+CREATE OPERATOR === (LEFTARG = integer, RIGHTARG = integer, FUNCTION = touch_both);
+CREATE VIEW looking AS SELECT touch_both(1, 2) AS seen;
+CREATE FUNCTION harmless(integer) RETURNS integer LANGUAGE sql AS $$ SELECT $1 + 1 $$;
+CREATE PROCEDURE touching() LANGUAGE plpgsql AS $$ BEGIN INSERT INTO touched (name) VALUES ('procedure'); END $$;
+"""
+
+HIDDEN = {
+    "functional notation": "SELECT i.touch FROM items i",
+    "named like a harmless one": "SELECT lower(i) FROM items i",
+    "operator": "SELECT 1 === 2",
+    "view": "SELECT seen FROM looking",
+    "explain": "EXPLAIN ANALYZE SELECT seen FROM looking",
+    "procedure": "CALL touching()",
+    "block": "DO $$ BEGIN INSERT INTO touched (name) VALUES ('block'); END $$",
+    "after a lock": "SELECT i.touch FROM items i WHERE name IN (SELECT name FROM items FOR UPDATE)",
+    "notify": "SELECT pg_notify('a', 'b')",
+    "held cursor": "DECLARE held CURSOR WITH HOLD FOR SELECT seen FROM looking",
+}
+"""Statements that write, or have an effect at COMMIT, although none of the words that write stands in most of them."""
+
+LOOKING = {
+    "rows": "SELECT name FROM items",
+    "lock": "SELECT name FROM items FOR UPDATE",
+    "lock a key": "SELECT name FROM items FOR NO KEY UPDATE",
+    "share": "SELECT name FROM items FOR SHARE",
+    "harmless function": "SELECT harmless(1)",
+    "settings": "SELECT current_setting('search_path')",
+    "local setting": "SET LOCAL work_mem = '4MB'",
+    "advisory lock": "SELECT pg_advisory_xact_lock(1)",
+    "block": "DO $$ BEGIN PERFORM 1; END $$",
+    "explain": "EXPLAIN SELECT seen FROM looking",
+}
+"""Statements that change nothing."""
+
+
+@pytest.fixture(scope="module")
+def apps(postgres: PostgresServer) -> Iterator[Application]:
+    with (
+        postgres.lend_database() as writer,
+        postgres.lend_database() as warehouse,
+        running(writer=postgres.url(writer), warehouse=postgres.url(warehouse)) as app,
+    ):
+        for name in app.connections:
+            with app.engine(name).begin() as connection:
+                connection.exec_driver_sql(PREPARED)
+            app.put("seed", on=name)
+        yield app
+
+
+def touched(app: Application, name: str) -> int:
+    with app.engine(name).connect() as connection:
+        return int(connection.exec_driver_sql("SELECT count(*) FROM touched").scalar_one())
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_a_write_that_the_text_hides_is_refused_with_another(kind: str, apps: Application) -> None:
+    app, before = apps, touched(apps, "writer")
+    with pytest.raises(NotAtomic) as caught, app.unit():
+        app.session("writer").execute(text(HIDDEN[kind]))
+        app.add("refused", "warehouse")
+    assert caught.value.connections == ("warehouse", "writer")
+    assert touched(app, "writer") == before
+    assert "refused" not in app.names("warehouse")
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_a_write_that_the_text_hides_is_committed_where_it_is_the_only_one(kind: str, apps: Application) -> None:
+    app, before = apps, touched(apps, "writer")
+    with app.unit():
+        app.session("writer").execute(text(HIDDEN[kind]))
+        app.session("warehouse").execute(text("SELECT name FROM items FOR UPDATE"))
+    assert touched(app, "writer") > before or kind == "notify"
+    app.container.writer_engine().dispose()  # the held cursor stays open on its connection
+
+
+def test_a_cursor_of_the_driver_is_seen(apps: Application) -> None:
+    app, before = apps, touched(apps, "writer")
+    with pytest.raises(NotAtomic), app.unit():
+        cursor: Any = app.session("writer").connection().connection.cursor()
+        cursor.execute("INSERT INTO touched (name) VALUES ('raw')")
+        app.add("refused", "warehouse")
+    with pytest.raises(NotAtomic), app.unit():
+        driver: Any = app.session("writer").connection().connection.driver_connection
+        with driver.cursor().copy("COPY touched (name) FROM STDIN") as copy:
+            copy.write_row(["copied"])
+        app.add("refused", "warehouse")
+    assert touched(app, "writer") == before
+
+
+@pytest.mark.parametrize("kind", LOOKING)
+def test_what_only_looks_or_locks_is_no_write(kind: str, apps: Application) -> None:
+    app = apps
+    with app.unit():
+        app.session("writer").execute(text(LOOKING[kind]))
+        app.add(f"kept {kind}", "warehouse")
+    assert f"kept {kind}" in app.names("warehouse")
+
+
+def test_what_a_savepoint_has_undone_is_no_write(new_database_url: NewUrl) -> None:
+    with running(writer=new_database_url(), warehouse=new_database_url()) as app:
+        with app.unit() as unit:
+            app.session("writer").scalars(select(Item)).all()
+            savepoint = unit.savepoint()
+            app.add("undone", "writer")
+            app.session("writer").flush()
+            savepoint.rollback()
+            app.add("a", "warehouse")
+        with app.unit():
+            session = app.session("writer")
+            with pytest.raises(KeyError), session.begin_nested():
+                session.add(Item(name="undone"))
+                session.flush()
+                raise KeyError
+            app.add("b", "warehouse")
+        assert (app.names("writer"), app.names("warehouse")) == ([], ["a", "b"])
+        with pytest.raises(NotAtomic), app.unit() as unit:
+            app.add("before", "writer")
+            app.session("writer").flush()
+            savepoint = unit.savepoint()
+            app.add("undone", "writer")
+            app.session("writer").flush()
+            savepoint.rollback()
+            app.add("c", "warehouse")
+        assert (app.names("writer"), app.names("warehouse")) == ([], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE made (id int)",
+        "PRAGMA user_version = 7",
+        "PRAGMA application_id = 7",
+        "INSERT INTO items (name) VALUES ('raw')",
+    ],
+)
+def test_sqlite_tells_what_a_cursor_of_the_driver_has_changed(statement: str, new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url(), warehouse=new_sqlite_url()) as app:
+        with pytest.raises(NotAtomic), app.unit():
+            app.session("writer").connection().connection.cursor().execute(statement)
+            app.add("refused", "warehouse")
+        with app.unit():
+            app.session("writer").connection().connection.cursor().execute("SELECT name FROM items")
+            app.add("kept", "warehouse")
+        assert (app.names("writer"), app.names("warehouse")) == ([], ["kept"])
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_a_write_of_a_coroutine_that_the_text_hides_is_refused_with_another(driver: str, apps: Application) -> None:
+    urls = {name: apps.engine(name).url.set(drivername=f"postgresql+{driver}") for name in apps.connections}
+    shown = {name: url.render_as_string(hide_password=False) for name, url in urls.items()}
+    before = touched(apps, "writer")
+
+    async def main(app: Application) -> None:
+        with pytest.raises(NotAtomic):
+            async with app.unit():
+                await app.container.writer_async_session().execute(text(HIDDEN["view"]))
+                await app.container.warehouse_async_session().execute(text("DELETE FROM touched"))
+        async with app.unit():
+            await app.container.writer_async_session().execute(text(LOOKING["lock"]))
+            await app.container.warehouse_async_session().execute(text("DELETE FROM touched WHERE name = 'nobody'"))
+        await app.container.shutdown_resources()
+
+    with running(**shown) as app:
+        asyncio.run(main(app))
+    assert touched(apps, "writer") == before
+
+
+# ---- what it costs -----------------------------------------------------------------------------------------------------
+
+
+def test_the_question_costs_a_unit_with_one_branch_nothing_and_others_one_statement_each(apps: Application) -> None:
+    app, sent = apps, list[str]()
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "txid_current_if_assigned" in statement:
+            sent.append(connection.engine.url.database)
+
+    for name in app.connections:
+        event.listen(app.engine(name), "before_cursor_execute", note)
+    try:
+        with app.unit():
+            app.session("writer").scalars(select(Item)).all()
+            app.session("writer").execute(text("SELECT harmless(1)"))
+        assert sent == []
+        with app.unit():
+            app.session("writer").scalars(select(Item)).all()
+            app.add("d", "warehouse")
+        assert sent == [app.engine("writer").url.database], "an INSERT says by itself that it writes"
+    finally:
+        for name in app.connections:
+            event.remove(app.engine(name), "before_cursor_execute", note)
+
+
+# ---- one session, one engine; one text, one transaction ----------------------------------------------------------------
+
+
+def test_a_second_engine_in_a_session_is_refused_before_it_is_used(new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url(), warehouse=new_sqlite_url()) as app:
+        other = app.engine("warehouse")
+        uses: dict[str, Callable[[Session], Any]] = {
+            "execute": lambda session: session.execute(
+                text("INSERT INTO items (name) VALUES ('a')"), bind_arguments={"bind": other}
+            ),
+            "connection": lambda session: session.connection(bind_arguments={"bind": other}),
+            "scalars": lambda session: session.scalars(select(Item), bind_arguments={"bind": other}),
+        }
+        for kind, use in uses.items():
+            with app.unit():
+                app.add(f"{kind}", "writer")
+                with pytest.raises(InvalidUse, match="'writer' session was given another engine"):
+                    use(app.session("writer"))
+        with pytest.raises(InvalidUse, match="another engine"), app.unit():
+            app.session("writer").bind_mapper(Item, other)
+            app.add("refused", "writer")
+        assert (app.names("writer"), app.names("warehouse")) == (["connection", "execute", "scalars"], [])
+
+
+@pytest.mark.parametrize(
+    ("statement", "verb"),
+    [
+        ("INSERT INTO items (name) VALUES ('a'); COMMIT", "commit"),
+        ("INSERT INTO items (name) VALUES ('a'); ROLLBACK; BEGIN", "rollback"),
+        ("SELECT 1; -- and then\n/* here */ END", "commit"),
+        ("SELECT 'a\\' ; COMMIT; SELECT '", "commit"),
+        ("SELECT $$ ; $$; commit", "commit"),
+    ],
+)
+def test_a_text_that_ends_the_transaction_is_refused_before_it_is_sent(statement: str, verb: str, apps: Application) -> None:
+    before = apps.names("writer")
+    with apps.unit(), pytest.raises(SessionIsManaged, match=verb):
+        apps.session("writer").connection().exec_driver_sql(statement)
+    assert apps.names("writer") == before
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT '; COMMIT'",
+        "SELECT 1; SELECT 2",
+        "SELECT 1; ROLLBACK TO SAVEPOINT a",
+        "CREATE FUNCTION body() RETURNS integer LANGUAGE plpgsql AS $$ BEGIN RETURN 1; END; $$",
+        "DO $$ BEGIN PERFORM 1; END; $$",
+    ],
+)
+def test_a_text_that_does_not_end_the_transaction_is_sent(statement: str, apps: Application) -> None:
+    with pytest.raises(KeyError), apps.unit():
+        apps.session("writer").connection().exec_driver_sql("SAVEPOINT a")
+        apps.session("writer").connection().exec_driver_sql(statement)
+        raise KeyError
+
+
+# ---- many of them ------------------------------------------------------------------------------------------------------
+
+EXAMPLES = int(os.environ.get("WHO_WROTE_EXAMPLES", "60"))
+
+steps = st.lists(st.sampled_from([*LOOKING, "undone"]), min_size=1, max_size=4)
+
+
+def take(app: Application, name: str, step: str) -> None:
+    session = app.session(name)
+    if step == "undone":
+        session.begin_nested()
+        session.execute(text("INSERT INTO touched (name) VALUES ('undone')"))
+        session.get_nested_transaction().rollback()  # type: ignore[union-attr]
+    else:
+        session.execute(text(LOOKING[step]))
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(elsewhere=steps, here=steps, last=st.booleans())
+def test_a_unit_that_wrote_to_one_database_is_never_refused(
+    apps: Application, elsewhere: list[str], here: list[str], last: bool
+) -> None:
+    with apps.unit():
+        for step in elsewhere if last else ():
+            take(apps, "warehouse", step)
+        for step in here:
+            take(apps, "writer", step)
+        apps.session("writer").execute(text("INSERT INTO touched (name) VALUES ('kept')"))
+        for step in () if last else elsewhere:
+            take(apps, "warehouse", step)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(before=steps, after=steps, hidden=st.sampled_from(list(HIDDEN)), hidden_first=st.booleans())
+def test_no_generated_unit_commits_in_one_database_only(
+    apps: Application, before: list[str], after: list[str], hidden: str, hidden_first: bool
+) -> None:
+    counts = touched(apps, "writer"), touched(apps, "warehouse")
+
+    def hide() -> None:
+        for step in before:
+            take(apps, "writer", step)
+        apps.session("writer").execute(text(HIDDEN[hidden]))
+        for step in after:
+            take(apps, "writer", step)
+
+    with pytest.raises(NotAtomic), apps.unit():
+        if hidden_first:
+            hide()
+        apps.session("warehouse").execute(text("INSERT INTO touched (name) VALUES ('also')"))
+        if not hidden_first:
+            hide()
+    assert (touched(apps, "writer"), touched(apps, "warehouse")) == counts
