@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +22,7 @@ from sqlalchemy.pool import AssertionPool, NullPool, QueuePool, SingletonThreadP
 
 from app_db import ConnectionSettings, Container, DatabaseSettings, PoolSettings, container_of, retryable, transactional
 from app_db._databases.engines import build_engine, retire
-from harness.paths import ROOT
+from harness.paths import run_python
 from harness.servers import MariaDBServer, PostgresServer
 
 _numbers = count(1)
@@ -295,16 +292,7 @@ print(path.exists(), path.parent)
 
 
 def test_a_childs_exit_leaves_its_parents_memory_database_and_the_parents_own_removes_it() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKING],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    existed, path = done.stdout.split()
+    existed, path = run_python("-c", FORKING).stdout.split()
     assert existed == "True"
     assert not Path(path).exists()
 

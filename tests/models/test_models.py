@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,7 +50,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable, Index
 from app_db import Connection, DatabaseContainer, DatabaseSettings, connection_of, container_of, metadata_of, orm_base
 from app_db.errors import InvalidUse, NoUnitOfWork, SpansDatabases, UnknownModel
 from app_db.models import CONNECTION
-from harness.paths import ROOT
+from harness.paths import run_python
 
 
 class ShopBase(DeclarativeBase):
@@ -263,7 +260,7 @@ Base = orm_base("shop")
 class Order(Base):
     __table__ = __import__("sqlalchemy").Table("o", Base.metadata, __import__("sqlalchemy").Column("i", primary_key=True))
 """
-    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+    run_python("-c", program)
 
 
 # ---- which connection -------------------------------------------------------------------------------------------------

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_col
 
 from app_db import DatabaseContainer, DatabaseSettings, Reflected, connection_of, container_of, metadata_of, orm_base
 from app_db.errors import AppDbError, CannotReflect, NotReflected, UnknownConnection, UnknownTable
-from harness.paths import ROOT
+from harness.paths import run_python
 
 TABLES = 60
 
@@ -493,10 +490,7 @@ with _reflection._reflecting:  # as another thread of the parent would hold it
 
 def test_a_forked_child_can_reflect_while_its_parent_does(sqlite_url: str) -> None:
     execute(sqlite_url, CUSTOMERS)
-    command = [sys.executable, "-c", FORKING, sqlite_url]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "reflected 1\n"
+    assert run_python("-c", FORKING, sqlite_url).stdout == "reflected 1\n"
 
 
 # ---- schemas ----------------------------------------------------------------------------------------------------------

@@ -5,13 +5,9 @@ Each case is a process of its own from which something is taken away before it i
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from harness.paths import ROOT
+from harness.paths import run_python
 
 PACKAGES = ["aiosqlite", "anyio", "asyncmy", "asyncpg", "greenlet", "psycopg", "pymysql", "pytest"]
 """What may not be installed."""
@@ -80,16 +76,7 @@ print(FileLog("decisions").decide("u" * 22, Verdict.COMMIT, ["writer"]))
 def run_without(what: str, program: str) -> str:
     """Run a program in a process that lacks something; return what it prints."""
     functions, modules = WITHOUT[what]
-    done = subprocess.run(
-        [sys.executable, "-c", TAKE_AWAY.format(functions=functions, modules=modules) + program],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python("-c", TAKE_AWAY.format(functions=functions, modules=modules) + program).stdout
 
 
 @pytest.mark.representative("forks", "fcntl", "greenlet", "all of these")

@@ -31,7 +31,7 @@ from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.xids import new_unit_id
 from app_db.errors import DecisionFileDamaged, DecisionFileFull, DecisionFileUnusable
 from harness.interrupting import Interrupter, Interruption, Mode
-from harness.paths import PYTHONPATH
+from harness.paths import PYTHONPATH, run_python
 from harness.requiring import need_command
 
 COMMIT, ABORT = Verdict.COMMIT, Verdict.ABORT
@@ -48,9 +48,7 @@ def command(*arguments: str) -> dict[str, Any]:
 
 def seen(*arguments: str, within: tuple[str, ...] = ()) -> Any:
     """Run a scenario of deciding.py in a process of its own, started by the command `within`."""
-    how = command(*arguments)
-    done = subprocess.run(**{**how, "args": [*within, *how["args"]]}, capture_output=True, timeout=90, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-W", "error", "-m", "harness.deciding", *arguments, within=within)
     assert done.stderr == ""
     return json.loads(done.stdout)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +20,7 @@ from app_db._two_phase.decision_table import TableLog
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.xids import new_log_id, new_unit_id
 from app_db.settings import DatabaseSettings
-from harness.paths import PYTHONPATH
+from harness.paths import run_python
 from harness.servers import MariaDBServer, PostgresServer
 
 COMMIT, ABORT = Verdict.COMMIT, Verdict.ABORT
@@ -63,17 +60,7 @@ def new_log(new_engine: NewEngine) -> NewLog:
 
 def seen(*arguments: str) -> Any:
     """Run a scenario of deciding.py in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "harness.deciding", *arguments],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(run_python("-m", "harness.deciding", *arguments).stdout)
 
 
 def patient(url: str) -> dict[str, Any]:

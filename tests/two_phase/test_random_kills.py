@@ -6,30 +6,18 @@ The same for longer is `python tests/random_kills.py --kills 1000`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from harness.paths import PYTHONPATH, TESTS
+from harness.paths import TESTS, run_python
 from harness.servers import available
 
 
 def run(*arguments: str) -> dict[str, Any]:
     """Run the program and return what it has seen. It forks, which pytest should not do."""
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "random_kills.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    seen: dict[str, Any] = json.loads(done.stdout)
+    seen: dict[str, Any] = json.loads(run_python(str(TESTS / "random_kills.py"), *arguments).stdout)
     return seen
 
 

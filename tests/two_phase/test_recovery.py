@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +20,7 @@ from app_db._two_phase.recovery import KEEP_ABORTS, KEEP_COMMITS, BranchInDoubt,
 from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
 from app_db._units import commit as commits
 from app_db.errors import AbortedByRecovery
-from harness.paths import ROOT
+from harness.paths import run_python
 from harness.servers import MariaDBServer, PostgresServer
 from harness.stranded import Scene, sqlite_file, states, stranded
 
@@ -803,9 +800,7 @@ with places._lock:  # as another thread may hold it
 
 
 def test_a_forked_child_does_not_wait_for_a_thread_that_it_has_not() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", FORKS_WHILE_THE_LOCK_IS_HELD], env=environment, timeout=30, check=False)
-    assert done.returncode == 0
+    run_python("-c", FORKS_WHILE_THE_LOCK_IS_HELD)
 
 
 def test_recovery_keeps_no_connection(scene: Scene, postgres: PostgresServer) -> None:

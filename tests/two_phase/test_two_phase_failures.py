@@ -6,8 +6,6 @@ import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,7 @@ from app_db._units.manager import retryable
 from app_db.errors import AbortedByRecovery, CommitUnconfirmed, DecisionFileUnusable, HookFailed, InvalidUse, OutcomeUnknown
 from harness.applications import DEFER_UNIQUENESS, Item, read_lock
 from harness.choosing import mostly
-from harness.paths import PYTHONPATH
+from harness.paths import run_python
 from harness.servers import PostgresServer
 from harness.two_phasing import (
     TwoPhaseApplication,
@@ -836,15 +834,7 @@ def test_it_is_the_same_without_assertions_and_in_forked_children(
     log = f"file:{tmp_path}/decisions" if how == "fork" else "writer"
     program = PROGRAM.format(log=log, urls=urls, forks=how == "fork", fork="pid = os.fork()" if how == "fork" else "")
     options = ["-O"] if how == "-O" else []
-    done = subprocess.run(
-        [sys.executable, *options, "-W", "ignore::DeprecationWarning", "-c", program],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(*options, "-W", "ignore::DeprecationWarning", "-c", program)
     with two_phasing(log, **urls) as app:
         names = [app.names(name) for name in NOTHING]
         assert names[0] == names[1] == names[2]

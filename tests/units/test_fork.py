@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from harness.paths import PYTHONPATH
+from harness.paths import run_python
 
 
 def run(scenario: str, url: str, ends: str = "at once") -> dict[str, Any]:
@@ -19,16 +16,8 @@ def run(scenario: str, url: str, ends: str = "at once") -> dict[str, Any]:
 
     Warnings are errors, but for psycopg's that the child drops its parent's connections without closing them: it has to.
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", "-m", "harness.forking", scenario, url, ends],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    quiet = ("-W", "error", "-W", "ignore::ResourceWarning")
+    done = run_python(*quiet, "-m", "harness.forking", scenario, url, ends)
     assert done.stderr == ""
     seen: dict[str, Any] = json.loads(done.stdout)
     return seen

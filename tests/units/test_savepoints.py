@@ -176,6 +176,7 @@ def test_a_nested_block_in_which_sessions_are_first_used(several: Databases) -> 
 
 async def test_nested_blocks_are_savepoints(either: Either) -> None:
     """Without one, PostgreSQL gives the whole transaction up after an error, and answers COMMIT with a rollback."""
+    either.put("taken")
     async with either.block():
         await either.write("a")
         async with either.block(propagation="nested"):
@@ -185,16 +186,17 @@ async def test_nested_blocks_are_savepoints(either: Either) -> None:
                     await either.write("c")
                     raise Boom
             await either.write("d")
-        with pytest.raises(exc.IntegrityError):
-            async with either.block(propagation="nested"):
-                await either.write("a")
+        for name in ("a", "taken"):
+            with pytest.raises(exc.IntegrityError):
+                async with either.block(propagation="nested"):
+                    await either.write(name)
         with pytest.raises(Boom):
             async with either.block(propagation="nested"):
                 async with either.block(propagation="nested"):
                     await either.write("e")
                 raise Boom
         await either.write("f")
-    assert either.items() == ["a", "b", "d", "f"]
+    assert either.items() == ["a", "b", "d", "f", "taken"]
 
 
 async def test_a_nested_block_older_than_the_first_statement(either: Either) -> None:

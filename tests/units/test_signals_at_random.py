@@ -6,14 +6,11 @@ The same for each database, driver and way to commit is a part of test_soak.py; 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from harness.paths import PYTHONPATH, TESTS
+from harness.paths import TESTS, run_python
 from signals_at_random import Combination
 
 
@@ -21,15 +18,7 @@ def run(seconds: float, combination: Combination, *arguments: str) -> dict[str, 
     """Run the program and return what it has seen. Its signals are not for the process of the tests."""
     named = {name: getattr(combination, name) for name in ("database", "kind", "driver", "commit", "log")}
     given = [word for name, value in named.items() if value for word in (f"--{name}", value)]
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "signals_at_random.py"), "--seconds", str(seconds), *given, *arguments],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode in (0, 1), done.stderr
+    done = run_python(str(TESTS / "signals_at_random.py"), "--seconds", str(seconds), *given, *arguments, codes=(0, 1))
     results: dict[str, Any] = json.loads(done.stdout)
     (seen,) = results.values()
     return dict(seen)

@@ -438,7 +438,7 @@ async def test_a_task_that_runs_without_a_unit_may_begin_one_inside(two_database
     assert two_databases.items("other") == ["inner"]
 
 
-def test_a_callback_of_the_loop_may_begin_a_unit(databases: Databases) -> None:
+async def test_a_callback_of_the_loop_may_begin_a_unit(databases: Databases) -> None:
     """A handler of `loop.add_signal_handler` is one, too. No task runs it."""
     failed: list[object] = []
 
@@ -448,13 +448,10 @@ def test_a_callback_of_the_loop_may_begin_a_unit(databases: Databases) -> None:
             with databases.container.transaction():
                 databases.add("inside")
 
-    async def main() -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, what: failed.append(what))
-        loop.call_soon(work)
-        await asyncio.sleep(0.01)
-
-    asyncio.run(main())
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, what: failed.append(what))
+    loop.call_soon(work)
+    await asyncio.sleep(0.01)
     assert failed == []
     assert databases.items() == ["called", "inside"]
 

@@ -246,14 +246,11 @@ def test_what_a_thread_with_a_copied_context_wrote_is_rolled_back_with_its_calle
     assert databases.items() == []
 
 
-def test_asyncio_to_thread_works_in_its_callers_unit(databases: Databases) -> None:
-    async def work() -> bool:
-        with databases.container.transaction():
-            session = databases.session()
-            await asyncio.to_thread(databases.add, "from the thread")
-            return await asyncio.to_thread(databases.session) is session
-
-    assert asyncio.run(work())
+async def test_asyncio_to_thread_works_in_its_callers_unit(databases: Databases) -> None:
+    with databases.container.transaction():
+        session = databases.session()
+        await asyncio.to_thread(databases.add, "from the thread")
+        assert await asyncio.to_thread(databases.session) is session
     assert databases.items() == ["from the thread"]
 
 
@@ -329,7 +326,7 @@ def test_a_thread_that_outlived_its_callers_unit_may_begin_one_of_its_own(databa
 # ---- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_that_inherited_a_unit_is_refused_by_name(databases: Databases) -> None:
+async def test_a_task_that_inherited_a_unit_is_refused_by_name(databases: Databases) -> None:
     async def main() -> None:
         async def child() -> None:
             for use in (databases.session, databases.container.unit, lambda: session.execute(text("SELECT 1"))):
@@ -343,14 +340,11 @@ def test_a_task_that_inherited_a_unit_is_refused_by_name(databases: Databases) -
             await asyncio.create_task(child(), name="the child")
             databases.add("parent again")
 
-    async def named() -> None:
-        await asyncio.create_task(main(), name="the parent")
-
-    asyncio.run(named())
+    await asyncio.create_task(main(), name="the parent")
     assert databases.items() == ["parent", "parent again"]
 
 
-def test_a_task_that_inherited_a_unit_may_have_one_of_its_own(postgres_url: str) -> None:
+async def test_a_task_that_inherited_a_unit_may_have_one_of_its_own(postgres_url: str) -> None:
     with opened({"writer": postgres_url}) as databases:
 
         async def child() -> Session:
@@ -358,14 +352,11 @@ def test_a_task_that_inherited_a_unit_may_have_one_of_its_own(postgres_url: str)
                 databases.add("child")
                 return databases.session()
 
-        async def main() -> None:
-            with pytest.raises(Boom), databases.container.transaction():
-                databases.add("parent")
-                assert await asyncio.create_task(child()) is not databases.session()
-                databases.add("parent again")
-                raise Boom
-
-        asyncio.run(main())
+        with pytest.raises(Boom), databases.container.transaction():
+            databases.add("parent")
+            assert await asyncio.create_task(child()) is not databases.session()
+            databases.add("parent again")
+            raise Boom
         assert databases.items() == ["child"]
 
 
@@ -390,27 +381,24 @@ def test_units_of_200_interleaved_tasks_are_kept_apart(postgres_url: str) -> Non
         assert databases.items() == [f"{number:03}" for number in range(0, 200, 2)]
 
 
-def test_a_task_that_outlives_its_parents_unit_is_told_so(databases: Databases) -> None:
-    async def main() -> None:
-        go_on = asyncio.Event()
+async def test_a_task_that_outlives_its_parents_unit_is_told_so(databases: Databases) -> None:
+    go_on = asyncio.Event()
 
-        async def child() -> None:
-            await go_on.wait()
-            with pytest.raises(UnitOfWorkEnded):
-                databases.container.unit()
-            with pytest.raises(UnitOfWorkEnded):
-                session.add(Item(name="late"))
-            with databases.container.transaction():
-                databases.add("own")
-
+    async def child() -> None:
+        await go_on.wait()
+        with pytest.raises(UnitOfWorkEnded):
+            databases.container.unit()
+        with pytest.raises(UnitOfWorkEnded):
+            session.add(Item(name="late"))
         with databases.container.transaction():
-            session = databases.session()
-            outliving = asyncio.create_task(child())
-            await asyncio.sleep(0)
-        go_on.set()
-        await outliving
+            databases.add("own")
 
-    asyncio.run(main())
+    with databases.container.transaction():
+        session = databases.session()
+        outliving = asyncio.create_task(child())
+        await asyncio.sleep(0)
+    go_on.set()
+    await outliving
     assert databases.items() == ["own"]
 
 
@@ -429,7 +417,7 @@ def test_a_unit_begun_before_the_loop_is_the_first_tasks_that_uses_it(databases:
     assert databases.items() == ["after the loop", "first"]
 
 
-def test_an_async_generator_that_is_left_early_ends_its_unit(databases: Databases) -> None:
+async def test_an_async_generator_that_is_left_early_ends_its_unit(databases: Databases) -> None:
     """asyncio closes it in a task of its own."""
 
     async def numbers() -> AsyncIterator[int]:
@@ -437,68 +425,58 @@ def test_an_async_generator_that_is_left_early_ends_its_unit(databases: Database
             databases.add("abandoned")
             yield 1
 
-    async def main() -> None:
-        async for _ in numbers():
-            break
-        await asyncio.sleep(0.05)
-        assert databases.checked_out() == 0
-        with databases.container.transaction():
-            databases.add("next")
-
-    asyncio.run(main())
+    async for _ in numbers():
+        break
+    await asyncio.sleep(0.05)
+    assert databases.checked_out() == 0
+    with databases.container.transaction():
+        databases.add("next")
     assert databases.items() == ["next"]
 
 
-def test_a_block_that_ends_in_another_task_is_aborted_and_says_so(databases: Databases) -> None:
-    async def main() -> None:
-        block = databases.container.transaction()
-        block.__enter__()
-        databases.add("a")
+async def test_a_block_that_ends_in_another_task_is_aborted_and_says_so(databases: Databases) -> None:
+    block = databases.container.transaction()
+    block.__enter__()
+    databases.add("a")
 
-        async def leave() -> None:
-            with pytest.raises(ForeignUnitOfWork):
-                block.__exit__(None, None, None)
+    async def leave() -> None:
+        with pytest.raises(ForeignUnitOfWork):
+            block.__exit__(None, None, None)
 
-        await asyncio.create_task(leave())
-        assert databases.checked_out() == 0
-        with databases.container.transaction():
-            databases.add("next")
-
-    asyncio.run(main())
+    await asyncio.create_task(leave())
+    assert databases.checked_out() == 0
+    with databases.container.transaction():
+        databases.add("next")
     assert databases.items() == ["next"]
 
 
-def test_a_thread_that_goes_on_while_its_unit_is_aborted_leaves_no_transaction_open(
+async def test_a_thread_that_goes_on_while_its_unit_is_aborted_leaves_no_transaction_open(
     postgres: PostgresServer, postgres_url: str
 ) -> None:
     """Its next statement would begin a transaction on a connection that is in the pool again."""
     with opened({"writer": postgres_url}, each={"pool": POOL}) as databases:
+        errors: list[BaseException] = []
+        ended = threading.Event()
 
-        async def main() -> None:
-            errors: list[BaseException] = []
-            ended = threading.Event()
+        def work(session: Session) -> None:
+            try:
+                for _ in range(20):
+                    session.execute(text("SELECT pg_sleep(0.05)"))
+            except BaseException as error:
+                errors.append(error)
+            ended.set()
 
-            def work(session: Session) -> None:
-                try:
-                    for _ in range(20):
-                        session.execute(text("SELECT pg_sleep(0.05)"))
-                except BaseException as error:
-                    errors.append(error)
-                ended.set()
+        async def unit() -> None:
+            with databases.container.transaction():
+                await asyncio.to_thread(work, databases.session())
 
-            async def unit() -> None:
-                with databases.container.transaction():
-                    await asyncio.to_thread(work, databases.session())
-
-            for _ in range(3):
-                ended.clear()
-                task = asyncio.create_task(unit())
-                await asyncio.sleep(0.12)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                assert await asyncio.to_thread(ended.wait, 10)
-            assert [type(error) for error in errors] == [UnitOfWorkEnded] * 3
-
-        asyncio.run(main())
+        for _ in range(3):
+            ended.clear()
+            task = asyncio.create_task(unit())
+            await asyncio.sleep(0.12)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(ended.wait, 10)
+        assert [type(error) for error in errors] == [UnitOfWorkEnded] * 3
         assert postgres.open_transactions(database_name(postgres_url), within=1.0) == []
