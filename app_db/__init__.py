@@ -1,7 +1,7 @@
 """Named database connections whose sessions commit together.
 
-Settings describe the connections, a container provides engines and sessions for them, and a unit of work commits what was
-written in all of them, or nothing.
+Settings describe the connections. A container provides an engine and sessions for each. A unit of
+work commits what was written to all of them, or nothing.
 """
 
 from app_db import errors

@@ -1,4 +1,4 @@
-"""What coroutines use beside the names of `app_db`. It needs the extra `asyncio`."""
+"""Names for coroutines, in addition to those of `app_db`. They need the extra `asyncio`."""
 
 from app_db._sessions.async_routing import AsyncRoutingSession
 

@@ -1,11 +1,11 @@
-"""Declarative wiring, and nothing else: the one module that knows all the others."""
+"""Database containers: declarative wiring of all the other modules."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from dependency_injector import containers, providers
 from sqlalchemy.engine import Engine
@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from app_db._databases.engines import build_async_engine, build_engine
 from app_db._sessions.borrowing import BorrowingConfig
 from app_db._sessions.providers import Held, HolderProvider, Lasting, Lifecycle
-from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession, build_routing_session, build_routing_sessionmaker
-from app_db._sessions.sessions import SessionConfig, UnitRegistry, build_scoped_session, build_sessionmaker
+from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession, build_routing_sessionmaker
+from app_db._sessions.sessions import SessionConfig, UnitRegistry, UnitSession, build_scoped_session, build_sessionmaker
 from app_db._sessions.state import State, StateHolder
 from app_db._two_phase.checks import check
 from app_db._two_phase.decision_places import DecisionPlaces
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 
     from app_db._sessions.async_routing import AsyncRoutingSession
+    from app_db._sessions.async_sessions import AsyncUnitSession
+    from app_db._units.branches import Branch
 
     DeclarativeMeta = type
 else:
@@ -55,36 +57,39 @@ KINDS = (
 )
 """What every connection provides: `NAME.KIND`, and `NAME_KIND` beside it."""
 
+S = TypeVar("S", bound=Session)
+A = TypeVar("A", bound="AsyncSession")
+
 _PLUMBING = frozenset({"__self__", "core", "holder", "name"})
-"""Providers that no error suggests to anybody."""
+"""Providers that errors don't suggest."""
 
 
 # ---- instances --------------------------------------------------------------------------------------------------------
 
 
 class _Instance(containers.DynamicContainer):
-    """An instance of a container of this module: it knows its providers' names when asked for one that it has not."""
+    """An instance of a container. Asked for an unknown provider, it raises an error that lists the known ones."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise _unknown(name, self.__dict__.get("providers", ()))
 
 
 class _DatabaseInstance(_Instance):
-    """An instance of a database container. Its internal providers find it as `database_container`."""
+    """An instance of a database container. Its `core` has a reference to it, `database_container`."""
 
     def shutdown_resources(self, *arguments: Any, **options: Any) -> Awaitable[None]:
-        """Dispose all engines. What it returns has to be awaited where a running loop has engines, and may be anywhere else."""
+        """Dispose all engines. Await the result if the running loop has engines; elsewhere awaiting is optional."""
         waiting: Awaitable[None] | None = super().shutdown_resources(*arguments, **options)
         return _Nothing() if waiting is None else waiting
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "core":
-            value.container.database_container.set_provides(self)  # a copy comes with the original's
+            value.container.database_container.set_provides(self)  # a copy of `core` refers to the original
 
 
 class _Nothing:
-    """Can be awaited, and does nothing."""
+    """An awaitable that does nothing."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield from ()
@@ -121,7 +126,7 @@ def _build_async_engine(container: DatabaseContainer | None, name: str) -> Async
 
 def _build_async_sessionmaker(
     container: DatabaseContainer | None, name: str, engine: Callable[[], AsyncEngine]
-) -> async_sessionmaker[Any]:
+) -> async_sessionmaker[AsyncUnitSession]:
     container = _require_instance(container, name)
     require_greenlet()
     from app_db._sessions.async_sessions import AsyncSessionConfig, build_async_sessionmaker
@@ -131,23 +136,27 @@ def _build_async_sessionmaker(
     if lender is not None:
         from app_db._sessions.async_routing import build_async_routing_sessionmaker
 
-        return build_async_routing_sessionmaker(_borrowing_config(container, name, lender, "async_session"), settings.session)
+        config = _borrowing_config(container, name, lender, "async_session")
+        return cast("async_sessionmaker[AsyncUnitSession]", build_async_routing_sessionmaker(config, settings.session))
     return build_async_sessionmaker(
         AsyncSessionConfig(name, settings, container.core.coordinator(), lambda: engine().sync_engine)
     )
 
 
-def _build_sessionmaker(container: DatabaseContainer | None, name: str, engine: Callable[[], Engine]) -> sessionmaker[Any]:
+def _build_sessionmaker(
+    container: DatabaseContainer | None, name: str, engine: Callable[[], Engine]
+) -> sessionmaker[UnitSession]:
     container = _require_instance(container, name)
     settings = container.settings().connection(name)
     lender = _lender_of(container, name)
     if lender is not None:
-        return build_routing_sessionmaker(_borrowing_config(container, name, lender, "session"), settings.session)
+        config = _borrowing_config(container, name, lender, "session")
+        return cast("sessionmaker[UnitSession]", build_routing_sessionmaker(config, settings.session))
     return build_sessionmaker(SessionConfig(name, settings, container.core.coordinator(), engine))
 
 
 def _lender_of(container: DatabaseContainer, name: str) -> str | None:
-    """Return the connection in whose transaction this one takes part, if it has none of its own."""
+    """Return the connection whose transaction this one shares, or None if it has its own."""
     return container.settings().lender_of(name, container.providers)
 
 
@@ -163,49 +172,55 @@ def _session_on(container: DatabaseContainer, kind: str, name: str) -> Any:
     return getattr(container, f"{name}_{kind}")()
 
 
-def _holder_on(container: DatabaseContainer, name: str) -> Any:
+def _holder_on(container: DatabaseContainer, name: str) -> UnitSession | Branch:
     session = getattr(container, f"{name}_session")
     registry = getattr(container, f"{name}_scoped_session")().registry
-    return registry.holder() if isinstance(registry, UnitRegistry) and not session.overridden else session()
+    is_ours = isinstance(registry, UnitRegistry) and not session.overridden
+    holder: UnitSession | Branch = registry.holder() if is_ours else session()
+    return holder
 
 
 def _names_in(container: DatabaseContainer) -> list[str]:
     return [name for name, provider in container.providers.items() if isinstance(provider, Connection)]
 
 
-def _current_session(scoped: scoped_session[Any]) -> Session:
-    session: Session = scoped.registry()
+def _current_session(scoped: scoped_session[S]) -> S:
+    session: S = scoped.registry()
     return session
 
 
 def _build_scoped_session(
-    container: DatabaseContainer | None, name: str, maker: Callable[[], sessionmaker[Any]]
-) -> scoped_session[Any]:
+    container: DatabaseContainer | None, name: str, maker: Callable[[], sessionmaker[UnitSession]]
+) -> scoped_session[UnitSession]:
     return build_scoped_session(maker())
 
 
 def _build_async_scoped_session(
-    container: DatabaseContainer | None, name: str, maker: Callable[[], async_sessionmaker[Any]]
-) -> async_scoped_session[Any]:
-    made = maker()  # first, for it says what is missing without greenlet
+    container: DatabaseContainer | None, name: str, maker: Callable[[], async_sessionmaker[AsyncUnitSession]]
+) -> async_scoped_session[AsyncUnitSession]:
+    made = maker()  # first: without greenlet it raises a clear error
     from app_db._sessions.async_sessions import build_async_scoped_session
 
     return build_async_scoped_session(made)
 
 
-def _current_async_session(scoped: async_scoped_session[Any]) -> AsyncSession:
-    session: AsyncSession = scoped.registry()
+def _current_async_session(scoped: async_scoped_session[A]) -> A:
+    session: A = scoped.registry()
     return session
 
 
 class ConnectionContainer(containers.DeclarativeContainer):
-    """What one connection provides: `writer` of a container is one, and `writer_session` is its `session`."""
+    """The providers of one connection: its engine, sessionmaker, scoped session and session, each sync and async.
+
+    `container.writer` is an instance. Its `session` is also provided as `container.writer_session`,
+    and so on.
+    """
 
     instance_type = _Instance
 
     name: providers.Object[str] = providers.Object("")
     holder: providers.Callable[StateHolder] = providers.Callable()
-    """The one of the database container, to which `Connection` links it."""
+    """The holder of the database container. `Connection` sets it."""
 
     engine = Held(StateHolder.get, holder, "engine", name, _build_engine)
     sessionmaker = Held(StateHolder.get, holder, "sessionmaker", name, _build_sessionmaker, engine.provider)
@@ -226,7 +241,7 @@ class ConnectionContainer(containers.DeclarativeContainer):
 
 
 def _session_of(container: DatabaseContainer | None, subject: object) -> Session:
-    """Return the unit's session of the connection that a model, table or statement belongs to."""
+    """Return the unit's session for the connection of a model, table or statement."""
     session: Session = _provider_of(container, "session", subject)()
     return session
 
@@ -247,10 +262,11 @@ def _provider_of(container: DatabaseContainer | None, kind: str, subject: object
 
 
 class Connection(providers.Container[ConnectionContainer]):
-    """A named database of a container: `writer = Connection()` provides `writer.session`, and `writer_session` beside it.
+    """A named database of a container. `writer = Connection()` provides `writer.session`, which is also `writer_session`.
 
-    The attribute's name is the connection's name in the settings. `engine`, `sessionmaker`, `scoped_session` and `session` are
-    provided in both ways, and are the same providers:
+    The attribute's name is the connection's name in the settings. The providers are `engine`,
+    `sessionmaker`, `scoped_session`, `session`, and the same four with the prefix `async_`. Both
+    forms give the same provider:
 
     >>> from app_db import Connection, DatabaseContainer
     >>> class Container(DatabaseContainer):
@@ -305,33 +321,24 @@ def _routing_config(container: DatabaseContainer | None, kind: str) -> tuple[Rou
 
 
 def _build_routing(container: DatabaseContainer | None, name: str) -> scoped_session[RoutingSession]:
-    return build_routing_session(*_routing_config(container, name))
-
-
-def _current_routing_session(scoped: scoped_session[RoutingSession]) -> RoutingSession:
-    session: RoutingSession = scoped.registry()
-    return session
+    return build_scoped_session(build_routing_sessionmaker(*_routing_config(container, name)))
 
 
 def _build_async_routing(container: DatabaseContainer | None, name: str) -> async_scoped_session[AsyncRoutingSession]:
     require_greenlet()
-    from app_db._sessions.async_routing import build_async_routing_session
+    from app_db._sessions.async_routing import build_async_routing_sessionmaker
+    from app_db._sessions.async_sessions import build_async_scoped_session
 
-    return build_async_routing_session(*_routing_config(container, name))
-
-
-def _current_async_routing_session(scoped: async_scoped_session[AsyncRoutingSession]) -> AsyncRoutingSession:
-    session: AsyncRoutingSession = scoped.registry()
-    return session
+    return build_async_scoped_session(build_async_routing_sessionmaker(*_routing_config(container, name)))
 
 
 # ---- what an application subclasses -----------------------------------------------------------------------------------
 
 
 class _CoreContainer(containers.DeclarativeContainer):
-    """What a database container has for itself: no application needs these providers."""
+    """The internal providers of a database container."""
 
-    database_container: providers.Object[Any] = providers.Object(None)
+    database_container: providers.Object[DatabaseContainer | None] = providers.Object(None)
     holder = HolderProvider(StateHolder, database_container)
     state: providers.Provider[State] = providers.Callable(attrgetter("state"), holder)
     decision_places: providers.Provider[DecisionPlaces] = providers.Callable(attrgetter("decision_places"), state)
@@ -342,15 +349,15 @@ class _CoreContainer(containers.DeclarativeContainer):
 
 
 class _DatabaseContainerMeta(DeclarativeMeta):
-    """Gives a container class the flat names, `Container.writer_session`, and a clear error for those it has not."""
+    """Gives container classes checks of their connections' names, and a clear error for unknown ones."""
 
-    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, Any], **arguments: Any) -> Any:
+    def __new__(cls, name: str, bases: tuple[type, ...], attributes: dict[str, object], **arguments: object) -> Any:
         for attribute, value in attributes.items():
             if isinstance(value, Connection):
                 _refuse_taken_names(attribute, bases, attributes)
         if "core" in attributes and any(hasattr(base, "core") for base in bases):
             raise InvalidUse(f"{name} defines 'core', where app_db keeps its own providers", "Give it another name")
-        for base in bases:  # wiring leaves `__self__` there, and a subclass would take its base for itself
+        for base in bases:  # wiring leaves `__self__` there, by which a subclass would find its base instead of itself
             getattr(base, "providers", {}).pop("__self__", None)
         return super().__new__(cls, name, bases, attributes, **arguments)
 
@@ -359,18 +366,34 @@ class _DatabaseContainerMeta(DeclarativeMeta):
 
 
 class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseContainerMeta):
-    """What an application subclasses, with a `Connection()` for every database.
+    """The base class of an application's container. Give a subclass a `Connection()` for every database.
 
-    `settings` come from the environment, unless an instance is given others. `transaction` makes a unit of work for `with`,
-    with the options of `transactional`, and `unit` is the one under way; `session_of(Model)` is its session of the model's
-    connection. Statements of `session` and, for coroutines, of `async_session` find their connections. `create_all`, `drop_all`,
-    `reflect`, `reflect_schema` and `bootstrap` make, drop, read and fill tables. `transaction_manager` follows the context; give
-    the instance `transaction.manager` to share zope's own. Engines are made at first use; `shutdown_resources()` disposes them.
+    >>> from app_db import Connection, DatabaseContainer, DatabaseSettings
+    >>> class Container(DatabaseContainer):
+    ...     writer = Connection()
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
+    >>> with container.transaction() as unit:
+    ...     session = container.writer_session()
+
+    Its providers, besides those of the connections:
+
+    - `settings`: the DatabaseSettings, from the environment unless the instance is given others
+    - `transaction`: a Transaction, for `with`. It takes the options of `transactional`
+    - `unit`: the current UnitOfWork. Raises NoUnitOfWork if there is none
+    - `session_of(Model)`, `async_session_of(Model)`: the unit's session for the connection of a model, table or statement
+    - `session`, `async_session`: the unit's session that finds the connection of each statement
+    - `create_all`, `drop_all`: create and drop tables
+    - `reflect`, `reflect_schema`: read tables from the databases
+    - `bootstrap`, `async_bootstrap`: create the tables and call a function, once
+    - `check`, `recovery`: check two-phase commit, and settle what is in doubt
+    - `transaction_manager`: a ContextTransactionManager. Give the instance `transaction.manager` to share zope's own
+
+    Engines are made at first use. `shutdown_resources()` disposes them.
     """
 
     instance_type = _DatabaseInstance
 
-    core: type[_CoreContainer] = cast("Any", providers.Container(_CoreContainer))
+    core: type[_CoreContainer] = cast("type[_CoreContainer]", providers.Container(_CoreContainer))
     settings: providers.Provider[DatabaseSettings] = Held(StateHolder.get, core.holder, "settings", "", _build_settings)
     transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
     recovery: providers.Provider[Recovery] = providers.Factory(build_recovery, core.database_container, core.decision_places)
@@ -385,10 +408,8 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     drop_all: providers.Provider[None] = providers.Callable(drop_all, core.database_container)
     bootstrap: providers.Provider[bool] = providers.Callable(bootstrap, core.database_container)
     async_bootstrap: providers.Provider[Awaitable[bool]] = providers.Callable(async_bootstrap, core.database_container)
-    session: providers.Provider[RoutingSession] = providers.Callable(_current_routing_session, core.routing)
-    async_session: providers.Provider[AsyncRoutingSession] = providers.Callable(
-        _current_async_routing_session, core.async_routing
-    )
+    session: providers.Provider[RoutingSession] = providers.Callable(_current_session, core.routing)
+    async_session: providers.Provider[AsyncRoutingSession] = providers.Callable(_current_async_session, core.async_routing)
 
     if TYPE_CHECKING:
 
@@ -396,7 +417,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
 
 
 class Container(DatabaseContainer):
-    """A container with a writer and a reader, ready to use.
+    """A container with the connections `writer` and `reader`.
 
     >>> from app_db import Container, DatabaseSettings
     >>> from sqlalchemy import text
@@ -411,7 +432,7 @@ class Container(DatabaseContainer):
 
 
 def container_of(*names: str) -> type[DatabaseContainer]:
-    """Return a container class for connections whose names are known only at run time.
+    """Return a container class with a connection for each name, for names that are known only at run time.
 
     >>> from app_db import DatabaseSettings, container_of
     >>> settings = DatabaseSettings(connections={"north": {"url": "sqlite://"}, "south": {"url": "sqlite://"}})
@@ -420,6 +441,5 @@ def container_of(*names: str) -> type[DatabaseContainer]:
     ...     container.south_session().get_bind().name
     'sqlite'
     """
-    make: Any = type(DatabaseContainer)
-    container: type[DatabaseContainer] = make("Container", (DatabaseContainer,), {name: Connection() for name in names})
-    return container
+    make = cast("Callable[..., type[DatabaseContainer]]", type(DatabaseContainer))
+    return make("Container", (DatabaseContainer,), {name: Connection() for name in names})

@@ -1,4 +1,4 @@
-"""The session of coroutines that finds its database: a `RoutingSession` does its work.
+"""The async session that finds its database, around a `RoutingSession`.
 
 Importing this needs greenlet, which comes with the extra `asyncio`.
 """
@@ -6,37 +6,34 @@ Importing this needs greenlet, which comes with the extra `asyncio`.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker
+from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from app_db._sessions.async_sessions import AsyncUnitSession
-from app_db._sessions.routing import OverlayConfig, RoutingConfig, RoutingSession
-from app_db._sessions.sessions import UnitRegistry
+from app_db._sessions.routing import OverlayConfig, RoutingSession
+from app_db._sessions.sessions import UnitSession
 
 if TYPE_CHECKING:
     from app_db.settings import SessionSettings
 
 
 class AsyncRoutingSession(AsyncUnitSession):
-    """A session for coroutines that goes to the connection of the model, table or statement that it is given."""
+    """An async session of one unit of work that sends each statement to the connection of the model or table that it names.
 
-    sync_session_class: Any = RoutingSession
+    It follows the rules of `RoutingSession`. `container.async_session()` returns the current
+    unit's.
+    """
+
+    sync_session_class: type[UnitSession] = RoutingSession
 
     def using(self, name: str) -> AbstractContextManager[None]:
-        """Have statements in the block go to the connection `name`, as `RoutingSession.using` does. Nothing in it is awaited."""
+        """Send statements in the block to the connection `name`, as `RoutingSession.using` does. Use a plain `with`."""
         return cast(RoutingSession, self.sync_session).using(name)
 
 
 def build_async_routing_sessionmaker(config: OverlayConfig, settings: SessionSettings) -> async_sessionmaker[AsyncRoutingSession]:
-    """Return the maker of the sessions that coroutines use of a config."""
-    arguments: Any = {"config": config, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
-    return async_sessionmaker(class_=AsyncRoutingSession, **arguments)
-
-
-def build_async_routing_session(config: RoutingConfig, settings: SessionSettings) -> async_scoped_session[AsyncRoutingSession]:
-    """Return the proxy that is always the current unit's session for coroutines."""
-    maker = build_async_routing_sessionmaker(config, settings)
-    scoped: async_scoped_session[AsyncRoutingSession] = async_scoped_session(maker, lambda: None)
-    scoped.registry = UnitRegistry(maker)
-    return scoped
+    """Return the async sessionmaker of a configuration."""
+    return async_sessionmaker(
+        class_=AsyncRoutingSession, config=config, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
+    )

@@ -1,11 +1,11 @@
-"""The sessions of coroutines: SQLAlchemy's, around the same `UnitSession` that threads use.
+"""The async sessions of a unit of work: SQLAlchemy's AsyncSession around a `UnitSession`.
 
 Importing this needs greenlet, which comes with the extra `asyncio`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 
@@ -16,13 +16,18 @@ from app_db.errors import AwaitRequired
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
+    from app_db._units.interfaces import BranchedWork
+
+
+S = TypeVar("S", bound="AsyncUnitSession")
+
 
 class AsyncSessionConfig(SessionConfig):
-    """What the sessions have in common that coroutines use on one connection."""
+    """The configuration that the async sessions of one connection share."""
 
     asynchronous = True
 
-    def engine_for(self, work: Work) -> Engine:
+    def engine_for(self, work: BranchedWork) -> Engine:
         if not work.asynchronous:
             advice = "Begin its unit of work with `async with container.transaction():`"
             raise AwaitRequired(f"The {self.name!r} async session", advice)
@@ -30,29 +35,30 @@ class AsyncSessionConfig(SessionConfig):
 
 
 class AsyncUnitSession(AsyncSession):
-    """A session for coroutines that belongs to the unit of work in which it is first used. A `UnitSession` does its work."""
+    """An async session of one unit of work, around a `UnitSession`."""
 
     sync_session_class = UnitSession
 
     @property
     def config(self) -> SessionConfig:
-        """What it has in common with the others of its connection."""
+        """The configuration of its connection's sessions."""
         return cast(UnitSession, self.sync_session).config
 
     def enter(self, work: Work) -> None:
-        """Belong to `work` from now on."""
+        """Make this a session of `work`."""
         cast(UnitSession, self.sync_session).enter(work)
 
 
 def build_async_sessionmaker(config: AsyncSessionConfig) -> async_sessionmaker[AsyncUnitSession]:
-    """Return the maker of the sessions that coroutines use on one connection."""
+    """Return the async sessionmaker of one connection."""
     settings = config.settings.session
-    arguments: Any = {"config": config, "autoflush": settings.autoflush, "expire_on_commit": settings.expire_on_commit}
-    return async_sessionmaker(class_=AsyncUnitSession, **arguments)
+    return async_sessionmaker(
+        class_=AsyncUnitSession, config=config, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
+    )
 
 
-def build_async_scoped_session(maker: async_sessionmaker[AsyncUnitSession]) -> async_scoped_session[AsyncUnitSession]:
-    """Return the proxy that is always the current unit's session for coroutines."""
-    scoped: async_scoped_session[AsyncUnitSession] = async_scoped_session(maker, lambda: None)
+def build_async_scoped_session(maker: async_sessionmaker[S]) -> async_scoped_session[S]:
+    """Return the proxy of the current unit's async session."""
+    scoped: async_scoped_session[S] = async_scoped_session(maker, lambda: None)
     scoped.registry = UnitRegistry(maker)
     return scoped

@@ -1,12 +1,13 @@
-"""Sessions of connections that lead where another session of the unit has a transaction already: they borrow its connection.
+"""Sessions that borrow the connection of another session of the unit, because both connections lead to one database.
 
-Two connections with the same URL are two names for one database. With a transaction each, SQLite would have the unit wait for
-itself, and other databases might commit half of it. So one lends its connection, and the session of the other is laid over it.
+Two connections with the same URL are two names for one database. If each had a transaction, a unit
+on SQLite would wait for itself, and other databases might commit half of it. So the session of one
+uses the connection of the other, the lender.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from app_db._sessions.routes import Route
 from app_db._sessions.routing import Holders, OverlayConfig
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class _OneWay:
-    """Routes that all lead to one connection."""
+    """Routes that send every statement to one connection, the lender."""
 
     def __init__(self, lender: str) -> None:
         self.default = lender
         self._route = Route(lender, reads=False)
 
     def require(self, name: str) -> None:
-        """Accept every name: it makes no difference."""
+        """Accept every name."""
 
     def owner(self, name: str) -> str:
         return self.default
@@ -34,15 +35,15 @@ class _OneWay:
     def next_replica(self, name: str) -> str:
         return self.default
 
-    def of_mapper(self, mapper: Any) -> str:
+    def of_mapper(self, mapper: object) -> str:
         return self.default
 
-    def of_statement(self, statement: Any) -> Route:
+    def of_statement(self, statement: object) -> Route:
         return self._route
 
 
 class BorrowingConfig(OverlayConfig):
-    """What the sessions of one connection have in common that borrow the connection of another one's session."""
+    """The configuration of the sessions of one connection that borrow another one's."""
 
     def __init__(self, name: str, lender: str, coordinator: Coordinator, holders: Holders) -> None:
         super().__init__(coordinator, holders)

@@ -1,8 +1,8 @@
-"""The providers of a container: views on its state, and what resets and closes the state."""
+"""The providers that read, reset and close the state of a container."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from dependency_injector import providers
@@ -14,31 +14,28 @@ R = TypeVar("R")
 
 
 class Lasting(providers.ThreadSafeSingleton[Any]):
-    """A singleton that `reset_singletons()` leaves alone, because units under way stand on it."""
+    """A singleton that `reset_singletons()` does not reset, because open units use it."""
 
     def reset(self) -> Any:
         """Do nothing."""
 
 
 class HolderProvider(providers.ThreadSafeSingleton[StateHolder]):
-    """The holder of a container instance's state.
+    """The holder of a container instance's state. `reset_singletons()` resets the state, not the holder."""
 
-    `reset_singletons()`, of that container or of one around it, resets the state.
-    """
-
-    def reset(self) -> Any:
-        """Reset the state, not the holder."""
+    def reset(self) -> providers.SingletonResetContext:
+        """Reset the state."""
         self().state.reset()
         return providers.SingletonResetContext(self)
 
 
 class Held(providers.Callable[T]):
-    """A view on the state: it calls a method of the holder with a kind, a name and `build`."""
+    """A provider of an object in the state. It calls a method of the holder with a kind, a name and `build`."""
 
-    def reset(self) -> Any:
-        """Forget the object: the next one is made from the settings of that time.
+    def reset(self) -> providers.SingletonResetContext:
+        """Forget the object. The next call makes a new one from the current settings.
 
-        An engine is retired: idle connections close now, those in use when their units end.
+        An engine is retired: its idle connections are closed now, the others when their units end.
         """
         self._ask(State.forget)
         return providers.SingletonResetContext(self)
@@ -49,22 +46,22 @@ class Held(providers.Callable[T]):
         return self._ask(State.has)
 
     def own(self) -> T:
-        """Return what it gives when nothing overrides it."""
+        """Return its object, ignoring overrides."""
         own: T = providers.Callable(self.provides, *self.args)()
         return own
 
     def _ask(self, method: Callable[..., R]) -> R:
-        """Call a method of the state with what this provider is given."""
-        given: Sequence[Any] = self.args
+        """Call a method of the state with the arguments of this provider."""
+        given: Sequence[providers.Provider[StateHolder]] = self.args
         answer: R = providers.Callable(method, given[0].provided.state, *given[1:])()
         return answer
 
 
 class Lifecycle(providers.Resource[None]):
-    """What `init_resources()` and `shutdown_resources()` do, of the container or one around it.
+    """The resource behind `init_resources()` and `shutdown_resources()`.
 
-    The first checks two-phase commit, where a connection wants it, and recovers and reflects models,
-    where the settings say so; it makes no engine otherwise. The second disposes all engines.
+    The first checks two-phase commit if a connection uses it, and recovers and reflects if the
+    settings say so. Without these it makes no engine. The second disposes all engines.
     """
 
     @property
@@ -72,7 +69,7 @@ class Lifecycle(providers.Resource[None]):
         return self._holder.state.in_use
 
     def init(self) -> None:
-        """Check, and do what `recover_at_start` and `reflect_at_start` say."""
+        """Check two-phase commit, then recover and reflect if the settings say so."""
         container = self._holder.container
         container.check()
         if container.settings().recover_at_start:
@@ -81,12 +78,15 @@ class Lifecycle(providers.Resource[None]):
             container.reflect()
 
     def is_async_mode_enabled(self) -> bool:
-        """Whether `shutdown_resources()` has to be awaited: where a running loop has engines."""
+        """Return whether `shutdown_resources()` must be awaited, because the running loop has engines."""
         return self._holder.state.in_use_here
 
-    def shutdown(self) -> Any:
+    def shutdown(self) -> Awaitable[None] | None:
         state = self._holder.state
-        return state.close_awaited() if state.in_use_here else state.close()
+        if state.in_use_here:
+            return state.close_awaited()
+        state.close()
+        return None
 
     @property
     def _holder(self) -> StateHolder:

@@ -1,8 +1,8 @@
-"""Which connection a statement goes to, as far as the settings and the statement itself say. Units of work are not known here."""
+"""Choose the connection of a statement by the settings and the statement alone, without the unit of work."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,16 +27,16 @@ _STRICT = ("REPEATABLE READ", "SERIALIZABLE")
 
 
 class Route(NamedTuple):
-    """What a statement says about where it goes."""
+    """What a statement tells about its connection."""
 
     connection: str | None
-    """Whose tables it names; None for a statement that doesn't say."""
+    """The connection of the tables that it names, or None if it names none."""
     reads: bool
-    """Whether it is known to do nothing but read."""
+    """Whether it certainly only reads."""
 
 
 class Routes:
-    """The connections of a container, and which of them are replicas of which."""
+    """The connections of a container and their replicas."""
 
     def __init__(self, settings: DatabaseSettings, names: Sequence[str]) -> None:
         self._names = names
@@ -48,8 +48,8 @@ class Routes:
         self._lenders = settings.lenders(names)
         self._strict = frozenset(name for name in names if _is_strict(settings, name))
         self._turn = count()
-        self._routes: LRUCache[Any, Route] = LRUCache(1000)
-        self._of_mappers: LRUCache[Any, str | None] = LRUCache(1000)
+        self._routes: LRUCache[Hashable, Route] = LRUCache(1000)
+        self._of_mappers: LRUCache[object, str | None] = LRUCache(1000)
 
     def _find_default(self) -> str | None:
         candidates = [name for name in self._names if name not in self._owners]
@@ -57,12 +57,12 @@ class Routes:
 
     @property
     def has_default(self) -> bool:
-        """Whether there is a connection for statements that don't say where they go."""
+        """Whether there is a connection for statements that name no model."""
         return self._default is not None
 
     @property
     def default(self) -> str:
-        """Where statements go that don't say where: to `writer`, or to the only connection that is no replica."""
+        """The connection for statements that name no model: `writer`, or the only connection that is no replica."""
         if self._default is None:
             raise InvalidUse(
                 "A statement names no model of a connection, and the container has no 'writer' to which such statements go",
@@ -71,12 +71,12 @@ class Routes:
         return self._default
 
     def require(self, name: str) -> None:
-        """Raise unless the container has a connection of that name."""
+        """Raise InvalidUse unless the container has a connection of that name."""
         if name not in self._names:
             raise InvalidUse(f"There is no connection {name!r}", f"Use one of {', '.join(map(repr, self._names))}")
 
     def owner(self, name: str) -> str:
-        """Return what a connection is a replica of, or the connection itself."""
+        """Return the connection of which `name` is a replica, or `name` itself."""
         return self._owners.get(name, name)
 
     def is_replica(self, name: str) -> bool:
@@ -84,28 +84,28 @@ class Routes:
         return name in self._owners
 
     def branch_of(self, name: str) -> str:
-        """Return whose branch of a unit what goes to `name` is a part of: of the connection whose transaction it shares."""
+        """Return the connection whose branch `name` shares, or `name` itself."""
         return self._lenders.get(name, name)
 
     def may_lag_behind(self, name: str) -> bool:
-        """Return whether reads of a unit that may write can go to replicas of `name`, which its isolation can't include."""
+        """Return whether reads may go to replicas of `name`. A strict isolation level forbids it: replicas are outside it."""
         return name in self._replicas and name not in self._strict
 
     def next_replica(self, name: str) -> str:
-        """Return one of the replicas of `name`, in turn, or `name` where there is none."""
+        """Return the replicas of `name` in turn, or `name` if there is none."""
         replicas = self._replicas.get(name)
         return replicas[next(self._turn) % len(replicas)] if replicas else name
 
-    def of_mapper(self, mapper: Any) -> str | None:
-        """Return whose tables a mapper maps."""
+    def of_mapper(self, mapper: object) -> str | None:
+        """Return the connection of a mapper's tables, or None."""
         try:
             found: str | None = self._of_mappers[mapper]
         except KeyError:
             found = self._of_mappers[mapper] = _connection_of(mapper)
         return found
 
-    def of_statement(self, statement: Any) -> Route:
-        """Return the route of a statement. Asked again for one of the same shape, it needn't look at it."""
+    def of_statement(self, statement: object) -> Route:
+        """Return the route of a statement. Routes are cached by SQLAlchemy's cache key."""
         key = cache_key_of(statement)
         if key is None:
             return self._route_of(statement)
@@ -114,18 +114,18 @@ class Routes:
             route = self._routes[key] = self._route_of(statement)
         return route
 
-    def _route_of(self, statement: Any) -> Route:
+    def _route_of(self, statement: object) -> Route:
         self._refuse_joined_loads(statement)
         return Route(_connection_of(statement), is_query(statement))
 
     def _refuse_joined_loads(self, statement: Any) -> None:
-        """Raise where objects are to be loaded by joins across databases. Such joins are no part of the statement yet."""
-        if any(map(self._leads_elsewhere, _mappers_in(statement))):  # compiling a statement takes its time
+        """Raise if a joined load would join tables of two databases. The statement does not contain such joins yet."""
+        if any(map(self._leads_elsewhere, _mappers_in(statement))):  # compiling is slow
             for joined in statement.get_final_froms():
                 _connection_of(joined)
 
-    def _leads_elsewhere(self, mapper: Mapper[Any]) -> bool:
-        """Return whether relationships lead from a mapper's objects, one after the other, to another database."""
+    def _leads_elsewhere(self, mapper: Mapper[object]) -> bool:
+        """Return whether a chain of relationships leads from a mapper to another database."""
         return len({self.of_mapper(near) for near in _around(mapper)} - {None}) > 1
 
 
@@ -133,14 +133,14 @@ def _is_strict(settings: DatabaseSettings, name: str) -> bool:
     return (name in settings.connections) and settings.connection(name).isolation_level in _STRICT
 
 
-def _connection_of(subject: Any) -> str | None:
+def _connection_of(subject: object) -> str | None:
     try:
         return connection_of(subject)
     except UnknownModel:
         return None
 
 
-def _mappers_in(statement: Any) -> set[Mapper[Any]]:
+def _mappers_in(statement: Any) -> set[Mapper[object]]:
     """Return the mappers of the models that a SELECT loads."""
     if not (getattr(statement, "is_select", False) and hasattr(statement, "get_final_froms")):
         return set()
@@ -148,9 +148,9 @@ def _mappers_in(statement: Any) -> set[Mapper[Any]]:
     return {entity.mapper for entity in found if hasattr(entity, "mapper")}
 
 
-def _around(mapper: Mapper[Any]) -> set[Mapper[Any]]:
-    """Return a mapper and those to which relationships lead from it, directly or by others."""
-    found: set[Mapper[Any]] = set()
+def _around(mapper: Mapper[object]) -> set[Mapper[object]]:
+    """Return a mapper and all that relationships lead to from it, directly or indirectly."""
+    found: set[Mapper[object]] = set()
     remaining = [mapper]
     while remaining:
         near = remaining.pop()
@@ -161,13 +161,13 @@ def _around(mapper: Mapper[Any]) -> set[Mapper[Any]]:
 
 
 def is_query(statement: Any) -> bool:
-    """Return whether all of a statement is known to do nothing but read, and to lock nothing."""
+    """Return whether a statement certainly only reads, and locks nothing."""
     return bool(getattr(statement, "is_select", False) or getattr(statement, "is_from_statement", False)) and not any(
         _may_do_more(element) for element in iterate(statement)
     )
 
 
-def _may_do_more(element: Any) -> bool:
+def _may_do_more(element: object) -> bool:
     if isinstance(element, FunctionElement):
         return bool(getattr(element, "packagenames", ())) or not is_harmless(str(getattr(element, "name", "")))
     if isinstance(element, ColumnClause):

@@ -1,28 +1,28 @@
-"""One session a unit of work whose statements find their databases: by the models they name, and by whether they write.
+"""The session that chooses a database for each statement: by the models that it names, and by whether it writes.
 
-It has no connection of its own. A statement that goes to the connection `writer` is sent on that of the unit's `writer_session`,
-or of a branch without a session while nothing has asked for one, and so is a part of that branch of the unit; the unit
-flushes, rolls back and ends this session around its branches (`Overlay`).
+It has no connection of its own. A statement for the connection `writer` is sent on the connection
+of the unit's branch of `writer`, and belongs to that branch. The branch may have a session,
+`writer_session`, or none. The unit flushes, rolls back and ends this session through an `Overlay`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import scoped_session, sessionmaker
+from sqlalchemy.orm import sessionmaker
 
 from app_db._compat.sqlalchemy import lend
 from app_db._databases.statements import Effect
 from app_db._sessions.routes import Routes
-from app_db._sessions.sessions import UnitRegistry, UnitSession
+from app_db._sessions.sessions import UnitSession
 from app_db.errors import AppDbError, AwaitRequired, InvalidUse, ReplicaUnavailable
 from app_db.settings import SessionSettings
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, RootTransaction
     from sqlalchemy.orm import SessionTransaction
 
     from app_db._units.branches import Branch
@@ -32,18 +32,21 @@ if TYPE_CHECKING:
     from app_db.settings import DatabaseSettings
 
 
+T = TypeVar("T")
+
+
 class Holders(NamedTuple):
-    """Where the connections of the unit's sessions are found, by name."""
+    """Find the unit's sessions and branches by the names of their connections."""
 
     session_of: Callable[[str], Any]
-    """The unit's session, of threads or of coroutines."""
-    holder_of: Callable[[str], Any]
-    """The session, or a branch while no session has been asked for."""
+    """Returns the unit's session, sync or async."""
+    holder_of: Callable[[str], UnitSession | Branch]
+    """Returns the unit's session, or its branch if no session has been asked for."""
     asynchronous: bool = False
 
 
 class OverlayConfig:
-    """What sessions have in common that use the connections of others."""
+    """The configuration of sessions that use the connections of a unit's branches."""
 
     read_only = False
     autonomous = False
@@ -51,7 +54,7 @@ class OverlayConfig:
     may_keep_decisions = False
     name: str
     routes: Any
-    """Where statements go: `Routes`, or what answers as they do."""
+    """`Routes`, or an object with the same methods."""
 
     def __init__(self, coordinator: Coordinator, holders: Holders) -> None:
         self.coordinator = coordinator
@@ -59,24 +62,23 @@ class OverlayConfig:
         self._holders = holders
 
     def session_of(self, name: str) -> UnitSession:
-        """Return the unit's session of a connection, the one that threads use of a coroutines' one."""
+        """Return the unit's session of a connection: for an async session, the sync session inside it."""
         session: Any = self._holders.session_of(name)
         found: UnitSession = session.sync_session if self.asynchronous else session
         return found
 
     def holder_of(self, name: str) -> UnitSession | Branch:
-        """Return what holds the connection in the unit: its session, or a branch while no session has been asked for."""
-        found: UnitSession | Branch = self.session_of(name) if self.asynchronous else self._holders.holder_of(name)
-        return found
+        """Return the unit's session of a connection, or its branch if no session has been asked for."""
+        return self.session_of(name) if self.asynchronous else self._holders.holder_of(name)
 
     def engine_for(self, work: Work) -> None:
-        """Return no engine. Coroutines may only use it in a unit that they can end."""
+        """Return no engine. Raises AwaitRequired for an async session in a unit that was not begun by `async with`."""
         if self.asynchronous and not work.asynchronous:
             raise AwaitRequired("The async session", "Begin its unit of work with `async with container.transaction():`")
 
 
 class RoutingConfig(OverlayConfig):
-    """What the sessions of one container have in common that find their databases."""
+    """The configuration of a container's routing sessions."""
 
     name = "session"
 
@@ -94,28 +96,28 @@ class RoutingConfig(OverlayConfig):
 
     @property
     def routes(self) -> Routes:
-        """Where statements go, by the settings as they stand now."""
+        """The routes of statements, by the current settings."""
         settings, known = self._settings(), self._routes
         if known is None or known[0] is not settings:
             known = self._routes = settings, Routes(settings, self._names())
         return known[1]
 
     def session_settings(self) -> SessionSettings:
-        """Return how the sessions behave: as those do of the connection that gets what names no model."""
+        """Return the session settings of the default connection."""
         settings, routes = self._settings(), self.routes
         return settings.connection(routes.default).session if routes.has_default else SessionSettings()
 
 
 class _InUse(NamedTuple):
-    """A connection that a session uses, as long as neither its own transaction nor that of who holds it is another."""
+    """A connection that a routing session uses, and the transactions of session and holder in which it may."""
 
     connection: Connection
     holder: UnitSession | Branch
-    its_transaction: Any
-    own_transaction: Any
+    its_transaction: SessionTransaction | RootTransaction | None
+    own_transaction: SessionTransaction | None
 
-    def stands(self, own_transaction: Any) -> bool:
-        """Return whether it can be used again without asking its holder: a session begins savepoints when it is asked."""
+    def stands(self, own_transaction: SessionTransaction | None) -> bool:
+        """Return whether it can be used again without asking its holder, because no transaction has changed."""
         return (
             own_transaction is self.own_transaction
             and self.holder.current_transaction is self.its_transaction
@@ -125,10 +127,18 @@ class _InUse(NamedTuple):
 
 
 class RoutingSession(UnitSession):
-    """A session that belongs to the unit of work and goes to the connection of the model, table or statement that it is given.
+    """A session of one unit of work that sends each statement to the connection of the model or table that it names.
 
-    Reads go to a replica of that connection where there is one, until the unit has written there. What names no model goes to the
-    writer. `using` says otherwise.
+    A read goes to a replica of that connection, if there is one and the unit has not written to the
+    connection. A statement that names no model goes to `writer`. Use `using` to choose another
+    connection. `container.session()` returns the current unit's:
+
+    >>> from app_db import Container, DatabaseSettings
+    >>> from sqlalchemy import text
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
+    >>> with container.transaction():
+    ...     container.session().scalar(text("SELECT 42"))
+    42
     """
 
     config: Any
@@ -144,9 +154,10 @@ class RoutingSession(UnitSession):
 
     @contextmanager
     def using(self, name: str) -> Generator[None]:
-        """Have statements in the block go to the connection `name`: those of its database, and those that name no model.
+        """Send statements in the `with` block to the connection `name`.
 
-        What a flush writes goes where it always goes.
+        This holds for statements that name no model, and for models of the same database. Flushes
+        are not affected. Raises InvalidUse if there is no such connection.
         """
         self.config.routes.require(name)
         before, self._told = self._told, name
@@ -158,15 +169,14 @@ class RoutingSession(UnitSession):
     # -- taking part in the unit
 
     def take_part(self) -> None:
-        """Be a part of what the unit of work commits."""
+        """Join the unit of work, which ends the session."""
         if self.overlay is None:
             self.require_unit()
-            work: Any = self._work
             transaction = self.get_transaction() or super(UnitSession, self).begin()
-            self.overlay = work.overlay(self, transaction, asynchronous=self.config.asynchronous)
+            self.overlay = cast("Work", self._work).overlay(self, transaction, asynchronous=self.config.asynchronous)
 
     def begin_on(self, connection: Connection) -> None:
-        """Begin a savepoint on a connection that is a branch's already."""
+        """Do nothing: the connection belongs to a branch that has begun."""
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         self.require_unit()
@@ -175,22 +185,22 @@ class RoutingSession(UnitSession):
         return super().begin(nested)
 
     def forget(self) -> None:
-        """Let go of the unit's sessions when it has ended."""
+        """Forget the unit's connections after it has ended."""
         self.last_used = ""
         self._replicas.clear()
         self._in_use.clear()
 
     # -- where a statement goes
 
-    def get_bind(self, mapper: Any = None, *, clause: Any = None, bind: Any = None, **arguments: Any) -> Any:
-        """Return the connection to use: that of the unit's session of the connection to which the statement goes."""
+    def get_bind(self, mapper: object = None, *, clause: object = None, bind: object = None, **arguments: object) -> Connection:
+        """Return the connection for a statement. Raises InvalidUse if `bind` is given."""
         self.require_unit()
         if bind is not None:
             raise _no_bind()
         return self._connection_to(self._destination(mapper, clause))
 
-    def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
-        """Return the connection to which `bind_arguments` lead, or that of statements that name no model."""
+    def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, object] | None = None) -> Connection:
+        """Return the connection for `bind_arguments`, or the default one. Raises InvalidUse if they contain `bind`."""
         self.require_unit()
         if bind_arguments and bind_arguments.get("bind") is not None:
             raise _no_bind()
@@ -198,29 +208,36 @@ class RoutingSession(UnitSession):
             self.config.session_of(self._destination(**(bind_arguments or {}))).connection(execution_options=execution_options)
         return super().connection(bind_arguments)
 
-    if not TYPE_CHECKING:  # whose results have the types that SQLAlchemy gives them
+    if not TYPE_CHECKING:  # their signatures are SQLAlchemy's
 
-        def execute(self, statement: Any, *args: Any, **arguments: Any) -> Any:
+        def execute(self, statement, *args, **arguments):
             return self._told_of(statement, super().execute, *args, **arguments)
 
-        def scalar(self, statement: Any, *args: Any, **arguments: Any) -> Any:
+        def scalar(self, statement, *args, **arguments):
             return self._told_of(statement, super().scalar, *args, **arguments)
 
-        def scalars(self, statement: Any, *args: Any, **arguments: Any) -> Any:
+        def scalars(self, statement, *args, **arguments):
             return self._told_of(statement, super().scalars, *args, **arguments)
 
-    def _told_of(self, statement: Any, send: Callable[..., Any], *args: Any, bind_arguments: Any = None, **arguments: Any) -> Any:
-        """Send a statement, and have SQLAlchemy pass it to `get_bind`. For a UNION, say, SQLAlchemy passes nothing."""
+    def _told_of(
+        self,
+        statement: object,
+        send: Callable[..., T],
+        *args: object,
+        bind_arguments: Mapping[str, object] | None = None,
+        **arguments: object,
+    ) -> T:
+        """Send a statement, and make SQLAlchemy pass it to `get_bind`. By itself it passes nothing for a UNION, for example."""
         bind_arguments = {"clause": statement, **(bind_arguments or {})}
         if not getattr(statement, "is_dml", False):
             return send(statement, *args, bind_arguments=bind_arguments, **arguments)
-        before, self._is_writing = self._is_writing, True  # SQLAlchemy may look first which rows it is about to change
+        before, self._is_writing = self._is_writing, True  # SQLAlchemy may first select the rows to change
         try:
             return send(statement, *args, bind_arguments=bind_arguments, **arguments)
         finally:
             self._is_writing = before
 
-    def _destination(self, mapper: Any = None, clause: Any = None, **_: Any) -> str:
+    def _destination(self, mapper: object = None, clause: object = None, **_: object) -> str:
         routes: Routes = self.config.routes
         named, reads = (None, False) if clause is None else routes.of_statement(clause)
         if named is None and mapper is not None:
@@ -232,7 +249,7 @@ class RoutingSession(UnitSession):
         return self._reader_of(routes, named or routes.default, reads and named is not None)
 
     def _reader_of(self, routes: Routes, name: str, reads: bool) -> str:
-        work: Any = self._work
+        work = cast("Work", self._work)
         lags = reads and routes.may_lag_behind(name) and not self._must_see_writes(work, routes.branch_of(name))
         if not (work.read_only or lags):
             return name
@@ -255,7 +272,7 @@ class RoutingSession(UnitSession):
         holder = self.config.holder_of(name)
         try:
             connection: Connection = holder.begun_connection()
-        except (DBAPIError, OSError) as error:  # a unit's own timeout is an OSError, too
+        except (DBAPIError, OSError) as error:  # UnitOfWorkTimeout is an OSError too
             routes: Routes = self.config.routes
             if routes.is_replica(name) and not isinstance(error, AppDbError):
                 raise ReplicaUnavailable(name, routes.owner(name)) from error
@@ -265,7 +282,7 @@ class RoutingSession(UnitSession):
         return connection
 
     def _use(self, connection: Connection, holder: UnitSession | Branch) -> None:
-        """Have SQLAlchemy take `connection` for one that this session has begun on already."""
+        """Register `connection` with SQLAlchemy as one that this session has begun on."""
         branch = holder.branch if isinstance(holder, UnitSession) else holder
         has_savepoints = branch is None or branch.has_savepoints
         transaction = self.current_transaction
@@ -276,22 +293,14 @@ class RoutingSession(UnitSession):
 
 
 def _no_bind() -> InvalidUse:
-    # It would be begun beside the unit's branches, and nobody would commit it with them.
+    # Its transaction would be outside the unit's branches, and not be committed with them.
     return InvalidUse(
         "An engine was given to the session that finds its database", "Use session.using() with a connection's name"
     )
 
 
 def build_routing_sessionmaker(config: OverlayConfig, settings: SessionSettings) -> sessionmaker[RoutingSession]:
-    """Return the maker of the sessions of a config."""
+    """Return the sessionmaker of a configuration."""
     return sessionmaker(
         class_=RoutingSession, config=config, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
     )
-
-
-def build_routing_session(config: RoutingConfig, settings: SessionSettings) -> scoped_session[RoutingSession]:
-    """Return the proxy that is always the current unit's session."""
-    maker = build_routing_sessionmaker(config, settings)
-    scoped: scoped_session[RoutingSession] = scoped_session(maker)
-    scoped.registry = UnitRegistry(maker)
-    return scoped

@@ -1,8 +1,9 @@
-"""Sessionmakers and scoped sessions that live in the unit of work.
+"""The sessions of a unit of work, and their sessionmakers and scoped sessions.
 
-A session is made when a unit first asks for it and hangs on that unit's zope transaction, through `Work.sessions`. It
-joins through zope.sqlalchemy as changed, so nothing it writes depends on being noticed. What a unit does itself
-(begin, commit, roll back, close) a session of it refuses, with an error that says what to do instead.
+A session is made when a unit first asks for it, and is kept on the unit's zope transaction, in
+`Work.sessions`. zope.sqlalchemy joins it as changed, so its writes are committed whether or not
+they are noticed. The session refuses to begin, commit, roll back or close, which its unit does,
+with an error that says what to do instead.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -40,18 +41,21 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect, Engine, RootTransaction
     from sqlalchemy.orm import SessionTransaction
 
+    from app_db._units.interfaces import BranchedWork
     from app_db.settings import ConnectionSettings
 
 log = logging.getLogger("app_db")
 
+S = TypeVar("S", bound="UnitSession")
+
 
 class SessionConfig:
-    """What the sessions of one connection have in common."""
+    """The configuration that the sessions of one connection share."""
 
     asynchronous = False
-    """Whether its drivers wait by way of the event loop."""
-    maker: tuple[sessionmaker[Any], dict[str, Any]] | None = None
-    """What app_db made to make its sessions, and the arguments given to it."""
+    """Whether its sessions are async."""
+    maker: tuple[sessionmaker[UnitSession], dict[str, object]] | None = None
+    """The sessionmaker that app_db made, and a copy of its arguments."""
 
     def __init__(self, name: str, settings: ConnectionSettings, coordinator: Coordinator, engine: Callable[[], Engine]) -> None:
         self.name = name
@@ -65,14 +69,15 @@ class SessionConfig:
         self.autonomous = not settings.transactional
         self.two_phase = settings.two_phase
         self.may_keep_decisions = self.database.has_one_writer
-        """Whether the table of decisions may be in this database, and had to be made before a unit shuts others out."""
+        """Whether the table of decisions may be in this database, and must be made before a unit locks the database."""
         self.watched: Dialect | None = None
-        """The dialect of the last connection that was passed to `watch`, which need not be watched again."""
+        """The dialect of the last connection that was passed to `watch`."""
 
-    def engine_for(self, work: Work) -> Engine:
-        """Return the engine as it stands now, with the options of a unit of work.
+    def engine_for(self, work: BranchedWork) -> Engine:
+        """Return the current engine, with the options of a unit of work.
 
-        It is asked for at each session's beginning, so that a replaced or overridden engine is used at once.
+        Each session calls this when it begins, so that a replaced or overridden engine is used at
+        once.
         """
         engine = self.engine()
         if engine.dialect.name != self._dialect:  # overridden, by an engine for another kind of database
@@ -85,8 +90,8 @@ class SessionConfig:
             return work.rehearsal.engine_for_unit(engine, work)
         return self.database.engine_for_unit(engine, self.settings, work)
 
-    def note_next_checkout(self, work: Work) -> None:
-        """Have the unit know of the connection that its session is about to take. In an isolated test it is everybody's."""
+    def note_next_checkout(self, work: BranchedWork) -> None:
+        """Tell the unit of the next connection that is taken from the pool. An isolated test shares its connection instead."""
         if work.rehearsal is not None:
             return
         may_be_rolled_back = not (self.asynchronous or self.database.waits_for_answers)
@@ -98,7 +103,7 @@ class SessionConfig:
         self.watched = connection.dialect
 
     def make_log(self) -> None:
-        """Have the table of decisions made, if there may be one in this database, before the unit shuts everybody out."""
+        """Make the table of decisions, if it may be in this database, before the unit locks the database."""
         if not self.may_keep_decisions or self.coordinator.rehearsal is not None:
             return
         places = self.coordinator.places()
@@ -106,12 +111,12 @@ class SessionConfig:
         if self.may_keep_decisions:
             try:
                 places.of(self.name).ensure()
-            except Exception:  # the unit may never need it; if it does, it will be told
+            except Exception:  # the unit may not need it; if it does, it gets the error then
                 log.debug("The table of decisions in %r could not be made", self.name, exc_info=True)
 
 
 class UnitSession(Session):
-    """A session that belongs to the unit of work in which it is first used, and can't be used outside it."""
+    """A session of one unit of work. It belongs to the unit in which it is first used, and raises an error outside it."""
 
     def __init__(self, *args: Any, config: SessionConfig, **arguments: Any) -> None:
         super().__init__(*args, **arguments)
@@ -119,8 +124,8 @@ class UnitSession(Session):
         self.branch: Branch | None = None
         self._work: Work | None = None
 
-    def get_bind(self, *args: Any, **arguments: Any) -> Any:
-        """Return the engine to use. SQLAlchemy asks before all that needs the database, which makes this the place to check."""
+    def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
+        """Return the engine, after checking the unit. SQLAlchemy calls this before each use of the database."""
         self.require_unit()
         if self.branch is None and self._work is not None:
             self.config.note_next_checkout(self._work)
@@ -138,9 +143,9 @@ class UnitSession(Session):
             )
 
     def require_unit(self, attached: object = None) -> None:
-        """Raise unless the unit of work that this session belongs to is the one under way here.
+        """Raise an error unless the session's unit of work is the current one.
 
-        This is also the listener to `before_attach`, which is told of an object.
+        This is also the listener to `before_attach`, which passes an object.
         """
         coordinator = self.config.coordinator
         try:
@@ -155,7 +160,7 @@ class UnitSession(Session):
             raise UnitOfWorkEnded(self._subject)
 
     def enter(self, work: Work) -> None:
-        """Belong to `work` from now on."""
+        """Make this a session of `work`."""
         if work.transaction.status != "Active" and not work.is_open():
             raise UnitOfWorkEnded(self._subject)
         self.bind = self.config.engine_for(work)
@@ -164,10 +169,10 @@ class UnitSession(Session):
             self.config.make_log()
 
     def take_part(self) -> None:
-        """Be a part of what the unit of work commits."""
-        # Of zope.sqlalchemy's listeners only the joining is needed: the others notice writes, and these sessions join as
-        # changed. Listening to do_orm_execute alone would have SQLAlchemy prepare every ORM statement twice.
-        unit: Any = self._work  # it has what zope.sqlalchemy asks of a manager
+        """Join the unit of work, which commits the session."""
+        # zope.sqlalchemy's listeners are not needed: they notice writes, and these sessions join as changed. Its listener to
+        # do_orm_execute would make SQLAlchemy prepare every ORM statement twice.
+        unit: Any = self._work  # has the methods of a manager that zope.sqlalchemy calls
         join_transaction(self, STATUS_CHANGED, unit)
 
     def begun_connection(self) -> Connection:
@@ -175,19 +180,19 @@ class UnitSession(Session):
         return self.connection()
 
     def begin_on(self, connection: Connection) -> None:
-        """Begin on a connection, as a part of the unit of work."""
+        """Begin on a connection, and join the unit of work."""
         if self.branch is None:
             try:
                 self.take_part()
             except UnitOfWorkError:
-                connection.close()  # a thread waited for it while its unit was aborted, and nothing else will return it
+                connection.close()  # the unit was aborted while a thread waited for it, and nothing else returns it
                 raise
         if connection.dialect is not self.config.watched:
             self.config.watch(connection)
         cast(Branch, self.branch).uses(connection)
 
     def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None:
-        """Go on with a branch whose transaction has begun, as if this session had begun it."""
+        """Continue a branch whose transaction has begun, as if this session had begun it."""
         own = self.get_transaction() or super().begin()
         self.bind = connection.engine
         hand_over(connection, transaction, own)
@@ -195,22 +200,22 @@ class UnitSession(Session):
         self.take_part()
 
     def flush_for_good(self) -> None:
-        """Do all that precedes COMMIT, the listeners to `before_commit` included."""
+        """Do everything that precedes COMMIT, including `before_commit` listeners."""
         prepare_to_commit(cast("SessionTransaction", self.get_transaction()))
 
     @property
     def has_unflushed(self) -> bool:
-        """Whether something was changed that no flush has reached."""
+        """Whether objects were changed after the last flush."""
         return bool(self.new or self.deleted or any(self.is_modified(instance) for instance in self.dirty))
 
     @property
     def is_flushing(self) -> bool:
-        """Whether a flush is under way. Another thread that wants to roll back waits for it."""
+        """Whether a flush is running. Another thread that rolls back waits for it."""
         return is_flushing(self)
 
     @property
     def current_transaction(self) -> SessionTransaction | None:
-        """The innermost savepoint, or the transaction if there is none."""
+        """The innermost savepoint, or else the transaction."""
         return self.get_nested_transaction() or self.get_transaction()
 
     @property
@@ -221,7 +226,7 @@ class UnitSession(Session):
         if self._work is not None and not self._work.is_under_way():
             return UnitOfWorkEnded(self._subject)
         if isinstance(error, ForeignUnitOfWork):
-            return ForeignUnitOfWork(self._subject, error.owner, error.user)  # it knows of processes, too
+            return ForeignUnitOfWork(self._subject, error.owner, error.user)  # it names processes too
         if self._work is None:
             return NoUnitOfWork(self._subject)
         return ForeignUnitOfWork(self._subject, self._work.owner(), str(Owner()))
@@ -230,13 +235,13 @@ class UnitSession(Session):
         if self._work is not None and not self._work.finishing and self._work.is_under_way():
             raise SessionIsManaged(self.config.name, method)
 
-    def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, Any] | None = None) -> Connection:
-        """Return the connection that the session uses. It can't be taken out of the unit's transaction by autocommit."""
+    def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, object] | None = None) -> Connection:
+        """Return the connection that the session uses. Raises InvalidUse for the isolation level AUTOCOMMIT."""
         level = str((execution_options or {}).get("isolation_level", "")).upper()
         if level == "AUTOCOMMIT" and not (self.config.read_only or self.config.autonomous):
             raise InvalidUse(
                 f"The {self.config.name!r} session can't be in autocommit, because its unit of work could not be rolled back",
-                "Use the engine for what has to be committed at once, or a connection with transactional=false",
+                "Use the engine for what must be committed at once, or a connection with transactional=false",
             )
         bind = (bind_arguments or {}).get("bind")
         if bind is not None and bind is not self.bind:
@@ -274,23 +279,24 @@ class UnitSession(Session):
         self._refuse("invalidate")
         super().invalidate()
 
-    # The bulk methods, too, roll the owner's transaction back when they are refused later than this.
+    if not TYPE_CHECKING:  # their signatures are SQLAlchemy's
+        # Check here: an error inside a bulk method would roll back the owner's transaction.
 
-    def bulk_save_objects(self, *args: Any, **arguments: Any) -> None:
-        self.require_unit()
-        super().bulk_save_objects(*args, **arguments)
+        def bulk_save_objects(self, *args, **arguments):
+            self.require_unit()
+            super().bulk_save_objects(*args, **arguments)
 
-    def bulk_insert_mappings(self, *args: Any, **arguments: Any) -> None:
-        self.require_unit()
-        super().bulk_insert_mappings(*args, **arguments)
+        def bulk_insert_mappings(self, *args, **arguments):
+            self.require_unit()
+            super().bulk_insert_mappings(*args, **arguments)
 
-    def bulk_update_mappings(self, *args: Any, **arguments: Any) -> None:
-        self.require_unit()
-        super().bulk_update_mappings(*args, **arguments)
+        def bulk_update_mappings(self, *args, **arguments):
+            self.require_unit()
+            super().bulk_update_mappings(*args, **arguments)
 
 
 def build_sessionmaker(config: SessionConfig) -> sessionmaker[UnitSession]:
-    """Return the maker of one connection's sessions."""
+    """Return the sessionmaker of one connection."""
     settings = config.settings.session
     maker = sessionmaker(
         class_=UnitSession, config=config, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
@@ -303,14 +309,14 @@ def build_sessionmaker(config: SessionConfig) -> sessionmaker[UnitSession]:
 
 
 class UnitRegistry(ScopedRegistry[Any]):
-    """Where a scoped session finds the session of the current unit: on the unit itself, so that nothing accumulates."""
+    """The registry of a scoped session. It keeps each session on its unit of work, so that nothing accumulates."""
 
     def __init__(self, maker: Any) -> None:
         super().__init__(maker, lambda: None)
         self._maker = maker
         self._config: SessionConfig = maker.kw["config"]
         self._key = f"{self._config.name} (async)" if self._config.asynchronous else self._config.name
-        self._listeners: list[Iterable[Any]] | None = None
+        self._listeners: list[Iterable[object]] | None = None
 
     def __call__(self) -> Any:
         try:
@@ -327,32 +333,34 @@ class UnitRegistry(ScopedRegistry[Any]):
         if branch is not None:
             found = work.sessions[self._key] = branch.give_to(made)
             return found
-        found = work.sessions.setdefault(self._key, made)  # threads of one unit get one session
+        found = work.sessions.setdefault(self._key, made)  # all threads of a unit get the same session
         branch = work.connections.get(self._key)
         if branch is not None:
-            branch.give_to(found)  # another thread has begun it meanwhile
+            branch.give_to(found)  # another thread has made the branch meanwhile
         return found
 
-    def holder(self) -> Any:
-        """Return what holds the connection in the unit: its session, or a branch while no session has been asked for."""
+    def holder(self) -> UnitSession | Branch:
+        """Return the unit's session of the connection, or its branch if no session has been asked for."""
         work = self._work()
         found = work.sessions.get(self._key)
         if found is None and self._may_do_without():
             branch = work.connections.get(self._key)
             if branch is None:
                 branch = work.connections.setdefault(self._key, work.new_branch(self._config, self))
-            found = work.sessions.get(self._key) or branch  # another thread may have asked for the session meanwhile
-        return self() if found is None else found
+            found = work.sessions.get(self._key) or branch  # another thread may have made the session meanwhile
+        held: UnitSession | Branch = self() if found is None else found
+        return held
 
     def _may_do_without(self) -> bool:
-        """Return whether the maker is still as app_db made it, and only app_db listens to what a session without objects does.
+        """Return whether the unit can do without a session, because the application would not notice.
 
-        Otherwise the application would notice that there is no session.
+        It would notice if it has changed the sessionmaker, or listens to events of a session that
+        has no objects.
         """
         if self._config.maker != (self._maker, self._maker.kw):
             return False
         if self._listeners is None:
-            dispatch = self._maker().dispatch  # SQLAlchemy adds to these when a listener to the class is added
+            dispatch = self._maker().dispatch  # these lists grow when a listener to the class is added
             self._listeners = [getattr(dispatch, name) for name in OF_TRANSACTIONS]
         return [*map(list, self._listeners)] == [*OF_TRANSACTIONS.values()]
 
@@ -378,9 +386,9 @@ class UnitRegistry(ScopedRegistry[Any]):
             raise NoUnitOfWork(f"The {self._config.name!r} session") from None
 
 
-def build_scoped_session(maker: sessionmaker[UnitSession]) -> scoped_session[UnitSession]:
-    """Return the proxy that is always the current unit's session."""
-    scoped: scoped_session[UnitSession] = scoped_session(maker)
+def build_scoped_session(maker: sessionmaker[S]) -> scoped_session[S]:
+    """Return the proxy of the current unit's session."""
+    scoped: scoped_session[S] = scoped_session(maker)
     scoped.registry = UnitRegistry(maker)
     return scoped
 
@@ -388,7 +396,7 @@ def build_scoped_session(maker: sessionmaker[UnitSession]) -> scoped_session[Uni
 # ---- listeners -----------------------------------------------------------------------------------------------------
 
 
-event.listen(UnitSession, "before_attach", UnitSession.require_unit, raw=True)  # raw: SQLAlchemy need not look up the object
+event.listen(UnitSession, "before_attach", UnitSession.require_unit, raw=True)  # raw: saves looking up the object
 
 
 @event.listens_for(UnitSession, "after_attach", raw=True)
@@ -403,8 +411,8 @@ def _join_with_connection(session: UnitSession, transaction: SessionTransaction,
 
 
 @event.listens_for(UnitSession, "before_flush")
-def _check_flush(session: UnitSession, context: Any, instances: Any) -> None:
-    session.require_unit()  # once it has begun, a flush that fails rolls the owner's transaction back
+def _check_flush(session: UnitSession, context: object, instances: object) -> None:
+    session.require_unit()  # here, because an error later in the flush rolls back the owner's transaction
     work = session._work
     read_only = session.config.read_only or (work is not None and work.read_only)
     if read_only and session.has_unflushed:
@@ -418,7 +426,7 @@ def _refuse_foreign_commit(session: UnitSession) -> None:
         session._refuse("commit")
 
 
-OF_TRANSACTIONS: dict[str, list[Any]] = {
+OF_TRANSACTIONS: dict[str, list[object]] = {
     "after_begin": [_join_with_connection],
     "before_commit": [_refuse_foreign_commit],
     "after_commit": [],
@@ -427,4 +435,4 @@ OF_TRANSACTIONS: dict[str, list[Any]] = {
     "after_transaction_create": [],
     "after_transaction_end": [],
 }
-"""The events of which a session is told that has no objects and is sent no statements, and app_db's own listeners to each."""
+"""The events of a session that has no objects and sends no statements, with app_db's own listeners."""

@@ -1,6 +1,7 @@
-"""What the providers of one container instance hold, in one object.
+"""The objects of one container instance: its engines, sessionmakers and decision logs.
 
-The providers are views on a `State`. Other settings for a while are another `State` for a while.
+The container's providers read them from a `State`. To use other settings temporarily, replace the
+`State` temporarily.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ T = TypeVar("T")
 Key = tuple[str, str, AbstractEventLoop | None]
 """The kind of an object, its connection, and its event loop.
 
-Only engines of coroutines have a loop, because connections can't change loops. With None they are
-an engine that was asked for where no loop runs; the first loop that asks takes it.
+Only async engines have a loop, because their connections can't change loops. An async engine with
+None was made where no loop ran; the first loop that asks takes it.
 """
 
 ENGINES = "engine", "async_engine"
 
 # `storage_lock` is public, but not in the stubs.
-MAKING: AbstractContextManager[Any] = vars(providers.ThreadSafeSingleton)["storage_lock"]
-"""The lock under which objects are made: the one of dependency-injector.
+MAKING: AbstractContextManager[object] = vars(providers.ThreadSafeSingleton)["storage_lock"]
+"""dependency-injector's lock, under which objects are made.
 
-A lock of our own could deadlock with it: one thread makes an application's singleton that asks for
-an engine, another one makes an engine whose settings are an application's singleton.
+A second lock could deadlock with it: one thread makes an application's singleton that asks for an
+engine, while another thread makes an engine whose settings are an application's singleton.
 """
 
 
 class State:
-    """The objects that the providers of one container instance have made, and its decision places."""
+    """The objects of one container instance, and its decision places."""
 
     def __init__(self, decision_places: DecisionPlaces) -> None:
         self.decision_places = decision_places
@@ -48,7 +49,7 @@ class State:
 
     @property
     def in_use(self) -> bool:
-        """Whether there is something to close."""
+        """Whether anything has to be closed."""
         return self.decision_places.in_use or any(key[0] in ENGINES for key in list(self.objects))
 
     @property
@@ -58,11 +59,11 @@ class State:
         return here is not None and any(loop is here for _, _, loop in list(self.objects))
 
     def has(self, kind: str, name: str, *_: object) -> bool:
-        """Return whether the object was made. It takes what `StateHolder.get` takes."""
+        """Return whether the object was made. It takes the arguments of `StateHolder.get`."""
         return any(key[:2] == (kind, name) for key in list(self.objects))
 
     def forget(self, kind: str, name: str, *_: object) -> None:
-        """Forget the object, and retire it if it is an engine. It takes what `StateHolder.get` takes."""
+        """Forget the object, and retire it if it is an engine. It takes the arguments of `StateHolder.get`."""
         self._retire(lambda key: key[:2] == (kind, name))
 
     def forget_closed_loops(self) -> None:
@@ -71,12 +72,12 @@ class State:
             cut_off(engine.sync_engine, quietly=True)
 
     def forget_loops(self) -> None:
-        """Forget the engines of all loops, in a forked child: the loops run in its parent only."""
-        # Without the lock, which another thread of the parent may have held.
+        """Forget the engines of all loops, in a forked child. The loops only run in its parent."""
+        # No lock here: a thread of the parent may have held it during the fork.
         self.objects = {key: made for key, made in self.objects.items() if key[2] is None}
 
     def reset(self) -> None:
-        """Forget all objects, and retire the engines. Units under way stand on the decision places."""
+        """Forget all objects, and retire the engines. Keep the decision places, which open units use."""
         self._retire(lambda _: True)
 
     def close(self) -> None:
@@ -85,7 +86,7 @@ class State:
         self._retire(lambda key: key[0] in ENGINES)
 
     async def close_awaited(self) -> None:
-        """Close, and wait until the engines that coroutines use are disposed."""
+        """Close, and wait until the async engines are disposed."""
         here = running_loop()
         own = self._take(lambda key: key[0] == "async_engine" and key[2] is here)
         waits = self._begin_to_retire(lambda key: key[0] == "async_engine")
@@ -103,11 +104,11 @@ class State:
                 retire(made)
 
     def _begin_to_retire(self, is_meant: Callable[[Key], bool]) -> list[Callable[[], None]]:
-        """Begin to retire engines of coroutines; return what waits until their loops have done so."""
+        """Begin to retire async engines. Return functions that wait until their loops have disposed them."""
         waits = []
         for key, engine in list(self.objects.items()):
             if key[0] == "async_engine" and is_meant(key):
-                # Begun before it is forgotten: a loop that is about to end either waits for the disposal, or finds its engine.
+                # Begin before forgetting: a loop that is about to end either waits for the disposal or finds its engine.
                 waits.append(begin_to_retire(engine, key[2]))
                 with MAKING:
                     if self.objects.get(key) is engine:
@@ -120,30 +121,24 @@ class State:
 
 
 class StateHolder:
-    """Has the state of one container instance, and makes the objects that it does not have yet.
-
-    An object is made once, however many threads ask.
-    """
+    """Holds the state of one container instance, and makes each object at first use, once for all threads."""
 
     def __init__(self, container: Any) -> None:
         self.container = container
-        """None for the providers of a container class."""
+        """The container, or None for the providers of a container class."""
         self.state = self.new_state()
 
     def new_state(self) -> State:
         """Return a state without objects."""
         return State(build_decision_places(self.container))
 
-    def get(self, kind: str, name: str, build: Callable[..., T], *arguments: Any) -> T:
-        """Return the object of a kind that a connection has.
-
-        At first use, `build(container, name, *arguments)` makes it.
-        """
+    def get(self, kind: str, name: str, build: Callable[..., T], *arguments: object) -> T:
+        """Return a connection's object of a kind. At first use, `build(container, name, *arguments)` makes it."""
         made: T | None = self.state.objects.get((kind, name, None))
         return self._make((kind, name, None), build, *arguments) if made is None else made
 
     def get_for_loop(self, kind: str, name: str, build: Callable[[Any, str], T]) -> T:
-        """Return the object that a connection has for the running event loop."""
+        """Return a connection's object for the running event loop."""
         loop = running_loop()
         made: T | None = self.state.objects.get((kind, name, loop))
         if made is not None:
@@ -157,9 +152,9 @@ class StateHolder:
         self.state.forget_closed_loops()
         return new
 
-    def _make(self, key: Key, build: Callable[..., T], *arguments: Any) -> T:
-        # The state is looked at under the lock only: before, it may have been swapped. And the lock
-        # is held until the object is noted, or a reset in between would never retire an engine.
+    def _make(self, key: Key, build: Callable[..., T], *arguments: object) -> T:
+        # Read the state under the lock: it may have been swapped before. Hold the lock until the object is stored: otherwise a
+        # reset in between would never retire the engine.
         with MAKING:
             made: T | None = self.state.objects.get(key)
             if made is None:

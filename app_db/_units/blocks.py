@@ -1,4 +1,4 @@
-"""The `with` statements of units of work."""
+"""The context manager of units of work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from asyncio import CancelledError
 from collections.abc import Coroutine
 from inspect import CO_COROUTINE
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Never
 
 from app_db._compat.frames import frame_at
 from app_db._liveness import NOT_ENTERED, ExitMethod, WithBlock, liveness_of
@@ -18,7 +18,7 @@ from app_db._units.unit_of_work import UnitOfWork
 
 
 class Block(WithBlock):
-    """One block of code, for `with` or `async with`: it enters a role, and leaves that when the code is done."""
+    """A context manager for `with` and `async with`. It enters the block's role, and leaves it when the block ends."""
 
     __slots__ = ("_coordinator", "_options", "may_pass", "role")
 
@@ -28,10 +28,10 @@ class Block(WithBlock):
         self.role: Role | None = None
         self.liveness = NOT_ENTERED
         self.may_pass = False
-        """Whether the block failed for a reason that may pass, and can be run again."""
+        """Whether the block failed with a retryable error, and can be run again."""
 
     def __enter__(self) -> UnitOfWork:
-        liveness = self.liveness  # of the `with` statement, which has asked for `__exit__`
+        liveness = self.liveness  # of the `with` statement, which has read `__exit__` already
         if liveness() is None:
             liveness = self.liveness_to_enter()
         role = role_for(self._coordinator, self._options, liveness)
@@ -64,19 +64,19 @@ class Block(WithBlock):
                     self._exit(kind, error, trace)
         except BaseException:
             if role is not None:
-                role.torn_down()  # unless it has ended
+                role.torn_down()  # does nothing if it has ended
             raise
 
     def _start_leaving(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> Coroutine[Any, Any, None]:
-        # The `async with` statement calls this, lets go of it, and awaits what it returns.
+    ) -> Coroutine[object, Never, None]:
+        # The `async with` statement calls this, drops its reference to it, and awaits the returned coroutine.
         role, self.role = self.role, None
         if role is None:
             return self._leave_awaited(None, error)
         try:
             if _is_closing(error) and frame_at(1).f_code.co_flags & CO_COROUTINE:
-                role.torn_down()  # a coroutine that is being closed can't await any more; an asynchronous generator can
+                role.torn_down()  # a coroutine that is being closed can't await; an async generator can
                 return self._leave_awaited(None, error)
             leaving = self._leave_awaited(role, error)
             role.held_by(liveness_of(leaving))
@@ -105,9 +105,10 @@ class Block(WithBlock):
 
 
 class _Leaving(WithBlock):
-    """Keeps a role alive while it is left, where the statement that entered it does not.
+    """Keeps a role alive while it is left.
 
-    `async with` has let go of its exit method by then, and an ExitStack has removed it from its list.
+    The statement that entered it does not: `async with` and ExitStack have dropped the exit method
+    by then.
     """
 
     __slots__ = ("_role",)
@@ -124,19 +125,19 @@ class _Leaving(WithBlock):
 
 
 def _is_closing(error: BaseException | None) -> bool:
-    """Return whether an error comes of closing a coroutine: a RuntimeError says that it awaited something all the same."""
+    """Return whether the error comes from closing a coroutine, which may have awaited nevertheless (RuntimeError)."""
     return isinstance(error, GeneratorExit) or (isinstance(error, RuntimeError) and "ignored GeneratorExit" in str(error))
 
 
 async def _entered(role: Role) -> UnitOfWork:
-    """Enter a role whose beginning may wait for a database, and return what it gives."""
+    """Enter a role whose beginning may wait for a database, and return its unit."""
     from app_db._units.to_the_end import to_the_end
 
     entered: list[UnitOfWork] = []
     try:
         await to_the_end(lambda: entered.append(role.enter()))
     except CancelledError as error:
-        if entered:  # the block won't run, and won't be left
+        if entered:  # the block won't run, so nothing else leaves it
             await to_the_end(role.leave, error)
             role.liveness.torn = None
         raise

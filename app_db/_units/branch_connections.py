@@ -1,4 +1,4 @@
-"""The connection of a branch: what is noticed of the statements on it, and how its transaction ends in the database."""
+"""The connection of a branch: it checks statements, and ends its transaction in the database."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from enum import Enum
 from threading import get_ident
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
 
@@ -29,35 +29,36 @@ from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, UnitO
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
+    from sqlalchemy.pool import PoolProxiedConnection
 
     from app_db._units.interfaces import BranchConfig, BranchedWork
 
 log = logging.getLogger("app_db")
 
 BRANCH = "app_db_branch"
-"""Key in a DBAPI connection's info: the branch that is using it."""
+"""Key in a DBAPI connection's info. The value is the branch that uses the connection."""
 
 
 class Stage(Enum):
-    """How far a branch is, as far as its database knows of it."""
+    """The state of a branch in its database."""
 
     ACTIVE = "active"
     """Its transaction is open."""
     PREPARED = "prepared"
-    """It has been asked to prepare, and may have done so: only by its xid can it be ended."""
+    """PREPARE was sent, and may have been executed. Only its xid can end it."""
     ENDED = "ended"
-    """It was ended by its xid, or is left to recovery: nothing more may be sent."""
+    """Its xid has ended it, or recovery will. Nothing more may be sent."""
 
 
 class BranchConnection:
-    """The connection of one branch of a unit of work, as its database sees the branch."""
+    """The connection of one branch of a unit of work."""
 
     effect = Effect.READS
-    """The most that a statement has done, as far as its text tells."""
+    """The strongest effect of its statements, judged by their text."""
     committed = False
-    """Whether COMMIT was sent and answered."""
+    """Whether the database has confirmed COMMIT."""
     is_commit_unanswered = False
-    """Whether COMMIT was sent, and how the database answered is not known yet."""
+    """Whether COMMIT was sent, and the answer is not known."""
     stage = Stage.ACTIVE
     _xid: str | None = None
     _begun_by_xid = False
@@ -75,35 +76,35 @@ class BranchConnection:
         self.config = config
         self.name = config.name
         self.read_only = config.read_only or work.read_only
-        self._connections: dict[Connection, dict[Any, Any]] = {}  # with their info, which an invalidated one doesn't give out
+        self._connections: dict[Connection, dict[str, object]] = {}  # with their info: an invalidated one has none
 
     @property
     def wrote(self) -> bool:
-        """Whether it takes part in the atomic commit."""
+        """Whether it has written, and so takes part in an atomic commit."""
         return self.effect >= Effect.MAY_WRITE and not self.read_only and not self.config.autonomous
 
     @property
     def can_prepare(self) -> bool:
-        """Whether it can be prepared, so that others may commit together with it."""
+        """Whether it can be prepared for two-phase commit."""
         return self.config.two_phase and self.config.verbs is not None and len(self._connections) == 1
 
     @property
     def verbs(self) -> PrepareVerbs:
-        """How its database prepares. Raises InvalidUse where it doesn't."""
+        """The database's statements for two-phase commit. Raises InvalidUse if it has none."""
         if self.config.verbs is None:
             raise InvalidUse(f"The connection {self.name!r} can't be prepared", "Set its two_phase to false")
         return self.config.verbs
 
     @property
     def xid(self) -> str:
-        """The name by which its database knows it."""
+        """The name of the branch in its database."""
         if self._xid is None:
             self._xid = str(self._work.xid_for(self))
         return self._xid
 
     @property
     def connection(self) -> Connection:
-        """Its connection; a branch that takes part in an atomic commit has exactly one."""
+        """Its first connection. A branch in an atomic commit has exactly one."""
         return next(iter(self._connections))
 
     @property
@@ -112,7 +113,7 @@ class BranchConnection:
         return self._connections
 
     @property
-    def driver_connection(self) -> Any:
+    def driver_connection(self) -> object:
         """The driver's own connection."""
         return self.connection.connection.driver_connection
 
@@ -121,7 +122,7 @@ class BranchConnection:
         if connection in self._connections:
             return
         if self._rolled_back_by is not None:
-            connection.close()  # as it came too late
+            connection.close()  # the branch was rolled back meanwhile
             raise UnitOfWorkEnded(f"The {self.name!r} session")
         info = self._connections[connection] = connection.info
         if self.config.two_phase and not self.read_only and self._work.rehearsal is None:
@@ -132,16 +133,16 @@ class BranchConnection:
             self.apply_time_limit()
 
     def _begin_by_xid(self, connection: Connection) -> None:
-        """Begin by xid where a transaction that began otherwise can't be prepared. Before it listens: this is no write."""
+        """Begin by xid, if the database can't prepare other transactions. Call it before `info[BRANCH]` is set."""
         verbs = self.config.verbs
         if verbs is None or not verbs.begins_by_xid:
-            return  # without an xid, for which the decision log would be asked
+            return  # making an xid asks the decision log
         for statement in verbs.start(self.xid):
             connection.exec_driver_sql(statement)
         self._begun_by_xid = True
 
     def apply_time_limit(self) -> None:
-        """Have the server stop statements that take longer than the unit has left; what it does by itself stays the least."""
+        """Make the server stop statements at the unit's deadline. A shorter limit of the connection stays."""
         database, remaining = self.config.database, self._work.remaining()
         for connection in self._connections:
             if connection not in self._usual_limits:
@@ -149,9 +150,9 @@ class BranchConnection:
             database.limit_statements(connection, min(remaining, self._usual_limits[connection]))
 
     def before_statement(self, statement: str) -> None:
-        """Note what a statement does, and refuse what can't be allowed before it is sent."""
+        """Note the effect of a statement that is about to be sent, or raise if it is not allowed."""
         if self._rolled_back_by not in (None, get_ident()):
-            raise UnitOfWorkEnded(f"The {self.name!r} session")  # the thread goes on while its unit is being aborted
+            raise UnitOfWorkEnded(f"The {self.name!r} session")  # another thread is aborting the unit
         verb = transaction_verb(statement) or later_transaction_verb(statement)
         if verb is not None and not self._work.finishing:
             raise SessionIsManaged(self.name, verb)
@@ -200,7 +201,7 @@ class BranchConnection:
         self._was_asked = True
 
     def is_interrupted_by(self, error: BaseException) -> bool:
-        """Return whether an exception from outside came while the driver waited, so that the connection has to be closed."""
+        """Return whether an exception from outside interrupted the driver, so that the connection must be closed."""
         if not self.config.database.waits_for_answers or self._work.rehearsal is not None:
             return False
         return any(
@@ -209,14 +210,14 @@ class BranchConnection:
         )
 
     def statement_failed(self, error: BaseException) -> BaseException | None:
-        """Note that the database refused a statement; return the error that says better what happened, if there is one."""
+        """Note that the database refused a statement. Return a clearer error, or None."""
         self._failures = [*self._failures, error]
         if self.read_only and self.config.database.refuses_write(error):
             return ReadOnlyViolation(self.name, "The statement", not self.config.read_only)
         return self._work.overtime()
 
     def better_error(self, statement: str, error: BaseException) -> BaseException:
-        """Return a driver's error as SQLAlchemy would have raised it, and give the connection up if it was lost."""
+        """Return a driver's error as SQLAlchemy would raise it. Close the connection if it was lost."""
         connection, dialect = self.connection, self.connection.dialect
         if connection.closed or connection.invalidated or not isinstance(error, dialect.loaded_dbapi.Error):
             return error
@@ -224,12 +225,12 @@ class BranchConnection:
         wrapped = DBAPIError.instance(
             statement, None, error, dialect.loaded_dbapi.Error, connection_invalidated=lost, dialect=dialect
         )
-        if lost and self.stage is not Stage.PREPARED:  # one that may be prepared is still to be told elsewhere
+        if lost and self.stage is not Stage.PREPARED:  # a prepared branch is told on another connection
             self.abandon()
         return wrapped
 
-    def send_commit(self, dbapi_connection: Any, plainly: Callable[[Any], None]) -> None:
-        """Send COMMIT, in whatever form the transaction was begun; nothing, where it was ended by its xid."""
+    def send_commit(self, dbapi_connection: PoolProxiedConnection, plainly: Callable[[PoolProxiedConnection], None]) -> None:
+        """Send COMMIT in the form in which the transaction began, or nothing if its xid has ended it."""
         if not self._work.finishing:
             raise SessionIsManaged(self.name, "connection().commit")
         if self.stage is Stage.ACTIVE:
@@ -238,31 +239,31 @@ class BranchConnection:
                 say(dbapi_connection, self.verbs.commit_unprepared(self.xid))
             else:
                 plainly(dbapi_connection)
-        self.committed = True  # what fails from here on fails afterwards
+        self.committed = True  # a later failure does not undo it
         self.is_commit_unanswered = False
 
-    def send_rollback(self, dbapi_connection: Any, plainly: Callable[[Any], None]) -> None:
-        """Send ROLLBACK, in whatever form the transaction was begun; nothing, where it is ended by its xid."""
+    def send_rollback(self, dbapi_connection: PoolProxiedConnection, plainly: Callable[[PoolProxiedConnection], None]) -> None:
+        """Send ROLLBACK in the form in which the transaction began, or nothing if its xid ends it."""
         if not self._begun_by_xid:
             plainly(dbapi_connection)
         elif self.stage is Stage.ACTIVE:
             say(dbapi_connection, self.verbs.roll_back_unprepared(self.xid), regardless=True)
 
     def has_lost_transaction_on(self, connection: Connection) -> bool:
-        """Return whether the database would answer COMMIT on a connection with a rollback."""
+        """Return whether the database would roll back on COMMIT."""
         if self._failures:
             return self.config.database.has_lost_transaction(connection, self._failures)
         return self.wrote and self.config.database.has_ended_transaction(connection)
 
     def abandon(self) -> None:
-        """Close the connection and leave what it may have prepared to whoever recovers it."""
+        """Close the connection. Recovery settles what it may have prepared."""
         self.stage = Stage.ENDED
         connection = self.connection
         if not (connection.closed or connection.invalidated):
             connection.invalidate()
 
     def settle_elsewhere(self, *, commit: bool) -> bool:
-        """End by its xid, on another connection, a branch that did not answer. Return whether its database knows by now."""
+        """End a branch that did not answer by its xid, on another connection. Return whether that succeeded."""
         try:
             with self.connection.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 return self.verbs.settle(connection, self.xid, commit=commit) is not Settling.HELD
@@ -271,7 +272,7 @@ class BranchConnection:
             return False
 
     def close_if_interrupted(self, error: BaseException) -> None:
-        """Close the connection if the exception that ends the unit came while the driver waited, by a cursor of its own, say."""
+        """Close the connection if the exception that ends the unit interrupted the driver, for example in a raw cursor."""
         if self.is_interrupted_by(error):
             self._close_connections()
 
@@ -283,10 +284,10 @@ class BranchConnection:
                     connection.invalidate()
 
 
-def say(dbapi_connection: Any, statements: Sequence[str], *, regardless: bool = False) -> None:
-    """Execute statements below SQLAlchemy, which has its own idea of how transactions begin and end.
+def say(dbapi_connection: PoolProxiedConnection, statements: Sequence[str], *, regardless: bool = False) -> None:
+    """Execute statements without SQLAlchemy, which would begin and end transactions by itself.
 
-    Only the last one counts when they are said `regardless` of what is refused before.
+    With `regardless`, only an error of the last statement is raised.
     """
     cursor = dbapi_connection.cursor()
     for statement in statements[:-1]:

@@ -1,4 +1,4 @@
-"""One connection's share of one unit of work: how it begins, with or without a session, and how it ends."""
+"""Branches: the share of one connection in a unit of work, with or without a session."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext, suppress
 from threading import RLock, get_ident
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 
@@ -20,8 +20,9 @@ from app_db.errors import InvalidUse
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, RootTransaction
     from sqlalchemy.orm import SessionTransaction
+    from transaction import Transaction
 
-    from app_db._units.interfaces import BranchConfig, BranchedWork
+    from app_db._units.interfaces import BranchConfig, BranchedWork, Rehearsal
 
 log = logging.getLogger("app_db")
 
@@ -30,20 +31,32 @@ PATIENCE = 10.0
 
 
 class BranchSession(TakingPart, Protocol):
-    """What a branch has to know of its session."""
+    """The session of a branch."""
 
     branch: Branch | None
 
+    @property
+    def config(self) -> BranchConfig: ...
     def connection(self) -> Connection: ...
     def invalidate(self) -> None: ...
     def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None: ...
+
+
+class SessionDataManager(Protocol):
+    """zope.sqlalchemy's data manager of a session."""
+
+    session: BranchSession
+    tx: SessionTransaction | None
+
+    def tpc_vote(self, trans: Transaction) -> None: ...
+    def abort(self, trans: Transaction) -> None: ...
 
 
 class Branch(BranchConnection):
     """One connection's share of one unit of work, with or without a session."""
 
     tried = False
-    """Whether it was told to commit: an autonomous one is told once, even if the unit aborts."""
+    """Whether `commit()` was called. An autonomous branch is committed once, even if the unit aborts."""
     _is_flushed_for_good = False
     _is_beginning = False
     _has_ended = False
@@ -51,16 +64,16 @@ class Branch(BranchConnection):
     def __init__(self, work: BranchedWork, config: BranchConfig, make_session: Callable[[], BranchSession] | None = None) -> None:
         super().__init__(work, config)
         self.session: BranchSession | None = None
-        """None until a session of the connection is asked for: the one that finds its database needs the connection only."""
+        """None until a session of the connection is asked for. A routing session needs only the connection."""
         self._make_session = make_session
-        self._lock = None if make_session is None else RLock()  # a thread that has it may come back, by a listener
-        self._data_manager: Any = None  # zope.sqlalchemy's, where there is a session
+        self._lock = None if make_session is None else RLock()  # reentrant: a listener may call back
+        self._data_manager: SessionDataManager | None = None  # where there is a session
         self._transaction: SessionTransaction | RootTransaction | None = None
         self._own_connection: Connection | None = None
 
     @property
     def has_savepoints(self) -> bool:
-        """Whether a savepoint of the unit is one of this connection, too."""
+        """Whether the unit's savepoints are taken on this connection."""
         return not (self.config.read_only or self.config.autonomous)
 
     @property
@@ -68,12 +81,12 @@ class Branch(BranchConnection):
         """Whether its transaction has ended."""
         return self._has_ended if self._data_manager is None else self._data_manager.tx is None
 
-    def join(self, data_manager: Any) -> None:
-        """Be the branch of a session, by the data manager that zope.sqlalchemy has made."""
+    def join(self, data_manager: SessionDataManager) -> None:
+        """Take the session and the transaction of a data manager that zope.sqlalchemy has made."""
         self._data_manager, self.session, self._transaction = data_manager, data_manager.session, data_manager.tx
 
     def begun_connection(self) -> Connection:
-        """Return the connection, in the transaction of this branch. It begins one where there is neither one nor a session."""
+        """Return the connection, in the transaction of this branch. Begin one if there is none."""
         if self.session is not None:
             return self.session.connection()
         if self._own_connection is not None and not self._is_beginning:
@@ -98,14 +111,14 @@ class Branch(BranchConnection):
             config.coordinator.get().add(self)
         except BaseException:
             self._own_connection = self._transaction = None
-            connection.close()  # the unit was aborted while a thread waited for the connection, for example
+            connection.close()  # for example if the unit was aborted while a thread waited for the connection
             raise
         config.watch(connection)
         self.uses(connection)
         return connection
 
     def give_to(self, session: BranchSession) -> BranchSession:
-        """Have a session go on in this branch, and return it; or return the session of another thread that was first."""
+        """Let `session` continue this branch, and return it. If another thread was first, return that thread's session."""
         with self._guarded():
             if self.session is None:
                 self.session = session
@@ -123,20 +136,20 @@ class Branch(BranchConnection):
         with self._lock or nullcontext():
             if self._is_beginning:
                 raise InvalidUse(
-                    f"The connection {self.name!r} is wanted while another thread of the unit of work waits for it",
+                    f"The connection {self.name!r} can't be used, because another thread of the unit of work waits for it",
                     "Let the threads of a unit use its sessions one after the other",
                 )
             yield
 
     @property
     def current_transaction(self) -> SessionTransaction | RootTransaction | None:
-        """The innermost savepoint of its session, or the transaction if there is none."""
+        """The innermost savepoint of its session, or else the transaction."""
         if self.session is not None:
             return self.session.current_transaction
         return None if self._own_connection is None else self._transaction
 
     def has_lost_transaction(self) -> bool:
-        """Return whether the database would answer COMMIT with a rollback."""
+        """Return whether the database would roll back on COMMIT."""
         transaction = self._transaction
         if transaction is None:
             return False
@@ -150,33 +163,33 @@ class Branch(BranchConnection):
             return False
         return any(map(self.has_lost_transaction_on, self._connections))
 
-    def check_commit(self, rehearsal: Any) -> None:
-        """Raise what preparing it would, in a test that keeps it from being prepared."""
+    def check_commit(self, rehearsal: Rehearsal) -> None:
+        """Raise the errors of a PREPARE, in an isolated test that sends none."""
         try:
             rehearsal.check_commit(self.connection)
         except Exception as error:
             raise self.better_error("COMMIT", error) from error
 
     def flush_for_good(self) -> None:
-        """Do all that precedes COMMIT, the listeners to `before_commit` included; from here on the session refuses SQL."""
+        """Do everything that precedes COMMIT, including `before_commit` listeners. The session refuses SQL afterwards."""
         if self.session is not None:
             self.session.flush_for_good()
         self._is_flushed_for_good = True
 
     @property
     def has_unflushed(self) -> bool:
-        """Whether objects of its session were changed that no flush has reached."""
+        """Whether objects of its session were changed after the last flush."""
         return self.session is not None and self.session.has_unflushed
 
     def end_session(self) -> None:
-        """Let go of the session and the connection of a branch that has committed by its xid."""
+        """Close the session and the connection of a branch that its xid has committed."""
         if self.finished:
             return
         if self.connection.invalidated:
             self.roll_back()
             return
         try:
-            self.commit()  # which sends nothing any more
+            self.commit()  # sends nothing, because the stage is ENDED
         except Exception:
             log.exception("The session of %r could not be ended after its commit", self.name)
             self.roll_back()
@@ -206,17 +219,17 @@ class Branch(BranchConnection):
             self._close_session()
 
     def roll_back(self) -> None:
-        """Roll back and return the connection to its pool, or close it when it can't be rolled back.
+        """Roll back and return the connection to its pool. If that fails, close the connection.
 
-        Only an interruption is raised, after the connection was closed.
+        It raises only interruptions, after the connection was closed.
         """
         if self.finished:
             return
         self._rolled_back_by = get_ident()
         if self.stage is Stage.PREPARED:
-            self.abandon()  # interrupted before it was told how the unit ends, which recovery finds out
+            self.abandon()  # interrupted before it was told how the unit ends: recovery settles it
         try:
-            # The rollback comes first: closing alone leaves a transaction open whose COMMIT was refused.
+            # Roll back first: closing the session leaves a transaction open whose COMMIT was refused.
             self._roll_back_transaction()
         except BaseException as error:
             log.debug("Rolling back %r failed; its connection is closed instead", self.name, exc_info=True)
@@ -225,7 +238,7 @@ class Branch(BranchConnection):
                     self._close_connections()
                 else:
                     self.session.invalidate()
-            except InvalidRequestError:  # SQLAlchemy was interrupted inside the session, or a thread still is
+            except InvalidRequestError:  # SQLAlchemy was interrupted in the session, or a thread is in it
                 self._close_connections()
             if not isinstance(error, Exception):
                 raise
@@ -235,7 +248,7 @@ class Branch(BranchConnection):
             self._let_go()
 
     def _close_session(self) -> None:
-        """Close the session, which returns its connection to the pool; or return the connection, where there is no session."""
+        """Close the session, or the connection if there is no session. The connection returns to its pool."""
         if self._data_manager is not None:
             self._data_manager.abort(self._work.transaction)
         elif self._own_connection is not None:
@@ -243,8 +256,8 @@ class Branch(BranchConnection):
             connection.close()
 
     def _roll_back_transaction(self) -> None:
-        # Another thread may be inside the session: the worker of a coroutine that was cancelled, say. It would go on with a
-        # connection of its own if the session were closed meanwhile.
+        # Another thread may be in the session, such as the worker of a cancelled coroutine. If the session were closed now,
+        # that thread would go on with a new connection.
         give_up = time.monotonic() + PATIENCE
         while self.session is not None and self.session.is_flushing and time.monotonic() < give_up:
             time.sleep(0.005)
@@ -260,10 +273,11 @@ class Branch(BranchConnection):
                 return
 
     def abandon_work(self) -> None:
-        """Give the connection back after an exception from outside, which may have come between two steps of anything.
+        """Close the connection after an exception from outside, which may have interrupted the session or the driver halfway.
 
-        It is closed, because the driver may be waiting for an answer to an earlier statement: what is prepared is left to
-        recovery, and what is not is rolled back by the server. Where the driver never waits (SQLite), it is rolled back.
+        The driver may still wait for an answer, so nothing is sent: the server rolls back, and
+        recovery settles what is prepared. If the driver never waits (SQLite), the branch is rolled
+        back and the connection returns to its pool.
         """
         if self.finished:
             return
@@ -286,18 +300,18 @@ class Branch(BranchConnection):
         return self._work.rehearsal is not None or not self.config.database.waits_for_answers
 
     def flush(self) -> None:
-        """Send what is pending."""
+        """Flush the session, if there is one."""
         if self.session is not None:
             self.session.flush()
 
     def savepoint(self) -> SessionTransaction:
-        """Flush, and take a savepoint. Raises InvalidUse where the database has none."""
+        """Flush, take a savepoint and return it. Raises InvalidUse if the database has no savepoints."""
         if not self.config.database.has_savepoints:
             raise InvalidUse(
                 f"The database of {self.name!r} has no savepoints",
                 'Write to it outside nested units (propagation="nested", unit.savepoint())',
             )
-        if self.session is None:  # which can follow savepoints
+        if self.session is None:  # a session is needed for nested transactions
             cast("Callable[[], BranchSession]", self._make_session)()
         return cast("BranchSession", self.session).begin_nested()
 
@@ -306,7 +320,7 @@ class Branch(BranchConnection):
         savepoint.rollback()
 
     def release(self, savepoint: SessionTransaction) -> None:
-        """Keep what was done since a savepoint, and give that up."""
+        """Keep what was done since a savepoint, and remove it."""
         savepoint.commit()
 
     def _let_go(self) -> None:
@@ -316,13 +330,13 @@ class Branch(BranchConnection):
         if self._work.connections.get(self.name) is self:
             del self._work.connections[self.name]
         if self.session is not None:
-            self.session.branch = None  # a circle would keep both until the collector comes by
+            self.session.branch = None  # breaks a reference cycle, so that both are freed at once
 
 
 def position(branch: Branch) -> tuple[int, str]:
-    """Return where a branch stands in the order in which the branches of a unit are committed."""
-    # Autonomous ones first, since their fate is their own. Readers before writers, because only a reader's COMMIT tells
-    # whether what it read was consistent. Lockers last: their locks guard what the writers write.
+    """Return the sort key by which the branches of a unit are committed."""
+    # Autonomous branches first: they commit in any case. Readers before writers: only COMMIT tells a reader whether what it
+    # read was consistent. Branches with locks last: their locks guard what the writers write.
     if branch.config.autonomous:
         group = 0
     elif branch.wrote:

@@ -1,10 +1,15 @@
-"""How the branches of a unit of work commit: one after the other, or together by preparing them first.
+"""Commit the branches of a unit of work: one after the other, or together by two-phase commit.
 
-Together means: it is settled in which log the unit is decided, and its id says so; every branch but the last resource is
-prepared, which is its database's promise that it can commit; then the decision to commit is made durable; then every branch is
-told. Whoever dies in between leaves prepared branches and, if it got that far, a decision: recovery brings the branches to it,
-or rolls them back where there is none. Prepared and told are all branches at once, so that it takes as long as the slowest of
-them, not as all of them.
+Two-phase commit takes four steps:
+
+1. Choose the decision log. The unit's id contains the id of the log.
+2. Prepare every branch but the last resource. A prepared database promises that it can commit.
+3. Write the decision to commit into the log, durably.
+4. Tell every branch to commit.
+
+If the process dies in between, it leaves prepared branches, and perhaps a decision. Recovery
+commits the branches if there is a decision, and rolls them back if there is none. Steps 2 and 4
+address all branches at once, so each takes as long as the slowest branch.
 """
 
 from __future__ import annotations
@@ -54,7 +59,7 @@ R = TypeVar("R")
 
 
 class CommittingWork(Protocol):
-    """What committing has to know of the unit."""
+    """The unit of work, as its commit sees it."""
 
     asynchronous: bool
     branches: list[Branch]
@@ -71,8 +76,8 @@ class CommittingWork(Protocol):
 
 
 def flush_for_good(overlays: Sequence[Overlay], branches: Sequence[Branch]) -> None:
-    """Do all that precedes COMMIT on every session: a listener may write where nothing was written, or have a session join."""
-    for part in chain[Overlay | Branch](overlays, branches):  # of which there may be more by then
+    """Do everything that precedes COMMIT on every session. A listener may write to another session, or make one join."""
+    for part in chain[Overlay | Branch](overlays, branches):  # the lists may grow meanwhile
         part.flush_for_good()
     late = next((part.name for part in chain[Overlay | Branch](overlays, branches) if part.has_unflushed), None)
     if late is not None:
@@ -83,7 +88,7 @@ def flush_for_good(overlays: Sequence[Overlay], branches: Sequence[Branch]) -> N
 
 
 def commit_branches(work: CommittingWork) -> None:
-    """Commit several branches: those that were written together, where at most one of them can't be prepared."""
+    """Commit several branches: together those that wrote, if at most one of them can't be prepared."""
     waiting = sorted(work.branches, key=position)
     written = [branch for branch in waiting if branch.wrote]
     if len(written) < 2 or len(unpreparable(written)) > 1:
@@ -100,19 +105,19 @@ def commit_branches(work: CommittingWork) -> None:
 
 
 def _rehearse_commit(rehearsal: Rehearsal, written: list[Branch]) -> None:
-    """Commit together without preparing, in a test that rolls everything back."""
+    """Commit without preparing, in a test that rolls everything back."""
     for branch in written:
         branch.check_commit(rehearsal)
     commit_one_by_one(written)
 
 
 def unpreparable(branches: Sequence[Branch]) -> list[Branch]:
-    """Return those of the branches that can only be committed at once."""
+    """Return the branches that can't be prepared."""
     return [branch for branch in branches if not branch.can_prepare]
 
 
 def commit_one_by_one(waiting: list[Branch]) -> None:
-    """Commit branches in this order, and say in the error which of them have committed when one fails."""
+    """Commit branches in this order. If one fails, the error lists those that have committed."""
     committed: list[str] = []
     while waiting:
         branch = waiting.pop(0)
@@ -125,20 +130,20 @@ def commit_one_by_one(waiting: list[Branch]) -> None:
             if branch.wrote and _is_lost(error):
                 raise OutcomeUnknown(branch.name, committed) from error
             if branch.wrote and branch.is_commit_unanswered and not isinstance(error, DBAPIError):
-                error.add_note(str(OutcomeUnknown(branch.name, committed)))  # an exception from outside goes on as what it is
+                error.add_note(str(OutcomeUnknown(branch.name, committed)))  # an exception from outside keeps its type
                 raise
             if committed:
                 partial = PartialCommit(committed, branch.name, [other.name for other in waiting if other.wrote])
                 if isinstance(error, Exception):
                     raise partial from error
-                error.add_note(str(partial))  # an interruption goes on as what it is
+                error.add_note(str(partial))  # an interruption keeps its type
             raise
         if waiting and branch.wrote:
             committed.append(branch.name)
 
 
 def commit_or_log(branch: Branch) -> None:
-    """Commit a branch whose failure must not hide or change how the unit ends."""
+    """Commit a branch. If that fails, log it: it must not change how the unit ends."""
     try:
         if branch.has_lost_transaction():
             raise TransactionLost(branch.name)
@@ -153,7 +158,7 @@ def _is_lost(error: BaseException) -> bool:
 
 
 class AtomicCommit:
-    """The way of one unit through prepare, decide and commit."""
+    """Prepare, decide and commit one unit."""
 
     def __init__(self, work: CommittingWork, written: Sequence[Branch]) -> None:
         self._work = work
@@ -162,13 +167,14 @@ class AtomicCommit:
         self._prepared = [branch for branch in written if branch is not self._last]
         self._log: DecisionLog = work.places.configured if self._last is None else work.places.of(self._last.name)
         self._logs = [self._log]
-        """Where something stands about the unit once it is decided."""
+        """The logs that have a record of the unit once it is decided."""
 
     def run(self) -> None:
-        """Commit, or raise after everything was rolled back. Once it is decided to commit, nothing is raised any more.
+        """Commit, or roll everything back and raise. After the decision to commit it raises nothing.
 
-        An exception from outside may land between any two steps. After `_prepare` only the log knows how the unit ends, so that
-        nothing is rolled back then without having asked it: what is still prepared is left to recovery.
+        An exception from outside may arrive between any two steps. After `_prepare` only the log
+        knows how the unit ends. So nothing is rolled back then without asking the log; recovery
+        settles what is still prepared.
         """
         try:
             self._apart(self._settle_on_log)
@@ -183,21 +189,25 @@ class AtomicCommit:
         self._commit_prepared()
 
     def _apart(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Ask a decision log, which threads do: off the loop where a coroutine ends the unit."""
+        """Call a function of a decision log, which blocks: in a thread, if a coroutine ends the unit."""
         return off_loop(function, *args, **kwargs) if self._work.asynchronous else function(*args, **kwargs)
 
     def _last_resource(self) -> Branch | None:
-        """Return the branch whose own COMMIT is the decision: the one that can't be prepared, or one that saves a write."""
+        """Return the branch whose own COMMIT is the decision, or None.
+
+        It is the branch that can't be prepared, or else one whose database has a table of
+        decisions: that saves a write.
+        """
         places = self._work.places
         candidates = unpreparable(self._written) or [branch for branch in self._written if places.are_in(branch.name)]
         return candidates[0] if candidates else None
 
     def _settle_on_log(self) -> None:
-        """See to it that who finds a branch prepared can tell by its xid in which log the unit is decided."""
+        """Make the xids of prepared branches lead recovery to the log in which the unit is decided."""
         unit, decides = self._work.name_unit(self._log), self._log.id
         if log_of(unit) == decides:
             return
-        # A branch has begun under its xid, before anybody could know that the unit has a last resource, or which one.
+        # A branch has begun by its xid, before the last resource was known.
         named_after = self._work.places.configured
         if log_of(unit) != named_after.id:
             raise InvalidUse("The decision log was replaced while a unit of work was under way", "Run the unit again")
@@ -212,7 +222,7 @@ class AtomicCommit:
         if self._last is not None:
             words |= self._words_of_decision(self._last)
         for branch in self._prepared:
-            branch.stage = Stage.PREPARED  # perhaps, from here on
+            branch.stage = Stage.PREPARED  # it may be prepared from here on
         asked = _exchange(words)
         for branch in asked.with_outcome(Outcome.REFUSED):
             branch.stage = Stage.ACTIVE
@@ -223,7 +233,10 @@ class AtomicCommit:
                 self._raise_refusal(branch, words[branch][-1], answer.error)
 
     def _words_of_decision(self, last: Branch) -> dict[Branch, list[str]]:
-        """Return what writes the decision into the last resource's transaction; write it, where that has to be waited for."""
+        """Return the statement that writes the decision in the last resource's transaction.
+
+        If the database can't take part in the exchange, write the decision now and return nothing.
+        """
         table, unit, names = self._work.places.of(last.name), self._work.unit_id, self._names
         if last.config.verbs is not None:
             return {last: [table.statement(unit, names)]}
@@ -249,22 +262,22 @@ class AtomicCommit:
     # -- decide
 
     def _decide(self) -> BaseException | None:
-        """Decide to commit. Return the reason if it stands that the unit aborts instead."""
+        """Decide to commit. Return the error if the decision is to abort."""
         try:
             stands = self._decision_to_commit()
-        except BaseException as error:  # noqa: BLE001  # returned, or told when the unit has ended
+        except BaseException as error:  # noqa: BLE001  # returned, or raised when the unit has ended
             if self._last is not None and self._last.committed:
                 stands = Verdict.COMMIT
             elif self._last is not None and isinstance(error, DBAPIError) and not _is_lost(error):
-                return error  # its database has refused to commit, and so to decide
+                return error  # its database refused the COMMIT that is the decision
             elif isinstance(error, DecisionFileUnusable) and error.undecided:
-                return error  # nor will this unit write one: nothing stands, and that means abort
+                return error  # no decision is written and none will be: that means abort
             else:
                 stands = self._settle_doubt(error)
                 if stands is Verdict.ABORT:
                     return error
             if not isinstance(error, DBAPIError):
-                self._work.interruption = error  # it came from outside, or from a listener; the unit commits all the same
+                self._work.interruption = error  # from outside, or from a listener: the unit commits anyway
         return AbortedByRecovery(self._work.unit_id) if stands is Verdict.ABORT else None
 
     def _decision_to_commit(self) -> Verdict:
@@ -274,12 +287,12 @@ class AtomicCommit:
         return Verdict.COMMIT
 
     def _settle_doubt(self, doubt: BaseException) -> Verdict:
-        """Find out whether a decision stands whose answer got lost: by deciding otherwise, which the first decision outlives."""
+        """Find out whether a decision was written whose answer got lost: try to decide ABORT, and the first decision wins."""
         try:
             if self._last is not None:
                 self._last.abandon()
             return self._apart(self._log.decide, self._work.unit_id, Verdict.ABORT, self._names)
-        except BaseException as error:  # noqa: BLE001  # one of the two is raised, with what it means
+        except BaseException as error:  # noqa: BLE001  # one of the two errors is raised
             for branch in self._prepared:
                 branch.abandon()
             unknown = OutcomeUnknown(self._log.place, prepared=self._names)
@@ -309,7 +322,7 @@ class AtomicCommit:
             log.warning("%r stays prepared as %s until it is recovered", branch.name, branch.xid)
 
     def _tell(self, *, commit: bool) -> list[Branch]:
-        """Tell all prepared branches how they end, and return those that may not have heard it."""
+        """Tell all prepared branches how they end. Return those that may not have received it."""
         prepared = [branch for branch in self._prepared if branch.stage is Stage.PREPARED]
         told = _exchange({branch: _words_of_end(branch, commit) for branch in prepared})
         if told.interruption is not None:

@@ -1,15 +1,14 @@
 """One data manager for all the databases of a unit of work.
 
-To zope.sqlalchemy a `Coordinator` is the transaction manager that sessions join; to zope, the `Work` of a unit is one
-data manager that votes last. In between, zope.sqlalchemy's data managers are the branches, which `Work` orders, checks
-and commits. It hangs on the zope transaction (`transaction.data`), so there is nothing to clean up.
+zope sees one data manager for each unit, its `Work`, which votes last. zope.sqlalchemy joins
+sessions to that `Work`, which orders, checks and commits their data managers as branches. `Work` is
+stored on the zope transaction (`transaction.data`), so nothing has to be cleaned up.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from app_db._databases.containers import Container
 from app_db._two_phase.decision_places import DecisionPlaces
@@ -20,18 +19,21 @@ if TYPE_CHECKING:
 
     from app_db._units.hooks import CapturedHooks
     from app_db._units.interfaces import Rehearsal
-
-log = logging.getLogger("app_db")
+    from app_db._units.manager import TransactionManager
 
 
 class Coordinator:
-    """Finds, under any zope transaction manager, the `Work` of the unit that is under way."""
+    """Finds the `Work` of the current unit, under any zope transaction manager."""
 
     rehearsal: Rehearsal | None = None
-    """Set while a test is isolated."""
+    """The isolated test that is running, if there is one."""
 
     def __init__(
-        self, manager: Any, atomicity: Callable[[], str], application: Callable[[], str], places: Callable[[], DecisionPlaces]
+        self,
+        manager: TransactionManager,
+        atomicity: Callable[[], str],
+        application: Callable[[], str],
+        places: Callable[[], DecisionPlaces],
     ) -> None:
         self.manager = manager
         self.atomicity = atomicity
@@ -40,7 +42,7 @@ class Coordinator:
         self.captures: list[CapturedHooks] = []
 
     def get(self) -> Work:
-        """Return the work of the current unit. Raises what the manager raises when there is none."""
+        """Return the work of the current unit. Raises the manager's error if there is none."""
         transaction = self.manager.get()
         try:
             work: Work = transaction.data(self)
@@ -58,9 +60,9 @@ class Coordinator:
 
 
 def build_coordinator(container: Container, places: Callable[[], DecisionPlaces]) -> Coordinator:
-    """Return the coordinator of a container. The container's settings are asked when they matter, so they may change."""
+    """Return the coordinator of a container. It reads the settings at each use, because they may change."""
     return Coordinator(
-        container.transaction_manager(),
+        cast("TransactionManager", container.transaction_manager()),
         atomicity=lambda: str(container.settings().atomicity),
         application=lambda: str(container.settings().application),
         places=places,

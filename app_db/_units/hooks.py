@@ -1,7 +1,7 @@
 """Functions that run before a unit of work commits, and after it has committed or aborted.
 
-Hooks join zope's transaction as a data manager of their own, with savepoints: a hook registered inside a savepoint that
-is rolled back is forgotten with it.
+Hooks join zope's transaction as a data manager with savepoints. A rollback to a savepoint forgets
+the hooks that were registered after it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import logging
 from collections.abc import Callable, Coroutine
 from functools import partial
 from inspect import isawaitable, iscoroutinefunction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import implementer
 
-from app_db._units.manager import suspended
+from app_db._units.manager import TransactionManager, suspended
 from app_db.errors import AwaitRequired, HookFailed
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("app_db")
 
-Hook = Callable[[], Any]
+Hook = Callable[[], object]
 
 
 @implementer(ISavepointDataManager)
 class Hooks:
-    """The hooks of one unit of work. What on-commit and on-abort hooks raise is kept in `errors`: the outcome stands by then."""
+    """The hooks of one unit of work. Errors of on_commit and on_abort hooks are kept in `errors`: the unit has ended by then."""
 
-    def __init__(self, transaction: Transaction, manager: Any, captures: list[CapturedHooks]) -> None:
+    def __init__(self, transaction: Transaction, manager: TransactionManager, captures: list[CapturedHooks]) -> None:
         self._transaction = transaction
         self._captures = captures
         self._manager = manager
@@ -42,22 +42,22 @@ class Hooks:
         self._announced = False
         self._ending = False
         self.has_committed = False
-        """To be set where zope ends a committed transaction by aborting it, so that the right hooks run."""
+        """Set it before zope aborts a transaction that the databases have committed. The on_commit hooks run then."""
         self.errors: list[Exception] = []
         self.interruption: BaseException | None = None
 
     def before_commit(self, hook: Hook) -> None:
-        """Run `hook` inside the unit, before anything is committed. If it raises, the unit aborts."""
+        """Register `hook` to run inside the unit, before anything is committed. If it raises, the unit aborts."""
         self._join()
         self._before_commit.append(hook)
 
     def on_commit(self, hook: Hook) -> None:
-        """Run `hook` after the unit has committed and its sessions are closed."""
+        """Register `hook` to run after the unit has committed and its sessions are closed."""
         self._join()
         self._on_commit.append(hook)
 
     def on_abort(self, hook: Hook) -> None:
-        """Run `hook` after the unit has aborted and its sessions are closed."""
+        """Register `hook` to run after the unit has aborted and its sessions are closed."""
         self._join()
         self._on_abort.append(hook)
 
@@ -88,7 +88,7 @@ class Hooks:
             self.interruption = error
 
     def run_what_is_left(self) -> None:
-        """Run what was to follow the commit, and was kept from it by an exception from outside, which zope only logs."""
+        """Run the on_commit hooks that have not run because an exception from outside interrupted zope."""
         if self._on_commit:
             self._follow_commit()
 
@@ -113,7 +113,7 @@ class Hooks:
                 except Exception as error:
                     log.exception("The hook %r failed", hook)
                     self.errors.append(error)
-                except BaseException as error:  # noqa: BLE001  # raised below, and after a commit, where zope swallows it, by the block
+                except BaseException as error:  # noqa: BLE001  # raised below; after a commit zope swallows it, so the block raises it
                     self.interruption = error
         if self.interruption is not None:
             raise self.interruption
@@ -134,7 +134,7 @@ class Hooks:
         return HooksSavepoint(self._before_commit, self._on_commit, self._on_abort)
 
     def abort(self, transaction: Transaction) -> None:
-        """Forget the hooks when it is a savepoint older than the first of them that is rolled back, not the whole unit."""
+        """Forget the hooks, if zope rolls back to a savepoint from before they joined. An abort of the unit runs them later."""
         if not self._ending and transaction.status in ("Active", "Doomed"):
             for hooks in (self._before_commit, self._on_commit, self._on_abort):
                 hooks.clear()
@@ -147,11 +147,11 @@ class Hooks:
     def tpc_abort(self, transaction: Transaction) -> None: ...
 
 
-# ---- hooks that are only noted -----------------------------------------------------------------------------------------
+# ---- hooks that are captured instead of run ------------------------------------------------------------------------------
 
 
 class CapturedHook:
-    """A function that would have been called after a commit, and what with. Two are equal when all of it is.
+    """A function that would have been called after a commit, with its arguments. Two are equal if all these are.
 
     >>> from app_db.testing import CapturedHook
     >>> CapturedHook(dict, sku="A-1") == CapturedHook(dict, sku="A-1")
@@ -162,12 +162,12 @@ class CapturedHook:
 
     __slots__ = ("args", "function", "kwargs")
 
-    def __init__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, function: Callable[..., object], /, *args: object, **kwargs: object) -> None:
         self.function = function
         self.args = args
         self.kwargs = kwargs
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         """Call the function, and return what it returns."""
         return self.function(*self.args, **self.kwargs)
 
@@ -186,17 +186,18 @@ class CapturedHook:
 
 
 class CapturedHooks(list[CapturedHook]):
-    """The hooks of the units that have committed, in the order in which they would have run."""
+    """A list of the hooks of committed units, in the order in which they would have run."""
 
     def take(self, hooks: list[Hook]) -> None:
-        """Take the hooks of a unit that has committed."""
+        """Add the hooks of a committed unit, and empty `hooks`."""
         self.extend(map(_captured, hooks))
         hooks.clear()
 
     def run(self) -> None:
-        """Run the hooks, and those of the units that they begin. They are not here any more then.
+        """Run the hooks, and those of the units that they begin, and remove them from this list.
 
-        All of them run, whatever one raises; HookFailed tells about it afterwards.
+        If a hook raises, the others still run, and HookFailed is raised afterwards. Raises
+        AwaitRequired for coroutine functions.
         """
         for hook in self:
             if iscoroutinefunction(hook.function):
@@ -212,7 +213,7 @@ class CapturedHooks(list[CapturedHook]):
         _tell(errors)
 
     async def run_awaited(self) -> None:
-        """Do the same in a coroutine, with hooks that may be coroutine functions."""
+        """Run the hooks as `run` does, and await those that are coroutine functions."""
         errors: list[Exception] = []
         while self:
             hook = self.pop(0)
@@ -236,7 +237,7 @@ def _captured(hook: Hook) -> CapturedHook:
 def _refuse_awaitable(made: object, hook: object, advice: str = _AWAIT_THEM) -> None:
     if isawaitable(made):
         if isinstance(made, Coroutine):
-            made.close()  # or it would be warned of as never awaited
+            made.close()  # avoids the warning that it was never awaited
         raise AwaitRequired(f"What the hook {hook!r} returned", advice)
 
 
@@ -247,7 +248,7 @@ def _tell(errors: list[Exception]) -> None:
 
 @implementer(IDataManagerSavepoint)
 class HooksSavepoint:
-    """How many hooks there were of each kind."""
+    """The number of hooks of each kind when the savepoint was taken."""
 
     def __init__(self, *kinds: list[Hook]) -> None:
         self._counted = [(hooks, len(hooks)) for hooks in kinds]

@@ -1,13 +1,14 @@
-"""What the parts of a unit of work have to know of each other, and of the sessions and connections in it."""
+"""The interfaces between the parts of a unit of work, its sessions and its connections."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.pool import PoolProxiedConnection
     from transaction import Transaction
 
     from app_db._databases.database import Database, Terms
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from app_db._two_phase.decision_places import DecisionPlaces
     from app_db._two_phase.xids import Xid
     from app_db._units.hooks import CapturedHooks
+    from app_db._units.manager import TransactionManager
     from app_db.errors import UnitOfWorkTimeout
 
 
 class BranchConfig(Protocol):
-    """What a branch has to know of the named connection whose share it is."""
+    """The configuration of the connection that a branch belongs to."""
 
     name: str
     read_only: bool
@@ -31,31 +33,35 @@ class BranchConfig(Protocol):
 
     @property
     def coordinator(self) -> Units: ...
-    def engine_for(self, work: Any) -> Engine: ...
+    def engine_for(self, work: BranchedWork) -> Engine: ...
     def make_log(self) -> None: ...
-    def note_next_checkout(self, work: Any) -> None: ...
+    def note_next_checkout(self, work: BranchedWork) -> None: ...
     def watch(self, connection: Connection) -> None: ...
 
 
 class Units(Protocol):
-    """Finds the unit that is under way."""
+    """Finds the current unit."""
 
     def get(self) -> BranchedWork: ...
 
 
 class BranchedWork(Protocol):
-    """What a branch has to know of the unit whose branch it is."""
+    """The unit of work, as its branches see it."""
 
     transaction: Transaction
+    asynchronous: bool
     read_only: bool
+    isolation: str | None
     finishing: bool
     errors_afterwards: list[Exception]
     interruption: BaseException | None
-    connections: dict[str, Any]
-    rehearsal: Any
+    rehearsal: Rehearsal | None
 
     def add(self, branch: Any) -> None: ...
     def xid_for(self, branch: Any) -> Xid: ...
+    def note_checkout(self, may_be_rolled_back: bool, connection: PoolProxiedConnection) -> None: ...
+    @property
+    def connections(self) -> MutableMapping[str, Any]: ...
     @property
     def timed(self) -> bool: ...
     def remaining(self) -> float: ...
@@ -64,7 +70,7 @@ class BranchedWork(Protocol):
 
 
 class TakingPart(Protocol):
-    """What a unit has to know of a session that takes part in it."""
+    """A session that takes part in a unit."""
 
     @property
     def has_unflushed(self) -> bool: ...
@@ -80,16 +86,16 @@ class TakingPart(Protocol):
 
 
 class Rehearsal(Protocol):
-    """What a unit of work asks of an isolated test, in which it only seems to commit."""
+    """An isolated test, in which a unit of work runs and only seems to commit."""
 
     def engine_for_unit(self, engine: Engine, terms: Terms) -> Engine: ...
     def check_commit(self, connection: Connection) -> None: ...
 
 
 class UnitContext(Protocol):
-    """What a unit asks of its container."""
+    """The container, as its units see it."""
 
-    manager: Any
+    manager: TransactionManager
     captures: list[CapturedHooks]
     rehearsal: Rehearsal | None
     places: Callable[[], DecisionPlaces]

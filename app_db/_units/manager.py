@@ -1,7 +1,8 @@
 """A zope transaction manager whose transaction follows the context.
 
-Threads, tasks and greenlets have each their own current transaction, because it lives in a ContextVar; worker threads
-that run with a copy of their caller's context (a sync endpoint, `asyncio.to_thread`) see their caller's.
+The current transaction is in a ContextVar, so each thread, task and greenlet has its own. A worker
+thread that runs with a copy of its caller's context (a sync endpoint, `asyncio.to_thread`) sees its
+caller's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 from weakref import ref
 
 from sqlalchemy.exc import DBAPIError
@@ -19,7 +20,8 @@ from transaction.interfaces import TransientError
 from transaction.weakset import WeakSet
 
 from app_db._compat.asyncio import running_loop
-from app_db._compat.transaction import TransactionManager, current_of, set_current
+from app_db._compat.transaction import TransactionManager as HookedManager
+from app_db._compat.transaction import current_of, set_current
 from app_db._databases.registry import is_transient
 from app_db._liveness import WithBlock, always, gone, tear_down
 from app_db._units.owned_transactions import AwaitedTransaction, OwnedTransaction, Owner, Process
@@ -28,11 +30,18 @@ from app_db.errors import AlreadyInUnitOfWork, NoUnitOfWork, UnitOfWorkEnded
 from app_db.settings._urls import require_greenlet
 
 
+class TransactionManager(Protocol):
+    """A transaction manager: app_db's own, or one of zope's, which have no type hints."""
+
+    def get(self) -> Transaction: ...
+    def begin(self) -> Transaction: ...
+
+
 class _Suspension:
-    """Stands where a transaction would, in a block that runs as if none were under way."""
+    """Takes the place of a transaction in a block that runs as if there were none."""
 
     process = -1
-    """That of no transaction, so that it is never taken for one."""
+    """No transaction has this value, so a suspension is never used as one."""
 
     def __init__(self, liveness: Callable[[], object]) -> None:
         self.liveness = liveness
@@ -46,20 +55,22 @@ class _Suspension:
 
 
 class _Entry(NamedTuple):
-    """What a context says is current, and what is current when that is over.
+    """The current transaction of a context, and the entry that becomes current after it.
 
-    The transaction of a block is found by a weak reference: when the block is torn down, its connections go at once.
+    `find` is a weak reference for the transaction of a block: when the block is torn down, its
+    connections are returned at once.
     """
 
     find: Callable[[], OwnedTransaction | _Suspension | None]
     outer: _Entry | None
 
 
-class ContextTransactionManager(TransactionManager):
-    """A complete, explicit `ITransactionManager` that keeps its current transaction in a ContextVar.
+class ContextTransactionManager(HookedManager):
+    """A zope transaction manager (`ITransactionManager`) that keeps its current transaction in a ContextVar.
 
-    It is explicit: `get()` never begins a transaction, and `begin()` refuses where one is under way. After a commit
-    that failed the next `begin()` works all the same.
+    It is in explicit mode: `get()` never begins a transaction, and `begin()` raises
+    AlreadyInUnitOfWork if there is one. After a failed commit, `begin()` aborts the old transaction
+    first.
     """
 
     def __init__(self) -> None:
@@ -68,7 +79,7 @@ class ContextTransactionManager(TransactionManager):
         self._current: ContextVar[_Entry | None] = ContextVar("app_db.current_transaction", default=None)
 
     def current(self) -> OwnedTransaction | None:
-        """Return the transaction that is under way here, or None: what has ended or is another's doesn't count."""
+        """Return the transaction of this context that the calling code may use, or None. It begins none."""
         entry = self._current.get()
         if entry is None:
             return None
@@ -81,18 +92,18 @@ class ContextTransactionManager(TransactionManager):
         return cast("OwnedTransaction", found)
 
     def is_current(self, transaction: OwnedTransaction) -> bool:
-        """Return whether a transaction is the one that is under way here."""
+        """Return whether `transaction` is the current one of this context."""
         entry = self._current.get()
         return entry is not None and entry.find() is transaction and transaction.is_usable()
 
     def inherited(self) -> OwnedTransaction | None:
-        """Return the transaction under way of another task, from which the calling code has its context, or None."""
+        """Return the open transaction of another task from which this context was copied, or None."""
         entry = self._standing()
         found = None if entry is None else entry.find()
         return None if found is None or isinstance(found, _Suspension) or found.is_usable() else found
 
     def current_or_refuse(self) -> OwnedTransaction | None:
-        """Return the transaction that is under way here, or None. Raise where it is that of the calling task's parent."""
+        """Return the current transaction, or None. Raises ForeignUnitOfWork if it belongs to the calling task's parent."""
         if self._current.get() is None:
             return None
         found = self.current()
@@ -103,14 +114,14 @@ class ContextTransactionManager(TransactionManager):
         return found
 
     def get(self) -> OwnedTransaction:
-        """Return the transaction that is under way here, or raise the error that says why there is none."""
+        """Return the current transaction. Raises NoUnitOfWork, UnitOfWorkEnded or ForeignUnitOfWork if there is none."""
         entry = self._current.get()
         if entry is None:
             raise NoUnitOfWork
         found = entry.find()
         if found is None or found.ended or found.process != Process.generation or found.liveness() is None:
             return self._get_outer(entry)
-        # Any thread may use it whose context says that it is current; tasks have copies of their parents' contexts.
+        # A thread may use the transaction of its context. A task may not: its context is a copy of its parent's.
         return cast("OwnedTransaction", found) if running_loop() is None or found.is_usable() else self._get_outer(entry)
 
     def _get_outer(self, inner: _Entry) -> OwnedTransaction:
@@ -125,7 +136,7 @@ class ContextTransactionManager(TransactionManager):
         raise found.refusal()
 
     def _standing(self) -> _Entry | None:
-        """Return the innermost entry of this context that is not over."""
+        """Return the innermost entry of this context whose transaction is still open."""
         entry = self._current.get()
         while entry is not None:
             found = entry.find()
@@ -137,7 +148,7 @@ class ContextTransactionManager(TransactionManager):
         return None
 
     def begin(self) -> OwnedTransaction:
-        """Begin a transaction and make it the current one of this context. It lasts until it is ended."""
+        """Begin a transaction and return it. It is current in this context until it is committed or aborted."""
         under_way = self.current()
         if under_way is not None:
             if under_way.status != "Commit failed":
@@ -150,13 +161,16 @@ class ContextTransactionManager(TransactionManager):
         return transaction
 
     def prepare_block(self, liveness: Callable[[], object], *, awaited: bool) -> OwnedTransaction:
-        """Return the transaction of a block, for `begin_block` to begin: the block has it before anything is begun."""
+        """Return a new transaction for a block. Call `begin_block` with it next.
+
+        There are two steps so that the block has the transaction before it begins.
+        """
         if awaited:
             require_greenlet()
         return (AwaitedTransaction if awaited else OwnedTransaction)(self.synchronizers, self, liveness)
 
     def begin_block(self, transaction: OwnedTransaction) -> None:
-        """Make the transaction of a block the current one of this context; the one that was waits."""
+        """Make the transaction of a block the current one of this context. An outer transaction waits."""
         outer = self._current.get()
         self._current.set(_Entry(ref(transaction), None if outer is None else self._standing()))
         if self.synchronizers.are_used:
@@ -164,7 +178,7 @@ class ContextTransactionManager(TransactionManager):
 
     def _announce(self, transaction: OwnedTransaction) -> None:
         try:
-            self.synchronizers.of(transaction.owner).map(lambda synchronizer: synchronizer.newTransaction(transaction))
+            self.synchronizers.announce(transaction)
         except BaseException:
             transaction.abort()
             raise
@@ -174,19 +188,22 @@ class ContextTransactionManager(TransactionManager):
         transaction = self.current()
         return self.synchronizers.of(Owner.acting() if transaction is None else transaction.owner)
 
-    def free(self, txn: Any) -> None:
-        """Forget a transaction that has ended. Called by the transaction itself, in whichever context that happens."""
+    def free(self, txn: object) -> None:
+        """Forget a transaction that has ended. The transaction calls this, in the context in which it ends.
+
+        Raises ValueError for a transaction that this manager has not begun, or that has ended.
+        """
         if not isinstance(txn, OwnedTransaction) or txn.ended or txn.begun_by is not self:
             raise ValueError("Foreign transaction")
         txn.ended = True
-        txn.liveness = gone  # which may hold the block, and so the unit: a circle
-        txn.owner.task = None  # whose error may hold the block as well
+        txn.liveness = gone  # it may refer to the block, and so to the unit: a reference cycle
+        txn.owner.task = None  # the task's error may refer to the block
         entry = self._current.get()
         if entry is not None and entry.find() is txn:
             self._current.set(entry.outer)
 
     def resume(self, transaction: OwnedTransaction) -> None:
-        """Make a transaction the current one here that began in another context, as a generator's may have."""
+        """Make `transaction` current in this context. It may have begun in another one, as in a generator."""
         if self.current() is transaction:
             return
         if not transaction.is_usable():
@@ -194,9 +211,10 @@ class ContextTransactionManager(TransactionManager):
         self._current.set(_Entry(ref(transaction), self._standing()))
 
     def adopt(self, transaction: OwnedTransaction) -> None:
-        """Make a transaction the current one here, and the calling task its owner, which it will be alone from now on.
+        """Make `transaction` current in this context, and the calling task its only owner.
 
-        The block that began it may be gone by now: the transaction lasts until it is ended.
+        From now on the transaction lasts until it is committed or aborted, even if the block that
+        began it is gone.
         """
         if not transaction.is_open():
             raise transaction.refusal()
@@ -211,14 +229,17 @@ class ContextTransactionManager(TransactionManager):
         try:
             self.commit()
         except BaseException:
-            self.abort()  # a failed commit would otherwise stay the current transaction
+            self.abort()  # otherwise the failed transaction would stay current
             raise
 
     def is_retryable(self, error: BaseException) -> bool:
         return retryable(error)
 
     def suspend(self, liveness: Callable[[], object]) -> Callable[[], None]:
-        """Have no transaction be under way here. Return what takes up the one that was; so does the end of `liveness`."""
+        """Make no transaction current in this context. Return a function that undoes it.
+
+        The end of `liveness` undoes it too.
+        """
         suspension = _Suspension(liveness)
         self._current.set(_Entry(lambda: suspension, self._standing()))
 
@@ -232,24 +253,24 @@ class ContextTransactionManager(TransactionManager):
         return resume
 
 
-def current(manager: Any) -> Transaction | None:
-    """Return the transaction that is under way under any zope manager, or None, without beginning one."""
+def current(manager: TransactionManager) -> Transaction | None:
+    """Return the current transaction of any zope manager, or None. It begins none."""
     if isinstance(manager, ContextTransactionManager):
         return manager.current()
     found: Transaction | None = current_of(manager)
     return found
 
 
-def regain(manager: Any, transaction: Transaction) -> None:
-    """Make sure that `transaction` is the current one, or raise the error that says why it can't be."""
+def regain(manager: TransactionManager, transaction: Transaction) -> None:
+    """Make `transaction` the current one. Raises ForeignUnitOfWork or UnitOfWorkEnded if that is impossible."""
     if isinstance(manager, ContextTransactionManager):
         manager.resume(cast("OwnedTransaction", transaction))
     elif current(manager) is not transaction:
         raise UnitOfWorkEnded("The block of a unit of work")
 
 
-def suspend(manager: Any, liveness: Callable[[], object]) -> Callable[[], None]:
-    """Have no transaction be under way under any zope manager, and return what takes up the one that was."""
+def suspend(manager: TransactionManager, liveness: Callable[[], object]) -> Callable[[], None]:
+    """Make no transaction current under any zope manager. Return a function that undoes it."""
     if isinstance(manager, ContextTransactionManager):
         return manager.suspend(liveness)
     transaction = current_of(manager)
@@ -258,11 +279,11 @@ def suspend(manager: Any, liveness: Callable[[], object]) -> Callable[[], None]:
 
 
 class suspended(WithBlock):  # noqa: N801  # used like a function
-    """Run a block as if no transaction were under way under any zope manager, then take up the one that was."""
+    """Make no transaction current under any zope manager while the block runs."""
 
     __slots__ = ("_manager", "_resume")
 
-    def __init__(self, manager: Any) -> None:
+    def __init__(self, manager: TransactionManager) -> None:
         self._manager = manager
         self._resume: Callable[[], None] | None = None
 
@@ -275,7 +296,7 @@ class suspended(WithBlock):  # noqa: N801  # used like a function
         self.torn_down()
 
     def torn_down(self) -> None:
-        """Take up the transaction that was under way."""
+        """Make the earlier transaction current again."""
         resume, self._resume = self._resume, None
         if resume is not None:
             resume()
@@ -287,8 +308,12 @@ class suspended(WithBlock):  # noqa: N801  # used like a function
 def retryable(error: BaseException) -> bool:
     """Return whether the unit of work that raised `error` may succeed when it is run again from its start.
 
-    So it is for serialization failures, deadlocks, locks waited for too long, a row changed by somebody else, and a
-    connection lost before COMMIT was sent.
+    It returns True for serialization failures, deadlocks, lock timeouts, SQLAlchemy's
+    StaleDataError, zope's TransientError, and a connection that was lost before COMMIT was sent.
+
+    >>> from app_db import retryable
+    >>> retryable(ValueError())
+    False
     """
     if isinstance(error, (TransientError, StaleDataError)):
         return True

@@ -1,4 +1,4 @@
-"""Branches whose driver blocks, in units that coroutines end: what waits for the database does so in a thread."""
+"""Branches with a blocking driver in units that coroutines end: they wait for the database in a thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
@@ -17,12 +17,14 @@ from app_db._units.branches import Branch
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
 
+    from app_db._units.interfaces import Rehearsal
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class BranchOffLoop(Branch):
-    """A branch whose driver blocks, in a unit that a coroutine ends: what waits for the database does so in a thread."""
+    """A branch with a blocking driver in a unit that a coroutine ends. It waits for the database in a thread."""
 
     def flush(self) -> None:
         off_loop(super().flush)
@@ -36,7 +38,7 @@ class BranchOffLoop(Branch):
     def ask_whether_it_wrote(self) -> None:
         off_loop(super().ask_whether_it_wrote)
 
-    def check_commit(self, rehearsal: Any) -> None:
+    def check_commit(self, rehearsal: Rehearsal) -> None:
         off_loop(super().check_commit, rehearsal)
 
     def commit(self) -> None:
@@ -62,7 +64,7 @@ class BranchOffLoop(Branch):
 
 
 def off_loop(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a function that blocks: in a thread, where an event loop would have to wait for it."""
+    """Call a blocking function and return its result. Run it in a thread if it would block an event loop."""
     if not in_greenlet():
         return function(*args, **kwargs)
     work = partial(copy_context().run, partial(function, *args, **kwargs))
@@ -71,7 +73,7 @@ def off_loop(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 @cache
 def own_threads() -> ThreadPoolExecutor:
-    """Return threads for what blocks: those of the event loop may all be waiting for what the unit holds that ends here."""
+    """Return a thread pool. The loop's own may be full of threads that wait for this unit to end."""
     return ThreadPoolExecutor(1000, "app_db")
 
 

@@ -1,4 +1,4 @@
-"""What a block of code asks of its unit of work. Impossible combinations are refused."""
+"""The options of a unit of work."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from app_db.errors import InvalidUse
 
 
 class Propagation(StrEnum):
-    """What a unit of work does where another is under way, and where none is. The values serve as well: `"nested"`."""
+    """What a block does inside a unit of work, and outside one. The string values work too: `propagation="nested"`."""
 
     REQUIRED = "required"
-    """Join it; else begin one."""
+    """Inside a unit: take part in it. Outside: begin one."""
     REQUIRES_NEW = "requires_new"
-    """Begin one of its own, while the other waits."""
+    """Inside a unit: begin another one, while the outer one waits. Outside: begin one."""
     NESTED = "nested"
-    """Join it inside a savepoint; else begin one."""
+    """Inside a unit: take part in it, in a savepoint. Outside: begin one."""
     MANDATORY = "mandatory"
-    """Join it; else raise NoUnitOfWork."""
+    """Inside a unit: take part in it. Outside: raise NoUnitOfWork."""
     SUPPORTS = "supports"
-    """Join it; else run without."""
+    """Inside a unit: take part in it. Outside: run without a unit."""
     NOT_SUPPORTED = "not_supported"
-    """Run without, while it waits."""
+    """Inside a unit: run without it, while it waits. Outside: run without a unit."""
     NEVER = "never"
-    """Raise AlreadyInUnitOfWork; else run without."""
+    """Inside a unit: raise AlreadyInUnitOfWork. Outside: run without a unit."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a block asks of its unit of work. Impossible combinations are refused here."""
+    """The options of a block. Raises InvalidUse for values and combinations that are impossible."""
 
     propagation: Propagation = Propagation.REQUIRED
     read_only: bool = False
@@ -50,10 +50,10 @@ class Options:
         if self.isolation is not None and self.isolation not in _ISOLATION_LEVELS:
             raise InvalidUse(f"There is no isolation level {self.isolation!r}", f"Use one of {', '.join(_ISOLATION_LEVELS)}")
         if self.backoff < 0:
-            raise InvalidUse(f"backoff={self.backoff} is negative", "Give the seconds to wait before the second attempt, at most")
+            raise InvalidUse(f"backoff={self.backoff} is negative", "Give the longest wait before the second attempt, in seconds")
         if self.attempts > 1 and self.propagation not in _MAY_BEGIN_A_UNIT:
             raise InvalidUse(
-                f"attempts={self.attempts} can't be with propagation={self.propagation.value!r}, "
+                f"attempts={self.attempts} can't be combined with propagation={self.propagation.value!r}, "
                 "which never begins a unit of its own",
                 "Put attempts on the outermost unit",
             )
@@ -70,7 +70,7 @@ def options_from(
     commit_on: type[BaseException] | Iterable[type[BaseException]] = (),
     **others: Any,
 ) -> Options:
-    """Return the options that an application gave, in the forms in which it may give them."""
+    """Return Options from what an application gave. Raises InvalidUse for unknown options and values."""
     known = [field.name for field in fields(Options)]
     for name in others:
         if name not in known:

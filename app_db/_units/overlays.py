@@ -1,7 +1,8 @@
-"""A session over the branches of a unit: it uses their connections, and has no transaction of its own in any database.
+"""A session that uses the connections of a unit's branches, and has no database transaction of its own.
 
-What it sends is a part of the branch on whose connection it is sent, and is committed and rolled back with that. What it has
-itself are objects: those are flushed before the branches, follow the unit's savepoints, and end with the unit.
+A statement of the session belongs to the branch on whose connection it is sent. The branch commits
+it or rolls it back. The session's objects are flushed before the branches, follow the unit's
+savepoints, and are detached when the unit ends.
 """
 
 from __future__ import annotations
@@ -28,19 +29,17 @@ R = TypeVar("R")
 
 
 class OverlaidSession(TakingPart, Protocol):
-    """What an overlay has to know of the session that it is."""
+    """The session of an overlay."""
 
     overlay: Overlay | None
     last_used: str
 
-    @property
-    def current_transaction(self) -> SessionTransaction | None: ...
     def close(self) -> None: ...
     def forget(self) -> None: ...
 
 
 class Overlay:
-    """A session over the branches of one unit of work, as the unit sees it."""
+    """The part in a unit of work of a session that uses the connections of the unit's branches."""
 
     has_savepoints = True
     finished = False
@@ -51,36 +50,36 @@ class Overlay:
         self._transaction = transaction
         self._blocks_loop = blocks_loop
         self.levels: list[SessionTransaction] = [transaction]
-        """What is the unit's of the session's transactions: in the databases its branches see to those."""
+        """The session's transaction and the savepoints of the unit in it. The branches end them in the databases."""
 
     @property
     def name(self) -> str:
-        """The connection that the session has used last: where its flush has failed, the one on which it did."""
+        """The connection that the session used last. After a failed flush, it is the one on which the flush failed."""
         return self.session.last_used
 
     def flush(self) -> None:
-        """Send what is pending."""
+        """Flush the session."""
         self._wait_for(self.session.flush)
 
     def flush_for_good(self) -> None:
-        """Do all that precedes the commit, the listeners to `before_commit` included; from here on the session refuses SQL."""
+        """Do everything that precedes COMMIT, including `before_commit` listeners. The session refuses SQL afterwards."""
         self._wait_for(self.session.flush_for_good)
         self._is_flushed_for_good = True
 
     @property
     def has_unflushed(self) -> bool:
-        """Whether objects were changed that no flush has reached."""
+        """Whether objects were changed after the last flush."""
         return self.session.has_unflushed
 
     def has_lost_transaction(self) -> bool:
-        """Return whether what the session has done is not what the databases have done."""
+        """Return whether a transaction of the session has failed, so that its objects no longer match the databases."""
         nested = self.session.get_nested_transaction()
         if nested is not None and not nested.is_active:
             return True
         return not (self._transaction.is_active or self._is_flushed_for_good)
 
     def savepoint(self) -> SessionTransaction:
-        """Flush, and take a savepoint."""
+        """Flush, take a savepoint and return it."""
         savepoint = self._wait_for(self.session.begin_nested)
         self.levels.append(savepoint)
         return savepoint
@@ -91,29 +90,29 @@ class Overlay:
         del self.levels[self.levels.index(savepoint) :]
 
     def release(self, savepoint: SessionTransaction) -> None:
-        """Keep what was done since a savepoint, and give that up."""
+        """Keep what was done since a savepoint, and remove it."""
         self._wait_for(savepoint.commit)
         self.levels.remove(savepoint)
 
     def end(self) -> None:
-        """Detach the objects, as a session does that has committed."""
+        """Detach the objects, as after a commit."""
         try:
             self._transaction.commit()
         finally:
             self._close()
 
     def roll_back(self) -> None:
-        """Undo what became of the objects, and detach them. The databases are rolled back by their branches."""
+        """Roll back the state of the objects, and detach them. The branches roll back the databases."""
         if not self.finished:
             self._wait_for(self._roll_back)
 
     def _roll_back(self) -> None:
         give_up = time.monotonic() + PATIENCE
-        while self.session.is_flushing and time.monotonic() < give_up:  # in another thread, as Branch says
+        while self.session.is_flushing and time.monotonic() < give_up:  # in another thread, as in Branch
             time.sleep(0.005)
         try:
             for transaction in self._transactions():
-                take_away(transaction)  # their branches are rolled back, and this has nothing of its own there
+                take_away(transaction)  # the branches roll back the connections
             if self.session.get_transaction() is self._transaction:
                 self._transaction.rollback()
         except Exception:
@@ -122,7 +121,7 @@ class Overlay:
             self._close()
 
     def abandon(self) -> None:
-        """Let go of everything after an exception from outside, which may have come between two steps of the session."""
+        """Close the session after an exception from outside, which may have interrupted it halfway."""
         try:
             for transaction in self._transactions():
                 take_away(transaction)
@@ -131,7 +130,7 @@ class Overlay:
             log.debug("A session could not be closed when its unit of work was torn down", exc_info=True)
 
     def leave(self, connections: Iterable[Connection]) -> None:
-        """Let go of connections that are about to be rolled back as a whole, the savepoints on them included."""
+        """Forget connections that are about to be rolled back, including the savepoints on them."""
         for transaction in self._transactions():
             take_away(transaction, connections)
 
@@ -144,7 +143,7 @@ class Overlay:
     def _close(self) -> None:
         self.finished = True
         self.session.close()
-        self.session.overlay = None  # a circle would keep both until the collector comes by
+        self.session.overlay = None  # breaks a reference cycle, so that both are freed at once
         self.session.forget()
 
     def _wait_for(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

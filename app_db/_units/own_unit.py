@@ -1,4 +1,4 @@
-"""A block that begins a unit of work of its own, and ends it."""
+"""The role of a block that begins and ends a unit of work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from app_db._databases.interruptions import came_from_outside
 from app_db._liveness import Liveness, always
-from app_db._units.manager import ContextTransactionManager, current, regain, suspend
+from app_db._units.manager import ContextTransactionManager, TransactionManager, current, regain, suspend
 from app_db._units.owned_transactions import AwaitedTransaction, OwnedTransaction, is_of_this_process
 from app_db._units.roles import Role
 from app_db._units.unit_of_work import UnitOfWork
@@ -21,10 +21,10 @@ log = logging.getLogger("app_db")
 
 
 class OwnUnit(Role):
-    """Begin a unit of work, and commit or abort it; one that is under way waits."""
+    """Begin a unit of work, and commit or abort it. An outer unit waits."""
 
     transaction: Any = None
-    """The zope transaction, once there is one."""
+    """The zope transaction, after `enter`."""
     work: Work
 
     def waits_to_end(self) -> bool:
@@ -49,8 +49,8 @@ class OwnUnit(Role):
             work.limit(options.timeout)
         return UnitOfWork(work)
 
-    def _begin_under(self, manager: Any) -> None:
-        """Begin under a manager of zope's, which knows nothing of blocks."""
+    def _begin_under(self, manager: TransactionManager) -> None:
+        """Begin under one of zope's own managers."""
         if self.asynchronous:
             raise InvalidUse(
                 f"`async with` can't begin a unit under a {type(manager).__name__}, because tasks would share its transaction",
@@ -61,7 +61,7 @@ class OwnUnit(Role):
                 self._resume = suspend(manager, always)
             self.transaction = manager.begin()
         except BaseException:
-            begun = current(manager)  # interrupted after that, or a synchronizer failed: the next block would join it
+            begun = current(manager)  # a synchronizer failed, or we were interrupted: the next block must not join this
             if begun is not None and begun is not self.outer:
                 self._abort(begun)
             self._take_up_outer()
@@ -77,7 +77,7 @@ class OwnUnit(Role):
             self.transaction.liveness = liveness
 
     def leave(self, error: BaseException | None) -> None:
-        """Commit the unit if the block returned, abort it if the block raised, and raise what is left to be told."""
+        """Commit the unit if the block returned, abort it if the block raised. Then raise the errors of its end."""
         try:
             manager = self.coordinator.manager
             is_current = isinstance(manager, ContextTransactionManager) and manager.is_current(self.transaction)
@@ -102,12 +102,12 @@ class OwnUnit(Role):
 
     def torn_down(self) -> None:
         if self.transaction is not None and not is_of_this_process(self.transaction):
-            return  # a forked child leaves its parent's connections alone
-        work: Work | None = getattr(self, "work", None)  # unless it was interrupted before there was any
+            return  # a forked child must not touch its parent's connections
+        work: Work | None = getattr(self, "work", None)  # `enter` may have been interrupted
         if work is not None:
             work.abandon()
         if self.transaction is not None and not self._is_over():
-            log.warning("A unit of work is aborted: its block has gone without being left, by a signal handler's exception, say")
+            log.warning("A unit of work is aborted: an exception from outside (a signal handler's?) has torn down its block")
             self._end_torn(work)
         self._take_up_outer()
 
@@ -130,11 +130,14 @@ class OwnUnit(Role):
             work.forget()
 
     def _is_current_again(self, error: BaseException | None) -> bool:
-        """Make the unit the current one. Where it can't be, abort it, and raise why unless the block raised; return False."""
+        """Make the unit current again, and return True. If that is impossible, abort it.
+
+        Then raise the reason, or return False if the block has raised an error itself.
+        """
         try:
             regain(self.coordinator.manager, self.transaction)
         except Exception:
-            # The block ends in another task than it began in, for example. Nothing else will end its unit.
+            # For example, the block ends in another task than it began in. Nothing else would end its unit.
             if self.work.is_under_way() and is_of_this_process(self.transaction):
                 self._abort(self.transaction)
                 self.work.forget()
@@ -144,7 +147,7 @@ class OwnUnit(Role):
         return True
 
     def _tell_what_followed(self, error: BaseException | None) -> None:
-        """Raise what interrupted the end of the unit, or what failed after it had committed."""
+        """Raise the interruption of the unit's end, or the errors that followed its commit."""
         hooks, failed = self.work.hooks, self.work.errors_afterwards
         if self.work.interruption is not None:
             if self.work.has_committed:
@@ -165,10 +168,10 @@ class OwnUnit(Role):
         raise HookFailed(errors) from errors[0]
 
     def _ends_although(self, failure: BaseException) -> bool:
-        """End the unit after its commit failed. Return whether it has committed all the same, and the failure is told later."""
+        """End the unit after `commit()` raised. Return True if it has committed anyway: the failure is raised later."""
         if self.work.has_committed:
             if self.work.hooks is not None:
-                self.work.hooks.has_committed = True  # the unit has to be aborted for zope to end it
+                self.work.hooks.has_committed = True  # zope ends the unit only by an abort
             if self.transaction.status == "Committed":
                 self._end_after_commit(failure)
                 return True
@@ -177,7 +180,7 @@ class OwnUnit(Role):
         return False
 
     def _end_after_commit(self, error: BaseException) -> None:
-        """Let go of a unit that has committed, although zope was kept from saying so: by a synchronizer that failed, say."""
+        """End a unit that has committed, although `commit()` raised: a synchronizer may have failed, for example."""
         log.error("A unit of work has committed, and then something failed before it had ended", exc_info=error)
         if isinstance(error, Exception) and not came_from_outside(error):
             self.work.errors_afterwards.append(error)
@@ -186,7 +189,7 @@ class OwnUnit(Role):
         self._abort(self.transaction)
 
     def _abort_for(self, error: BaseException) -> None:
-        # Retryability has to be asked before abort: afterwards the data managers that would know are gone.
+        # Ask before the abort: it removes the data managers that know whether the error is retryable.
         repeatable = isinstance(error, Exception) and not self.work.has_committed
         self.may_pass = repeatable and not self._is_over() and bool(self.transaction.isRetryableError(error))
         for branch in self.work.branches:
@@ -204,5 +207,6 @@ class OwnUnit(Role):
 
 
 _COMMITTED_ALL_THE_SAME = (
-    "app_db: the databases had committed when this came from another data manager, or from outside. Don't repeat the unit."
+    "app_db: the databases had committed when another data manager, or an exception from outside, raised this. "
+    "Don't repeat the unit."
 )

@@ -7,7 +7,6 @@ import threading
 from asyncio import Task, current_task
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any
 
 from sqlalchemy.util.concurrency import in_greenlet
 from transaction import Savepoint, Transaction
@@ -21,7 +20,7 @@ from app_db.errors import AwaitRequired, ForeignUnitOfWork, UnitOfWorkEnded, Uni
 
 
 class Process:
-    """Counts the forks behind this process, so that a child tells its parent's transactions from its own."""
+    """Counts forks. A child process recognizes its parent's transactions by the lower count."""
 
     generation = 0
 
@@ -33,15 +32,15 @@ class Process:
 after_fork_in_child(Process.note_fork)
 
 
-_acting_for: dict[Task[Any], Task[Any] | None] = {}
+_acting_for: dict[Task[object], Task[object] | None] = {}
 
 
 class acting_for:  # noqa: N801  # used like a function; `contextmanager` takes longer, and every unit ends in one
-    """Let the calling task use what belongs to another one, which waits for it."""
+    """Let the calling task use what belongs to `owner`, a task that waits for it."""
 
     __slots__ = ("_owner", "_task")
 
-    def __init__(self, owner: Task[Any] | None) -> None:
+    def __init__(self, owner: Task[object] | None) -> None:
         self._owner = owner
 
     def __enter__(self) -> None:
@@ -52,11 +51,11 @@ class acting_for:  # noqa: N801  # used like a function; `contextmanager` takes 
         _acting_for[task] = self._owner
 
     def __exit__(self, *_: object) -> None:
-        del _acting_for[self._task], self._task  # or the task and this one would hold each other
+        del _acting_for[self._task], self._task  # the task and this object would refer to each other
 
 
 class Owner:
-    """The thread, and the asyncio task if there is one, in which something began."""
+    """The thread in which a transaction began, and its asyncio task if there was one."""
 
     __slots__ = ("task", "thread")
 
@@ -74,7 +73,7 @@ class Owner:
         return owner
 
     def is_this_thread(self) -> bool:
-        """Return whether the calling thread is the one in which it began."""
+        """Return whether the calling thread is the owner's."""
         return self.thread == get_ident()
 
     def __str__(self) -> str:
@@ -85,22 +84,22 @@ class Owner:
 
 
 class OwnedTransaction(HookedTransaction):
-    """A transaction that knows who began it, so that nobody else uses it. Copied contexts share it."""
+    """A transaction that knows its owner, and refuses to be used by another task. Copies of a context share it."""
 
-    def __init__(self, synchronizers: Any, manager: TransactionManager, liveness: Callable[[], object] = always) -> None:
+    def __init__(self, synchronizers: object, manager: TransactionManager, liveness: Callable[[], object] = always) -> None:
         super().__init__(synchronizers, manager)
         self.begun_by = manager
         self.owner = Owner()
         self.ended = False
         self.process = Process.generation
         self.liveness = liveness
-        """Returns None when the block is gone that would have ended the transaction."""
+        """Returns None when the block that has to end the transaction is gone."""
 
     def is_usable(self) -> bool:
-        """Return whether the transaction is under way, and the calling code may use it.
+        """Return whether the transaction is open and the calling code may use it.
 
-        A task that merely inherited its parent's context may not, and neither may a forked child. Threads without a
-        running loop may: they work for the unit's owner, who waits for them.
+        A task that inherited its parent's context may not use it, and a forked child may not. A
+        thread without a running loop may: it works for the unit's owner, which waits for it.
         """
         if self.ended or self.process != Process.generation or self.liveness() is None:
             return False
@@ -110,30 +109,27 @@ class OwnedTransaction(HookedTransaction):
         task = current_task(loop)
         if self.owner.task is None:
             if task is None:
-                return True  # a callback of the loop, which no task runs
-            self.owner.task = task  # begun where no task ran, and this is the first one to use it
+                return True  # a callback of the loop: no task runs it
+            self.owner.task = task  # it began outside a task, and this is the first task to use it
         while task is not self.owner.task and task is not None:
-            task = _acting_for.get(task)  # which may itself act for one: a hook's block ends while its unit's does
+            task = _acting_for.get(task)  # repeatedly: a hook's block may end while its unit's block ends
         return task is not None
 
     def is_open(self) -> bool:
-        """Return whether the transaction is under way in this process, and the block that began it still runs."""
+        """Return whether the transaction is open in this process, and its block still runs."""
         return not self.ended and self.process == Process.generation and self.liveness() is not None
 
     def savepoint(self, optimistic: bool = False) -> Savepoint:
-        """Take a savepoint. If that fails, zope has aborted what took part, and the transaction can't commit any more.
-
-        zope says so itself, unless an exception from outside keeps it from that.
-        """
+        """Take a savepoint. If that fails, the transaction is doomed, because zope has aborted its data managers."""
         try:
             return super().savepoint(optimistic)
-        except BaseException:
+        except BaseException:  # zope dooms it too, unless an exception from a signal handler interrupts zope
             if self.status == "Active":
                 self.doom()
             raise
 
     def refusal(self) -> UnitOfWorkError:
-        """Return the error that says why the transaction can't be used here."""
+        """Return the error that explains why the transaction can't be used here."""
         if self.ended or self.liveness() is None:
             return UnitOfWorkEnded("The block of a unit of work")
         if self.process != Process.generation:
@@ -142,10 +138,10 @@ class OwnedTransaction(HookedTransaction):
 
 
 class AwaitedTransaction(OwnedTransaction):
-    """A transaction that was begun by `async with`, and can be ended only where coroutines can be awaited."""
+    """A transaction begun by `async with`. It can only be ended where coroutines can be awaited."""
 
     awaits = False
-    """Whether a session of it waits for its database by way of the event loop."""
+    """Whether it has an async session, which waits for its database through the event loop."""
 
     def commit(self) -> None:
         self._require_bridge("The commit of the unit of work")
@@ -156,7 +152,7 @@ class AwaitedTransaction(OwnedTransaction):
         super().abort()
 
     def abort_torn_down(self) -> None:
-        """Abort although nothing can be waited for, after the connections were closed."""
+        """Abort without awaiting anything, after the connections were closed."""
         super().abort()
 
     def savepoint(self, optimistic: bool = False) -> Savepoint:
@@ -167,16 +163,16 @@ class AwaitedTransaction(OwnedTransaction):
         self._require_bridge("The rollback to a savepoint of the unit of work")
 
     def require_bridge_or_thread(self, subject: str) -> None:
-        """Raise where a part of the unit begins that would wait for a database when it ends, and keep the event loop waiting."""
+        """Raise AwaitRequired if a part of the unit that begins here would block the event loop when it ends."""
         self._require_bridge(subject, keeps_waiting=running_loop() is not None)
 
     def _require_bridge(self, subject: str, *, keeps_waiting: bool = False) -> None:
-        # Asked first: drivers would notice in the middle, and the connection would go back to its pool as it is.
+        # Check first. The driver would fail halfway, and the connection would go back to its pool in that state.
         if (self.awaits or keeps_waiting) and not in_greenlet():
             advice = "Leave its end to `async with container.transaction()`; for a savepoint, give that propagation='nested'"
             raise AwaitRequired(subject, advice)
 
 
 def is_of_this_process(transaction: Transaction) -> bool:
-    """Return whether a transaction did not come with a fork: ending it then would end its parent's."""
+    """Return whether a transaction began in this process. Ending one that was forked would end the parent's."""
     return not isinstance(transaction, OwnedTransaction) or transaction.process == Process.generation

@@ -1,4 +1,4 @@
-"""What a block that does not begin a unit is to the unit under way: it takes part, waits outside, or is refused."""
+"""The roles of blocks that don't begin a unit of work: they take part in one, run outside it, or are refused."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ log = logging.getLogger("app_db")
 
 
 class Role:
-    """What a block is to units of work while it runs."""
+    """The part that a block plays in a unit of work."""
 
     may_pass = False
-    """Whether the block failed for a reason that may pass, and can be run again: asked before the unit is aborted."""
+    """Whether the block failed with a retryable error, and can be run again."""
     _resume: Callable[[], None] | None = None
-    """What takes up the unit that waits for the block to end."""
+    """Makes the outer unit current again, if one waits."""
 
     def __init__(
         self, coordinator: Coordinator, options: Options, outer: ZopeTransaction | None, liveness: Liveness, asynchronous: bool
@@ -43,23 +43,23 @@ class Role:
         liveness.torn = self
 
     def enter(self) -> UnitOfWork:
-        """Begin what the block is, and return what it gives to the application."""
+        """Begin, and return the unit that the application gets."""
         return UnitOfWork(None)
 
     def leave(self, error: BaseException | None) -> None:
-        """End what `enter` has begun."""
+        """End what `enter` has begun. `error` is the exception that leaves the block, or None."""
 
     def _take_up_outer(self) -> None:
-        """Go on with the unit that waited, if one did."""
+        """Make the outer unit current again, if one waits."""
         if self._resume is not None:
             self._resume()
             self._resume = None
 
     def torn_down(self) -> None:
-        """Clean up: the `with` statement is gone without having left the block. After `leave` it changes nothing."""
+        """Clean up after a `with` statement that is gone without having left the block. After `leave` it does nothing."""
 
     def held_by(self, liveness: Liveness) -> None:
-        """Be alive as long as another `with` statement runs from now on."""
+        """Depend on another `with` statement from now on."""
         before, self.liveness = self.liveness, liveness
         liveness.torn, before.torn = self, None
 
@@ -68,20 +68,20 @@ class Role:
         return self.liveness()
 
     def waits_to_begin(self) -> bool:
-        """Return whether its beginning, and then its end, may have to wait for a database."""
+        """Return whether its beginning may wait for a database. Its end may then, too."""
         return False
 
     def waits_to_end(self) -> bool:
-        """Return whether its end may have to wait for a database."""
+        """Return whether its end may wait for a database."""
         return self.waits_to_begin()
 
     def fails_by(self, error: BaseException) -> bool:
-        """Return whether an error that leaves the block means that its work is not to be kept."""
+        """Return whether the work of a block that raises `error` is undone."""
         return not isinstance(error, self.options.commit_on)
 
 
 class OutsideUnits(Role):
-    """Run without a unit of work; one that is under way waits."""
+    """Run without a unit of work. An outer unit waits."""
 
     def enter(self) -> UnitOfWork:
         manager = self.coordinator.manager
@@ -97,13 +97,13 @@ class OutsideUnits(Role):
 
 
 class Participant(Role):
-    """Take part in the unit that is under way; a failure dooms it."""
+    """Take part in the current unit. A failure dooms it."""
 
     outer: ZopeTransaction
     work: Work
     _time_before: tuple[float, float] | None = None
     _is_open = False
-    """Whether the block's code may have run, so that the unit can't commit unless the block is left properly."""
+    """Whether the block may have run. If it is not left properly, the unit must not commit."""
 
     def waits_to_begin(self) -> bool:
         return self.options.timeout is not None
@@ -134,7 +134,7 @@ class Participant(Role):
             self._give_time_back(self._time_before)
         if error is not None and self.options.attempts > 1 and retryable(error):
             error.add_note(
-                "app_db: not tried again here, because this block is a part of an outer unit of work, "
+                "app_db: this block is not retried, because it is part of an outer unit of work, "
                 "which has to be repeated as a whole. Put attempts on the outermost unit."
             )
 
@@ -147,14 +147,14 @@ class Participant(Role):
             self.work.doom("an exception came from outside while an inner block was entered or left")
 
     def _begin(self) -> None:
-        """Begin what the block has of its own."""
+        """Begin what is the block's own, such as a savepoint."""
 
     def _end(self, error: BaseException | None) -> None:
         if error is not None and self.fails_by(error):
             self.work.doom(error)
 
     def _begin_visit(self) -> None:
-        """Note that a thread takes part that does not own the unit; at most one may do so at a time."""
+        """Note a thread that takes part without owning the unit. Only one may do so at a time."""
         owner = getattr(self.outer, "owner", None)
         if owner is None or owner.is_this_thread():
             return
@@ -163,7 +163,7 @@ class Participant(Role):
             raise UnitOfWorkInUse(str(Owner()), str(visitor[0]))
 
     def _end_visit(self) -> None:
-        work: Work | None = getattr(self, "work", None)  # unless it was interrupted before it knew
+        work: Work | None = getattr(self, "work", None)  # `enter` may have been interrupted
         visitor = None if work is None else work.visitors.get("thread")
         if visitor is not None and visitor[1] is self:
             del self.work.visitors["thread"]
@@ -176,15 +176,15 @@ class Participant(Role):
 
 
 class NestedParticipant(Participant):
-    """Take part in the unit that is under way, inside a savepoint: a failure undoes this block's work only."""
+    """Take part in the current unit, inside a savepoint. A failure undoes only this block's work."""
 
     def waits_to_begin(self) -> bool:
         return True
 
     def _begin(self) -> None:
-        self._is_open = True  # what interrupts this may have kept zope from saying that the unit was rolled back
+        self._is_open = True  # an interruption below may leave a unit that zope does not know to be rolled back
         before = self.work.last_savepoint()
-        self._savepoint = self.outer.savepoint(optimistic=True)  # a data manager without savepoints fails when it matters
+        self._savepoint = self.outer.savepoint(optimistic=True)  # a data manager without savepoints fails only at a rollback
         after = self.work.last_savepoint()
         self._across_databases = None if after is before else after
 
@@ -202,9 +202,9 @@ class NestedParticipant(Participant):
 
     def _roll_back(self, error: BaseException | None = None) -> None:
         if error is not None and interrupted_again(error):
-            self.work.doom(error)  # SQLAlchemy was undoing something by itself, and may have stopped halfway
+            self.work.doom(error)  # it interrupted a rollback by SQLAlchemy, perhaps halfway
         if self._time_before is not None:
-            self.work.note_deadline(*self._time_before)  # the block's own may be over, and that must not keep it from this
+            self.work.note_deadline(*self._time_before)  # the block's deadline may have passed, and would refuse the rollback
         try:
             self._savepoint.rollback()
             if self._across_databases is not None:
@@ -215,7 +215,7 @@ class NestedParticipant(Participant):
 
 
 class Refused(Role):
-    """Raise the error that says why the block can't run here."""
+    """Refuse to run the block here."""
 
     def enter(self) -> UnitOfWork:
         subject = f"A block with propagation={self.options.propagation.value!r}"

@@ -10,7 +10,7 @@ from app_db._units.overlays import Overlay
 
 
 class SavepointWork(Protocol):
-    """What a savepoint has to know of its unit."""
+    """The unit of work, as its savepoints see it."""
 
     finishing: bool
     branches: list[Branch]
@@ -19,14 +19,14 @@ class SavepointWork(Protocol):
 
 
 class WorkSavepoint:
-    """A savepoint across the branches of a unit of work. It can be rolled back to any number of times, or released once."""
+    """A savepoint across the branches of a unit of work. Roll back to it any number of times, or release it once."""
 
     def __init__(self, work: SavepointWork, parts: Sequence[Branch | Overlay]) -> None:
         self._work = work
         self._nested = [(part, part.savepoint()) for part in parts]
 
     def rollback(self) -> None:
-        """Undo what was done since; sessions that joined since begin anew."""
+        """Undo what was done since the savepoint. Sessions that joined later start again."""
         older = [part for part, _ in self._nested]
         self._work.finishing = True
         for overlay in self._work.overlays:
@@ -46,7 +46,7 @@ class WorkSavepoint:
         self._forget_later_ones()
 
     def release(self) -> None:
-        """Keep what was done since, and give the savepoint up."""
+        """Keep what was done since the savepoint, and remove it."""
         for part, nested in reversed(self._nested):
             if nested.is_active:
                 part.release(nested)

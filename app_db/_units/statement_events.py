@@ -1,4 +1,4 @@
-"""What is executed on the connections of units of work, as the engines tell it: their branches are asked before it is sent."""
+"""Listen to engines, so that branches can check each statement before it is sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _watched: WeakSet[Dialect] = WeakSet()
 
 
 def watch(engine: Engine) -> None:
-    """Listen to what an engine executes. Done at first use, so that an engine that overrides ours is listened to as well."""
+    """Listen to the statements of an engine. Call it at first use: an application may have overridden the engine."""
     if engine.dialect not in _watched:
         _watched.add(engine.dialect)
         _guard_endings(engine.dialect)
@@ -27,13 +27,13 @@ def watch(engine: Engine) -> None:
 
 
 def _guard_endings(dialect: Dialect) -> None:
-    """Have the branch that uses a connection decide what COMMIT and ROLLBACK are, and refuse a COMMIT that is not its unit's."""
+    """Let the branch that uses a connection send COMMIT and ROLLBACK, and refuse a COMMIT that the unit does not send."""
     send_commit, send_rollback = dialect.do_commit, dialect.do_rollback
 
     def do_commit(dbapi_connection: PoolProxiedConnection) -> None:
         try:
             branch = dbapi_connection.info.get(BRANCH)
-        except NotImplementedError:  # the dialect is looking around on a connection that is not the pool's yet
+        except NotImplementedError:  # the dialect initializes a connection that is not the pool's yet
             branch = None
         if branch is None:
             send_commit(dbapi_connection)
@@ -69,8 +69,8 @@ def _handle_error(context: ExceptionContext) -> None:
     branch = connection.info.get(BRANCH)
     if branch is not None:
         if branch.is_interrupted_by(context.original_exception):
-            context.is_disconnect = True  # has SQLAlchemy close the connection
-            context.invalidate_pool_on_disconnect = False  # the pool's others are as they were
+            context.is_disconnect = True  # makes SQLAlchemy close the connection
+            context.invalidate_pool_on_disconnect = False  # other connections of the pool are intact
             return
         better = branch.statement_failed(context.original_exception)
         if better is not None:

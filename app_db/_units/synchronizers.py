@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from transaction.weakset import WeakSet
 
-from app_db._units.owned_transactions import Owner
+from app_db._units.owned_transactions import OwnedTransaction, Owner
 
 
 class Synchronizers:
@@ -37,6 +37,14 @@ class Synchronizers:
             found = self._of_this_thread.synchronizers = WeakSet()
             self._of_threads[get_ident()] = found
         return found
+
+    def announce(self, transaction: OwnedTransaction) -> None:
+        """Tell the synchronizers of a transaction's owner that it has begun."""
+
+        def tell(synchronizer: Any) -> None:
+            synchronizer.newTransaction(transaction)
+
+        self.of(transaction.owner).map(tell)
 
     def map(self, function: Callable[[Any], object]) -> None:
         """Call a function with each synchronizer of the calling task or thread, or of the task that it acts for."""

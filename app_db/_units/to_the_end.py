@@ -1,4 +1,4 @@
-"""Run the synchronous core from coroutines: over SQLAlchemy's greenlet bridge, and to the end."""
+"""Run the synchronous core from coroutines, over SQLAlchemy's greenlet bridge, and complete it despite cancellation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from functools import partial
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 from sqlalchemy.util.concurrency import greenlet_spawn
 
@@ -18,10 +18,10 @@ R = TypeVar("R")
 
 
 async def to_the_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a synchronous function that ends a transaction, and may wait for coroutines, on behalf of the calling task.
+    """Call a synchronous function that may await coroutines, on behalf of the calling task, and return its result.
 
-    A cancellation of that task waits until the function is done, and is then raised, whatever came of it: a transaction that is
-    left in the middle of its commit is neither there nor gone. So does an exception from a signal handler.
+    If the task is cancelled meanwhile, CancelledError is raised after the function is done: a
+    commit must not stop halfway. The same holds for an exception from a signal handler.
     """
     action = _Action(partial(function, *args, **kwargs), asyncio.current_task())
     context = copy_context()
@@ -32,7 +32,7 @@ async def to_the_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
             cancelled = await outlast(task)
         except BaseException as error:
             if task is None or not action.has_begun or isinstance(error, GeneratorExit):
-                # A coroutine that is being closed can't wait any more.
+                # A coroutine that is being closed can't await.
                 action.is_wanted = False
                 if task is not None:
                     task.cancel()
@@ -41,31 +41,31 @@ async def to_the_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
             cancelled = await outlast(task)
         _take_over(context)
         if not task.cancelled() and task.exception() is not None:
-            action.error = task.exception()  # it was interrupted before it had called the function, or after
+            action.error = task.exception()  # interrupted before or after it called the function
         stopped_by = interruption or cancelled
         if stopped_by is not None:
             if action.error is not None:
-                stopped_by.__context__ = action.error  # both happened, and the task has to end by what stopped it
+                stopped_by.__context__ = action.error  # both happened; the task must end by the interruption
             raise stopped_by
         return action.result()
     finally:
-        del task, cancelled, interruption, action  # an error would hold this frame, and this frame the error
+        del task, cancelled, interruption, action  # breaks the cycle between the error and this frame
 
 
 class _Action(Generic[R]):
-    """A function that a task of its own calls, and what came of it."""
+    """A function that runs in a task of its own, and its result or error."""
 
     is_wanted = True
     has_begun = False
     error: BaseException | None = None
     _result: R
 
-    def __init__(self, function: Callable[[], R], owner: asyncio.Task[Any] | None) -> None:
+    def __init__(self, function: Callable[[], R], owner: asyncio.Task[object] | None) -> None:
         self._function = function
         self._owner = owner
 
     async def run(self) -> None:
-        """Call the function. It does not raise: whoever waits for the task may have been interrupted, and not ask."""
+        """Call the function, and keep its error: the waiting task may be interrupted and never read it from this task."""
         if not self.is_wanted:
             return
         self.has_begun = True
@@ -87,7 +87,7 @@ class _Action(Generic[R]):
 
 
 def _take_over(context: Context) -> None:
-    """Take over what was set in the context of the task that acted."""
+    """Copy the variables that the other task has set into the current context."""
     for variable, value in context.items():
         if variable.get(None) is not value:
             variable.set(value)

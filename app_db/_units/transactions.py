@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar, cast, overload
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from dependency_injector import providers
+from dependency_injector.containers import Container
 from dependency_injector.wiring import Provide, inject
 from transaction.interfaces import NoTransaction
 
@@ -24,23 +25,32 @@ from app_db.errors import InvalidUse, NotWired, NoUnitOfWork
 
 P = ParamSpec("P")
 R = TypeVar("R")
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
+Function = Callable[..., Any]
+"""A function of the application."""
 
 
 class Transaction(Block):
-    """A unit of work to be: for `with`, for `async with`, and `run(function)` for one that may take several attempts.
+    """A unit of work that has not begun. Use it with `with`, with `async with`, or by `run(function)`.
 
-    It commits what was written through the container's sessions when the block ends, and rolls all of it back when the block
-    raises. One object serves one block at a time; `container.transaction()` makes them.
+    When the block ends, everything that was written through the container's sessions is committed.
+    When the block raises, all of it is rolled back. Make one for each block:
+
+    >>> from app_db import Container, DatabaseSettings
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
+    >>> container.transaction(attempts=3).run(lambda: container.writer_session().get_bind().name)
+    'sqlite'
     """
 
     __slots__ = ()
 
     def __enter__(self) -> UnitOfWork:
+        """Begin, and return the unit. Raises InvalidUse if the object has `attempts`, or is in use."""
         self._refuse_misuse()
         return super().__enter__()
 
     async def __aenter__(self) -> UnitOfWork:
+        """Begin, and return the unit. Raises InvalidUse if the object has `attempts`, or is in use."""
         self._refuse_misuse()
         return await super().__aenter__()
 
@@ -55,18 +65,20 @@ class Transaction(Block):
             raise InvalidUse("This transaction object is in use already", "Call container.transaction() for every block")
 
     def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call `function` in the unit of work, again while attempts are left when it fails for a reason that may pass.
+        """Call `function(*args, **kwargs)` in the unit of work, and return what it returns.
 
-        What it returns for a coroutine function has to be awaited.
+        If it fails with an error that `retryable` accepts, it is called again while attempts are
+        left. For a coroutine function, await the result.
         """
-        run: Any = run_awaited_in_unit if inspect.iscoroutinefunction(function) else run_in_unit
-        return cast("R", run(self._coordinator, self._options, function, args, kwargs))
+        if inspect.iscoroutinefunction(function):
+            return cast("R", run_awaited_in_unit(self._coordinator, self._options, function, args, kwargs))
+        return run_in_unit(self._coordinator, self._options, function, args, kwargs)
 
 
 def run_in_unit(
-    coordinator: Coordinator, options: Options, function: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]
+    coordinator: Coordinator, options: Options, function: Callable[..., R], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> R:
-    """Call a function in a unit of work, again while attempts are left when it fails for a reason that may pass."""
+    """Call a function in a unit of work. Call it again after a retryable error, while attempts are left."""
     attempt = 1
     while True:
         block = Block(coordinator, options)
@@ -84,10 +96,10 @@ async def run_awaited_in_unit(
     coordinator: Coordinator,
     options: Options,
     function: Callable[..., Awaitable[R]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
 ) -> R:
-    """Do the same with a coroutine function."""
+    """Do the same as `run_in_unit` with a coroutine function."""
     attempt = 1
     while True:
         block = Block(coordinator, options)
@@ -111,14 +123,14 @@ _DEFAULT = Options()
 def build_transaction(
     coordinator: Coordinator, propagation: Propagation | str = Propagation.REQUIRED, **options: Any
 ) -> Transaction:
-    """Return a unit of work to be. The options are those of `transactional` that a unit has: all but `container`."""
+    """Return a Transaction. The options are those of `transactional`, without `container`."""
     if propagation is Propagation.REQUIRED and not options:
         return Transaction(coordinator, _DEFAULT)
     return Transaction(coordinator, options_from(propagation, **options))
 
 
 def build_unit(coordinator: Coordinator) -> UnitOfWork:
-    """Return the unit of work that is under way, or raise NoUnitOfWork."""
+    """Return the current unit of work. Raises NoUnitOfWork if there is none."""
     try:
         return UnitOfWork(coordinator.get())
     except NoTransaction:
@@ -146,12 +158,11 @@ def transactional(
 ) -> Callable[[F], F]: ...
 
 
-def transactional(function: Any = None, /, *, container: str = "<container>", **options: Any) -> Any:
-    """Run a function in a unit of work, with its `Provide[...]` defaults injected inside it.
+def transactional(function: Function | None = None, /, *, container: str = "<container>", **options: Any) -> Function:
+    """Return a function that runs the decorated function in a unit of work, with its `Provide[...]` defaults injected.
 
-    The unit begins before the injection and ends after the function: it commits when the function returns and aborts when it
-    raises. The container is the one that is wired to the function's module; where that is an application's own container
-    with several database containers in it, `container` names which.
+    The unit begins before the injection. It commits when the function returns, and aborts when it
+    raises.
 
     >>> from app_db import Container, DatabaseSettings, transactional
     >>> from dependency_injector.wiring import Provide
@@ -165,19 +176,27 @@ def transactional(function: Any = None, /, *, container: str = "<container>", **
     >>> answer()
     42
 
-    `propagation` says what happens inside another unit; `read_only`, `isolation` and `timeout` (seconds) are the unit's;
-    `attempts` is how often it may be tried when it fails for a reason that may pass, with a random pause that grows from
-    `backoff` seconds; exceptions of the kinds in `commit_on` commit the unit and are then raised.
+    Options:
+
+    - `propagation`: what happens inside another unit, a `Propagation` or its value
+    - `read_only`, `isolation`, `timeout` (in seconds): how the unit runs
+    - `attempts`: how often the function may be called if it fails with an error that `retryable` accepts
+    - `backoff`: the longest pause before the second attempt, in seconds. It doubles with each attempt
+    - `commit_on`: classes of exceptions that commit the unit, and are then raised
+    - `container`: the name of the database container. Needed if the wired container contains several
+
+    Raises InvalidUse for generators, class methods and static methods, and for options that
+    contradict each other. The function raises NotWired when it is called before `container.wire()`.
     """
     prepared = options_from(**options)
 
-    def decorate(decorated: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(decorated: Function) -> Function:
         return _run_in_unit(decorated, prepared, container)
 
     return decorate if function is None else decorate(function)
 
 
-def _run_in_unit(function: Callable[..., Any], options: Options, container_id: str) -> Callable[..., Any]:
+def _run_in_unit(function: Function, options: Options, container_id: str) -> Function:
     name = f"{function.__module__}.{function.__qualname__}"
     if isinstance(function, (classmethod, staticmethod)):
         kind = type(function).__name__
@@ -195,23 +214,23 @@ def _run_in_unit(function: Callable[..., Any], options: Options, container_id: s
     names = [parameter for parameter, given in parameters.items() if given.kind is given.POSITIONAL_OR_KEYWORD]
     first_injected = min((names.index(marker) for marker in markers if marker in names), default=sys.maxsize)
 
-    def by_keyword(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        # Injection goes by keyword, and would give a second value to an argument that is given by position.
+    def by_keyword(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[object, ...]:
+        # Injection passes keywords. An argument given by position would get a second value.
         kwargs.update(zip(names[first_injected:], args[first_injected:], strict=False))
         return args[:first_injected]
 
-    def run(*args: Any, _app_db_container: Any = Provide[container_id], **kwargs: Any) -> Any:
+    def run(*args: object, _app_db_container: Container = Provide[container_id], **kwargs: object) -> object:
         if len(args) > first_injected:
             args = by_keyword(args, kwargs)
         return run_in_unit(_coordinator_in(_app_db_container, function, name), options, injected, args, kwargs)
 
-    async def run_awaited(*args: Any, _app_db_container: Any = Provide[container_id], **kwargs: Any) -> Any:
+    async def run_awaited(*args: object, _app_db_container: Container = Provide[container_id], **kwargs: object) -> object:
         if len(args) > first_injected:
             args = by_keyword(args, kwargs)
         return await run_awaited_in_unit(_coordinator_in(_app_db_container, function, name), options, injected, args, kwargs)
 
-    # inject() sees `run` alone, so that wiring does not inject the sessions before the unit has begun; dressed up as the
-    # decorated function afterwards, it belongs to that function's module, and wiring finds it there.
+    # inject() sees `run` only, so that wiring does not inject the sessions before the unit has begun. update_wrapper comes
+    # last: wiring looks for the function in the module of the decorated one.
     return update_wrapper(inject(run_awaited if inspect.iscoroutinefunction(function) else run), function)
 
 
@@ -219,11 +238,11 @@ def _is_marker(value: object) -> bool:
     return getattr(type(value), "__IS_MARKER__", False) is True
 
 
-def _inject_checked(function: Callable[..., Any], name: str, markers: dict[str, Any]) -> Callable[..., Any]:
-    """Return `function` with its markers injected, refusing to call it with one that was not replaced."""
+def _inject_checked(function: Function, name: str, markers: dict[str, Any]) -> Function:
+    """Return `function` with its markers injected. It raises NotWired if a marker was not replaced."""
 
     @wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: object, **kwargs: object) -> object:
         for parameter, marker in markers.items():
             if getattr(type(kwargs.get(parameter, marker)), "__IS_MARKER__", False) is True:
                 raise NotWired(name, function.__module__, parameter, f"{type(marker).__name__}[{marker.provider!r}]")
@@ -232,11 +251,11 @@ def _inject_checked(function: Callable[..., Any], name: str, markers: dict[str, 
     return inject(checked)
 
 
-_coordinators: WeakKeyDictionary[Any, ReferenceType[providers.Provider[Coordinator]]] = WeakKeyDictionary()
+_coordinators: WeakKeyDictionary[Container, ReferenceType[providers.Provider[Coordinator]]] = WeakKeyDictionary()
 
 
-def _coordinator_in(container: Any, function: Callable[..., Any], name: str) -> Coordinator:
-    """Return the coordinator of the database container that `container` is, or that is in it."""
+def _coordinator_in(container: Container, function: Function, name: str) -> Coordinator:
+    """Return the coordinator of `container`, or of the database container inside it."""
     reference = _coordinators.get(container)
     provider = None if reference is None else reference()
     if provider is None:
@@ -247,7 +266,7 @@ def _coordinator_in(container: Any, function: Callable[..., Any], name: str) -> 
     return provider()
 
 
-def _find_coordinator(container: Any, name: str) -> providers.Provider[Coordinator]:
+def _find_coordinator(container: Container, name: str) -> providers.Provider[Coordinator]:
     found = [
         provider for provider in container.traverse(types=[providers.BaseSingleton]) if provider.provides is build_coordinator
     ]

@@ -1,11 +1,11 @@
-"""The unit of work under way, as application code sees it."""
+"""The handle of a unit of work that application code gets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, ParamSpec, cast
 
 from app_db._units.hooks import Hook, Hooks
 from app_db._units.manager import ContextTransactionManager
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from app_db._units.owned_transactions import OwnedTransaction
 
 
-class UnitOfWork:
-    """The unit of work under way, as application code sees it: hooks, savepoints and dooming.
+P = ParamSpec("P")
 
-    `with container.transaction() as unit:` gives it, and inside the block so does `container.unit()`. Kept for longer, it
-    raises UnitOfWorkEnded; for a block that runs without a unit, NoUnitOfWork.
+
+class UnitOfWork:
+    """The handle of a unit of work, for hooks, savepoints and dooming.
+
+    `with container.transaction() as unit:` returns it, and so does `container.unit()` inside the
+    block. After the unit has ended, its methods raise UnitOfWorkEnded. In a block that runs without
+    a unit they raise NoUnitOfWork.
 
     >>> from app_db import Container, DatabaseSettings
     >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
@@ -41,10 +45,12 @@ class UnitOfWork:
         self._work = work
 
     def adopt(self) -> None:
-        """Make the calling task the unit's owner, and the unit the one under way here.
+        """Make the calling task the owner of the unit, and the unit current in this context.
 
-        A unit belongs to the task that began it. This is for where it goes on in another one: a fixture that is set up in one
-        task while the test runs in the next, say. The task that owned it can't use it any more.
+        A unit belongs to the task that began it. Use this if another task goes on with the unit: a
+        test, for example, whose fixture began the unit in a task of its own. The former owner can't
+        use the unit afterwards. Raises InvalidUse under a manager other than
+        ContextTransactionManager.
         """
         manager, transaction = self._work_under_way().manager, self.transaction
         if not isinstance(manager, ContextTransactionManager):
@@ -53,38 +59,42 @@ class UnitOfWork:
 
     @property
     def transaction(self) -> ZopeTransaction:
-        """The zope transaction, which any other zope data manager may join."""
+        """The zope transaction. Other zope data managers may join it."""
         return self._work_under_way().transaction
 
-    def before_commit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call `function` inside the unit, before anything is committed. If it raises, the unit aborts."""
+    def before_commit(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `function(*args, **kwargs)` inside the unit, before anything is committed. If it raises, the unit aborts."""
         self._hooks(function).before_commit(_call(function, args, kwargs))
 
-    def on_commit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call `function` after the unit has committed and its sessions are closed; it may begin a unit of its own.
+    def on_commit(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `function(*args, **kwargs)` after the unit has committed and its sessions are closed.
 
-        If it raises, the unit stays committed, the other hooks run, and the block raises HookFailed.
+        It may begin a unit of its own. If it raises, the unit stays committed, the other hooks run,
+        and the block raises HookFailed.
         """
         self._hooks(function).on_commit(_call(function, args, kwargs))
 
-    def on_abort(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call `function` after the unit has aborted, for whatever reason, and its sessions are closed.
+    def on_abort(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `function(*args, **kwargs)` after the unit has aborted and its sessions are closed.
 
-        What it raises is logged, because the block raises what made the unit abort.
+        If it raises, its error is logged: the block raises the error that made the unit abort.
         """
         self._hooks(function).on_abort(_call(function, args, kwargs))
 
     def doom(self, reason: str = "unit.doom() was called") -> None:
-        """Make sure that this unit is not committed. Ending it without an exception raises UnitOfWorkDoomed."""
+        """Make sure that the unit is not committed. A block that ends without an exception then raises UnitOfWorkDoomed."""
         self._work_under_way().doom(reason)
 
     @property
     def is_doomed(self) -> bool:
-        """Whether the unit can't be committed any more."""
+        """Whether the unit is doomed: it can only be aborted."""
         return bool(self.transaction.isDoomed())
 
     def savepoint(self) -> Savepoint:
-        """Return a savepoint across all the unit's connections; its `rollback()` undoes what was done since, again and again."""
+        """Return a savepoint across all connections of the unit.
+
+        Its `rollback()` undoes what was done since. It may be called several times.
+        """
         return self.transaction.savepoint(optimistic=True)
 
     def _work_under_way(self) -> Work:
@@ -94,7 +104,7 @@ class UnitOfWork:
             raise UnitOfWorkEnded("The handle of a unit of work")
         return self._work
 
-    def _hooks(self, function: Callable[..., Any]) -> Hooks:
+    def _hooks(self, function: Callable[..., object]) -> Hooks:
         work = self._work_under_way()
         if iscoroutinefunction(function) and not work.asynchronous:
             advice = "Begin the unit with `async with`, or register a plain function"
@@ -104,5 +114,5 @@ class UnitOfWork:
         return work.hooks
 
 
-def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
+def _call(function: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> Hook:
     return partial(function, *args, **kwargs) if args or kwargs else function

@@ -1,4 +1,4 @@
-"""What one unit of work did in its databases, and how that ends together."""
+"""The data manager of one unit of work, across all its databases."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from app_db._databases.database import NEVER
 from app_db._liveness import always
 from app_db._two_phase.decision_places import DecisionPlaces
 from app_db._two_phase.xids import Xid, new_unit_id
-from app_db._units.branches import Branch, position
+from app_db._units.branches import Branch, BranchSession, SessionDataManager, position
 from app_db._units.commit import commit_branches, commit_one_by_one, commit_or_log, flush_for_good, unpreparable
-from app_db._units.manager import retryable
+from app_db._units.manager import TransactionManager, retryable
 from app_db._units.off_loop import BranchOffLoop
 from app_db._units.overlays import OverlaidSession, Overlay
 from app_db._units.savepoints import WorkSavepoint
@@ -34,23 +34,24 @@ from app_db.errors import (
 )
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import SessionTransaction
     from sqlalchemy.pool import PoolProxiedConnection
     from transaction import Transaction
 
     from app_db._two_phase.decisions import DecisionLog
     from app_db._units.hooks import CapturedHooks, Hooks
     from app_db._units.interfaces import BranchConfig, UnitContext
-    from app_db._units.owned_transactions import AwaitedTransaction
+    from app_db._units.owned_transactions import AwaitedTransaction, Owner
 
 log = logging.getLogger("app_db")
 
 
 @implementer(ISavepointDataManager, IRetryDataManager)
 class Work:
-    """What one unit of work did in the databases: its sessions and branches, and how they end together."""
+    """The sessions and branches of one unit of work. To zope it is one data manager, which commits or aborts all of them."""
 
     asynchronous = False
-    """Whether it was begun by `async with`, so that its end can wait for coroutines."""
+    """Whether it was begun by `async with`, so that its end can await coroutines."""
     read_only = False
     isolation: str | None = None
     timeout = NEVER
@@ -59,15 +60,15 @@ class Work:
     """Whether the unit has a timeout."""
     hooks: Hooks | None = None
     liveness: Callable[[], object] = staticmethod(always)
-    """Returns None when the block is gone that would have ended the unit."""
+    """Returns None when the block that has to end the unit is gone."""
     outer: Transaction | None = None
     """The transaction of the unit that waits for this one to end."""
     finishing = False
-    """Whether it is the unit that ends transactions now, so that sessions and connections let it."""
+    """Whether the unit itself is ending transactions, so that sessions and connections allow it."""
     flushing = False
-    """Whether sessions are flushed for the last time, and may still begin."""
+    """Whether sessions are in their last flush, and may still begin."""
     decided = False
-    """Whether it is certain that the unit commits, in all of its databases, even if this process stops now."""
+    """Whether the unit commits in all its databases, even if this process stops now."""
     _doomed_by: BaseException | str | None = None
     _joined = False
     _committing = False
@@ -78,9 +79,9 @@ class Work:
     def __init__(self, transaction: Transaction, coordinator: UnitContext) -> None:
         self.transaction = transaction
         self.sessions: dict[str, Any] = {}
-        """The sessions that were asked for, of threads and of coroutines."""
+        """The sessions that were asked for, sync and async."""
         self.connections: dict[str, Branch] = {}
-        """The branches that have begun, or will, without a session."""
+        """The branches that begin without a session."""
         self.branches: list[Branch] = []
         self.overlays: list[Overlay] = []
         self.savepoints: list[WorkSavepoint] = []
@@ -88,29 +89,29 @@ class Work:
         self.interruption: BaseException | None = None
         self._named: dict[str, Branch] = {}
         self._checked_out: list[tuple[ReferenceType[PoolProxiedConnection], bool]] = []
-        self.visitors: dict[str, Any] = {}
-        """The thread that takes part in the unit without owning it, if one does."""
+        self.visitors: dict[str, tuple[Owner, object]] = {}
+        """The thread that takes part in the unit without owning it, if there is one."""
         self.rehearsal = coordinator.rehearsal
-        """The test, if one is isolated, in which units only seem to commit."""
+        """The isolated test in which the unit runs, if there is one."""
         self._coordinator = coordinator
         transaction.set_data(coordinator, self)
 
     def get(self) -> Work:
-        """Return this: to zope.sqlalchemy it is the transaction that is under way. Raise if it has ended."""
+        """Return this object, which zope.sqlalchemy uses as its transaction. Raises UnitOfWorkEnded if the unit has ended."""
         with suppress(KeyError):
             known: object = self.transaction.data(self._coordinator)
             if known is self and not self.ended:
                 return self
-        raise UnitOfWorkEnded("The unit of work")  # a thread waited for a connection while its unit was aborted, for example
+        raise UnitOfWorkEnded("The unit of work")  # for example while a thread waited for a connection
 
     @property
-    def manager(self) -> Any:
-        """The transaction manager whose transaction this is."""
+    def manager(self) -> TransactionManager:
+        """The transaction manager of the unit."""
         return self._coordinator.manager
 
     @property
     def captures(self) -> list[CapturedHooks]:
-        """Who takes the hooks that would run after a commit: the last of them, if there is one."""
+        """The lists that collect on_commit hooks instead of running them. The last one is used."""
         return self._coordinator.captures
 
     # -- what branches ask
@@ -121,18 +122,18 @@ class Work:
         return self._coordinator.places()
 
     def name_unit(self, decided_in: DecisionLog) -> str:
-        """Return the unit's name. If it has none yet, it gets one that says in which log it is decided."""
+        """Return the unit's id. If it has none yet, make one that contains the id of the log `decided_in`."""
         if self._unit_id is None:
             self._unit_id = new_unit_id(decided_in.id)
         return self._unit_id
 
     @property
     def unit_id(self) -> str:
-        """The name of the unit in the decision log and in every xid of its branches."""
+        """The id of the unit, in the decision log and in every xid of its branches."""
         return self._unit_id or self.name_unit(self.places.configured)
 
     def xid_for(self, branch: Branch) -> Xid:
-        """Return the name by which a database is to know a branch of this unit."""
+        """Return the xid of a branch of this unit."""
         numbered = (f"{branch.name}.{number}" for number in range(2, 10))  # several sessions may use one database
         for name in (branch.name, *numbered):
             holder = self._named.get(name)
@@ -143,8 +144,8 @@ class Work:
 
     # -- what zope.sqlalchemy asks of a transaction
 
-    def join(self, data_manager: Any) -> None:
-        """Take part with a session's data manager."""
+    def join(self, data_manager: SessionDataManager) -> None:
+        """Make a session's data manager the one of its branch. zope.sqlalchemy calls this."""
         session = data_manager.session
         branch = session.branch
         if branch is None:
@@ -155,13 +156,13 @@ class Work:
 
     # -- what sessions ask
 
-    def new_branch(self, config: BranchConfig, make_session: Callable[[], Any] | None = None) -> Branch:
-        """Return a branch of the unit that has not begun."""
+    def new_branch(self, config: BranchConfig, make_session: Callable[[], BranchSession] | None = None) -> Branch:
+        """Return a new branch, which has not begun."""
         kind = BranchOffLoop if self.asynchronous and not config.asynchronous else Branch
         return kind(self, config, make_session)
 
     def add(self, branch: Branch) -> None:
-        """Take part with a branch that begins."""
+        """Add a branch that begins."""
         if not self._joined:
             self.transaction.join(self)
             self._joined = True
@@ -169,8 +170,8 @@ class Work:
             cast("AwaitedTransaction", self.transaction).awaits = True
         self.branches.append(branch)
 
-    def overlay(self, session: OverlaidSession, transaction: Any, *, asynchronous: bool) -> Overlay:
-        """Take part with a session that uses the connections of the branches."""
+    def overlay(self, session: OverlaidSession, transaction: SessionTransaction, *, asynchronous: bool) -> Overlay:
+        """Add a session that uses the connections of the branches, and return its overlay."""
         if not self._joined:
             self.transaction.join(self)
             self._joined = True
@@ -181,18 +182,18 @@ class Work:
         return overlay
 
     def is_open(self, branch: Branch | None = None) -> bool:
-        """Return whether a session may begin or go on here; once branches are being committed, only what is one of them may."""
+        """Return whether a session may begin or go on. While branches are being committed, only a session with a branch may."""
         status = self.transaction.status
         if status == "Committing":
             return self._joined and not self.ended and (branch is not None or not self._committing)
         return status in ("Active", "Doomed")
 
     def owner(self) -> str:
-        """Return who owns the unit, where its transaction knows."""
+        """Return the description of the unit's owner, for errors."""
         return str(getattr(self.transaction, "owner", "another thread"))
 
     def is_under_way(self) -> bool:
-        """Return whether this unit of work is under way anywhere."""
+        """Return whether the unit has not ended."""
         try:
             return self.transaction.data(self._coordinator) is self and not self.ended
         except KeyError:
@@ -200,35 +201,35 @@ class Work:
 
     @property
     def has_committed(self) -> bool:
-        """Whether the unit has been committed, or certainly will be, whatever fails afterwards."""
+        """Whether the unit has committed, or is decided to."""
         return self.ended or self.decided
 
     def limit(self, timeout: float) -> None:
-        """Give the unit at most `timeout` seconds from now on, or what is left of the time that it has."""
+        """Limit the unit to `timeout` seconds from now. An earlier deadline stays."""
         deadline = time.monotonic() + timeout
         if deadline < self.deadline:
             self.set_deadline(timeout, deadline)
 
     def set_deadline(self, timeout: float, deadline: float) -> None:
-        """Give the unit until `deadline`."""
+        """Set the unit's deadline, and limit the statements of its connections."""
         self.note_deadline(timeout, deadline)
         for branch in self.branches:
             branch.apply_time_limit()
 
     def note_deadline(self, timeout: float, deadline: float) -> None:
-        """Give the unit until `deadline`, and leave the databases as they are."""
+        """Set the unit's deadline, without telling the databases."""
         self.timeout, self.deadline = timeout, deadline
         self.timed = deadline < NEVER
 
     def doom(self, reason: BaseException | str) -> None:
-        """Make sure that the unit is not committed, and remember why. The first reason counts."""
+        """Make sure that the unit is not committed, and keep the first reason."""
         if self._doomed_by is None:
             self._doomed_by = reason
         if self.transaction.status == "Active":
             self.transaction.doom()
 
     def refuse_doomed(self) -> None:
-        """Raise when the unit must not be committed."""
+        """Raise UnitOfWorkDoomed if the unit must not be committed."""
         reason = self._doomed_by
         if isinstance(reason, BaseException):
             summary = str(reason).partition("\n")[0]
@@ -239,15 +240,15 @@ class Work:
             raise UnitOfWorkDoomed("a savepoint of it could not be taken or rolled back")
 
     def remaining(self) -> float:
-        """Return the seconds that the unit has left."""
+        """Return the seconds until the deadline."""
         return max(self.deadline - time.monotonic(), 0.0)
 
     def overtime(self) -> UnitOfWorkTimeout | None:
-        """Return the error to raise when the unit has gone on for too long."""
+        """Return the error to raise if the deadline has passed, or None."""
         return UnitOfWorkTimeout(self.timeout) if self.timed and self.remaining() <= 0 else None
 
     def refuse_overtime(self) -> None:
-        """Raise when the unit has gone on for too long."""
+        """Raise UnitOfWorkTimeout if the deadline has passed."""
         error = self.overtime()
         if error is not None:
             raise error
@@ -255,7 +256,7 @@ class Work:
     # -- what zope asks of a data manager
 
     def sortKey(self) -> str:  # noqa: N802  # zope's name
-        return "~~app_db"  # after everybody else: a one-phase commit can't be taken back
+        return "~~app_db"  # last of all data managers: a one-phase commit can't be undone
 
     def should_retry(self, error: BaseException) -> bool:
         return retryable(error)
@@ -263,18 +264,18 @@ class Work:
     def tpc_begin(self, transaction: Transaction) -> None:
         self.finishing = self.flushing = True
         if self._doomed_by is not None:
-            self.refuse_doomed()  # zope forgets about it when a before-commit hook dooms
+            self.refuse_doomed()  # zope ignores a doom() in a before-commit hook
         self._flush()
 
     def commit(self, transaction: Transaction) -> None:
         if len(self.branches) > 1:
-            self._flush()  # what one session's flush added to another that had been flushed
+            self._flush()  # a session's flush may have changed another session
         self._refuse_what_cannot_commit()
 
     def tpc_vote(self, transaction: Transaction) -> None:
         if len(self.branches) > 1 or self.overlays:
             if len(self.branches) > 1:
-                self._flush()  # what other data managers wrote while they voted
+                self._flush()  # other data managers may have written while they voted
                 self._refuse_what_cannot_commit()
             flush_for_good(self.overlays, self.branches)
             self._refuse_partial_commit()
@@ -292,16 +293,17 @@ class Work:
         self.sessions.clear()
 
     def tpc_finish(self, transaction: Transaction) -> None:
-        """All is done by the vote."""
+        """Do nothing: `tpc_vote` has committed."""
 
     def tpc_abort(self, transaction: Transaction) -> None:
         self.abort(transaction)
 
     def abort(self, transaction: Transaction) -> None:
-        """Roll back every branch but the autonomous ones, which are committed.
+        """Roll back every branch, and commit the autonomous ones.
 
-        zope calls this for the whole transaction, more than once when a commit fails, and also for a savepoint older than
-        the first session: after that the unit goes on, and sessions join anew.
+        zope calls this for the whole transaction, more than once when a commit fails. zope also
+        calls it for a savepoint that is older than the first session. The unit goes on then, and
+        sessions join again.
         """
         self.finishing = True
         if self._committing and not self.ended:
@@ -311,15 +313,15 @@ class Work:
         for overlay in self.overlays:
             try:
                 overlay.roll_back()
-            except BaseException as error:  # noqa: BLE001  # the same
+            except BaseException as error:  # noqa: BLE001  # raised below, as for branches
                 interruption = error
         for branch in sorted(self.branches, key=position):
             try:
                 if branch.config.autonomous and not branch.tried:
                     commit_or_log(branch)
                 branch.roll_back()
-            except BaseException as error:  # noqa: BLE001  # raised below, once the other connections are returned as well
-                branch.abandon_work()  # where it was interrupted before it had done so
+            except BaseException as error:  # noqa: BLE001  # raised below, after the other connections were returned
+                branch.abandon_work()  # it may have been interrupted before it returned its connection
                 interruption = error
         self.branches.clear()
         self.connections.clear()
@@ -331,9 +333,10 @@ class Work:
             raise interruption
 
     def abandon(self) -> None:
-        """Give back the connections of a unit whose block was torn down, without a word to the databases where one may be lost.
+        """Return the connections of a unit whose block was torn down.
 
-        What was in the middle of something may be anywhere in it, so nothing is asked of the sessions.
+        Sessions and drivers may have been interrupted halfway, so sessions are not used, and
+        nothing is sent on a connection that may still wait for an answer.
         """
         for branch in self.branches:
             branch.abandon_work()
@@ -346,11 +349,11 @@ class Work:
             self._give_back_connections()
 
     def note_checkout(self, may_be_rolled_back: bool, connection: PoolProxiedConnection) -> None:
-        """Note a connection that a session has taken out of its pool, and is about to begin a transaction on."""
+        """Note a connection that a session has taken out of its pool and has not begun on."""
         self._checked_out.append((ref(connection), may_be_rolled_back))
 
     def _give_back_connections(self) -> None:
-        """Give back connections that sessions had taken when they were interrupted, before they could join."""
+        """Return connections of sessions that were interrupted before they joined."""
         while self._checked_out:
             reference, may_be_rolled_back = self._checked_out.pop()
             connection = reference()
@@ -366,13 +369,13 @@ class Work:
                 log.debug("A connection could not be given back", exc_info=True)
 
     def forget(self) -> None:
-        """Let go of sessions and branches once the unit has ended."""
-        self.abandon()  # there is something left if zope was interrupted before it had asked for it to be rolled back
+        """Forget sessions and branches after the unit has ended."""
+        self.abandon()  # branches are left if zope was interrupted before it rolled them back
         self._named.clear()
         self.sessions.clear()
 
     def _end_overlays(self) -> None:
-        """Detach the objects of sessions that used the branches' connections."""
+        """End the sessions that used the branches' connections."""
         for overlay in self.overlays:
             try:
                 overlay.end()
@@ -383,14 +386,14 @@ class Work:
 
     def savepoint(self) -> WorkSavepoint:
         """Take a savepoint on every branch that has them."""
-        for overlay in self.overlays:  # first: what is pending there is no part of what the savepoint can undo
+        for overlay in self.overlays:  # first: a savepoint can't undo what is flushed after it
             overlay.flush()
         savepoint = WorkSavepoint(self, [*(branch for branch in self.branches if branch.has_savepoints), *self.overlays])
         self.savepoints.append(savepoint)
         return savepoint
 
     def last_savepoint(self) -> WorkSavepoint | None:
-        """Return the savepoint that was taken last and neither released nor rolled back past."""
+        """Return the newest savepoint that still exists, or None."""
         return self.savepoints[-1] if self.savepoints else None
 
     # -- how it ends

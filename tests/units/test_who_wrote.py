@@ -188,7 +188,7 @@ def test_a_write_of_a_coroutine_that_the_text_hides_is_refused_with_another(driv
             await app.container.warehouse_async_session().execute(text("DELETE FROM touched WHERE name = 'nobody'"))
         await app.container.shutdown_resources()
 
-    with running(**shown) as app:
+    with running(writer=shown["writer"], warehouse=shown["warehouse"]) as app:
         asyncio.run(main(app))
     assert touched(apps, "writer") == before
 
