@@ -18,7 +18,7 @@ from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession, bui
 from app_db._sessions.sessions import SessionConfig, UnitRegistry, UnitSession, build_scoped_session, build_sessionmaker
 from app_db._sessions.state import State, StateHolder
 from app_db._two_phase.checks import check
-from app_db._two_phase.decision_places import DecisionPlaces
+from app_db._two_phase.decision_logs import DecisionLogs
 from app_db._two_phase.recovery import Recovery, build_recovery
 from app_db._units.coordinator import build_coordinator
 from app_db._units.manager import ContextTransactionManager
@@ -341,8 +341,8 @@ class _CoreContainer(containers.DeclarativeContainer):
     database_container: providers.Object[DatabaseContainer | None] = providers.Object(None)
     holder = HolderProvider(StateHolder, database_container)
     state: providers.Provider[State] = providers.Callable(attrgetter("state"), holder)
-    decision_places: providers.Provider[DecisionPlaces] = providers.Callable(attrgetter("decision_places"), state)
-    coordinator = Lasting(build_coordinator, database_container, decision_places.provider)
+    decision_logs: providers.Provider[DecisionLogs] = providers.Callable(attrgetter("decision_logs"), state)
+    coordinator = Lasting(build_coordinator, database_container, decision_logs.provider)
     lifecycle = Lifecycle(None, holder)
     routing = Held(StateHolder.get, holder, "routing", "session", _build_routing)
     async_routing = Held(StateHolder.get, holder, "async_routing", "async_session", _build_async_routing)
@@ -396,8 +396,8 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     core: type[_CoreContainer] = cast("type[_CoreContainer]", providers.Container(_CoreContainer))
     settings: providers.Provider[DatabaseSettings] = Held(StateHolder.get, core.holder, "settings", "", _build_settings)
     transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
-    recovery: providers.Provider[Recovery] = providers.Factory(build_recovery, core.database_container, core.decision_places)
-    check: providers.Provider[None] = providers.Callable(check, core.decision_places)
+    recovery: providers.Provider[Recovery] = providers.Factory(build_recovery, core.database_container, core.decision_logs)
+    check: providers.Provider[None] = providers.Callable(check, core.decision_logs)
     transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, core.coordinator)
     unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, core.coordinator)
     session_of: providers.Provider[Session] = providers.Callable(_session_of, core.database_container)

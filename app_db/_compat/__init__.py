@@ -1,1 +1,1 @@
-"""The only modules that touch private names of other libraries: one file a library."""
+"""The only modules that use private names of other libraries: one file for each library."""

@@ -15,35 +15,37 @@ R = TypeVar("R")
 running_loop: Callable[[], asyncio.AbstractEventLoop | None] = asyncio._get_running_loop
 """Return the event loop that runs in this thread, or None.
 
-The public spelling raises where no loop runs, at five times the price. A function around this one would double the price.
+The public function raises an error if no loop runs, and takes five times as long. Wrapping this one would double its time.
 """
 
 
 def begin_unseen(coroutine: Coroutine[object, object, R], *, context: Context | None = None) -> asyncio.Task[R]:
-    """Begin a task of the running loop that only its starter can cancel, who has to hold it, and to `outlast` it."""
-    # Not by the loop's factory: an eager task would begin here, which may be inside a greenlet that is not its own.
+    """Start a task of the running loop that the end of the loop does not cancel. Keep it, and wait for it by `outlast`."""
+    # Not by the loop's factory: an eager task would start here, perhaps inside the greenlet of another task.
     task = asyncio.Task(coroutine, loop=asyncio.get_running_loop(), context=context)
-    asyncio._unregister_task(task)  # an ending loop cancels all tasks that it finds; the one that waits for this stays known
+    asyncio._unregister_task(
+        task
+    )  # `asyncio.run()` cancels all registered tasks; the task that waits for this one stays registered
     return task
 
 
 async def outlast(task: asyncio.Task[R]) -> asyncio.CancelledError | None:
-    """Wait until a task is done, although the waiting one is cancelled meanwhile; return that cancellation."""
+    """Wait until a task is done, also if the waiting task is cancelled meanwhile. Return that cancellation."""
     cancelled = None
     try:
         with _shield_of_anyio():
             while not task.done():
                 try:
                     await asyncio.wait((task,))
-                except asyncio.CancelledError as error:  # again and again, perhaps
+                except asyncio.CancelledError as error:  # perhaps several times
                     cancelled = error
         return cancelled
     finally:
-        del task, cancelled  # an error would hold this frame, and this frame the error
+        del task, cancelled  # the error and this frame would refer to each other
 
 
 def _shield_of_anyio() -> AbstractContextManager[object]:
-    """Keep a cancelled scope of anyio from cancelling again and again, each time the loop comes around."""
+    """Keep a cancelled scope of anyio from cancelling again in each iteration of the loop."""
     anyio = sys.modules.get("anyio")
     return nullcontext() if anyio is None else anyio.CancelScope(shield=True)
 
@@ -51,22 +53,22 @@ def _shield_of_anyio() -> AbstractContextManager[object]:
 def hang_up(transport: Any, close: Callable[[], object]) -> None:
     """Close the connection of a transport from any thread, whether its event loop is alive or closed.
 
-    `close` is the driver's function for that, which may be called in the thread of the loop only. A closed loop can't close a
-    socket, and asyncio has no public way to do so.
+    `close` is the driver's function for that, and may only be called in the loop's thread. asyncio has no public way to close the
+    socket after the loop was closed.
     """
     loop = getattr(transport, "_loop", None)
     if loop is not None and not loop.is_closed():
-        with suppress(OSError):  # the server was faster
+        with suppress(OSError):  # the server has closed it
             transport.get_extra_info("socket").shutdown(SHUT_RDWR)
         with suppress(RuntimeError):  # the loop was closed just now
             loop.call_soon_threadsafe(close)
         return
-    with suppress(RuntimeError):  # "Event loop is closed": but the transport knows now that it is closing, and `close` won't ask
+    with suppress(RuntimeError):  # "Event loop is closed"; but the transport is marked as closing, so `close` can be called
         transport.abort()
     encrypted = getattr(transport, "_ssl_protocol", None)
     inner = transport if encrypted is None else encrypted._transport
     own_socket = getattr(inner, "_sock", None)
     if own_socket is not None:
         own_socket.close()
-        inner._sock = None  # or the transport would complain when it is dropped
+        inner._sock = None  # or the transport warns when it is dropped
     close()

@@ -1,4 +1,4 @@
-"""Private names of asyncmy, and of aiomysql, from which it comes."""
+"""Private names of asyncmy and aiomysql. asyncmy was derived from aiomysql."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def hang_up(connection: Any) -> None:
     """Close a connection at its socket, from any thread. `close()` alone needs the event loop."""
     writer = getattr(connection, "_writer", None)  # of asyncmy before 0.2.13, and of aiomysql
     transport = getattr(connection, "_transport", None) if writer is None else writer.transport
-    if transport is not None:  # it was not closed before
+    if transport is not None:  # None if the connection is closed
         asyncio.hang_up(transport, connection.close)

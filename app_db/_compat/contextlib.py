@@ -1,4 +1,4 @@
-"""contextlib's ExitStack and AsyncExitStack, whose frames say which stack enters or leaves."""
+"""contextlib's ExitStack and AsyncExitStack: which stack enters or leaves is read from frames."""
 
 from __future__ import annotations
 

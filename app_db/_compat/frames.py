@@ -5,4 +5,4 @@ from __future__ import annotations
 import sys
 
 frame_at = sys._getframe
-"""Return the frame so many calls above the caller. Python documents it, for CPython; `inspect` has nothing as cheap."""
+"""Return the frame so many calls above the caller. It is documented, for CPython; functions of `inspect` are slower."""

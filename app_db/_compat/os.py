@@ -1,7 +1,4 @@
-"""What a forked child does before anything else.
-
-Windows has no fork, and its Python no `os.register_at_fork`.
-"""
+"""Functions to call in forked children. Python on Windows has no `os.register_at_fork`."""
 
 from __future__ import annotations
 
@@ -10,6 +7,6 @@ from collections.abc import Callable
 
 
 def after_fork_in_child(function: Callable[[], object]) -> None:
-    """Have `function` called in every child that this process forks; nothing happens where processes can't fork."""
+    """Call `function` in every child that this process forks. Do nothing where processes can't fork."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=function)

@@ -15,12 +15,12 @@ def libpq_of(driver_connection: object) -> PGconn | None:
 
 
 async def async_view(connection: Connection[object]) -> AsyncConnection[object]:
-    """Return an asynchronous connection on the same libpq connection, so that one transaction serves threads and coroutines."""
+    """Return an async connection on the same libpq connection: threads and coroutines share its transaction."""
     from psycopg import AsyncConnection
     from psycopg.adapt import AdaptersMap
 
     view: AsyncConnection[object] = AsyncConnection(connection.pgconn)
     view._adapters = AdaptersMap(connection.adapters)
-    view.prepare_threshold = None  # both would give their statements the same names
-    view._pool = None  # a connection without this attribute complains when it is dropped open
+    view.prepare_threshold = None  # both connections would use the same names for their statements
+    view._pool = None  # without this attribute, it warns when it is dropped open
     return view

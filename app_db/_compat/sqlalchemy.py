@@ -1,4 +1,4 @@
-"""What app_db needs of SQLAlchemy and SQLAlchemy has no public way for: each private name once, and a test for each."""
+"""Private names of SQLAlchemy, for which it has no public way. Each stands here once, and has a test."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 def is_flushing(session: Session) -> bool:
     """Return whether a flush, or a bulk method, is under way in a session.
 
-    An override of `flush()` could note it, but an exception from a signal handler between two lines of the override would leave
+    An override of `flush()` could note it. But an exception from a signal handler between two lines of the override would leave
     the note, and the end of the unit would wait for a flush that is over.
     """
     return session._flushing
 
 
 def prepare_to_commit(transaction: SessionTransaction) -> None:
-    """Do all that precedes a session's COMMIT: call the listeners to `before_commit`, release savepoints, flush.
+    """Do everything before a session's COMMIT: call the listeners to `before_commit`, release savepoints, flush.
 
     The session refuses statements afterwards, until `transaction.commit()` sends COMMIT and nothing else. The public `prepare()`
     is for sessions with `twophase=True`, which prepare their connections themselves.
@@ -34,7 +34,7 @@ def prepare_to_commit(transaction: SessionTransaction) -> None:
 
 
 class _NotItsOwn:
-    """Stands for the transaction of a connection that is lent. The session does not end that."""
+    """Stands for the transaction of a lent connection, which the session must not end."""
 
     def rollback(self) -> None:
         """Do nothing."""
@@ -44,7 +44,7 @@ _NOT_ITS_OWN = cast("Transaction", _NotItsOwn())
 
 
 def lend(connection: Connection, transaction: SessionTransaction) -> None:
-    """Have a session use a connection in `transaction` that the session does not begin, commit, roll back or close.
+    """Make a session use a connection that it does not begin, commit, roll back or close.
 
     Of the public `join_transaction_mode`s, "rollback_only" rolls the connection's transaction back, and "create_savepoint" sends
     SAVEPOINT.
@@ -53,17 +53,17 @@ def lend(connection: Connection, transaction: SessionTransaction) -> None:
 
 
 def hand_over(connection: Connection, begun: RootTransaction, transaction: SessionTransaction) -> None:
-    """Have a session go on in `begun`, the transaction of a connection, and commit, roll back and close it with its own.
+    """Make a session go on in `begun`, the transaction of a connection, and commit, roll back and close it with its own.
 
-    A session that is bound to the connection does so by the public mode "control_fully", but takes the innermost savepoint for
-    the transaction, and leaves the connection open.
+    With the public mode "control_fully", a session that is bound to the connection does so too. But it takes the innermost
+    savepoint for the transaction, and leaves the connection open.
     """
     connections = _connections_of(transaction)
     connections[connection] = connections[connection.engine] = (connection, begun, True, True)
 
 
 def take_away(transaction: SessionTransaction, connections: Iterable[Connection] | None = None) -> None:
-    """Have a session's transaction forget these connections, or all of them. Nothing is sent on them."""
+    """Make a session's transaction forget these connections, or all of them. Nothing is sent."""
     held = _connections_of(transaction)
     if connections is None:
         held.clear()
@@ -74,7 +74,7 @@ def take_away(transaction: SessionTransaction, connections: Iterable[Connection]
 
 
 def _connections_of(transaction: SessionTransaction) -> dict[Connection | Engine, tuple[Connection, Transaction, bool, bool]]:
-    """Return, by connection and engine, what a transaction uses: with whose transaction, and whether to commit and close it."""
+    """Return the connections of a session's transaction: with their transactions, and whether to commit and to close them."""
     return transaction._connections
 
 
@@ -82,7 +82,7 @@ def _connections_of(transaction: SessionTransaction) -> dict[Connection | Engine
 
 
 def cache_key_of(element: object) -> Hashable | None:
-    """Return what is equal for statements that differ in their parameters only; None for what SQLAlchemy does not cache.
+    """Return a key that is equal for statements that differ only in their parameters; None if SQLAlchemy does not cache it.
 
     SQLAlchemy needs the same key to find the compiled statement, and keeps it on the statement until then.
     """
@@ -94,17 +94,17 @@ def cache_key_of(element: object) -> Hashable | None:
 
 
 def when_unmapped(base: Any, refuse: Callable[[type[object]], NoReturn]) -> None:
-    """Have SQLAlchemy call `refuse` with a class below `base` that is used before it is mapped.
+    """Make SQLAlchemy call `refuse` with a subclass of `base` that is used before it is mapped.
 
     Otherwise SQLAlchemy raises UnmappedClassError, whose message names methods that users of app_db do not call.
     """
     base._sa_raise_deferred_config = classmethod(refuse)
 
 
-# ---- connections of coroutines ------------------------------------------------------------------------------------------
+# ---- async connections --------------------------------------------------------------------------------------------------
 
 
 def is_executing(dbapi_connection: DBAPIConnection) -> bool:
-    """Return whether a connection of coroutines has begun a statement that was not ended: the next would wait for ever."""
+    """Return whether a statement on an async connection has begun and not ended. The next one would wait for ever."""
     mutex = getattr(dbapi_connection, "_execute_mutex", None)
     return mutex is not None and bool(mutex.locked())

@@ -1,4 +1,4 @@
-"""zope's transaction."""
+"""zope's transaction package."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ CALLS_OTHERS = frozenset({"transaction.weakset", "transaction._transaction"})
 
 
 class Transaction(transaction.Transaction):  # type: ignore[misc]  # transaction has no type hints
-    """A transaction that is told before it is rolled back to a savepoint."""
+    """A transaction with a hook before a rollback to a savepoint."""
 
     def before_rollback_to(self, savepoint: transaction.Savepoint) -> None:
-        """Raise if the transaction can't be rolled back to a savepoint here."""
+        """Raise an error if the transaction can't be rolled back to a savepoint here."""
 
     def _remove_and_invalidate_after(self, savepoint: transaction.Savepoint) -> None:
-        self.before_rollback_to(savepoint)  # the rollback begins with this call
+        self.before_rollback_to(savepoint)  # a rollback begins with this call
         super()._remove_and_invalidate_after(savepoint)
 
 
 class TransactionManager(transaction.TransactionManager):  # type: ignore[misc]  # transaction has no type hints
-    """A transaction manager that finds its current transaction by `current()`, and asks `is_retryable` about errors."""
+    """A transaction manager that gets its current transaction from `current()`, and asks `is_retryable` about errors."""
 
     def __init__(self) -> None:
         self.explicit = True
@@ -41,7 +41,7 @@ class TransactionManager(transaction.TransactionManager):  # type: ignore[misc] 
         raise NotImplementedError
 
     def is_retryable(self, error: BaseException) -> bool:
-        """Return whether `error` may pass when the transaction is run again."""
+        """Return whether `error` may not occur when the transaction is run again."""
         return False
 
     @property
@@ -58,9 +58,9 @@ def current_of(manager: object) -> Any:
 
 
 def set_current(manager: object, current: object) -> None:
-    """Have `current`, or no transaction, be the current one of one of zope's managers."""
+    """Make `current` the current transaction of one of zope's managers. None makes it have none."""
     _plain(manager)._txn = current
 
 
 def _plain(manager: object) -> Any:
-    return getattr(manager, "manager", manager)  # the thread-local manager keeps a plain one for each thread
+    return getattr(manager, "manager", manager)  # the thread-local manager has a plain one for each thread

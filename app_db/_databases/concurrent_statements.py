@@ -66,7 +66,7 @@ class NonBlockingConnection(ABC):
     """A driver's connection on which a statement is sent, and its answer read later. No method waits for the server."""
 
     driver_error: type[BaseException]
-    """The base class of the driver's errors. Any other exception is an interruption."""
+    """The base class of the driver's errors. Every other exception is an interruption."""
 
     deadline = inf
     """The monotonic time after which the driver would stop waiting."""
@@ -211,11 +211,9 @@ async def execute_together_async(
     work: Mapping[K, tuple[NonBlockingConnection | AwaitedConnection, Sequence[str]]], threads: Executor
 ) -> Results[K]:
     """Do what `execute_together` does where some connections are awaited. The others are used in one of `threads`."""
-    blocking = {
-        key: (connection, said) for key, (connection, said) in work.items() if isinstance(connection, NonBlockingConnection)
-    }
-    awaited = {key: (connection, said) for key, (connection, said) in work.items() if isinstance(connection, AwaitedConnection)}
-    executions = asyncio.gather(*(_execute_in_turn(connection, statements) for connection, statements in awaited.values()))
+    blocking = {key: (each, statements) for key, (each, statements) in work.items() if isinstance(each, NonBlockingConnection)}
+    awaited = {key: (each, statements) for key, (each, statements) in work.items() if isinstance(each, AwaitedConnection)}
+    executions = asyncio.gather(*(_execute_in_turn(each, statements) for each, statements in awaited.values()))
     others: Results[K] = Results({})
     if blocking:
         others = await asyncio.get_running_loop().run_in_executor(threads, partial(execute_together, blocking))

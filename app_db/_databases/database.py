@@ -9,6 +9,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +18,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import AdaptedConnection
 
 from app_db._compat.sqlalchemy import is_executing
-from app_db._databases.sharing_rules import Rows, SharingRules
+from app_db._databases.statements import transaction_verb
+from app_db.errors import CannotIsolate
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -32,11 +34,71 @@ if TYPE_CHECKING:
 NEVER = math.inf
 """The number of seconds that stands for no limit."""
 
+Rows = Sequence[Sequence[Any]]
+"""The rows of a result."""
+
 Info = dict[str, Any]
 """The dictionary that SQLAlchemy keeps for a DBAPI connection: `Connection.info`."""
 
 _LONGEST_CLOSE = 1.0
 """Seconds to wait for the thread of a connection that closes."""
+
+
+# ---- isolated tests -----------------------------------------------------------------------------------------------------
+
+
+Say = Callable[..., Rows]
+"""Executes statements on the shared connection, and returns the rows of the last one."""
+
+_numbers = count(1)
+
+
+def new_mark() -> str:
+    """Return a new name for a savepoint. If two savepoints have the same name, the later hides or ends the earlier one."""
+    return f"app_db_{next(_numbers)}"
+
+
+class SharingRules:
+    """The rules for sharing one connection in a transaction that is never committed, for any database."""
+
+    first: tuple[str, ...] = ()
+    """Statements that begin the transaction, where the driver would begin it later."""
+    survives_cancellation = True
+    """Whether async drivers can go on using a connection after a cancellation while they waited for an answer."""
+    reads_at_once = True
+    """Whether executing a statement reads the whole result, so that later statements can't change it."""
+
+    def refuse(self, name: str, statement: str) -> None:
+        """Raise an error if a statement would end the shared transaction."""
+        verb = transaction_verb(statement)
+        if verb is not None:
+            raise CannotIsolate(name, f"A {verb.upper()} sent as SQL", "Begin and end transactions by SQLAlchemy's own methods")
+
+    def around(self, mark: str, read_only: bool) -> tuple[list[str], list[str], list[str]]:
+        """Return what to execute before a unit's autonomous statement, after it, and after it has failed."""
+        return [], [], []
+
+    def check_deferred(self, say: Say) -> None:
+        """Check deferred constraints, and raise the error that COMMIT would raise."""
+
+    def limit_before(self, statement: str, ask: Callable[[str], object]) -> str | None:
+        """Return what restores the time limit for statements, if `statement` is about to change it."""
+        return None
+
+    def execute(self, dbapi_connection: DBAPIConnection | PoolProxiedConnection, *statements: str) -> Rows:
+        """Execute statements below SQLAlchemy. Return the rows of the last one."""
+        if not statements:
+            return []
+        cursor = dbapi_connection.cursor()
+        try:
+            for statement in statements:
+                cursor.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+        finally:
+            cursor.close()
+
+
+# ---- databases ----------------------------------------------------------------------------------------------------------
 
 
 class Terms(Protocol):
@@ -50,7 +112,7 @@ class Terms(Protocol):
 
 
 class Database:
-    """Any database that SQLAlchemy supports. On an unknown one, app_db itself refuses writes of a read-only session."""
+    """A database that app_db does not know. Only app_db itself refuses the writes of a read-only session there."""
 
     # -- engines
 
@@ -244,7 +306,7 @@ Connected = Callable[[], AbstractContextManager["Connection"]]
 Connect = Callable[..., Any]
 """Opens a DBAPI connection, called with the arguments of the driver's `connect()`."""
 
-AsyncView = Callable[[Any], Awaitable[object]]
+AsyncView = Callable[..., Awaitable[object]]
 """Returns an async driver's connection that uses the given connection of a sync driver."""
 
 

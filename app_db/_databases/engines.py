@@ -1,4 +1,4 @@
-"""Settings in, SQLAlchemy engines out: tuned, checked after idling, safe across forks, and replaceable while running."""
+"""Builds SQLAlchemy engines from settings: tuned, with a ping after idling, safe across forks, and replaceable at run time."""
 
 from __future__ import annotations
 
@@ -39,41 +39,40 @@ _IDLE_SINCE = "app_db_idle_since"
 _POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static": StaticPool}
 
 _setups: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
-_checked_out: dict[int, Any] = {}  # ConnectionPoolEntry by its id, for the child of a fork
+_checked_out: dict[int, Any] = {}
+"""The pool entries of connections that are in use, by `id()`. A forked child must not close them."""
+
 _of_parent_process: list[object] = []
+"""Connections and pools of the parent process, kept so that no destructor ends the parent's sessions."""
 
 
 def build_engine(name: str, settings: DatabaseSettings) -> Engine:
-    """Return a new engine for the connection `name`. Nothing connects before the engine is first used."""
+    """Return a new engine for the connection `name`. It connects at its first use."""
     engine = _build(name, settings, for_threads, create_engine)
-    _setups[engine] = _setup_of(engine, name, settings)
+    _setups[engine] = _Setup(engine, settings.connection(name))
     return engine
 
 
 def build_async_engine(name: str, settings: DatabaseSettings) -> AsyncEngine:
-    """Return a new engine by which coroutines use the connection `name`, from the same settings and tuned in the same way."""
+    """Return a new async engine for the connection `name`, from the same settings and tuned in the same way."""
     require_greenlet()
     from sqlalchemy.ext.asyncio import create_async_engine
 
     engine = _build(name, settings, for_coroutines, create_async_engine)
-    _setups[engine.sync_engine] = _setup_of(engine.sync_engine, name, settings)
+    _setups[engine.sync_engine] = _Setup(engine.sync_engine, settings.connection(name))
     settle(name, engine)
     return engine
-
-
-def _setup_of(engine: Engine, name: str, settings: DatabaseSettings) -> _Setup:
-    return _Setup(engine, settings.connection(name), database_of(engine.dialect.name))
 
 
 def _build(name: str, settings: DatabaseSettings, with_driver: Callable[[URL], URL], create: Callable[..., E]) -> E:
     connection = settings.connection(name)
     configured = with_driver(connection.sqlalchemy_url())
     asynchronous = with_driver is for_coroutines
-    if isinstance(dialect := dialect_of(configured, asynchronous=asynchronous), str):  # a driver that the settings do not name
+    if isinstance(dialect := dialect_of(configured, asynchronous=asynchronous), str):  # the message about an unusable driver
         raise SettingsError([Problem(connection.variable("driver" if connection.url is None else "url"), dialect)])
     database = database_of(configured.get_backend_name())
     secrets = {key: value for key, value in configured.query.items() if is_secret(key)}
-    shown = configured.difference_update_query(secrets) if secrets else configured  # an engine shows its URL
+    shown = configured.difference_update_query(secrets) if secrets else configured  # a URL shows in an engine's repr
     url = database.url(shown, connection)
     arguments = _pool_arguments(connection, asynchronous=asynchronous)
     isolation_level = database.isolation_level(connection)
@@ -85,23 +84,24 @@ def _build(name: str, settings: DatabaseSettings, with_driver: Callable[[URL], U
 
 
 def retire(engine: Engine) -> None:
-    """Close an engine's idle connections now, and those in use as they are returned. Sessions under way may finish."""
+    """Close an engine's idle connections now, and its other connections when they return to the pool."""
     setup = _setups.get(engine)
     if setup is not None:
-        setup.ensure()  # or a first connection under way would miss the listener that closes it
+        setup.ensure()  # or a first connection that is being opened would miss the listener that closes it
     retired.add(engine)
     engine.dispose()
 
 
 class _Setup:
-    """What an engine needs besides its arguments, done when it is about to connect: most of the engines of a large
-    application never do, in most of its processes.
+    """Registers an engine's listeners just before its first connection.
+
+    In most processes of a large application, most engines never connect.
     """
 
-    def __init__(self, engine: Engine, connection: ConnectionSettings, database: Database) -> None:
+    def __init__(self, engine: Engine, connection: ConnectionSettings) -> None:
         self._engine = weakref.ref(engine)
         self._connection = connection
-        self._database = database
+        self._database = database = database_of(engine.dialect.name)
         self._password = connection.load_password_provider() if connection.password_provider else None
         self._driver = engine.dialect.driver
         self._is_async = engine.dialect.is_async
@@ -111,23 +111,23 @@ class _Setup:
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
 
     def connect(self, *arguments: object, **parameters: object) -> DBAPIConnection:
-        """Return a new DBAPI connection, with its password, of an engine that by now is set up."""
+        """Set the engine up, and return a new DBAPI connection."""
         self.ensure()
         if self._password is not None:
-            # It may ask a server, which must not keep the event loop.
+            # The password function may ask a server, and must not block the event loop.
             password = await_only(to_thread(self._password)) if self._is_async else self._password()
             parameters["password"] = self._database.password(self._driver, password)
         connection: DBAPIConnection = self._connect(*arguments, **parameters)
         return connection
 
     def ensure(self) -> None:
-        """Set the engine up, unless that is done; a second thread's first connection waits for it."""
+        """Set the engine up once. Other threads wait for that."""
         if not self._done:
             with self._lock:
                 self._set_up()
 
     def forget_other_threads(self) -> None:
-        """Be usable in the child of a fork, where the thread that may have held the lock is gone."""
+        """Replace the lock in a forked child: the thread that held it may be gone."""
         self._lock = Lock()
 
     def _set_up(self) -> None:
@@ -163,7 +163,7 @@ def _pool_arguments(connection: ConnectionSettings, *, asynchronous: bool) -> di
 
 
 def _for_coroutines(pool_class: type[QueuePool]) -> type[Pool]:
-    """Return what makes a queue of connections one that coroutines can wait at."""
+    """Return a subclass of a queue pool for async engines."""
     if pool_class is QueuePool:
         return AsyncAdaptedQueuePool
     bases: tuple[Any, ...] = (pool_class, AsyncAdaptedQueuePool)
@@ -181,9 +181,9 @@ def _pool_class(name: str | None) -> type[Pool]:
 
 
 told_of_checkout: ContextVar[Callable[[PoolProxiedConnection], None] | None] = ContextVar("app_db.told_of_checkout", default=None)
-"""What is told, once, of the next connection that a pool gives out in this context.
+"""A function to call once, with the next connection that a pool gives out in this context.
 
-An exception from a signal handler may come before SQLAlchemy has noted that it has begun a transaction on it.
+The caller learns so of the connection even if an exception from a signal handler comes before SQLAlchemy has noted it.
 """
 
 
@@ -199,7 +199,7 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Databa
             try:
                 dialect.do_ping(dbapi_connection)
             except dialect.loaded_dbapi.Error as error:
-                raise InvalidatePoolError from error  # what killed this one has likely killed the others
+                raise InvalidatePoolError from error  # what closed this connection has probably closed the others
         _checked_out[id(record)] = record
         tell = told_of_checkout.get()
         if tell is not None:
@@ -212,10 +212,10 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Databa
 
 
 def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
-    """Roll back a returned connection, and take from it what its user has set.
+    """Roll back connections that return to the pool, and undo what a unit of work has set on them.
 
-    One that says itself that it has no transaction is not rolled back: that can cost a round trip. The event is the one before
-    "checkin": an exception from a signal handler that lands in a listener to that costs the connection its place in the pool.
+    A connection that certainly has no transaction is not rolled back, because that can cost a round trip. The event is "reset"
+    and not "checkin", because an exception from a signal handler in a listener to "checkin" keeps the connection out of the pool.
     """
     may_wait = engine.dialect.is_async or database.waits_for_answers
 
@@ -236,15 +236,15 @@ def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
 
 
 def _leave_parents_connections() -> None:
-    """Give a forked child pools of its own, and never let it speak on a socket that it shares with its parent."""
+    """Give a forked child pools of its own, so that it never uses a socket that it shares with its parent."""
     for record in list(_checked_out.values()):
-        _of_parent_process.append(record.dbapi_connection)  # kept, lest its destructor ends the parent's session
-        record.fairy_ref = None  # the collector would otherwise send a ROLLBACK; detach() takes a lock that may be held for ever
+        _of_parent_process.append(record.dbapi_connection)
+        record.fairy_ref = None  # or the garbage collector sends a ROLLBACK; detach() takes a lock that may never be free
     _checked_out.clear()
     for engine, setup in list(_setups.items()):
         setup.forget_other_threads()
         if engine.dialect.is_async:
-            _of_parent_process.append(engine.pool)  # connections of coroutines complain when they are dropped
+            _of_parent_process.append(engine.pool)  # async connections warn when they are dropped
         engine.dispose(close=False)
 
 

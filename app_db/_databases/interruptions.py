@@ -1,4 +1,4 @@
-"""Exceptions that come from outside, by a signal handler, while a driver waits for its server."""
+"""Exceptions from signal handlers that interrupt a driver or a library."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from app_db._compat.transaction import CALLS_OTHERS as transactions_calls  # noq
 
 
 def interrupted(error: BaseException, driver_connection: object) -> bool:
-    """Return whether `error` ended a call of the driver in the middle, so that its connection may be one answer behind.
+    """Return whether `error` interrupted a call of the driver, so that an answer may be unread and the connection must be closed.
 
-    A signal handler may raise anything, anywhere. If the request has been sent and its answer was not read, PyMySQL takes that
-    for the answer to the next statement, and later a refused COMMIT for one that worked. So the connection has to be closed.
-    The driver's own errors, and those of listeners, which SQLAlchemy calls before the driver, are no such interruptions.
+    A signal handler may raise anything, anywhere. PyMySQL would read the unread answer as that to the next statement, and could
+    so take a refused COMMIT for one that worked. Errors of the driver itself, and of listeners, which SQLAlchemy calls before the
+    driver, are no interruptions.
     """
     driver = _driver_package(driver_connection)
     return any(_is_raised_inside(each, driver) for each in _chain(error))
 
 
 def _driver_package(driver_connection: object) -> str:
-    """Return the package of the driver, also for a connection of a class that app_db or the application derived from its own."""
+    """Return the package of the driver. The class of the connection may be derived from the driver's."""
     packages = [_package_of(each.__module__) for each in type(driver_connection).__mro__]
     return [package for package in packages if package not in _BASES][-1]
 
@@ -32,15 +32,15 @@ _CALLS_OTHERS = transactions_calls | frozenset({"sqlalchemy.event.attr", "app_db
 """Modules that call functions of applications: listeners, synchronizers, hooks."""
 
 _BASES = frozenset({"builtins", "typing", "abc"})
-"""Packages of what a driver derives its own classes from."""
+"""Packages of classes that drivers derive their own from."""
 
 _LIBRARIES = frozenset({"sqlalchemy", "zope", "transaction", "app_db"})
 
 
 def came_from_outside(error: BaseException) -> bool:
-    """Return whether an exception was raised by a function that a library did not call: a signal handler.
+    """Return whether a signal handler raised an exception.
 
-    Errors of the libraries, and those of listeners and hooks, which they do call, are not.
+    Errors of the libraries, and of the listeners and hooks that they call, do not come from outside.
     """
     if _is_raised_by_signal_handler(error):
         return True
@@ -58,7 +58,7 @@ def _is_raised_by_signal_handler(error: BaseException) -> bool:
 
 
 def interrupted_again(error: BaseException) -> bool:
-    """Return whether exceptions from outside ended SQLAlchemy's work in the middle twice: it was cleaning up after the first."""
+    """Return whether a second exception from outside interrupted SQLAlchemy while it cleaned up after the first."""
     chain = [*_chain(error)]
     of_databases = {id(each) for each in chain if isinstance(each, DBAPIError)}
     of_databases |= {id(each.orig) for each in chain if isinstance(each, DBAPIError)}
@@ -66,13 +66,13 @@ def interrupted_again(error: BaseException) -> bool:
 
 
 def _is_raised_inside(error: BaseException, driver: str) -> bool:
-    """Return whether an exception was raised by a function of another package that the driver's code was made to call."""
+    """Return whether a function of another package raised an exception in the middle of the driver's code."""
     packages = [_package_of(str(frame.f_globals.get("__name__", ""))) for frame in _frames(error)]
     if driver not in packages:
         return False
     if not isinstance(error, Exception):
         return True
-    # `Error` is what PEP 249 calls the base of a driver's own.
+    # PEP 249 calls the base class of a driver's errors `Error`.
     return packages[-1] != driver and not any(base.__name__ == "Error" for base in type(error).__mro__)
 
 
@@ -84,7 +84,7 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Return an exception and those that were being handled when it was raised."""
+    """Yield an exception, and the exceptions that were being handled when it was raised."""
     seen: set[int] = set()
     following: BaseException | None = error
     while following is not None and id(following) not in seen:

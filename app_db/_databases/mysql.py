@@ -11,10 +11,9 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
 from app_db._compat import asyncmy
-from app_db._databases.database import NEVER, Connected, Database, Info, code_of, driver_of, execute, milliseconds, quoted
+from app_db._databases.database import NEVER, Database, SharingRules, code_of, driver_of, execute, milliseconds, quoted
 from app_db._databases.drivers.mysql_connections import AwaitedAsyncmy, NonBlockingPyMySQL
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
-from app_db._databases.sharing_rules import SharingRules
 from app_db.errors import CannotIsolate, InvalidUse
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from app_db._compat import pymysql
     from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
+    from app_db._databases.database import Connected, Info
     from app_db.settings import ConnectionSettings
 
 _USUAL_LIMIT = "app_db_usual_limit"
@@ -229,10 +229,10 @@ class MySQLPrepareVerbs(PrepareVerbs):
         return code_of(error) == self._unknown_xid
 
     def problem(self, connection: Connection) -> str | None:
-        dialect: Any = connection.dialect
-        needed = (10, 5) if dialect.is_mariadb else (8, 0)
-        if dialect.server_version_info < needed:
-            name, least = ("MariaDB", "10.5") if dialect.is_mariadb else ("MySQL", "8.0")
+        is_mariadb = getattr(connection.dialect, "is_mariadb", False)
+        name, needed = ("MariaDB", (10, 5)) if is_mariadb else ("MySQL", (8, 0))
+        if (connection.dialect.server_version_info or needed) < needed:
+            least = ".".join(map(str, needed))
             return f"The server is older than {name} {least}: it loses prepared branches when a client disconnects. Upgrade it."
         try:
             self._listed(connection)

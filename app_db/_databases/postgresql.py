@@ -16,10 +16,9 @@ from app_db._compat.asyncpg import believes_in_transaction, is_asyncpg
 from app_db._compat.asyncpg import hang_up as hang_up_asyncpg
 from app_db._compat.psycopg import async_view as psycopg_async_view
 from app_db._compat.psycopg import libpq_of
-from app_db._databases.database import NEVER, Database, code_of, driver_of, execute, milliseconds, quoted
+from app_db._databases.database import NEVER, Database, SharingRules, code_of, driver_of, execute, milliseconds, new_mark, quoted
 from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
-from app_db._databases.sharing_rules import Rows, Say, SharingRules, new_mark
 from app_db.errors import CannotIsolate
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
-    from app_db._databases.database import AsyncView, Connect, Connected, Info, Terms
+    from app_db._databases.database import AsyncView, Connect, Connected, Info, Rows, Say, Terms
     from app_db.settings import ConnectionSettings
 
 _DURABLE = (

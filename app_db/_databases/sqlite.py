@@ -1,4 +1,4 @@
-"""SQLite: WAL, foreign keys, and transactions that begin when app_db says so instead of the driver."""
+"""SQLite: WAL, foreign keys, and transactions that app_db begins instead of the driver."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
-from app_db._databases.database import NEVER, AsyncView, Connected, Database, Info, driver_of, execute, on_execute
-from app_db._databases.sharing_rules import Rows, Say, SharingRules
+from app_db._databases.database import NEVER, Database, SharingRules, driver_of, execute, on_execute
 from app_db.settings._urls import is_memory
 
 if TYPE_CHECKING:
@@ -31,17 +30,18 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+    from app_db._databases.database import AsyncView, Connected, Info, Rows, Say
     from app_db.settings import ConnectionSettings
 
 # Keys in a DBAPI connection's info.
 _READ_ONLY = "app_db_read_only"
-"""A read-only unit of work runs on it."""
+"""Whether a read-only unit of work uses the connection."""
 
 _DEADLINE = "app_db_deadline"
-"""The monotonic time after which its statements are interrupted."""
+"""The monotonic time after which statements of the unit are interrupted."""
 
 _STATEMENT_DEADLINE = "app_db_statement_deadline"
-"""The same for one statement, when statements have a timeout of their own."""
+"""The same for one statement, if the settings limit each statement."""
 
 
 _HEADER = ("schema_version", "user_version", "application_id")
@@ -52,7 +52,7 @@ class SQLiteSharing(SharingRules):
     """How units of an isolated test share a connection to SQLite."""
 
     reads_at_once = False
-    survives_cancellation = False  # aiosqlite's thread goes on with what was cancelled, past what is said here meanwhile
+    survives_cancellation = False  # aiosqlite's thread goes on with the cancelled statement, beside later ones
 
     def around(self, mark: str, read_only: bool) -> tuple[list[str], list[str], list[str]]:
         if not read_only:
@@ -71,7 +71,7 @@ class SQLiteSharing(SharingRules):
 
 
 class SQLite(Database):
-    """SQLite: WAL, foreign keys, and transactions that begin when app_db says so instead of the driver."""
+    """SQLite: WAL, foreign keys, and transactions that app_db begins instead of the driver."""
 
     sharing = SQLiteSharing()
     creates_databases = True
@@ -108,12 +108,13 @@ class SQLite(Database):
             if not settings.read_only:
                 _use_wal(dbapi_connection)
             elif settings.mirror is not None:
-                with suppress(Exception):  # what it mirrors couldn't, once this one reads; where it can't either, it needn't
+                # The mirrored connection can't do it while this one reads. If it fails here, that one may still succeed.
+                with suppress(Exception):
                     _use_wal(dbapi_connection)
             execute(dbapi_connection, *pragmas)
 
     def _begin_ourselves(self, engine: Engine, statement: str) -> None:
-        # A listener to the "begin" event would make every use of the engine dearer; the dialect's own method doesn't.
+        # A listener to the "begin" event would make every use of the engine slower. The dialect's own method does not.
         def begin(dbapi_connection: PoolProxiedConnection) -> None:
             if _READ_ONLY in dbapi_connection.info:
                 execute(dbapi_connection, "PRAGMA query_only = ON", "BEGIN")
@@ -144,7 +145,7 @@ class SQLite(Database):
         self._interrupt_at_deadline(connection.connection.driver_connection, connection.info)
 
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
-        # A full disk, say, makes SQLite roll back by itself; what follows would be committed a statement at a time.
+        # SQLite rolls back by itself, for example if the disk is full. Each later statement would then commit by itself.
         return not getattr(connection.connection.driver_connection, "in_transaction", True)
 
     def note_beginning(self, connection: Connection) -> object:
@@ -169,7 +170,7 @@ class SQLite(Database):
         return False
 
     def may_be_in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
-        # So it is also after a COMMIT refused with SQLITE_BUSY.
+        # It is also true after a COMMIT that was refused with SQLITE_BUSY.
         found = getattr(dbapi_connection, "in_transaction", None)
         return bool(getattr(driver_of(dbapi_connection), "in_transaction", True) if found is None else found)
 
@@ -194,7 +195,7 @@ class SQLite(Database):
         return None if is_memory(url) or name is None else Path(name.removeprefix("file:").partition("?")[0])
 
     def read_alone(self, engine: Engine, statement: str) -> Rows:
-        # Not in a transaction of SQLAlchemy's, which would be one that writes: they wait for each other.
+        # Not in a transaction of SQLAlchemy: that would begin with BEGIN IMMEDIATE, and wait for other writers.
         connection = engine.raw_connection()
         try:
             cursor = connection.cursor()
@@ -210,7 +211,7 @@ class SQLite(Database):
         return str(file.with_name(f"{file.stem}_{worker}{file.suffix}"))
 
     def create_database(self, connected: Connected, database: str) -> None:
-        """Do nothing: the first connection makes the file."""
+        """Do nothing: the first connection creates the file."""
 
     def drop_database(self, connected: Connected, database: str) -> None:
         for suffix in ("", "-wal", "-shm"):
@@ -221,9 +222,9 @@ class SQLite(Database):
 
 
 def _use_wal(dbapi_connection: DBAPIConnection) -> None:
-    """Switch the database to WAL, which it then stays in.
+    """Switch the database to WAL, for good.
 
-    Connections that switch at once can lock each other out, in which case SQLite does not wait, so this does.
+    Connections that do so at the same time can lock each other out. SQLite does not wait then, so this retries.
     """
     give_up = time.monotonic() + 5
     while True:
@@ -246,10 +247,10 @@ _memory_files: WeakKeyDictionary[object, Path] = WeakKeyDictionary()
 
 
 def _memory_file(identity: object) -> Path:
-    """Return the file that stands in for a `:memory:` database, made at first use and removed with its settings.
+    """Return the file for a `:memory:` database. It is created at first use, and removed with its settings.
 
-    A file in WAL mode lets a unit read through one connection what another connection of it has not written yet; SQLite's
-    own in-memory databases either are private to one connection or block their readers while somebody writes.
+    A file in WAL mode can be read while another connection writes. SQLite's own in-memory databases either are private to one
+    connection, or block readers while a connection writes.
     """
     path = _memory_files.get(identity)
     if path is None:
@@ -260,7 +261,7 @@ def _memory_file(identity: object) -> Path:
 
 
 def _remove_in_process(process: int, directory: str) -> None:
-    if os.getpid() == process:  # a forked child must leave its parent's database alone
+    if os.getpid() == process:  # a forked child must not remove its parent's database
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -1,8 +1,8 @@
-"""What a statement does to the data, read off its text.
+"""What a statement does to the data, as far as its text shows.
 
-Nothing is made durable by this: writable sessions always commit. It decides who takes part in an atomic commit, and
-which statements a read-only session refuses before they are sent. Where the text alone can't tell, the answer is the
-one that is safe for the caller: `MAY_WRITE`.
+Durability does not depend on it, because writable sessions always commit. It decides which branches take part in an atomic
+commit, and which statements a read-only session refuses before they are sent. If the text does not tell, the answer is
+`MAY_WRITE`, which is safe for both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Effect(IntEnum):
-    """What a branch, or one statement of it, does to the data; a branch has the highest of its statements'."""
+    """What a statement does to the data. The effect of a branch is the highest of its statements."""
 
     READS = 0
     LOCKS = 1
@@ -22,13 +22,13 @@ class Effect(IntEnum):
     WRITES = 3
 
 
-# Comments, literals and quoted names, as far as all databases agree on where they end.
+# Comments, literals and quoted names that end at the same place in all databases.
 _QUOTED = re.compile(
     r"""(?:^[ \t]*--|--(?=[\s-]|\Z))[^\n]*|/\*(?!M?!)(?:(?!/\*).)*?\*/|'(?:[^'\\]|''|\\[^'])*'"""
     r"""|(?P<name>"(?:[^"\\]|""|\\[^"])*"|`[^`]*`)""",
     re.DOTALL | re.MULTILINE,
 )
-# What is left of the others, any of which may hide something; and a second statement.
+# The beginning of any other comment, literal or name, which may hide something; and a second statement.
 _DOUBTFUL = re.compile(r"""['"`\\]|--|/\*|\#(?!>)|\$\w*\$|;\s*[^\s;]""")
 _STRAY_QUOTE = re.compile(r"""['"`\\]|/\*|\#(?!>)|\$\w*\$""")
 _FIRST_WORD = re.compile(r"[\s(]*([A-Za-z]+)\b")
@@ -47,7 +47,7 @@ _WRITE = frozenset(
 _WRITE_INSIDE_A_QUERY = re.compile(r"\b(?:UPDATE|DELETE\s+FROM|INTO)\b", re.IGNORECASE)
 _LOCK_CLAUSE = re.compile(r"\bFOR\s+(?:NO\s+KEY\s+)?(?:UPDATE|SHARE|KEY\s+SHARE)\b|\bLOCK\s+IN\s+SHARE\s+MODE\b", re.IGNORECASE)
 
-# A name before a parenthesis that is no function, or a function known to leave the data alone.
+# Words before a parenthesis that are no functions, and functions that are known not to write.
 _HARMLESS = frozenset(
     """
     ALL AND ANY AS BETWEEN BY CASE DISTINCT ELSE EXCEPT EXISTS FILTER FROM GROUP HAVING IN INTERSECT IS JOIN
@@ -76,7 +76,7 @@ _CONTROLS_TRANSACTION = re.compile(
 
 @lru_cache(maxsize=2048)
 def transaction_verb(statement: str) -> str | None:
-    """Return `commit`, `rollback` or `begin` when that is what a statement does to the whole transaction."""
+    """Return `commit`, `rollback` or `begin` if a statement does that to the whole transaction, else None."""
     found = _CONTROLS_TRANSACTION.match(statement)
     return found.lastgroup if found else None
 
@@ -157,13 +157,13 @@ def lifts_read_only(statement: str) -> bool:
 
 
 def is_harmless(function: str) -> bool:
-    """Return whether a function of that name is known to leave the data alone."""
+    """Return whether a function of that name is known not to write."""
     return function.upper() in _HARMLESS
 
 
 @lru_cache(maxsize=2048)
 def effect_of(statement: str) -> Effect:
-    """Return what `statement` does. A query that calls a function nobody vouches for may write."""
+    """Return what `statement` does. A query that calls an unknown function may write."""
     text = _QUOTED.sub(_without_content, statement)
     first = _FIRST_WORD.match(text)
     keyword = first.group(1).upper() if first else ""

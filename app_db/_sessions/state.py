@@ -18,7 +18,7 @@ from app_db._compat.asyncio import running_loop
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.disposal import begin_to_retire, cut_off, dispose_here, wait_outside
 from app_db._databases.engines import retire
-from app_db._two_phase.decision_places import DecisionPlaces, build_decision_places
+from app_db._two_phase.decision_logs import DecisionLogs, build_decision_logs
 
 T = TypeVar("T")
 Key = tuple[str, str, AbstractEventLoop | None]
@@ -40,17 +40,17 @@ engine, while another thread makes an engine whose settings are an application's
 
 
 class State:
-    """The objects of one container instance, and its decision places."""
+    """The objects of one container instance, and its decision logs."""
 
-    def __init__(self, decision_places: DecisionPlaces) -> None:
-        self.decision_places = decision_places
+    def __init__(self, decision_logs: DecisionLogs) -> None:
+        self.decision_logs = decision_logs
         self.objects: dict[Key, Any] = {}
         _states.add(self)
 
     @property
     def in_use(self) -> bool:
         """Whether anything has to be closed."""
-        return self.decision_places.in_use or any(key[0] in ENGINES for key in list(self.objects))
+        return self.decision_logs.in_use or any(key[0] in ENGINES for key in list(self.objects))
 
     @property
     def in_use_here(self) -> bool:
@@ -77,12 +77,12 @@ class State:
         self.objects = {key: made for key, made in self.objects.items() if key[2] is None}
 
     def reset(self) -> None:
-        """Forget all objects, and retire the engines. Keep the decision places, which open units use."""
+        """Forget all objects, and retire the engines. Keep the decision logs, which open units use."""
         self._retire(lambda _: True)
 
     def close(self) -> None:
         """Forget acknowledged decisions, and retire the engines. Later use makes new ones."""
-        self.decision_places.close()
+        self.decision_logs.close()
         self._retire(lambda key: key[0] in ENGINES)
 
     async def close_awaited(self) -> None:
@@ -130,7 +130,7 @@ class StateHolder:
 
     def new_state(self) -> State:
         """Return a state without objects."""
-        return State(build_decision_places(self.container))
+        return State(build_decision_logs(self.container))
 
     def get(self, kind: str, name: str, build: Callable[..., T], *arguments: object) -> T:
         """Return a connection's object of a kind. At first use, `build(container, name, *arguments)` makes it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from app_db._two_phase.decision_places import DecisionPlaces
+from app_db._two_phase.decision_logs import DecisionLogs
 from app_db._two_phase.decisions import DecisionLog, Verdict
 from app_db._two_phase.xids import new_unit_id
 from app_db._wording import in_one_line
@@ -15,30 +15,30 @@ from app_db.settings._sources import variable_for
 log = logging.getLogger("app_db")
 
 
-def check(places: DecisionPlaces) -> None:
+def check(logs: DecisionLogs) -> None:
     """Raise TwoPhaseUnavailable if the server of a two-phase connection can't prepare, or decisions can't be written.
 
     This connects to the two-phase connections and to the decision log. It creates the log if needed, writes a decision about no
     unit, and removes it. Without two-phase connections it does nothing.
     """
-    problems = [*_servers(places), *_log(places.configured)] if places.two_phase() else []
+    problems = [*_servers(logs), *_log(logs.configured)] if logs.two_phase() else []
     if problems:
         raise TwoPhaseUnavailable(problems)
 
 
-def _servers(places: DecisionPlaces) -> Iterator[Problem]:
-    for name in places.two_phase():
-        problem = _server(places, name)
+def _servers(logs: DecisionLogs) -> Iterator[Problem]:
+    for name in logs.two_phase():
+        problem = _server(logs, name)
         if problem is not None:
             yield Problem(variable_for(("connections", name, "two_phase")), problem)
 
 
-def _server(places: DecisionPlaces, name: str) -> str | None:
-    verbs = places.prepare_verbs(name)
+def _server(logs: DecisionLogs, name: str) -> str | None:
+    verbs = logs.prepare_verbs(name)
     if verbs is None:
-        return f"is not there for {places.driver(name)}."
+        return f"is not there for {logs.driver(name)}."
     try:
-        with places.engine(name).connect() as connection:
+        with logs.engine(name).connect() as connection:
             return verbs.problem(connection)
     except Exception as error:
         log.debug("The server of %r can't be asked", name, exc_info=True)

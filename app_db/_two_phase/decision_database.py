@@ -14,7 +14,7 @@ from sqlalchemy.dialects.sqlite import dialect
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 
-from app_db._databases.sharing_rules import Rows
+from app_db._databases.database import Rows
 from app_db._two_phase.decisions import SELECT_ID, decisions_table, insert_id
 from app_db._two_phase.file_checks import are_in_place, identities, require_usable, sync
 from app_db._two_phase.xids import check_log_id, new_log_id
@@ -201,7 +201,7 @@ def _no_access(path: Path, problem: str, *, undecided: bool = True) -> DecisionF
 
 def busy(path: Path, *, undecided: bool = True) -> DecisionFileUnusable:
     """Return the error for a file that another process or thread did not release in time."""
-    problem, remedy = "others have held it for too long", "Look for a process that was stopped while it wrote"
+    problem, remedy = "another process or thread has held it for too long", "Look for a process that was stopped while it wrote"
     return DecisionFileUnusable(str(path), problem, remedy, undecided)
 
 

@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from app_db._compat.os import after_fork_in_child
-from app_db._databases.sharing_rules import Rows
+from app_db._databases.database import Rows
 from app_db._liveness import LivingLock, WithBlock
 from app_db._two_phase.decision_database import DecisionDatabase, busy
 from app_db._two_phase.decisions import Decision, DecisionLog

@@ -13,9 +13,8 @@ from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateTable
 
-from app_db._databases.database import Database
+from app_db._databases.database import Database, Rows
 from app_db._databases.registry import database_of
-from app_db._databases.sharing_rules import Rows
 from app_db._two_phase.decisions import INSERT, SELECT_ID, TABLE, Decision, DecisionLog, Verdict, decisions_table, insert_id
 from app_db._two_phase.xids import check_log_id, new_log_id
 

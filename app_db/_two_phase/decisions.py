@@ -24,7 +24,7 @@ from typing import Any
 from sqlalchemy import Column, Double, MetaData, String, Table, Text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from app_db._databases.sharing_rules import Rows
+from app_db._databases.database import Rows
 from app_db._two_phase.xids import check_connection_name, check_log_id, check_unit_id, log_id_for
 
 

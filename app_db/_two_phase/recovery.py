@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from app_db._databases.containers import Container
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
-from app_db._two_phase.decision_places import DecisionPlaces
+from app_db._two_phase.decision_logs import DecisionLogs
 from app_db._two_phase.decisions import Decision, DecisionLog, Verdict
 from app_db._two_phase.xids import Xid, log_of
 from app_db._wording import in_one_line
@@ -161,9 +161,9 @@ def _by_age(units: Iterable[UnitInDoubt]) -> list[UnitInDoubt]:
 class Recovery:
     """Finds and settles the branches of this application that are in doubt: `container.recovery()`."""
 
-    def __init__(self, settings: Callable[[], DatabaseSettings], places: DecisionPlaces) -> None:
+    def __init__(self, settings: Callable[[], DatabaseSettings], decision_logs: DecisionLogs) -> None:
         self._settings = settings
-        self._places = places
+        self._logs = decision_logs
 
     def in_doubt(self) -> list[UnitInDoubt]:
         """Return the units that have prepared branches now. Units that are committing at this moment are among them.
@@ -179,7 +179,7 @@ class Recovery:
         waits until the unit is old enough, for at most 10 s. `dry_run` changes nothing and does not wait.
         """
         began = time.monotonic()
-        if not self._places.two_phase():
+        if not self._logs.two_phase():
             return Settlement()
         settlement = self._settle_once(grace, set(), dry_run)
         pause, watched = 0.05, 0.0
@@ -200,7 +200,7 @@ class Recovery:
         afterwards, has been carried out.
         """
         settlement = Settlement()
-        logs = self._logs(settlement.unreachable)
+        logs = self._existing_logs(settlement.unreachable)
         decisions = self._decisions(logs, settlement.unreachable)
         settlement.units = self._in_doubt(settlement.unreachable)
         for unit in settlement.units:
@@ -216,30 +216,30 @@ class Recovery:
 
     # -- finding
 
-    def _logs(self, unreachable: dict[str, str]) -> dict[str, DecisionLog]:
+    def _existing_logs(self, unreachable: dict[str, str]) -> dict[str, DecisionLog]:
         """Return the logs that exist, by id."""
         found: dict[str, DecisionLog] = {}
-        for place in self._places.all():
-            with _noting(place.place, unreachable):
-                log_id = place.id_if_made()
+        for decision_log in self._logs.all():
+            with _noting(decision_log.place, unreachable):
+                log_id = decision_log.id_if_made()
                 if log_id is not None:
-                    found.setdefault(log_id, place)
+                    found.setdefault(log_id, decision_log)
         return found
 
     def _decisions(self, logs: dict[str, DecisionLog], unreachable: dict[str, str]) -> dict[DecisionLog, list[Decision]]:
         """Return the decisions about units of this application."""
         found: dict[DecisionLog, list[Decision]] = {}
-        for place in logs.values():
-            with _noting(place.place, unreachable):
+        for decision_log in logs.values():
+            with _noting(decision_log.place, unreachable):
                 # Another application may use the same log. What is prepared in its databases is not known here.
-                found[place] = [decision for decision in place.decisions() if log_of(decision.unit) in logs]
+                found[decision_log] = [decision for decision in decision_log.decisions() if log_of(decision.unit) in logs]
         return found
 
     def _in_doubt(self, unreachable: dict[str, str] | None = None) -> list[UnitInDoubt]:
         """Return the units that have prepared branches. A database that can't be reached is noted in `unreachable`, if given."""
         branches: dict[Xid, BranchInDoubt] = {}
         application = self._settings().application
-        for name in self._places.two_phase():
+        for name in self._logs.two_phase():
             with _noting(name, unreachable), self._connected(name) as (connection, verbs):
                 for found in verbs.prepared(connection):
                     xid = Xid.parse(found.xid)
@@ -252,33 +252,33 @@ class Recovery:
 
     @contextmanager
     def _connected(self, name: str) -> Generator[tuple[Connection, PrepareVerbs]]:
-        verbs = self._places.prepare_verbs(name)
+        verbs = self._logs.prepare_verbs(name)
         if verbs is None:
-            raise LookupError(f"app_db does not know how {self._places.driver(name)} prepares")
-        with self._places.engine(name).connect() as connection:
+            raise LookupError(f"app_db does not know how {self._logs.driver(name)} prepares")
+        with self._logs.engine(name).connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT"), verbs
 
     # -- deciding
 
     def _verdict(self, unit: UnitInDoubt, log_id: str, logs: dict[str, DecisionLog], dry_run: bool) -> Verdict | None:
         """Return the verdict about a unit. If there is none, decide that it aborts. If that fails, note why and return None."""
-        place = logs.get(log_id)
-        if place is None:
+        decision_log = logs.get(log_id)
+        if decision_log is None:
             unit.reason = _UNKNOWN_LOG
             return None
         try:
-            decision = place.decision(unit.unit)
+            decision = decision_log.decision(unit.unit)
             if decision is None:
-                verdict = Verdict.ABORT if dry_run else place.decide(unit.unit, Verdict.ABORT, unit.connections)
+                verdict = Verdict.ABORT if dry_run else decision_log.decide(unit.unit, Verdict.ABORT, unit.connections)
                 return self._verdict(unit, log_id, logs, dry_run) if verdict is Verdict.MOVED else verdict
             if decision.verdict is Verdict.MOVED:
                 return self._verdict(unit, decision.moved_to, logs, dry_run)
             return decision.verdict
         except Exception as error:
-            log.warning("%s can't be asked how %s ends", place.place, unit.unit, exc_info=True)
+            log.warning("%s can't be asked how %s ends", decision_log.place, unit.unit, exc_info=True)
             unit.reason = (
-                f"it may have been decided to commit it, or its committer may be doing so at this moment, in {place.place} "
-                f"({in_one_line(error)})"
+                "it may have been decided to commit it, or its committer may be doing so at this moment, in "
+                f"{decision_log.place} ({in_one_line(error)})"
             )
             return None
 
@@ -313,15 +313,15 @@ class Recovery:
         """Remove the decisions that no process will ask for any more. Return their number."""
         forgotten: set[str] = set()
         prepared = {unit.unit for unit in settlement.units if not unit.is_settled}
-        asked = set(self._places.two_phase()) - set(settlement.unreachable)
-        for place, decisions in found.items():
+        asked = set(self._logs.two_phase()) - set(settlement.unreachable)
+        for decision_log, decisions in found.items():
             units = [decision.unit for decision in decisions if decision.unit not in prepared and _is_spent(decision, asked)]
             try:
                 if not dry_run:
-                    place.forget(units)
+                    decision_log.forget(units)
                 forgotten.update(units)
             except Exception:
-                log.warning("Decisions in %s could not be removed", place.place, exc_info=True)
+                log.warning("Decisions in %s could not be removed", decision_log.place, exc_info=True)
         return len(forgotten)
 
 
@@ -370,6 +370,6 @@ def _noting(subject: str, unreachable: dict[str, str] | None) -> Generator[None]
         unreachable[subject] = in_one_line(error)
 
 
-def build_recovery(container: Container, places: DecisionPlaces) -> Recovery:
+def build_recovery(container: Container, decision_logs: DecisionLogs) -> Recovery:
     """Return the recovery of a container's connections, with its present settings."""
-    return Recovery(container.settings, places)
+    return Recovery(container.settings, decision_logs)

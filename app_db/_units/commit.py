@@ -49,7 +49,7 @@ from app_db.errors import (
 )
 
 if TYPE_CHECKING:
-    from app_db._two_phase.decision_places import DecisionPlaces
+    from app_db._two_phase.decision_logs import DecisionLogs
     from app_db._units.interfaces import Rehearsal
 
 log = logging.getLogger("app_db")
@@ -72,7 +72,7 @@ class CommittingWork(Protocol):
     def unit_id(self) -> str: ...
     def name_unit(self, decided_in: DecisionLog) -> str: ...
     @property
-    def places(self) -> DecisionPlaces: ...
+    def places(self) -> DecisionLogs: ...
 
 
 def flush_for_good(overlays: Sequence[Overlay], branches: Sequence[Branch]) -> None:

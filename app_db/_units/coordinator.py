@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from app_db._databases.containers import Container
-from app_db._two_phase.decision_places import DecisionPlaces
+from app_db._two_phase.decision_logs import DecisionLogs
 from app_db._units.work import Work
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Coordinator:
         manager: TransactionManager,
         atomicity: Callable[[], str],
         application: Callable[[], str],
-        places: Callable[[], DecisionPlaces],
+        places: Callable[[], DecisionLogs],
     ) -> None:
         self.manager = manager
         self.atomicity = atomicity
@@ -59,7 +59,7 @@ class Coordinator:
         return work
 
 
-def build_coordinator(container: Container, places: Callable[[], DecisionPlaces]) -> Coordinator:
+def build_coordinator(container: Container, places: Callable[[], DecisionLogs]) -> Coordinator:
     """Return the coordinator of a container. It reads the settings at each use, because they may change."""
     return Coordinator(
         cast("TransactionManager", container.transaction_manager()),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from app_db._databases.database import Database, Terms
     from app_db._databases.prepare_verbs import PrepareVerbs
-    from app_db._two_phase.decision_places import DecisionPlaces
+    from app_db._two_phase.decision_logs import DecisionLogs
     from app_db._two_phase.xids import Xid
     from app_db._units.hooks import CapturedHooks
     from app_db._units.manager import TransactionManager
@@ -98,6 +98,6 @@ class UnitContext(Protocol):
     manager: TransactionManager
     captures: list[CapturedHooks]
     rehearsal: Rehearsal | None
-    places: Callable[[], DecisionPlaces]
+    places: Callable[[], DecisionLogs]
     application: Callable[[], str]
     atomicity: Callable[[], str]

@@ -16,7 +16,7 @@ from zope.interface import implementer
 
 from app_db._databases.database import NEVER
 from app_db._liveness import always
-from app_db._two_phase.decision_places import DecisionPlaces
+from app_db._two_phase.decision_logs import DecisionLogs
 from app_db._two_phase.xids import Xid, new_unit_id
 from app_db._units.branches import Branch, BranchSession, SessionDataManager, position
 from app_db._units.commit import commit_branches, commit_one_by_one, commit_or_log, flush_for_good, unpreparable
@@ -117,7 +117,7 @@ class Work:
     # -- what branches ask
 
     @property
-    def places(self) -> DecisionPlaces:
+    def places(self) -> DecisionLogs:
         """Where the decision about the unit can be written."""
         return self._coordinator.places()
 

@@ -250,7 +250,7 @@ def _counted(number: int, thing: str) -> str:
 def _check(container: DatabaseContainer, options: argparse.Namespace) -> int:
     """Ask the server of each two-phase connection whether it can prepare transactions, and try to write a decision."""
     container.check()
-    places = container.core.decision_places()
+    places = container.core.decision_logs()
     names = places.two_phase()
     if names:
         print(f"{', '.join(names)} can be prepared. Decisions are written to {places.configured.place}.")

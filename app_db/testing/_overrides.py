@@ -77,7 +77,7 @@ class Override:
     def _put_back(self) -> State:
         """Restore the container's own state and overrides, and return the state of the block."""
         holder, coordinator = self.container.core.holder(), self.container.core.coordinator()
-        holder.state.decision_places.forget_acknowledged()  # by the engines of the block
+        holder.state.decision_logs.forget_acknowledged()  # while engines are still the block's
         with MAKING:
             for provider, overriding in self._overridden:
                 provider.reset_override()

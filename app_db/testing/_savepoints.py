@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from app_db._databases.sharing_rules import new_mark
+from app_db._databases.database import new_mark
 from app_db._databases.statements import Effect
 from app_db.testing._serial_units import Holder
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from app_db._compat.asyncio import begin_unseen, outlast
+from app_db._databases.database import new_mark
 from app_db._databases.interruptions import interrupted
 from app_db._databases.registry import database_of
-from app_db._databases.sharing_rules import new_mark
 from app_db._databases.statements import Effect, effect_of
 from app_db._wording import in_one_line
 from app_db.errors import CannotIsolate

@@ -653,7 +653,7 @@ def test_two_containers_side_by_side_share_nothing(settings: DatabaseSettings, w
     for kind in KINDS[:3]:
         assert getattr(first, f"writer_{kind}")() is not getattr(second, f"writer_{kind}")()
     assert first.transaction_manager() is not second.transaction_manager()
-    for provider in ("coordinator", "state", "decision_places"):
+    for provider in ("coordinator", "state", "decision_logs"):
         assert getattr(first.core, provider)() is not getattr(second.core, provider)()
     for container in (first, second):
         assert container.core.coordinator().manager is container.transaction_manager()

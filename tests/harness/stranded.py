@@ -85,14 +85,14 @@ class Scene:
 
     @property
     def log(self) -> DecisionLog:
-        return self.container.core.decision_places().configured
+        return self.container.core.decision_logs().configured
 
     def new_unit(self, place: str = "") -> str:
         """The name of a unit that is decided in the configured log, or in the table of a connection's database."""
         return new_unit_id(self._log_of(place).id)
 
     def _log_of(self, place: str) -> DecisionLog:
-        return self.container.core.decision_places().of(place) if place else self.log
+        return self.container.core.decision_logs().of(place) if place else self.log
 
     def prepare(self, unit: str, *names: str, application: str = "", hold: bool = False) -> str:
         """Leave branches of a unit prepared, each with a row, and the unit's name in it; return the unit."""

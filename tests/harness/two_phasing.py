@@ -64,7 +64,7 @@ class TwoPhaseApplication(Application):
 
     def decisions(self, place: str = "") -> list[Decision]:
         """What stands in the configured log, or in the table of a connection's database."""
-        places = self.container.core.decision_places()
+        places = self.container.core.decision_logs()
         return (places.of(place) if place else places.configured).decisions()
 
     def prepared(self) -> list[str]:

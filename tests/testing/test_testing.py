@@ -94,7 +94,7 @@ def everything(container: DatabaseContainer) -> dict[str, object]:
     """What the container's connections hold: engines, makers, scoped sessions."""
     kinds = [kind for kind in KINDS if not kind.endswith("session") or "scoped" in kind]
     held = {f"{name}_{kind}": container.providers[f"{name}_{kind}"]() for name in ("writer", "reader") for kind in kinds}
-    return {**held, "settings": container.settings(), "decision_places": container.core.decision_places()}
+    return {**held, "settings": container.settings(), "decision_logs": container.core.decision_logs()}
 
 
 def open_files(name: str) -> list[str]:
@@ -362,13 +362,13 @@ def test_decisions_go_where_the_settings_say(new_postgres: Any) -> None:
     container = container_of("writer", "warehouse")(
         settings=settings_for(writer={"url": server.url("a"), **each}, warehouse={"url": server.url("b"), **each})
     )
-    before = container.core.decision_places()
+    before = container.core.decision_logs()
     with overridden(container, {"writer": server.url("c"), "warehouse": server.url("d")}):
         with container.transaction():
             for name in ("writer", "warehouse"):
                 container.providers[f"{name}_session"]().execute(text("CREATE TABLE written (name TEXT)"))
-        assert container.core.decision_places() is not before
-    assert container.core.decision_places() is before
+        assert container.core.decision_logs() is not before
+    assert container.core.decision_logs() is before
     tables = text("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
     seen = {}
     for name in ("a", "b", "c", "d"):

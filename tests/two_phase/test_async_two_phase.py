@@ -83,7 +83,7 @@ def app(request: pytest.FixtureRequest, driver: str, new_postgres_url: NewUrl, t
     """Three databases, and decisions in a file, or in one of them."""
     log = f"file:{tmp_path}/decisions" if request.param == "file" else str(request.param)
     with awaiting(driver, log, **{name: new_postgres_url() for name in NAMES}) as app:
-        assert app.container.core.decision_places().configured.id
+        assert app.container.core.decision_logs().configured.id
         yield app
 
 
@@ -154,7 +154,7 @@ async def test_sessions_of_both_kinds_are_prepared_at_once(driver: str, new_post
 async def test_a_slow_decision_log_does_not_hold_the_loop_up(driver: str, new_postgres_url: NewUrl) -> None:
     urls: dict[str, Any] = {"writer": new_postgres_url(), "warehouse": new_postgres_url(), "journal": without(new_postgres_url())}
     async with awaiting(driver, "journal", **urls) as app:
-        app.container.core.decision_places().of("journal").ensure()
+        app.container.core.decision_logs().of("journal").ensure()
         await app.unit_of("before", "writer", "warehouse")
         with app.plain_engine("journal").connect() as rival:
             rival.execute(text("LOCK TABLE app_db_decisions IN EXCLUSIVE MODE"))
@@ -339,7 +339,7 @@ async def test_a_sqlite_file_that_is_busy_leaves_nothing(driver: str, new_postgr
 async def test_a_decision_log_that_is_away_leaves_the_outcome_to_recovery(driver: str, new_postgres_url: NewUrl) -> None:
     urls: dict[str, Any] = {"writer": new_postgres_url(), "warehouse": new_postgres_url(), "journal": without(new_postgres_url())}
     async with awaiting(driver, "journal", **urls) as app:
-        app.container.core.decision_places().of("journal").ensure()
+        app.container.core.decision_logs().of("journal").ensure()
         await app.unit_of("before", "writer", "warehouse")
         app.run("ALTER TABLE app_db_decisions RENAME TO elsewhere", on="journal")
         with pytest.raises(OutcomeUnknown):

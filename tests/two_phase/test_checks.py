@@ -43,7 +43,7 @@ def test_servers_that_can_prepare_pass_and_the_log_is_made(new_postgres_url: New
     container = container_with(writer=new_postgres_url(), maria=new_mariadb_url())
     container.check()
     container.check()
-    log = container.core.decision_places().configured
+    log = container.core.decision_logs().configured
     assert log.id_if_made() == log.id
     assert log.decisions() == []
     container.shutdown_resources()

@@ -363,7 +363,7 @@ def test_a_committer_that_asks_what_became_of_it_in_vain_says_so(case: Case, los
 )
 def test_a_client_that_gives_up_before_its_server_does_is_told_the_truth(case: Case, lost: Loss, scene: Scene) -> None:
     """Its transaction may still be open on the server then, hold its locks, and commit."""
-    scene.app.container.core.decision_places().of("hit")._lock_wait = 1.0
+    scene.app.container.core.decision_logs().of("hit")._lock_wait = 1.0
     scene.lose(lost, case.pattern, then="stall")
     ended = scene.commit("a")
     assert ended in case.expected_if_held(lost)

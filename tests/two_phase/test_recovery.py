@@ -429,7 +429,7 @@ def test_connections_that_the_container_does_not_declare_are_recovered(new_postg
         assert states(scene.recover()) == {unit: dict.fromkeys(["writer", "warehouse", "unit"], "rolled back")}
         assert scene.container.core.lifecycle.initialized
         scene.container.shutdown_resources()
-        assert not scene.container.core.decision_places().in_use
+        assert not scene.container.core.decision_logs().in_use
 
 
 # ---- grace --------------------------------------------------------------------------------------------------------------
@@ -638,8 +638,8 @@ def test_decisions_are_read_before_the_databases_are_asked(scene: Scene, monkeyp
 
 
 def test_acknowledged_decisions_are_forgotten_together(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app_db._two_phase.decision_places._BATCH", 3)
-    places = scene.container.core.decision_places()
+    monkeypatch.setattr("app_db._two_phase.decision_logs._BATCH", 3)
+    places = scene.container.core.decision_logs()
     units = [scene.new_unit() for _ in range(4)]
     for unit in units:
         scene.decide(unit, "warehouse")
@@ -789,7 +789,7 @@ FORKS_WHILE_THE_LOCK_IS_HELD = """
 import os
 from app_db import DatabaseSettings, container_of
 container = container_of("writer")(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
-places = container.core.decision_places()
+places = container.core.decision_logs()
 with places._lock:  # as another thread may hold it
     pid = os.fork()
     if pid == 0:
@@ -807,7 +807,7 @@ def test_recovery_keeps_no_connection(scene: Scene, postgres: PostgresServer) ->
     scene.prepare(scene.new_unit(), "writer", "warehouse")
     taken: list[Any] = []
     for name in scene.engines:
-        engine = scene.container.core.decision_places().engine(name)
+        engine = scene.container.core.decision_logs().engine(name)
         event.listen(engine, "checkout", lambda *arguments: taken.append(1))
         event.listen(engine, "checkin", lambda *arguments: taken.pop())
     scene.recover()

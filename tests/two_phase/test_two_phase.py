@@ -81,7 +81,7 @@ def test_decisions_may_be_kept_in_a_file(postgres: PostgresServer, new_postgres_
 
 def test_one_that_can_not_prepare_decides_by_its_own_commit(postgres: PostgresServer, new_postgres_url: NewUrl) -> None:
     with two_phasing(writer=new_postgres_url(), warehouse=new_postgres_url(), old=without(new_postgres_url())) as app:
-        app.container.core.decision_places().of("old").ensure()
+        app.container.core.decision_logs().of("old").ensure()
         app.container.check()
         with listening_to_postgres(postgres, app) as heard, app.unit():
             app.add_to_each("a")

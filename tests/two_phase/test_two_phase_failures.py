@@ -343,7 +343,7 @@ def recover_before_the_decision(app: TwoPhaseApplication, monkeypatch: pytest.Mo
 
     Where the decision is a row of the last resource's, that is said while they are prepared: here it is said afterwards.
     """
-    if not app.container.core.decision_places().are_in("writer"):
+    if not app.container.core.decision_logs().are_in("writer"):
         between(monkeypatch, 1, app.recover, after=True)
         return
 
@@ -382,7 +382,7 @@ def test_a_recovery_between_the_row_of_the_last_resource_and_its_commit_lets_it_
     """Recovery waits for the row, and gives up after a while: the unit is not settled over its committer's head."""
     with two_phasing(writer=new_postgres_url(), warehouse=new_postgres_url()) as app:
         app.container.check()
-        monkeypatch.setattr(app.container.core.decision_places().of("writer"), "_lock_wait", 0.3)
+        monkeypatch.setattr(app.container.core.decision_logs().of("writer"), "_lock_wait", 0.3)
         found: list[Any] = []
         between(monkeypatch, 1, lambda: found.append(app.recover()), after=True)
         with app.unit():
@@ -498,7 +498,7 @@ def test_a_unit_whose_decision_file_can_not_be_used_leaves_nothing_prepared(
     path = tmp_path / "decisions"
     with two_phasing(f"file:{path}", writer=new_postgres_url(), warehouse=new_postgres_url()) as app:
         app.container.check()
-        put_right = harm(path, app.container.core.decision_places().configured)
+        put_right = harm(path, app.container.core.decision_logs().configured)
         with pytest.raises(DecisionFileUnusable), app.unit():
             app.add_to_each("lost")
         assert app.prepared() == []
@@ -877,7 +877,7 @@ def test_many_units_at_once_on_two_clusters_are_all_or_nothing(
         assert app.names("warehouse") == sorted([*committed, "taken"])
         assert app.leftovers() == []
         assert len(app.decisions()) < 400, "most have been forgotten by now"
-        app.container.core.decision_places().forget_acknowledged()
+        app.container.core.decision_logs().forget_acknowledged()
         assert app.decisions() == []
 
 

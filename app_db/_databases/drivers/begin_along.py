@@ -1,12 +1,12 @@
-"""Connections of psycopg that send BEGIN along with the first statement of a transaction.
+"""Connections of psycopg that send BEGIN together with the first statement of a transaction.
 
-psycopg sends BEGIN by itself and waits for the answer. Here BEGIN and the first statement are sent in one pipeline, which saves
-a round trip. Only psycopg's public API is used: its autocommit mode is switched on for the pipeline, so that psycopg sends no
+psycopg sends BEGIN alone and waits for the answer. Here BEGIN and the first statement are sent in one pipeline, which saves a
+round trip. Only psycopg's public API is used: its autocommit mode is switched on for the pipeline, so that psycopg sends no
 BEGIN of its own, and off again when the transaction is over. psycopg refuses to switch it off earlier.
 
-Everything but a statement with parameters, executed by a client-side cursor, begins as psycopg begins it.
+Only a statement with parameters, executed by a client-side cursor, is sent so. All others begin as in psycopg.
 
-Imported where psycopg is used.
+This module imports psycopg, so import it only where psycopg is used.
 """
 
 from __future__ import annotations
@@ -25,35 +25,27 @@ _psycopgs_autocommit = cast("property", BaseConnection.autocommit)
 
 
 class _BeginsAlong(BaseConnection[object]):
-    """What the two kinds of connections share: what they know about their transaction. Nothing here waits for the server."""
+    """What sync and async connections share: the state of the transaction. Nothing here waits for the server."""
 
     _is_switched_on = False
-    """Whether psycopg's autocommit mode is on, or about to be, because we sent BEGIN ourselves."""
+    """Whether psycopg's autocommit mode is on, or about to be, because this module sends BEGIN."""
 
-    _is_sending = False
-    """Whether BEGIN and the first statement are under way, or an exception from a signal handler came while they were."""
+    is_left_in_the_middle = False
+    """Whether BEGIN and the first statement are being sent. If it is true at any other time, an exception from a signal handler
+    interrupted that. Their answers may still come then, and the connection can't be used again."""
 
     @property
     def autocommit(self) -> bool:
-        """Whether each statement is committed by itself, as the application has set it."""
-        return self._is_on and not self._is_switched_on
+        """Whether each statement commits by itself, as the application has set it."""
+        return super().autocommit and not self._is_switched_on
 
     @autocommit.setter
     def autocommit(self, value: bool) -> None:
         _psycopgs_autocommit.__set__(self, value)
 
     @property
-    def _is_on(self) -> bool:
-        return super().autocommit
-
-    @property
-    def is_left_in_the_middle(self) -> bool:
-        """Whether a first statement was interrupted so that its answer may still come. The connection can't be used again."""
-        return self._is_sending
-
-    @property
     def is_left_in_autocommit(self) -> bool:
-        """Whether the transaction is over, and psycopg's autocommit mode is still on."""
+        """Whether psycopg's autocommit mode is still on although the transaction has ended."""
         return self._is_switched_on and self.pgconn.transaction_status == TransactionStatus.IDLE
 
     def begins_along(self, query: object, parameters: object) -> bool:
@@ -61,7 +53,7 @@ class _BeginsAlong(BaseConnection[object]):
         return (
             bool(parameters)
             and self.pgconn.transaction_status == TransactionStatus.IDLE
-            and not self._is_on
+            and not super().autocommit
             # Without a placeholder, psycopg sends the text as it is. It may contain several statements.
             and isinstance(query, str)
             and "%" in query.replace("%%", "")
@@ -72,10 +64,9 @@ class _BeginsAlong(BaseConnection[object]):
         )
 
     def _has_news(self) -> bool:
-        """Return whether the server has said something since the last statement.
+        """Return whether the server has sent something since the last statement, such as why it closes the connection.
 
-        It may be why it closes the connection. psycopg reads it before it sends a pipeline, and takes it for a notice. When it
-        sends a statement alone, it raises it as an error that has the SQLSTATE.
+        Before a pipeline, psycopg reads such an error as a notice. Before a single statement, it raises the error with SQLSTATE.
         """
         if not hasattr(select, "poll"):  # Windows
             return bool(select.select([self], [], [], 0)[0])
@@ -96,20 +87,20 @@ class _BeginsAlong(BaseConnection[object]):
 
     def close_if_left_in_the_middle(self) -> None:
         """Close the connection if it can't be used again. Using it later raises psycopg's error for that."""
-        if self._is_sending:
+        if self.is_left_in_the_middle:
             self.pgconn.finish()
-            self._is_sending = False
+            self.is_left_in_the_middle = False
 
     def _start_sending(self) -> None:
-        # First the marks, and then what they stand for: an exception from a signal handler may come between any two lines.
-        self._is_sending = True
+        # Set these before sending: an exception from a signal handler may come between any two lines.
+        self.is_left_in_the_middle = True
         self._is_switched_on = True
 
     def _end_sending(self) -> None:
-        """Close the connection unless every answer was read. The next statement would else get the answer to this one."""
+        """Close the connection unless every answer was read. Otherwise the next statement would get the answer to this one."""
         if self._has_unread_answers():
             self.pgconn.finish()
-        self._is_sending = False
+        self.is_left_in_the_middle = False
 
     def _has_unread_answers(self) -> bool:
         return self.pgconn.status == ConnStatus.OK and (
@@ -117,10 +108,10 @@ class _BeginsAlong(BaseConnection[object]):
         )
 
     def _interruption(self, error: BaseException, handled: BaseException | None) -> BaseException:
-        """Return what is to be raised where a pipeline ended with `error` while the caller was handling another exception.
+        """Return the exception to raise after a pipeline ended with `error`. `handled` is what the caller was handling before.
 
-        An exception from a signal handler ends the wait for the answers. psycopg then can't leave the pipeline, and raises that
-        instead. The first exception is its context.
+        If an exception from a signal handler ends the wait for the answers, psycopg can't leave the pipeline and raises an error
+        about that. The exception from the signal handler is then the context of that error.
         """
         interruption: BaseException | None = error
         while self._has_unread_answers() and isinstance(interruption, Error):
@@ -132,7 +123,7 @@ class _BeginsAlong(BaseConnection[object]):
 
 
 class BeginAlongConnection(_BeginsAlong, Connection[object]):
-    """A connection of psycopg on which BEGIN goes along with the first statement."""
+    """A connection of psycopg that sends BEGIN together with the first statement."""
 
     def set_autocommit(self, value: bool) -> None:
         super().set_autocommit(value)
@@ -159,7 +150,7 @@ class BeginAlongConnection(_BeginsAlong, Connection[object]):
 
     @contextmanager
     def beginning(self) -> Generator[None]:
-        """Send BEGIN and what is executed in the block at once, and read the answers."""
+        """Send BEGIN and the statement of the block in one pipeline, and read the answers."""
         self._start_sending()
         super().set_autocommit(True)
         handled = sys.exc_info()[1]
@@ -182,7 +173,7 @@ class _Cursor(Cursor[object]):
     def execute(self, query: Any, params: Params | None = None, **options: bool | None) -> Self:
         connection = self.connection
         connection.close_if_left_in_the_middle()
-        connection.settle()  # the transaction was ended by another kind of cursor
+        connection.settle()  # another kind of cursor may have ended the transaction
         if connection.begins_along(query, params):
             with connection.beginning():
                 return super().execute(query, params, **options)
@@ -192,8 +183,8 @@ class _Cursor(Cursor[object]):
             connection.settle()  # the statement may be COMMIT or ROLLBACK
 
 
-def connect(*arguments: Any, **parameters: Any) -> BeginAlongConnection:
-    """Connect as `psycopg.connect` does. On the connection, BEGIN goes along with the first statement."""
+def connect(*arguments: str, **parameters: Any) -> BeginAlongConnection:
+    """Connect as `psycopg.connect` does. The connection sends BEGIN together with the first statement."""
     connection = BeginAlongConnection.connect(*arguments, **parameters)
     if connection.cursor_factory is Cursor and _is_tcp(connection):
         connection.cursor_factory = _Cursor
@@ -204,7 +195,7 @@ def connect(*arguments: Any, **parameters: Any) -> BeginAlongConnection:
 
 
 class AsyncBeginAlongConnection(_BeginsAlong, AsyncConnection[object]):
-    """The same for coroutines."""
+    """An async connection of psycopg that sends BEGIN together with the first statement."""
 
     async def set_autocommit(self, value: bool) -> None:
         await super().set_autocommit(value)
@@ -262,8 +253,8 @@ class _AsyncCursor(AsyncCursor[object]):
             await connection.settle()
 
 
-async def connect_async(*arguments: Any, **parameters: Any) -> AsyncBeginAlongConnection:
-    """Connect as `psycopg.AsyncConnection.connect` does, in the same way."""
+async def connect_async(*arguments: str, **parameters: Any) -> AsyncBeginAlongConnection:
+    """Connect as `psycopg.AsyncConnection.connect` does. The connection sends BEGIN together with the first statement."""
     connection = await AsyncBeginAlongConnection.connect(*arguments, **parameters)
     if connection.cursor_factory is AsyncCursor and _is_tcp(connection):
         connection.cursor_factory = _AsyncCursor
@@ -271,5 +262,5 @@ async def connect_async(*arguments: Any, **parameters: Any) -> AsyncBeginAlongCo
 
 
 def _is_tcp(connection: BaseConnection[object]) -> bool:
-    """Return whether a round trip is worth saving: over a Unix socket the pipeline costs about as much as it saves."""
+    """Return whether a connection is over TCP. Over a Unix socket, a pipeline costs about as much as the round trip it saves."""
     return not connection.info.host.startswith(("/", "@"))

@@ -31,7 +31,7 @@ _BATCH = 200
 """How many decisions that are no longer needed are collected before one statement removes them."""
 
 
-class DecisionPlaces:
+class DecisionLogs:
     """Finds decision logs. `engine` returns the engine that the application has for a connection, or None."""
 
     def __init__(self, settings: Callable[[], DatabaseSettings], engine: Callable[[str], Engine | None]) -> None:
@@ -42,7 +42,7 @@ class DecisionPlaces:
         self._files: dict[tuple[str, str], DecisionLog] = {}
         self._lock = Lock()
         self._acknowledged: dict[DecisionLog, list[str]] = {}
-        _places.add(self)
+        _instances.add(self)
 
     @property
     def configured(self) -> DecisionLog:
@@ -151,23 +151,23 @@ class DecisionPlaces:
         return "writer" if "writer" in two_phase else two_phase[0]
 
 
-_places: WeakSet[DecisionPlaces] = WeakSet()
+_instances: WeakSet[DecisionLogs] = WeakSet()
 
 
 def _forget_parents_locks() -> None:
     """Replace the locks in a forked child: a thread of its parent may have held them."""
-    for places in list(_places):
-        places._lock = Lock()
+    for logs in list(_instances):
+        logs._lock = Lock()
 
 
 after_fork_in_child(_forget_parents_locks)
 
 
-def build_decision_places(container: Container) -> DecisionPlaces:
+def build_decision_logs(container: Container) -> DecisionLogs:
     """Return the decision logs of a container."""
 
     def engine(name: str) -> Engine | None:
         provider = container.providers.get(f"{name}_engine")  # the provider called `name` may be of another kind
         return None if provider is None else provider()
 
-    return DecisionPlaces(lambda: container.settings(), engine)
+    return DecisionLogs(lambda: container.settings(), engine)
