@@ -1,9 +1,9 @@
 """The pytest plugin of app_db: fixtures over `app_db.testing`. It does nothing for a project that doesn't use them.
 
-It is a module beside the package, because pytest imports a plugin and the plugin's package when it starts. In the package, it
-would make every project that has app_db installed wait for SQLAlchemy. Coverage begins to measure later, and would miss what
-the package does when it is imported. So this module imports pytest and the standard library only, and app_db when a fixture is
-used.
+It is a module beside the package, because pytest imports a plugin and the plugin's package when it
+starts. In the package, it would make every project that has app_db installed wait for SQLAlchemy.
+Coverage begins to measure later, and would miss what the package does when it is imported. So this
+module imports pytest and the standard library only, and app_db when a fixture is used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import pytest
 
@@ -138,9 +138,7 @@ def _is_worker(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
 
 
-def _problems_of(mark: pytest.Mark | None) -> Iterable[str]:
-    if mark is None:
-        return
+def _problems_of(mark: pytest.Mark) -> Iterable[str]:
     if mark.args:
         yield f"{mark.args!r} was given without a name"
     for name in mark.kwargs.keys() - {"connections", "isolation"}:
@@ -152,12 +150,14 @@ def _problems_of(mark: pytest.Mark | None) -> Iterable[str]:
         yield f"isolation={isolation!r} is neither True nor False"
 
 
-def _marked(request: pytest.FixtureRequest) -> Marked | None:
+def _marked(request: pytest.FixtureRequest) -> Marked:
     mark = request.node.get_closest_marker("app_db")
+    if mark is None:
+        return Marked()
     problems = [f"{request.node.nodeid}: {problem}" for problem in _problems_of(mark)]
     if problems:
         pytest.fail("\n".join([_MARKER_TAKES, *problems]), pytrace=False)
-    return None if mark is None else Marked(**mark.kwargs)
+    return Marked(**mark.kwargs)
 
 
 # ---- the container --------------------------------------------------------------------------------------------------------
@@ -169,14 +169,14 @@ def app_db_container() -> DatabaseContainer:
     pytest.fail(PASTE, pytrace=False)
 
 
+_FixtureDef: TypeAlias = "pytest.FixtureDef[object]"
+
 _prepared = pytest.StashKey[list[object]]()
 """The containers that have their databases. A fixture may return what an outer fixture of the same name has made."""
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(
-    fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
-) -> Generator[None, object, object]:
+def pytest_fixture_setup(fixturedef: _FixtureDef, request: pytest.FixtureRequest) -> Generator[None, object, object]:
     """Give the container its databases as soon as a fixture has returned it."""
     value = yield
     if fixturedef.argname == "app_db_container":
@@ -184,7 +184,7 @@ def pytest_fixture_setup(
     return value
 
 
-def _prepare(value: object, fixturedef: pytest.FixtureDef[object], config: pytest.Config) -> None:
+def _prepare(value: object, fixturedef: _FixtureDef, config: pytest.Config) -> None:
     if not hasattr(value, "session_of"):
         pytest.fail(
             f"The fixture app_db_container returned {type(value).__name__}, which is no container of app_db. If it is the "
@@ -209,7 +209,7 @@ def _prepare(value: object, fixturedef: pytest.FixtureDef[object], config: pytes
         _enter(worker_databases(container, worker), fixturedef, config)
 
 
-def _enter(block: AbstractContextManager[object], fixturedef: pytest.FixtureDef[object], config: pytest.Config) -> None:
+def _enter(block: AbstractContextManager[object], fixturedef: _FixtureDef, config: pytest.Config) -> None:
     """Enter a block, and leave it when the fixture is torn down. If it can't be entered, the session ends with one error."""
     from app_db import AppDbError
 
@@ -226,8 +226,8 @@ def _enter(block: AbstractContextManager[object], fixturedef: pytest.FixtureDef[
 def app_db_tables(app_db_container: DatabaseContainer) -> Generator[frozenset[str]]:
     """Create the tables of the models for the session. A project whose tables come from migrations overrides this fixture.
 
-    Its value is the frozenset of connections whose tables it made. Rows that a test commits there outside its isolation are
-    deleted from tables that were empty.
+    Its value is the frozenset of connections whose tables it made. Rows that a test commits there
+    outside its isolation are deleted from tables that were empty.
     """
     from app_db.testing import made_tables
 
@@ -243,7 +243,7 @@ def app_db_isolation(
     request: pytest.FixtureRequest, app_db_container: DatabaseContainer, app_db_tables: object
 ) -> Generator[Isolation | None]:
     """Roll back what the test writes, in every database, although it commits. The test fails if it leaves something open."""
-    marked = _marked(request) or Marked()
+    marked = _marked(request)
     if not marked.isolation:
         yield None
         return

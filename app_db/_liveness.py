@@ -1,12 +1,14 @@
 """Tells whether the `with` statement that entered a context manager is still running.
 
-An exception from a signal handler can land between any two instructions, also inside `__enter__` and `__exit__`. The statement
-is then gone without having called `__exit__` to its end, and what it began has to be cleaned up.
+An exception from a signal handler can land between any two instructions, also inside `__enter__`
+and `__exit__`. The statement is then gone without having called `__exit__` to its end, and what it
+began has to be cleaned up.
 
-A `with` statement reads `__exit__` before it enters, and keeps the result on its frame's stack until it is done. `WithBlock`
-returns a new object to each statement, and a `Liveness` is a weak reference to that object. A weak reference to the context
-manager itself would live too long: variables and tracebacks refer to it, and often the next block is in the `except` that caught
-the exception.
+A `with` statement reads `__exit__` before it enters, and keeps the result on its frame's stack
+until it is done. `WithBlock` returns a new object to each statement, and a `Liveness` is a weak
+reference to that object. A weak reference to the context manager itself would live too long:
+variables and tracebacks refer to it, and often the next block is in the `except` that caught the
+exception.
 """
 
 from __future__ import annotations
@@ -91,7 +93,8 @@ class ExitMethod:
 class _EnteredByStack(type):
     """Returns to ExitStack, which reads `__enter__` from a block's class, an object that lives while the stack enters the block.
 
-    A `with` statement does not see these properties of the metaclass, because it looks up `__enter__` in another way.
+    A `with` statement does not see these properties of the metaclass, because it looks up
+    `__enter__` in another way.
     """
 
     @property
@@ -132,7 +135,8 @@ class _EnterByStack:
 class _LivenessByStack(Liveness):
     """The liveness of a block that an ExitStack holds: the block lives as long as the stack refers to it.
 
-    Tracebacks refer to it as well. So it is also gone if the stack was interrupted while it entered or left the block.
+    Tracebacks refer to it as well. So it is also gone if the stack was interrupted while it entered
+    or left the block.
     """
 
     __slots__ = ("_handled_before", "_in_enter", "_in_enter_context", "_stack", "is_entered")
@@ -182,7 +186,8 @@ class WithBlock(metaclass=_EnteredByStack):
         """Return the liveness of the statement that is entering."""
         liveness: Liveness | None = getattr(self, "liveness", None)
         if liveness is None or liveness() is None:
-            # `__enter__` was called directly. There is no statement, so the block lives as long as anything refers to it.
+            # `__enter__` was called directly. There is no statement, so the block lives as long as
+            # anything refers to it.
             liveness = self.liveness = liveness_of(self)
         return liveness
 
@@ -208,7 +213,8 @@ class LivingLock:
     """A lock that is free again when the `with` statement of its holder is gone, even if it was never released."""
 
     def __init__(self) -> None:
-        # Written in C. A Condition is written in Python, so that an exception from a signal handler could leave it halfway.
+        # Written in C. A Condition is written in Python, so that an exception from a signal handler
+        # could leave it halfway.
         self._guard = threading.Lock()
         self._user: Callable[[], object] = gone
 

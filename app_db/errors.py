@@ -1,7 +1,8 @@
 """All errors of app_db.
 
-The attributes of an error say what it is about. Printed, an error says what is wrong, and then what to do. `args` are the
-arguments of the constructor, so that errors can be pickled. Each class has a page in the documentation, which `page` names.
+The attributes of an error say what it is about. Printed, an error says what is wrong, and then what
+to do. `args` are the arguments of the constructor, so that errors can be pickled. Each class has a
+page in the documentation, which `page` names.
 
     AppDbError
      ├── SettingsError
@@ -140,7 +141,8 @@ class Problem:
 class SettingsError(AppDbError):
     """The settings can't be used. `problems` lists everything that is wrong with them.
 
-    It is no ValueError on purpose: pydantic would wrap a ValueError, and print the input with it, passwords included.
+    It is no ValueError on purpose: pydantic would wrap a ValueError, and print the input with it,
+    passwords included.
     """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
@@ -380,7 +382,8 @@ class ForeignUnitOfWork(UnitOfWorkError):
                 "`propagation='requires_new'`, for a unit of its own, which commits even if this one fails; or call "
                 "`unit.adopt()` in the new task, which takes the unit over."
             )
-        # A callback of the loop has inherited the unit of the task that registered it. There a plain block is refused as well.
+        # A callback of the loop has inherited the unit of the task that registered it. There a
+        # plain block is refused as well.
         options = "propagation='requires_new'" if self.owner.startswith("task ") else ""
         return f"Begin a unit of work there (`with container.transaction({options}):`) and ask for a session inside it."
 
@@ -677,16 +680,11 @@ class IsolationTimeout(IsolationError):
         self.seconds = seconds
 
     def __str__(self) -> str:
-        holders = "; ".join(self.holders) or "another thread or task"
-        if not self.connection:
-            return (
-                f"Timed out after {self.seconds:g} s waiting to send a statement: the sessions of an isolated test share one "
-                f"connection, and {holders} uses it. Let that end first, or isolate with more `patience`."
-            )
+        what = f"the connection {self.connection!r}" if self.connection else "a connection"
         return (
-            f"Timed out after {self.seconds:g} s waiting for the connection {self.connection!r}: the units of an isolated test "
-            f"run one after the other, and a unit is open in {holders}. End that unit first, run this one inside it, or isolate "
-            "with more `patience`."
+            f"Timed out after {self.seconds:g} s waiting for {what}: the units of an isolated test run one after the other, and "
+            f"this one waits for {'; '.join(self.holders) or 'another thread or task'}. End that unit first, run this one inside "
+            "it, or isolate with more `patience`."
         )
 
 

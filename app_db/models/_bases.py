@@ -1,7 +1,7 @@
 """Declarative bases and MetaData for each connection: a model knows the name of its connection, and no engine.
 
-The name is in the `info` of the MetaData of a model's table, under the key `CONNECTION`. All else reads it there, so a MetaData
-of the application's own works too if it has that key.
+The name is in the `info` of the MetaData of a model's table, under the key `CONNECTION`. All else
+reads it there, so a MetaData of the application's own works too if it has that key.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ _metadata: dict[str, MetaData] = {}
 def metadata_of(name: str = "writer", *, naming_convention: _Convention | None = None) -> MetaData:
     """Return the MetaData for the tables of the connection `name`. Each call returns the same one.
 
-    The connection need not be configured yet. A naming convention has to be given before the MetaData has tables. Raises
-    InvalidUse for a second naming convention, for one that comes too late, and for a name that no connection can have.
+    The connection need not be configured yet. A naming convention has to be given before the
+    MetaData has tables. Raises InvalidUse for a second naming convention, for one that comes too
+    late, and for a name that no connection can have.
 
     >>> from app_db import metadata_of
     >>> metadata_of("warehouse") is metadata_of("warehouse")
@@ -104,8 +105,8 @@ def orm_base(
 ) -> type[DeclarativeBase]:
     """Return a new declarative base for models of the connection `name`. Its MetaData is `metadata_of(name)`.
 
-    The models of a `reflected` base get their columns from the database: see `Reflected`. Raises InvalidUse as `metadata_of`
-    does.
+    The models of a `reflected` base get their columns from the database: see `Reflected`. Raises
+    InvalidUse as `metadata_of` does.
 
     >>> from app_db import connection_of, orm_base
     >>> from sqlalchemy.orm import Mapped, mapped_column
@@ -157,8 +158,8 @@ class _ReflectedMeta(DeclarativeAttributeIntercept):
 class Reflected(DeferredReflection, metaclass=_ReflectedMeta):
     """A mixin for declarative bases: the models declare `__tablename__`, and get their columns from the database.
 
-    `container.reflect()` reads the columns. A column that a model declares itself replaces that of the database. Until then, any
-    use of a model raises NotReflected.
+    `container.reflect()` reads the columns. A column that a model declares itself replaces that of
+    the database. Until then, any use of a model raises NotReflected.
 
         class Base(Reflected, DeclarativeBase):
             metadata = metadata_of("warehouse")
@@ -204,9 +205,10 @@ def note_reflected(models: Iterable[type[Reflected]]) -> None:
 def connection_of(subject: object) -> str:
     """Return the name of the connection of `subject`: a model, a table, a statement, or a part of one of them.
 
-    A subject is a mapped class, its instance, mapper, alias or attribute; a table, alias, subquery or column; a MetaData or
-    declarative base; a statement. Tables without a connection, such as temporary tables, are ignored beside others. Raises
-    UnknownModel if nothing in the subject has a connection, and SpansDatabases if it has tables of several connections.
+    A subject is a mapped class, its instance, mapper, alias or attribute; a table, alias, subquery
+    or column; a MetaData or declarative base; a statement. Tables without a connection, such as
+    temporary tables, are ignored beside others. Raises UnknownModel if nothing in the subject has a
+    connection, and SpansDatabases if it has tables of several connections.
     """
     found = _selectable_of(subject)
     if not isinstance(found, MetaData | Table):

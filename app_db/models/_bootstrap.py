@@ -28,10 +28,11 @@ def bootstrap(
 ) -> bool:
     """Create the tables, and call `callback` in a unit of work, once for each `step`. Return whether it was called now.
 
-    The unit also writes the step to the table `app_db_bootstrap` of the connection `on`, so that both commit or neither. It may
-    be repeated until it succeeds. If several processes do it at the same time, one calls the callback and the others wait.
-    Without `on` it is the writer, or the only writable connection with tables. Raises InvalidUse for a coroutine function, and
-    for a connection that can't store steps.
+    The unit also writes the step to the table `app_db_bootstrap` of the connection `on`, so that
+    both commit or neither. It may be repeated until it succeeds. If several processes do it at the
+    same time, one calls the callback and the others wait. Without `on` it is the writer, or the
+    only writable connection with tables. Raises InvalidUse for a coroutine function, and for a
+    connection that can't store steps.
     """
     if inspect.iscoroutinefunction(callback):
         raise InvalidUse("bootstrap() was given a coroutine function", "Use `await container.async_bootstrap(...)`")

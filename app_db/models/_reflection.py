@@ -58,9 +58,9 @@ def _connected(container: Container, name: str) -> Generator[Connection]:
 def reflect(container: Container, *names: str) -> None:
     """Read the columns of reflected models from the databases of all connections, or of those in `names`.
 
-    Each model is filled once in a process, by the first container that does it. If all are filled, nothing connects. Another
-    thread that calls this meanwhile waits. Raises CannotReflect, which names all models that could not be filled. These can be
-    tried again.
+    Each model is filled once in a process, by the first container that does it. If all are filled,
+    nothing connects. Another thread that calls this meanwhile waits. Raises CannotReflect, which
+    names all models that could not be filled. These can be tried again.
     """
     problems: list[Unreflectable] = []
     for name in connections_in(container, names):
@@ -140,7 +140,8 @@ def _has_key(model: type[Reflected], table: Table, found: ReflectedPrimaryKeyCon
 class ReflectedSchema(Mapping[str, Table]):
     """The tables and views of a schema at the time at which it was read: `tables.orders`, or `tables["orders"]`.
 
-    The second form also finds a table with the name of a method of mappings: `tables["items"]`. Raises UnknownTable.
+    The second form also finds a table with the name of a method of mappings: `tables["items"]`.
+    Raises UnknownTable.
     """
 
     def __init__(self, connection: str, tables: Mapping[str, Table]) -> None:
@@ -174,8 +175,8 @@ class ReflectedSchema(Mapping[str, Table]):
 def reflect_schema(container: Container, name: str, schema: str | None = None) -> ReflectedSchema:
     """Read all tables and views of a connection's schema, and return them by name. Without `schema` it is the default one.
 
-    Tables without a primary key are included. The tables belong to the connection and to a MetaData of their own. Raises
-    UnknownConnection.
+    Tables without a primary key are included. The tables belong to the connection and to a MetaData
+    of their own. Raises UnknownConnection.
     """
     connections_in(container, [name])
     metadata = MetaData(info={CONNECTION: name})

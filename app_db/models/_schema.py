@@ -28,9 +28,10 @@ _ATTEMPTS = 10
 def create_all(container: Container, *names: str) -> None:
     """Create the tables of the models that don't exist yet, on all connections or on those in `names`.
 
-    Read-only connections and mirrors are left out, and reflected tables too. A connection without models is not opened. Several
-    processes may do this at the same time. Raises InvalidUse for a read-only connection or mirror in `names`, and inside a unit
-    of work that uses the same database.
+    Read-only connections and mirrors are left out, and reflected tables too. A connection without
+    models is not opened. Several processes may do this at the same time. Raises InvalidUse for a
+    read-only connection or mirror in `names`, and inside a unit of work that uses the same
+    database.
     """
     for name in writable(container, names):
         _change(container, name, own_tables(name), MetaData.create_all)

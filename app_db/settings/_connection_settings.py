@@ -114,8 +114,9 @@ class SessionSettings(Group):
 class ConnectionSettings(Group):
     """The settings of one named connection: its database, by `url`, by parts of the URL or by `mirror`, and how it is used.
 
-    Settings that contradict each other are accepted here, and refused by the `DatabaseSettings` that contain them. These know the
-    name of the connection, so that the error names the variable to change.
+    Settings that contradict each other are accepted here, and refused by the `DatabaseSettings`
+    that contain them. These know the name of the connection, so that the error names the variable
+    to change.
 
     >>> from app_db import ConnectionSettings
     >>> ConnectionSettings(driver="postgresql", host="db", user="shop", password="secret", database="shop").masked_url

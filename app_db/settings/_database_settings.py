@@ -41,12 +41,13 @@ FILE = "file:"
 class DatabaseSettings(BaseSettings):
     """The settings of all connections, and those that they have in common.
 
-    Settings that are not given are read from environment variables that begin with `APP_DB_`, from `.env`, and from the secrets
-    directory. `_env_file=` replaces `.env`, and `_secrets_dir=` names one or several secrets directories. Raises a SettingsError
-    that lists everything wrong, with the variables to change.
+    Settings that are not given are read from environment variables that begin with `APP_DB_`, from
+    `.env`, and from the secrets directory. `_env_file=` replaces `.env`, and `_secrets_dir=` names
+    one or several secrets directories. Raises a SettingsError that lists everything wrong, with the
+    variables to change.
 
-    It may be a field of the application's own settings. Give those `hide_input_in_errors=True`, because pydantic shows the values
-    of a model in its own errors:
+    It may be a field of the application's own settings. Give those `hide_input_in_errors=True`,
+    because pydantic shows the values of a model in its own errors:
 
         class Settings(BaseSettings):
             model_config = SettingsConfigDict(hide_input_in_errors=True)
@@ -94,8 +95,8 @@ class DatabaseSettings(BaseSettings):
 
     def _settle(self, reading: Reading) -> None:
         """Take the values that were read, or raise an error that lists all problems."""
-        # Not BaseSettings.__init__: it would read the variables a second time, ignore unknown nested variables silently, and
-        # not record the source of a value.
+        # Not BaseSettings.__init__: it would read the variables a second time, ignore unknown
+        # nested variables silently, and not record the source of a value.
         while invalid := _validation_error(super(BaseSettings, self).__init__, reading.tree()):
             if not reading.reject(invalid):
                 raise reading.error()
@@ -109,7 +110,8 @@ class DatabaseSettings(BaseSettings):
     def connection(self, name: str) -> ConnectionSettings:
         """Return the settings of a connection. A mirror has the database of the connection that it mirrors.
 
-        A `reader` that is not configured is the writer, read-only. Raises ConnectionNotConfigured for other names.
+        A `reader` that is not configured is the writer, read-only. Raises ConnectionNotConfigured
+        for other names.
         """
         own = self._declared(name)
         if own is None:
@@ -125,9 +127,9 @@ class DatabaseSettings(BaseSettings):
     def replicas(self) -> dict[str, str]:
         """Return the replicas, each with the name of the connection whose reads may be sent to it.
 
-        `replica_of` names that connection. If it isn't set, a read-only connection is a replica of the connection that it
-        mirrors, and `reader` is a replica of `writer` if their databases are of the same kind. An empty `replica_of` makes it no
-        replica.
+        `replica_of` names that connection. If it isn't set, a read-only connection is a replica of
+        the connection that it mirrors, and `reader` is a replica of `writer` if their databases are
+        of the same kind. An empty `replica_of` makes it no replica.
         """
         names = {*self.connections, *(["reader"] if self._declared("reader") else [])}
         found = {name: self._replicated_by(name) for name in sorted(names)}
@@ -146,7 +148,8 @@ class DatabaseSettings(BaseSettings):
     def lenders(self, names: Collection[str]) -> dict[str, str]:
         """Return the connections that have no transaction of their own in a unit, each with the one whose transaction it uses.
 
-        Writable connections with the same URL share a transaction. It belongs to `writer`, or else to the first by name.
+        Writable connections with the same URL share a transaction. It belongs to `writer`, or else
+        to the first by name.
         """
         found = {name: self.lender_of(name, names) for name in names}
         return {name: lender for name, lender in found.items() if lender is not None}
@@ -214,7 +217,8 @@ def _kind(connection: ConnectionSettings) -> str | None:
 
 
 def _validation_error(validate: Callable[..., None], values: dict[str, object]) -> ValidationError | None:
-    # Returned, not raised: an error raised while this one is handled would carry it, and the values in it, as its context.
+    # Returned, not raised: an error raised while this one is handled would carry it, and the values
+    # in it, as its context.
     try:
         validate(**values)
     except ValidationError as invalid:

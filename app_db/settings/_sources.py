@@ -1,8 +1,8 @@
 """The sources of settings.
 
-A setting may come from five sources. For each setting the first source that has it wins: code, the environment, `.env`, the
-secrets directory (one file for each setting), and `DATABASE_URL` for the writer's URL. Errors name a setting by its environment
-variable, whatever its source.
+A setting may come from five sources. For each setting the first source that has it wins: code, the
+environment, `.env`, the secrets directory (one file for each setting), and `DATABASE_URL` for the
+writer's URL. Errors name a setting by its environment variable, whatever its source.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class Reading:
                 warnings.warn(f"the secrets directory {str(folder)!r} does not exist", stacklevel=3)
                 continue
             files = [file for file in folder.iterdir() if file.is_file() and file.name.upper().startswith(PREFIX)]
-            # Bytes that are not UTF-8 become text that pydantic refuses: a problem of this variable, not an error here.
+            # Bytes that are not UTF-8 become text that pydantic refuses: a problem of this
+            # variable, not an error here.
             texts = {file.name: file.read_text("utf-8", "surrogateescape").rstrip("\r\n") for file in files}
             self.read_variables(texts, "secrets")
 

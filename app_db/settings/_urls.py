@@ -1,6 +1,7 @@
 """Reads database URLs, and masks secrets in URLs and other settings.
 
-No function here raises for a URL that it can't use, because the error would quote the URL. It returns what is wrong.
+No function here raises for a URL that it can't use, because the error would quote the URL. It
+returns what is wrong.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ class Isolation:
     def session(self, name: str = "writer") -> Session:
         """Return a session to prepare and check with. To the test, what it flushes is committed at once.
 
-        It belongs to no unit of work, and makes units wait only while it executes a statement. Raises InvalidUse for a
-        connection that is not isolated.
+        It belongs to no unit of work, and makes units wait only while it executes a statement.
+        Raises InvalidUse for a connection that is not isolated.
         """
         return Session(_autocommit(self._database(name).engine(name)), expire_on_commit=False)
 

@@ -23,7 +23,8 @@ _Provider = providers.Provider[Any]
 class Override:
     """A block, for `with` or `async with`, in which a container has other settings. It gives those settings.
 
-    Raises SettingsError for settings that are wrong, and InvalidUse if the same object is entered twice.
+    Raises SettingsError for settings that are wrong, and InvalidUse if the same object is entered
+    twice.
     """
 
     def __init__(self, container: DatabaseContainer, settings: DatabaseSettings | Mapping[str, str]) -> None:

@@ -36,7 +36,8 @@ class RowCounts:
     def differences(self, own: Collection[str] = ()) -> list[str]:
         """Count again, and return a sentence for each table whose number of rows has changed.
 
-        `own` names the connections whose tables were made for the tests. Their tables that were empty are emptied again.
+        `own` names the connections whose tables were made for the tests. Their tables that were
+        empty are emptied again.
         """
         return [sentence for name, now in self._count() for sentence in self._differences(name, now, emptied=name in own)]
 

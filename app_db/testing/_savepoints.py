@@ -1,7 +1,8 @@
 """The savepoints on a shared connection that stand for the transactions of an isolated test.
 
-A transaction is a savepoint: COMMIT releases it, and ROLLBACK rolls back to it. A database keeps savepoints as a stack, while
-transactions end in any order. A savepoint can be released only after every later savepoint is gone, so the release waits.
+A transaction is a savepoint: COMMIT releases it, and ROLLBACK rolls back to it. A database keeps
+savepoints as a stack, while transactions end in any order. A savepoint can be released only after
+every later savepoint is gone, so the release waits.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ class UnitLock:
     def __init__(self, units: Callable[[], Sequence[Transaction]], patience: float) -> None:
         self._units = units
         self._patience = patience
-        # Written in C. A Condition is written in Python, so that an exception from a signal handler could leave it halfway.
+        # Written in C. A Condition is written in Python, so that an exception from a signal handler
+        # could leave it halfway.
         self._guard = threading.Lock()
         self._holders: list[Holder] = []
 
@@ -112,7 +113,7 @@ class StatementLock(LivingLock):
     def acquire(self, patience: float, user: Liveness) -> Liveness:
         """Wait until the caller may use the connection, and return what releases the lock. Raises IsolationTimeout."""
         if not self.take(user, 0.0 if in_greenlet() else patience):
-            raise IsolationTimeout("", ["a statement of another thread or task"], patience)
+            raise IsolationTimeout("", [], patience)
         return user
 
     def _wait(self) -> None:

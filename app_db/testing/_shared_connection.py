@@ -1,8 +1,9 @@
 """One DBAPI connection, in one transaction that is never committed, which all engines of an isolated database share.
 
-To the engines of a `SharedConnection` each checkout is a connection of its own. Its transactions are savepoints in truth. So
-later checkouts see what was committed, and it is gone when the isolation ends. Units of work can't overlap on one connection:
-they run one after the other, and those inside another one are nested.
+To the engines of a `SharedConnection` each checkout is a connection of its own. Its transactions
+are savepoints in truth. So later checkouts see what was committed, and it is gone when the
+isolation ends. Units of work can't overlap on one connection: they run one after the other, and
+those inside another one are nested.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class SharedConnection:
     def end(self, *, answers: bool = True) -> list[str]:
         """Roll everything back, return the connection to its pool, and return a sentence for each problem.
 
-        Without `answers`, the connection is closed without waiting for the database, because its event loop is closed.
+        Without `answers`, the connection is closed without waiting for the database, because its
+        event loop is closed.
         """
         problems = [_leak(checkout) for checkout in self._checked_out.values()] + self.savepoints.undone
         connection = self._connection
@@ -190,14 +192,11 @@ class SharedConnection:
             holder, checkout.holder = checkout.holder, None
             try:
                 self.savepoints.settle()
-                self._restore_limit(checkout)
+                if checkout.limit_before is not None:
+                    statement, checkout.limit_before = checkout.limit_before, None
+                    self._execute(statement)
             finally:
                 units.release(holder)
-
-    def _restore_limit(self, checkout: Checkout) -> None:
-        if checkout.limit_before is not None:
-            statement, checkout.limit_before = checkout.limit_before, None
-            self._execute(statement)
 
     def check_deferred(self) -> None:
         """Raise what a COMMIT would raise now: violations of deferred constraints."""

@@ -190,7 +190,8 @@ def _note_checkouts(engine: Engine, shared: SharedConnection, user: IsolatedConn
 
     @event.listens_for(engine, "reset")
     def check_in_early(dbapi_connection: object, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:
-        # SQLAlchemy goes on to the event below when an exception from a signal handler lands here, but not when it lands there.
+        # SQLAlchemy goes on to the event below when an exception from a signal handler lands here,
+        # but not when it lands there.
         if record is not None and state.asyncio_safe:
             shared.check_in(record.info)
 

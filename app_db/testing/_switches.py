@@ -35,17 +35,19 @@ T = TypeVar("T")
 class isolated(WithBlock):  # noqa: N801  # used like a function
     """Roll back, at the end of the block, what it wrote to the databases of a container, although the code in it commits.
 
-    In the block each database has one connection, in one transaction, that all sessions share: those of threads and of
-    coroutines, and those of all connections to that database. Units of work commit, abort, nest and are retried as usual, and
-    later units see what was committed. Units run one after the other. A block inside another one rolls back its own part only.
-    For coroutines there is `async with`.
+    In the block each database has one connection, in one transaction, that all sessions share:
+    those of threads and of coroutines, and those of all connections to that database. Units of work
+    commit, abort, nest and are retried as usual, and later units see what was committed. Units run
+    one after the other. A block inside another one rolls back its own part only. For coroutines
+    there is `async with`.
 
-    `connections` names the connections to isolate; without it, all are. `patience` is how long a unit waits for another one,
-    in seconds.
+    `connections` names the connections to isolate; without it, all are. `patience` is how long a
+    unit waits for another one, in seconds.
 
-    The block gives an `Isolation`. Raises InvalidUse inside a unit of work, IsolationTimeout in a unit that waited too long,
-    and IsolationBroken at the end of a block that left something open or could not be isolated completely. If the block itself
-    raised an error, the problems are notes of that error.
+    The block gives an `Isolation`. Raises InvalidUse inside a unit of work, IsolationTimeout in a
+    unit that waited too long, and IsolationBroken at the end of a block that left something open or
+    could not be isolated completely. If the block itself raised an error, the problems are notes of
+    that error.
 
     >>> from app_db import Container, DatabaseSettings
     >>> from app_db.testing._switches import isolated
@@ -147,13 +149,14 @@ def _unless_overridden(provider: Held[T]) -> Callable[[], T]:
 def overridden(container: DatabaseContainer, settings: DatabaseSettings | Mapping[str, str]) -> Override:
     """Give a container other settings for the length of a `with` or `async with` block. The block gives those settings.
 
-    The container makes new engines, sessionmakers and sessions from them, without its overrides. At the end of the block it has
-    its own objects and overrides back, and the engines of the block are disposed. A unit of work that is under way keeps the
-    sessions that it has. If the container class has a settings provider of its own, `reset_singletons()` in the block resets
-    that, too.
+    The container makes new engines, sessionmakers and sessions from them, without its overrides. At
+    the end of the block it has its own objects and overrides back, and the engines of the block are
+    disposed. A unit of work that is under way keeps the sessions that it has. If the container
+    class has a settings provider of its own, `reset_singletons()` in the block resets that, too.
 
-    `settings` may be a mapping of connections to URLs. It replaces only the databases of those connections, and keeps how they
-    are used. Raises SettingsError for an unknown name or a wrong URL, and changes nothing then.
+    `settings` may be a mapping of connections to URLs. It replaces only the databases of those
+    connections, and keeps how they are used. Raises SettingsError for an unknown name or a wrong
+    URL, and changes nothing then.
 
     >>> from app_db import Container, DatabaseSettings
     >>> from app_db.testing._switches import overridden
@@ -170,13 +173,15 @@ def overridden(container: DatabaseContainer, settings: DatabaseSettings | Mappin
 def sqlite(container: DatabaseContainer) -> Override:
     """Give a container throw-away SQLite databases for the length of a `with` or `async with` block.
 
-    Every connection gets a file of its own, with the tables of its models. The files are removed at the end. Mirrors stay
-    mirrors. A read-only connection to the database of a writable one becomes a mirror of that, and a read-only `reader` a mirror
-    of `writer`. Read-only and autonomous connections stay what they are.
+    Every connection gets a file of its own, with the tables of its models. The files are removed at
+    the end. Mirrors stay mirrors. A read-only connection to the database of a writable one becomes
+    a mirror of that, and a read-only `reader` a mirror of `writer`. Read-only and autonomous
+    connections stay what they are.
 
-    SQLite can't prepare transactions. If a connection is two-phase, no connection is in the block, and atomicity becomes
-    `best_effort`: units that write to several connections commit one after the other. Isolation levels that SQLite does not
-    have are left out, and so are driver arguments and the settings for idle connections.
+    SQLite can't prepare transactions. If a connection is two-phase, no connection is in the block,
+    and atomicity becomes `best_effort`: units that write to several connections commit one after
+    the other. Isolation levels that SQLite does not have are left out, and so are driver arguments
+    and the settings for idle connections.
 
     >>> from app_db import Container, DatabaseSettings
     >>> from app_db.testing._switches import sqlite
@@ -191,9 +196,9 @@ def sqlite(container: DatabaseContainer) -> Override:
 def worker_databases(container: DatabaseContainer, worker: str) -> WorkerDatabases:
     """Give a container the databases of one worker, for tests that run in several processes at the same time.
 
-    In the `with` block, the database of every writable connection is called `<database>_<worker>`. It is created if it does not
-    exist, and dropped at the end. Mirrors and read-only connections to the same database use it as well. Raises
-    CannotMakeDatabase.
+    In the `with` block, the database of every writable connection is called `<database>_<worker>`.
+    It is created if it does not exist, and dropped at the end. Mirrors and read-only connections to
+    the same database use it as well. Raises CannotMakeDatabase.
     """
     return WorkerDatabases(container, worker)
 
@@ -225,8 +230,8 @@ def _has_some(engine: Engine, tables: Sequence[Table]) -> bool:
 def captured_hooks(container: DatabaseContainer) -> Generator[CapturedHooks]:
     """Collect the on-commit hooks of the units in the block instead of calling them. It gives the list, of CapturedHook.
 
-    Hooks of units that abort, or of savepoints that are rolled back, are not in the list. `run()` of the list calls them;
-    in coroutines `await run_awaited()` does.
+    Hooks of units that abort, or of savepoints that are rolled back, are not in the list. `run()`
+    of the list calls them; in coroutines `await run_awaited()` does.
 
     >>> from app_db import Container, DatabaseSettings
     >>> from app_db.testing._switches import captured_hooks
@@ -255,8 +260,8 @@ def captured_hooks(container: DatabaseContainer) -> Generator[CapturedHooks]:
 class IsolatedTestCase(unittest.TestCase):
     """A test case whose tests are isolated.
 
-    For tests that are coroutines, derive from IsolatedAsyncioTestCase too, after this class. A `setUp` of a subclass begins with
-    `super().setUp()`.
+    For tests that are coroutines, derive from IsolatedAsyncioTestCase too, after this class. A
+    `setUp` of a subclass begins with `super().setUp()`.
 
         class TestOrders(IsolatedTestCase):
             container = container  # your application's
