@@ -231,6 +231,10 @@ class Database:
         """Return whether `error` is of a driver of this database, and may not occur when the unit of work is run again."""
         return False
 
+    def is_lost_for_good(self, error: DBAPIError) -> bool:
+        """Return whether the connection that was lost by `error` would be lost again when the unit of work is run again."""
+        return False
+
     # -- two-phase commit
 
     def prepare_verbs(self, driver: str) -> PrepareVerbs | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,19 @@ class MySQLSharing(SharingRules):
         return None if changed is None else f"{changed[0]} = {ask(f'SELECT @@SESSION.{changed[1]}')}"
 
 
+def _tls_of_asyncmy(said: Mapping[str, object]) -> dict[str, object]:
+    """Return what PyMySQL's arguments for TLS are in asyncmy's words, which has none for `write_timeout`."""
+    files = {word: said[f"ssl_{word}"] for word in ("ca", "cert", "key") if said.get(f"ssl_{word}")}
+    checks = said.get("ssl_verify_cert"), said.get("ssl_verify_identity")
+    if _is_true(said.get("ssl_disabled")) or not (files or any(map(_is_true, checks))):
+        return {}
+    return {"ssl": {**files, "verify_mode": _is_true(checks[0]), "check_hostname": _is_true(checks[1])}}
+
+
+def _is_true(value: object) -> bool:
+    return str(value).lower() in ("true", "1", "yes", "on")
+
+
 class MySQL(Database):
     """MySQL and MariaDB."""
 
@@ -68,7 +81,14 @@ class MySQL(Database):
     creates_databases = True
 
     _drivers = frozenset({"pymysql", "MySQLdb", "mysql", "asyncmy", "aiomysql", "mariadb"})
-    _transient = frozenset({1020, 1205, 1213})  # record changed since read, lock wait timeout, deadlock
+    _transient = frozenset({1020, 1040, 1047, 1205, 1213})
+    """Record changed since read, too many connections, a Galera node that is not ready, lock wait timeout, deadlock."""
+    _read_only_server = 1290
+    _gone = frozenset({1153, 2006, 2013})
+    _large = 2**20  # no server's max_allowed_packet is set lower
+    _pymysql_only = frozenset(
+        "ssl_ca ssl_cert ssl_key ssl_key_password ssl_disabled ssl_verify_cert ssl_verify_identity write_timeout".split()
+    )
     _in_transaction = 1  # the protocol's SERVER_STATUS_IN_TRANS
     _deadlock = 1213
     _lock_wait_timeout = 1205
@@ -77,9 +97,15 @@ class MySQL(Database):
         # These drivers would encode a str in latin-1, which fails for most alphabets.
         return password.encode() if driver in ("pymysql", "asyncmy", "aiomysql") else password
 
+    def url(self, configured: URL, settings: ConnectionSettings) -> URL:
+        return configured.difference_update_query(self._pymysql_only) if configured.get_driver_name() == "asyncmy" else configured
+
     def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, object]:
         own = {} if url.password is None else {"password": self.password(url.get_driver_name(), str(url.password))}
-        return {**own, **settings.connect_args}
+        if url.get_driver_name() != "asyncmy":
+            return {**own, **settings.connect_args}
+        said = {key: value for key, value in url.query.items() if key in self._pymysql_only} | settings.connect_args
+        return {**own, **{key: value for key, value in said.items() if key not in self._pymysql_only}, **_tls_of_asyncmy(said)}
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         @event.listens_for(engine, "connect")
@@ -150,7 +176,16 @@ class MySQL(Database):
     def is_transient(self, error: BaseException) -> bool:
         # Some drivers add a SQLSTATE, but after a lock wait timeout it does not begin with 40.
         driver = type(error).__module__.partition(".")[0]
-        return driver in self._drivers and bool(error.args) and error.args[0] in self._transient
+        if driver not in self._drivers or not error.args:
+            return False
+        # 1290 names the option of the server that is in the way: after a failover, read_only.
+        return error.args[0] in self._transient or (error.args[0] == self._read_only_server and "read-only" in str(error))
+
+    def is_lost_for_good(self, error: DBAPIError) -> bool:
+        # The server closes the connection on a statement larger than max_allowed_packet, and would do so again.
+        parameters = error.params.values() if isinstance(error.params, Mapping) else error.params or ()
+        size = len(error.statement or "") + sum(len(value) for value in parameters if isinstance(value, (str, bytes)))
+        return code_of(error) in self._gone and size >= self._large
 
     def prepare_verbs(self, driver: str) -> PrepareVerbs | None:
         return _VERBS if driver in ("pymysql", "asyncmy") else None

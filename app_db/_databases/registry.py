@@ -6,6 +6,8 @@ from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 
+from sqlalchemy.exc import DBAPIError
+
 import app_db._databases
 from app_db._databases.database import Database
 
@@ -21,6 +23,11 @@ def database_of(dialect: str) -> Database:
 def is_transient(error: BaseException) -> bool:
     """Return whether any known database says that a driver's error may not occur when the unit of work is run again."""
     return any(database.is_transient(error) for database in _databases().values())
+
+
+def is_lost_for_good(error: DBAPIError) -> bool:
+    """Return whether any known database says that a connection would be lost again when the unit of work is run again."""
+    return any(database.is_lost_for_good(error) for database in _databases().values())
 
 
 @cache

@@ -22,7 +22,7 @@ from transaction.weakset import WeakSet
 from app_db._compat.asyncio import running_loop
 from app_db._compat.transaction import TransactionManager as HookedManager
 from app_db._compat.transaction import current_of, set_current
-from app_db._databases.registry import is_transient
+from app_db._databases.registry import is_lost_for_good, is_transient
 from app_db._liveness import WithBlock, always, gone, tear_down
 from app_db._units.owned_transactions import AwaitedTransaction, OwnedTransaction, Owner, Process
 from app_db._units.synchronizers import Synchronizers
@@ -319,4 +319,6 @@ def retryable(error: BaseException) -> bool:
         return True
     if not isinstance(error, DBAPIError) or error.orig is None:
         return False
-    return error.connection_invalidated or is_transient(error.orig)
+    if error.connection_invalidated:
+        return not is_lost_for_good(error)
+    return is_transient(error.orig)

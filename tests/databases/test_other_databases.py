@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -18,10 +19,12 @@ from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, OperationalError
 
+from app_db import DatabaseSettings, container_of
 from app_db._databases.database import Database
 from app_db._databases.registry import database_of
 from app_db._databases.sqlite import _use_wal
 from app_db.errors import ReadOnlyViolation, UnitOfWorkTimeout
+from app_db.settings._urls import for_coroutines
 from harness.applications import Application, running
 
 
@@ -121,3 +124,59 @@ def test_a_timed_unit_reads_through_a_read_only_connection_in_a_transaction(post
         assert time.monotonic() - began < 3
         with app.unit():
             assert app.session("reader").execute(text("SHOW statement_timeout")).scalar() == "0"
+
+
+# ---- PyMySQL's arguments, on asyncmy ---------------------------------------------------------------------------------------
+
+
+TLS = {"ssl_ca": "/ca.pem", "ssl_cert": "/cert.pem", "ssl_key": "/key.pem"}
+FILES = {"ca": "/ca.pem", "cert": "/cert.pem", "key": "/key.pem"}
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ({**TLS, "ssl_verify_cert": True}, {"ssl": {**FILES, "verify_mode": True, "check_hostname": False}}),
+        (
+            {"ssl_ca": "/ca.pem", "ssl_verify_identity": "true"},
+            {"ssl": {"ca": "/ca.pem", "verify_mode": False, "check_hostname": True}},
+        ),
+        ({**TLS, "ssl_disabled": "true"}, {}),
+        ({"write_timeout": 3, "read_timeout": 4}, {"read_timeout": 4}),
+        ({"ssl_verify_cert": False}, {}),
+    ],
+)
+@pytest.mark.parametrize("by_url", [False, True], ids=["connect_args", "URL"])
+def test_asyncmy_gets_the_arguments_of_pymysql_in_its_own_words(
+    given: dict[str, Any], passed: dict[str, Any], by_url: bool
+) -> None:
+    query = "&".join(f"{key}={value}" for key, value in given.items()) if by_url else ""
+    settings = DatabaseSettings(
+        _env_file=None,
+        connections={"writer": {"url": f"mysql+pymysql://a:b@h/d?{query}", "connect_args": {} if by_url else given}},
+    )
+    connection = settings.connection("writer")
+    url = for_coroutines(connection.sqlalchemy_url())
+    database = database_of("mysql")
+    arguments = database.connect_args(url, "shop", connection)
+    arguments.pop("password")
+    assert {key: value for key, value in arguments.items() if key != "read_timeout" or not by_url} == {
+        key: value for key, value in passed.items() if key != "read_timeout" or not by_url
+    }
+    assert not set(TLS).intersection(database.url(url, connection).query)
+
+
+def test_asyncmy_connects_with_the_arguments_of_pymysql(new_mariadb_url: Callable[[], str]) -> None:
+    given = {"url": new_mariadb_url(), "connect_args": {"ssl_disabled": True, "write_timeout": 5}}
+    container = container_of("writer")(settings=DatabaseSettings(_env_file=None, connections={"writer": given}))
+
+    async def main() -> int:
+        async with container.transaction():
+            answer = await container.writer_async_session().scalar(text("SELECT 42"))
+        await container.shutdown_resources()
+        return int(answer)
+
+    assert asyncio.run(main()) == 42
+    with container.transaction():
+        assert container.writer_session().scalar(text("SELECT 42")) == 42
+    container.shutdown_resources()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import sys
 import threading
@@ -20,8 +21,9 @@ from transaction.interfaces import TransientError
 from app_db import DatabaseContainer, retryable, transactional
 from app_db._units.manager import current
 from app_db.errors import HookFailed, OutcomeUnknown, UnitOfWorkDoomed
+from harness.applications import running
 from harness.items import Databases, Item, database_name, opened
-from harness.servers import PostgresServer
+from harness.servers import MariaDBServer, PostgresServer
 
 T = TypeVar("T")
 Run = Callable[[DatabaseContainer, Callable[[], T]], T]
@@ -543,6 +545,14 @@ DRIVER_ERRORS: list[tuple[str, Exception, bool]] = [
     ("PyMySQL: lock wait timeout", pymysql.err.OperationalError(1205, "Lock wait timeout exceeded"), True),
     ("PyMySQL: changed since read", pymysql.err.OperationalError(1020, "Record has changed"), True),
     ("PyMySQL: duplicate", pymysql.err.IntegrityError(1062, "Duplicate entry"), False),
+    ("PyMySQL: too many connections", pymysql.err.OperationalError(1040, "Too many connections"), True),
+    ("PyMySQL: a Galera node that is not ready", pymysql.err.OperationalError(1047, "WSREP has not yet prepared node"), True),
+    (
+        "PyMySQL: a server that went read-only",
+        pymysql.err.OperationalError(1290, "The MariaDB server is running with the --read-only option"),
+        True,
+    ),
+    ("PyMySQL: another option", pymysql.err.OperationalError(1290, "running with the --secure-file-priv option"), False),
     ("PyMySQL: without arguments", pymysql.err.OperationalError(), False),
     ("mysqlclient: deadlock", driver_error("MySQLdb", 1213, "Deadlock found"), True),
     ("mysqlclient: deadlock, by its inner module", driver_error("MySQLdb._exceptions", 1213, "Deadlock found"), True),
@@ -567,6 +577,34 @@ DRIVER_ERRORS: list[tuple[str, Exception, bool]] = [
 def test_errors_of_every_driver_are_told_apart(error: Exception, expected: bool) -> None:
     assert retryable(DBAPIError("SELECT 1", {}, error)) is expected
     assert retryable(OperationalError("SELECT 1", {}, error)) is expected
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["PyMySQL", "asyncmy"])
+def test_a_packet_that_is_too_large_is_not_sent_again(asynchronous: bool, new_mariadb: Callable[..., MariaDBServer]) -> None:
+    """The server closes the connection without a word, which otherwise is worth another attempt."""
+    server, tried = new_mariadb(settings={"max_allowed_packet": 2**20}), list[int]()
+    server.start()
+    with server.lend_database() as database, running(writer=server.url(database)) as app:
+        large = text("INSERT INTO items (name) VALUES (:name)"), {"name": "x" * (2**20 + 1)}
+
+        def send() -> None:
+            tried.append(1)
+            app.session("writer").execute(*large)
+
+        async def send_awaited() -> None:
+            tried.append(1)
+            await app.container.writer_async_session().execute(*large)
+
+        async def main() -> None:
+            try:
+                await app.container.transaction(attempts=3, backoff=0).run(send_awaited)
+            finally:
+                await app.container.shutdown_resources()
+
+        with pytest.raises(OperationalError) as raised:
+            asyncio.run(main()) if asynchronous else app.container.transaction(attempts=3, backoff=0).run(send)
+    assert tried == [1]
+    assert not retryable(raised.value)
 
 
 def test_a_lost_connection_is_worth_another_attempt_whatever_the_driver_says() -> None:
