@@ -108,7 +108,7 @@ class SessionSettings(Group):
     """How the sessions of a connection behave."""
 
     autoflush: bool = True
-    expire_on_commit: bool = True
+    expire_on_commit: bool = False
 
 
 class ConnectionSettings(Group):

@@ -213,13 +213,13 @@ def test_a_maker_that_takes_the_place_of_ours_is_the_one_that_makes_them(contain
     if used_before:
         with container.transaction():
             container.writer_session().execute(select(Item))
-    own = sessionmaker(class_=Special, **{**ours.kw, "expire_on_commit": False})
+    own = sessionmaker(class_=Special, **{**ours.kw, "expire_on_commit": True})
     with container.writer_sessionmaker.override(own):
         container.writer_scoped_session.reset()
         for _ in range(2):
             with container.transaction():
                 assert isinstance(container.writer_session(), Special)
-                assert not container.writer_session().expire_on_commit
+                assert container.writer_session().expire_on_commit is True
                 container.writer_session().execute(select(Item))
         with container.transaction():
             container.session().execute(select(Item))
@@ -228,7 +228,7 @@ def test_a_maker_that_takes_the_place_of_ours_is_the_one_that_makes_them(contain
     container.writer_scoped_session.reset()
     with container.transaction():
         assert not isinstance(container.writer_session(), Special)
-        assert container.writer_session().expire_on_commit
+        assert container.writer_session().expire_on_commit is False
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------------

@@ -535,15 +535,15 @@ def test_a_commit_that_fails_leaves_the_cause_and_no_complaint_of_the_data_manag
             error = error.__context__
 
 
-def test_objects_are_detached_after_the_commit_and_keep_their_values_when_asked_to(sqlite_url: str) -> None:
-    """The fact guarded: objects are detached after commit; `expire_on_commit=False` keeps their values."""
-    for keeps in (False, True):
-        with opened({"writer": sqlite_url}, each={"session": {"expire_on_commit": not keeps}}) as databases:
+def test_objects_are_detached_after_the_commit_and_keep_their_values_unless_told_otherwise(sqlite_url: str) -> None:
+    """The fact guarded: objects are detached after commit; `expire_on_commit=False`, the default of units, keeps their values."""
+    for name, each in {"default": {}, "forgets": {"session": {"expire_on_commit": True}}}.items():
+        with opened({"writer": sqlite_url}, each=each) as databases:
             with databases.container.transaction():
-                item = Item(name=f"keeps {keeps}", amount=7)
+                item = Item(name=name, amount=7)
                 databases.session().add(item)
             assert inspect(item).detached
-            if keeps:
+            if name == "default":
                 assert item.amount == 7
             else:
                 with pytest.raises(DetachedInstanceError):
