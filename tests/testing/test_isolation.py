@@ -312,19 +312,18 @@ def test_a_reader_whose_statement_fails_costs_the_writer_nothing(app: Applicatio
 
 @pytest.mark.parametrize("connection", ["writer", "warehouse"])
 def test_a_constraint_that_is_checked_at_the_commit_is(postgres_app: Application, connection: str) -> None:
-    app = postgres_app
-    app.run(*DEFER_UNIQUENESS, on=connection)
-    with isolated(app.container):
-        with pytest.raises(IntegrityError), app.unit():
-            app.add("a")
-            app.add("b", "warehouse")
-            app.add("taken", connection)
+    postgres_app.run(*DEFER_UNIQUENESS, on=connection)
+    with isolated(postgres_app.container):
+        with pytest.raises(IntegrityError), postgres_app.unit():
+            postgres_app.add("a")
+            postgres_app.add("b", "warehouse")
+            postgres_app.add("taken", connection)
         others = {"writer", "warehouse"} - {connection}
-        assert seen(app, connection) == ["taken"]
-        assert [seen(app, other) for other in others] == [[]]
-        with app.unit():
-            app.add("c", connection)
-        assert seen(app, connection) == ["c", "taken"]
+        assert seen(postgres_app, connection) == ["taken"]
+        assert [seen(postgres_app, other) for other in others] == [[]]
+        with postgres_app.unit():
+            postgres_app.add("c", connection)
+        assert seen(postgres_app, connection) == ["c", "taken"]
 
 
 def test_a_foreign_key_of_sqlite_that_is_checked_at_the_commit_is(new_sqlite_url: Callable[[], str]) -> None:

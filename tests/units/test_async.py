@@ -290,40 +290,38 @@ async def test_a_read_only_connection_is_guarded_by_its_database(request: pytest
 
 async def test_serialization_failures_are_tried_again(on_postgresql: AwaitedDatabases) -> None:
     """Ten units add one to the same amount. Without another attempt most of them would fail."""
-    databases = on_postgresql
-    databases.put("a")
+    on_postgresql.put("a")
     attempts: list[int] = []
 
     async def add_one(number: int) -> None:
         attempts.append(number)
-        item = await databases.awaited_session().get_one(Item, "a")
+        item = await on_postgresql.awaited_session().get_one(Item, "a")
         await asyncio.sleep(0.01)
         item.amount += 1
 
-    run = databases.container.transaction
+    run = on_postgresql.container.transaction
     await asyncio.gather(
         *(run(isolation="repeatable read", attempts=30, backoff=0.01).run(add_one, number) for number in range(10))
     )
-    assert databases.amount("a") == 10
+    assert on_postgresql.amount("a") == 10
     assert len(attempts) > 10
 
 
 async def test_a_commit_that_fails_to_serialize_is_tried_again(on_postgresql: AwaitedDatabases, ran: list[Any]) -> None:
-    databases = on_postgresql
-    databases.put("a", "b")
+    on_postgresql.put("a", "b")
 
     async def work() -> None:
         ran.append(1)
-        await databases.say("SELECT sum(amount) FROM item")
-        await databases.say("UPDATE item SET amount = amount + 1 WHERE name = 'a'")
+        await on_postgresql.say("SELECT sum(amount) FROM item")
+        await on_postgresql.say("UPDATE item SET amount = amount + 1 WHERE name = 'a'")
         if len(ran) == 1:
-            with databases.outside().execution_options(isolation_level="SERIALIZABLE").begin() as rival:
+            with on_postgresql.outside().execution_options(isolation_level="SERIALIZABLE").begin() as rival:
                 rival.execute(text("SELECT sum(amount) FROM item"))
                 rival.execute(text("UPDATE item SET amount = 7 WHERE name = 'b'"))
 
-    await databases.container.transaction(isolation="serializable", attempts=3, backoff=0.001).run(work)
+    await on_postgresql.container.transaction(isolation="serializable", attempts=3, backoff=0.001).run(work)
     assert len(ran) == 2
-    assert (databases.amount("a"), databases.amount("b")) == (1, 7)
+    assert (on_postgresql.amount("a"), on_postgresql.amount("b")) == (1, 7)
 
 
 async def test_the_pause_between_attempts_does_not_keep_the_loop(databases: AwaitedDatabases, ran: list[Any]) -> None:
@@ -415,15 +413,14 @@ async def test_a_hook_may_use_what_depends_on_its_task(databases: AwaitedDatabas
 
 async def test_a_statement_error_that_is_swallowed_loses_the_transaction(on_postgresql: AwaitedDatabases) -> None:
     """PostgreSQL would answer COMMIT with a silent ROLLBACK."""
-    databases = on_postgresql
     with pytest.raises(TransactionLost, match="'writer'"):
-        async with databases.container.transaction():
-            await databases.write("a")
+        async with on_postgresql.container.transaction():
+            await on_postgresql.write("a")
             with pytest.raises(exc.DBAPIError):
-                await databases.say("SELECT nothing_of_the_kind")
-    async with databases.container.transaction():
-        await databases.write("b")
-    assert databases.items() == ["b"]
+                await on_postgresql.say("SELECT nothing_of_the_kind")
+    async with on_postgresql.container.transaction():
+        await on_postgresql.write("b")
+    assert on_postgresql.items() == ["b"]
 
 
 async def test_a_flush_error_that_is_swallowed_loses_the_transaction(databases: AwaitedDatabases) -> None:
@@ -449,34 +446,32 @@ async def test_a_statement_error_that_sqlite_survives_loses_nothing(sqlite_url: 
 
 async def test_a_transaction_that_was_ended_below_is_noticed(on_postgresql: AwaitedDatabases) -> None:
     """By whoever speaks to the driver itself."""
-    databases = on_postgresql
     with pytest.raises(TransactionLost):
-        async with databases.container.transaction():
-            await databases.write("a")
-            raw = await (await databases.awaited_session().connection()).get_raw_connection()
+        async with on_postgresql.container.transaction():
+            await on_postgresql.write("a")
+            raw = await (await on_postgresql.awaited_session().connection()).get_raw_connection()
             driver: Any = raw.driver_connection
             await driver.execute("ROLLBACK")
-    assert databases.items() == []
+    assert on_postgresql.items() == []
 
 
 async def test_a_killed_backend_aborts_its_unit_and_the_next_works(
     on_postgresql: AwaitedDatabases, postgres: PostgresServer
 ) -> None:
-    databases = on_postgresql
     for _ in range(2):
         with pytest.raises(exc.DBAPIError) as killed:
-            async with databases.container.transaction():
-                await databases.write("a")
-                postgres.execute("SELECT pg_terminate_backend(%s)", [await databases.awaited_backend_id()])
-                await databases.write("b")
+            async with on_postgresql.container.transaction():
+                await on_postgresql.write("a")
+                postgres.execute("SELECT pg_terminate_backend(%s)", [await on_postgresql.awaited_backend_id()])
+                await on_postgresql.write("b")
         assert killed.value.connection_invalidated
     with pytest.raises(OutcomeUnknown):
-        async with databases.container.transaction():
-            await databases.write("a")
-            postgres.execute("SELECT pg_terminate_backend(%s)", [await databases.awaited_backend_id()])
-    async with databases.container.transaction():
-        await databases.write("c")
-    assert databases.items() == ["c"]
+        async with on_postgresql.container.transaction():
+            await on_postgresql.write("a")
+            postgres.execute("SELECT pg_terminate_backend(%s)", [await on_postgresql.awaited_backend_id()])
+    async with on_postgresql.container.transaction():
+        await on_postgresql.write("c")
+    assert on_postgresql.items() == ["c"]
 
 
 async def test_a_full_pool_makes_the_unit_fail_and_the_next_works(on_postgresql: AwaitedDatabases, postgres_url: str) -> None:
@@ -501,27 +496,26 @@ async def test_a_full_pool_makes_the_unit_fail_and_the_next_works(on_postgresql:
 def test_engines_that_are_replaced_under_way_leave_nothing_behind(
     on_postgresql: AwaitedDatabases, postgres: PostgresServer, postgres_url: str
 ) -> None:
-    databases = on_postgresql
     engines: list[Any] = []
 
     async def unit(number: int) -> None:
-        async with databases.container.transaction():
-            await databases.write(f"{number:03}")
+        async with on_postgresql.container.transaction():
+            await on_postgresql.write(f"{number:03}")
             await asyncio.sleep(0.01)
-            await databases.say("SELECT 1")
+            await on_postgresql.say("SELECT 1")
 
     async def main() -> None:
         units = asyncio.gather(*(unit(number) for number in range(100)))
         while not units.done():
-            engines.append(databases.awaited_engine())
-            databases.container.reset_singletons()
+            engines.append(on_postgresql.awaited_engine())
+            on_postgresql.container.reset_singletons()
             await asyncio.sleep(0.02)
         await units
         assert {engine.pool.checkedout() for engine in engines} == {0}
 
-    databases.in_a_loop(main)
+    on_postgresql.in_a_loop(main)
     assert len(engines) > 2
-    assert databases.items() == [f"{number:03}" for number in range(100)]
+    assert on_postgresql.items() == [f"{number:03}" for number in range(100)]
     give_up = time.monotonic() + 5
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
     while (left := postgres.execute(query, [database_name(postgres_url)])[0][0]) and time.monotonic() < give_up:
@@ -674,19 +668,18 @@ def test_tasks_cannot_share_zopes_transaction(sqlite_url: str, ran: list[Any]) -
 
 @pytest.mark.representative("asyncpg")
 async def test_a_slow_commit_keeps_nobody_else(on_postgresql: AwaitedDatabases) -> None:
-    databases = on_postgresql
-    make_commits_slow(databases)
-    async with databases.container.transaction():
-        databases.add("warm")  # the engines are made
-        await databases.say("SELECT 1")
+    make_commits_slow(on_postgresql)
+    async with on_postgresql.container.transaction():
+        on_postgresql.add("warm")  # the engines are made
+        await on_postgresql.say("SELECT 1")
     async with Lag() as lag:
-        for write in (databases.write, asyncio.to_thread):
+        for write in (on_postgresql.write, asyncio.to_thread):
             began = time.monotonic()
-            async with databases.container.transaction():
-                await (write("a") if write == databases.write else asyncio.to_thread(databases.add, "b"))
+            async with on_postgresql.container.transaction():
+                await (write("a") if write == on_postgresql.write else asyncio.to_thread(on_postgresql.add, "b"))
             assert time.monotonic() - began > 0.5
     assert lag.worst < PATIENCE
-    assert databases.items() == ["a", "b", "warm"]
+    assert on_postgresql.items() == ["a", "b", "warm"]
 
 
 SLOW = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.3); RETURN NEW; END $$"

@@ -195,56 +195,53 @@ def assert_no_unit(databases: Either) -> None:
 
 
 async def test_a_unit_of_its_own_survives_the_outer_ones_failure(on_postgres: Either) -> None:
-    databases = on_postgres
     with pytest.raises(Boom):
-        async with databases.block():
-            await databases.write("outer")
-            session, pid = databases.unit_session(), await databases.awaited_backend_id()
-            async with databases.block(propagation="requires_new"):
-                await databases.write("inner")
-                assert databases.unit_session() is not session
-                assert await databases.awaited_backend_id() != pid
-                async with databases.block(propagation=Propagation.REQUIRES_NEW):
-                    await databases.write("innermost")
+        async with on_postgres.block():
+            await on_postgres.write("outer")
+            session, pid = on_postgres.unit_session(), await on_postgres.awaited_backend_id()
+            async with on_postgres.block(propagation="requires_new"):
+                await on_postgres.write("inner")
+                assert on_postgres.unit_session() is not session
+                assert await on_postgres.awaited_backend_id() != pid
+                async with on_postgres.block(propagation=Propagation.REQUIRES_NEW):
+                    await on_postgres.write("innermost")
                 with pytest.raises(Boom):
-                    async with databases.block(propagation="requires_new"):
-                        await databases.write("never")
+                    async with on_postgres.block(propagation="requires_new"):
+                        await on_postgres.write("never")
                         raise Boom
-                await databases.write("inner again")
-            assert databases.items() == ["inner", "inner again", "innermost"]
-            assert databases.unit_session() is session
-            await databases.write("outer again")
+                await on_postgres.write("inner again")
+            assert on_postgres.items() == ["inner", "inner again", "innermost"]
+            assert on_postgres.unit_session() is session
+            await on_postgres.write("outer again")
             raise Boom
-    assert_no_unit(databases)
-    assert databases.items() == ["inner", "inner again", "innermost"]
+    assert_no_unit(on_postgres)
+    assert on_postgres.items() == ["inner", "inner again", "innermost"]
 
 
 async def test_a_block_without_a_unit_lets_the_outer_one_go_on_afterwards(on_postgres: Either) -> None:
-    databases = on_postgres
-    async with databases.block():
-        await databases.write("outer")
-        session = databases.unit_session()
-        async with databases.block(propagation="not_supported"):
-            async with databases.block():
-                await databases.write("a unit of its own")
-            assert_no_unit(databases)
-            assert databases.items() == ["a unit of its own"]
-        assert databases.unit_session() is session
-        await databases.write("outer again")
-    assert databases.items() == ["a unit of its own", "outer", "outer again"]
+    async with on_postgres.block():
+        await on_postgres.write("outer")
+        session = on_postgres.unit_session()
+        async with on_postgres.block(propagation="not_supported"):
+            async with on_postgres.block():
+                await on_postgres.write("a unit of its own")
+            assert_no_unit(on_postgres)
+            assert on_postgres.items() == ["a unit of its own"]
+        assert on_postgres.unit_session() is session
+        await on_postgres.write("outer again")
+    assert on_postgres.items() == ["a unit of its own", "outer", "outer again"]
 
 
 async def test_the_outer_unit_waits_while_an_inner_one_fails_to_commit(on_postgres: Either) -> None:
-    databases = on_postgres
-    databases.put("taken")
-    databases.rival("ALTER TABLE item ADD COLUMN other TEXT REFERENCES item DEFERRABLE INITIALLY DEFERRED")
-    async with databases.block():
-        await databases.write("outer")
+    on_postgres.put("taken")
+    on_postgres.rival("ALTER TABLE item ADD COLUMN other TEXT REFERENCES item DEFERRABLE INITIALLY DEFERRED")
+    async with on_postgres.block():
+        await on_postgres.write("outer")
         with pytest.raises(exc.IntegrityError):
-            async with databases.block(propagation="requires_new"):
-                await databases.say("INSERT INTO item (name, amount, other) VALUES ('inner', 0, 'nowhere')")
-        await databases.write("outer again")
-    assert databases.items() == ["outer", "outer again", "taken"]
+            async with on_postgres.block(propagation="requires_new"):
+                await on_postgres.say("INSERT INTO item (name, amount, other) VALUES ('inner', 0, 'nowhere')")
+        await on_postgres.write("outer again")
+    assert on_postgres.items() == ["outer", "outer again", "taken"]
 
 
 # ---- options that contradict ------------------------------------------------------------------------------------------
