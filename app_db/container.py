@@ -55,7 +55,7 @@ KINDS = (
     "async_scoped_session",
     "async_session",
 )
-"""What every connection provides: `NAME.KIND`, and `NAME_KIND` beside it."""
+"""The providers of every connection, as `NAME.KIND` and as `NAME_KIND`."""
 
 S = TypeVar("S", bound=Session)
 A = TypeVar("A", bound="AsyncSession")

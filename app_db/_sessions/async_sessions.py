@@ -41,11 +41,9 @@ class AsyncUnitSession(AsyncSession):
 
     @property
     def config(self) -> SessionConfig:
-        """The configuration of its connection's sessions."""
         return cast(UnitSession, self.sync_session).config
 
     def enter(self, work: Work) -> None:
-        """Make this a session of `work`."""
         cast(UnitSession, self.sync_session).enter(work)
 
 

@@ -42,7 +42,6 @@ class Held(providers.Callable[T]):
 
     @property
     def is_built(self) -> bool:
-        """Whether the object was made."""
         return self._ask(State.has)
 
     def own(self) -> T:

@@ -71,7 +71,6 @@ class Routes:
         return self._default
 
     def require(self, name: str) -> None:
-        """Raise InvalidUse unless the container has a connection of that name."""
         if name not in self._names:
             raise InvalidUse(f"There is no connection {name!r}", f"Use one of {', '.join(map(repr, self._names))}")
 
@@ -80,7 +79,6 @@ class Routes:
         return self._owners.get(name, name)
 
     def is_replica(self, name: str) -> bool:
-        """Return whether a connection is a replica of another one."""
         return name in self._owners
 
     def branch_of(self, name: str) -> str:
@@ -97,7 +95,6 @@ class Routes:
         return replicas[next(self._turn) % len(replicas)] if replicas else name
 
     def of_mapper(self, mapper: object) -> str | None:
-        """Return the connection of a mapper's tables, or None."""
         try:
             found: str | None = self._of_mappers[mapper]
         except KeyError:

@@ -130,8 +130,8 @@ class RoutingSession(UnitSession):
     """A session of one unit of work that sends each statement to the connection of the model or table that it names.
 
     A read goes to a replica of that connection, if there is one and the unit has not written to the
-    connection. A statement that names no model goes to `writer`. Use `using` to choose another
-    connection. `container.session()` returns the current unit's:
+    connection. A statement that names no model goes to `writer`, or to the only connection. Use
+    `using` to choose another connection. `container.session()` returns the current unit's:
 
     >>> from app_db import Container, DatabaseSettings
     >>> from sqlalchemy import text

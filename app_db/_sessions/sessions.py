@@ -98,7 +98,6 @@ class SessionConfig:
         told_of_checkout.set(partial(work.note_checkout, may_be_rolled_back))
 
     def watch(self, connection: Connection) -> None:
-        """Listen to what is executed on a connection."""
         watch(connection.engine)
         self.watched = connection.dialect
 

@@ -86,7 +86,6 @@ class State:
         self._retire(lambda key: key[0] in ENGINES)
 
     async def close_awaited(self) -> None:
-        """Close, and wait until the async engines are disposed."""
         here = running_loop()
         own = self._take(lambda key: key[0] == "async_engine" and key[2] is here)
         waits = self._begin_to_retire(lambda key: key[0] == "async_engine")
@@ -129,7 +128,6 @@ class StateHolder:
         self.state = self.new_state()
 
     def new_state(self) -> State:
-        """Return a state without objects."""
         return State(build_decision_logs(self.container))
 
     def get(self, kind: str, name: str, build: Callable[..., T], *arguments: object) -> T:

@@ -145,7 +145,6 @@ async def _entered(role: Role) -> UnitOfWork:
 
 
 async def _left(role: Role, error: BaseException | None) -> None:
-    """Leave a role whose end may wait for a database."""
     if role.waits_to_end():
         from app_db._units.to_the_end import to_the_end
 

@@ -97,7 +97,6 @@ class BranchConnection:
 
     @property
     def xid(self) -> str:
-        """The name of the branch in its database."""
         if self._xid is None:
             self._xid = str(self._work.xid_for(self))
         return self._xid
@@ -114,7 +113,6 @@ class BranchConnection:
 
     @property
     def driver_connection(self) -> object:
-        """The driver's own connection."""
         return self.connection.connection.driver_connection
 
     def uses(self, connection: Connection) -> None:

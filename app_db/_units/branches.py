@@ -78,7 +78,6 @@ class Branch(BranchConnection):
 
     @property
     def finished(self) -> bool:
-        """Whether its transaction has ended."""
         return self._has_ended if self._data_manager is None else self._data_manager.tx is None
 
     def join(self, data_manager: SessionDataManager) -> None:
@@ -300,7 +299,6 @@ class Branch(BranchConnection):
         return self._work.rehearsal is not None or not self.config.database.waits_for_answers
 
     def flush(self) -> None:
-        """Flush the session, if there is one."""
         if self.session is not None:
             self.session.flush()
 
@@ -316,11 +314,9 @@ class Branch(BranchConnection):
         return cast("BranchSession", self.session).begin_nested()
 
     def roll_back_to(self, savepoint: SessionTransaction) -> None:
-        """Undo what was done since a savepoint."""
         savepoint.rollback()
 
     def release(self, savepoint: SessionTransaction) -> None:
-        """Keep what was done since a savepoint, and remove it."""
         savepoint.commit()
 
     def _let_go(self) -> None:

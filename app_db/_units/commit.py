@@ -112,7 +112,6 @@ def _rehearse_commit(rehearsal: Rehearsal, written: list[Branch]) -> None:
 
 
 def unpreparable(branches: Sequence[Branch]) -> list[Branch]:
-    """Return the branches that can't be prepared."""
     return [branch for branch in branches if not branch.can_prepare]
 
 

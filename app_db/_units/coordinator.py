@@ -51,7 +51,6 @@ class Coordinator:
         return work
 
     def work_of(self, transaction: Transaction) -> Work:
-        """Return the work of a transaction."""
         try:
             work: Work = transaction.data(self)
         except KeyError:

@@ -134,7 +134,7 @@ class Hooks:
         return HooksSavepoint(self._before_commit, self._on_commit, self._on_abort)
 
     def abort(self, transaction: Transaction) -> None:
-        """Forget the hooks, if zope rolls back to a savepoint from before they joined. An abort of the unit runs them later."""
+        """Forget the hooks if zope rolls back to a savepoint from before they joined, but not if the whole unit aborts."""
         if not self._ending and transaction.status in ("Active", "Doomed"):
             for hooks in (self._before_commit, self._on_commit, self._on_abort):
                 hooks.clear()
@@ -189,7 +189,6 @@ class CapturedHooks(list[CapturedHook]):
     """A list of the hooks of committed units, in the order in which they would have run."""
 
     def take(self, hooks: list[Hook]) -> None:
-        """Add the hooks of a committed unit, and empty `hooks`."""
         self.extend(map(_captured, hooks))
         hooks.clear()
 

@@ -92,7 +92,6 @@ class ContextTransactionManager(HookedManager):
         return cast("OwnedTransaction", found)
 
     def is_current(self, transaction: OwnedTransaction) -> bool:
-        """Return whether `transaction` is the current one of this context."""
         entry = self._current.get()
         return entry is not None and entry.find() is transaction and transaction.is_usable()
 
@@ -296,7 +295,6 @@ class suspended(WithBlock):  # noqa: N801  # used like a function
         self.torn_down()
 
     def torn_down(self) -> None:
-        """Make the earlier transaction current again."""
         resume, self._resume = self._resume, None
         if resume is not None:
             resume()

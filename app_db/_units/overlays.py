@@ -58,7 +58,6 @@ class Overlay:
         return self.session.last_used
 
     def flush(self) -> None:
-        """Flush the session."""
         self._wait_for(self.session.flush)
 
     def flush_for_good(self) -> None:
@@ -68,7 +67,6 @@ class Overlay:
 
     @property
     def has_unflushed(self) -> bool:
-        """Whether objects were changed after the last flush."""
         return self.session.has_unflushed
 
     def has_lost_transaction(self) -> bool:
@@ -85,12 +83,10 @@ class Overlay:
         return savepoint
 
     def roll_back_to(self, savepoint: SessionTransaction) -> None:
-        """Undo what was done since a savepoint."""
         self._wait_for(savepoint.rollback)
         del self.levels[self.levels.index(savepoint) :]
 
     def release(self, savepoint: SessionTransaction) -> None:
-        """Keep what was done since a savepoint, and remove it."""
         self._wait_for(savepoint.commit)
         self.levels.remove(savepoint)
 

@@ -73,7 +73,6 @@ class Owner:
         return owner
 
     def is_this_thread(self) -> bool:
-        """Return whether the calling thread is the owner's."""
         return self.thread == get_ident()
 
     def __str__(self) -> str:
@@ -129,7 +128,6 @@ class OwnedTransaction(HookedTransaction):
             raise
 
     def refusal(self) -> UnitOfWorkError:
-        """Return the error that explains why the transaction can't be used here."""
         if self.ended or self.liveness() is None:
             return UnitOfWorkEnded("The block of a unit of work")
         if self.process != Process.generation:

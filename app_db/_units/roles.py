@@ -50,7 +50,6 @@ class Role:
         """End what `enter` has begun. `error` is the exception that leaves the block, or None."""
 
     def _take_up_outer(self) -> None:
-        """Make the outer unit current again, if one waits."""
         if self._resume is not None:
             self._resume()
             self._resume = None

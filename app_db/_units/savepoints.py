@@ -46,7 +46,6 @@ class WorkSavepoint:
         self._forget_later_ones()
 
     def release(self) -> None:
-        """Keep what was done since the savepoint, and remove it."""
         for part, nested in reversed(self._nested):
             if nested.is_active:
                 part.release(nested)

@@ -76,7 +76,6 @@ class _Action(Generic[R]):
             self.error = error
 
     def result(self) -> R:
-        """Return what the function returned, or raise what it raised."""
         error, self.error = self.error, None
         if error is None:
             return self._result

@@ -57,7 +57,6 @@ class Work:
     timeout = NEVER
     deadline = NEVER
     timed = False
-    """Whether the unit has a timeout."""
     hooks: Hooks | None = None
     liveness: Callable[[], object] = staticmethod(always)
     """Returns None when the block that has to end the unit is gone."""
@@ -106,7 +105,6 @@ class Work:
 
     @property
     def manager(self) -> TransactionManager:
-        """The transaction manager of the unit."""
         return self._coordinator.manager
 
     @property
@@ -133,7 +131,6 @@ class Work:
         return self._unit_id or self.name_unit(self.places.configured)
 
     def xid_for(self, branch: Branch) -> Xid:
-        """Return the xid of a branch of this unit."""
         numbered = (f"{branch.name}.{number}" for number in range(2, 10))  # several sessions may use one database
         for name in (branch.name, *numbered):
             holder = self._named.get(name)
@@ -157,12 +154,10 @@ class Work:
     # -- what sessions ask
 
     def new_branch(self, config: BranchConfig, make_session: Callable[[], BranchSession] | None = None) -> Branch:
-        """Return a new branch, which has not begun."""
         kind = BranchOffLoop if self.asynchronous and not config.asynchronous else Branch
         return kind(self, config, make_session)
 
     def add(self, branch: Branch) -> None:
-        """Add a branch that begins."""
         if not self._joined:
             self.transaction.join(self)
             self._joined = True
@@ -229,7 +224,6 @@ class Work:
             self.transaction.doom()
 
     def refuse_doomed(self) -> None:
-        """Raise UnitOfWorkDoomed if the unit must not be committed."""
         reason = self._doomed_by
         if isinstance(reason, BaseException):
             summary = str(reason).partition("\n")[0]
@@ -240,7 +234,6 @@ class Work:
             raise UnitOfWorkDoomed("a savepoint of it could not be taken or rolled back")
 
     def remaining(self) -> float:
-        """Return the seconds until the deadline."""
         return max(self.deadline - time.monotonic(), 0.0)
 
     def overtime(self) -> UnitOfWorkTimeout | None:
@@ -248,7 +241,6 @@ class Work:
         return UnitOfWorkTimeout(self.timeout) if self.timed and self.remaining() <= 0 else None
 
     def refuse_overtime(self) -> None:
-        """Raise UnitOfWorkTimeout if the deadline has passed."""
         error = self.overtime()
         if error is not None:
             raise error
@@ -369,7 +361,6 @@ class Work:
                 log.debug("A connection could not be given back", exc_info=True)
 
     def forget(self) -> None:
-        """Forget sessions and branches after the unit has ended."""
         self.abandon()  # branches are left if zope was interrupted before it rolled them back
         self._named.clear()
         self.sessions.clear()
