@@ -122,9 +122,8 @@ def _problems(inspector: Inspector, name: str, models: Iterable[type[Reflected]]
 def _problem(model: type[Reflected], table: Table, there: set[str], key: ReflectedPrimaryKeyConstraint | None) -> str:
     if table.name not in there:
         return "is not there"
-    if not _has_key(model, table, key):
-        return "has no primary key; declare the columns that identify a row in the model, with primary_key=True"
-    return ""
+    no_key = "has no primary key; declare the columns that identify a row in the model, with primary_key=True"
+    return "" if _has_key(model, table, key) else no_key
 
 
 def _has_key(model: type[Reflected], table: Table, found: ReflectedPrimaryKeyConstraint | None) -> bool:
