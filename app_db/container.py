@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from app_db._databases.engines import build_async_engine, build_engine
 from app_db._sessions.borrowing import BorrowingConfig
 from app_db._sessions.providers import Held, HolderProvider, Lasting, Lifecycle
+from app_db._sessions.registry import UnitRegistry, build_scoped_session
 from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession, build_routing_sessionmaker
-from app_db._sessions.sessions import SessionConfig, UnitRegistry, UnitSession, build_scoped_session, build_sessionmaker
+from app_db._sessions.sessions import SessionConfig, UnitSession, build_sessionmaker
 from app_db._sessions.state import State, StateHolder
 from app_db._two_phase.checks import check
 from app_db._two_phase.decision_logs import DecisionLogs

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 
-from app_db._sessions.sessions import SessionConfig, UnitRegistry, UnitSession
+from app_db._sessions.registry import UnitRegistry
+from app_db._sessions.sessions import SessionConfig, UnitSession
 from app_db._units.work import Work
 from app_db.errors import AwaitRequired
 

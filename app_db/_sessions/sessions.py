@@ -9,13 +9,12 @@ with an error that says what to do instead.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import event
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.util import ScopedRegistry
+from sqlalchemy.orm import Session, sessionmaker
 from transaction.interfaces import NoTransaction
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
@@ -302,94 +301,6 @@ def build_sessionmaker(config: SessionConfig) -> sessionmaker[UnitSession]:
     )
     config.maker = maker, dict(maker.kw)
     return maker
-
-
-# ---- where the unit keeps them ---------------------------------------------------------------------------------------
-
-
-class UnitRegistry(ScopedRegistry[Any]):
-    """The registry of a scoped session. It keeps each session on its unit of work, so that nothing accumulates."""
-
-    def __init__(self, maker: Any) -> None:
-        super().__init__(maker, lambda: None)
-        self._maker = maker
-        self._config: SessionConfig = maker.kw["config"]
-        self._key = f"{self._config.name} (async)" if self._config.asynchronous else self._config.name
-        self._listeners: list[Iterable[object]] | None = None
-
-    def __call__(self) -> Any:
-        try:
-            work = self._config.coordinator.get()
-        except (NoTransaction, UnitOfWorkEnded):
-            raise NoUnitOfWork(f"The {self._config.name!r} session") from None
-        found = work.sessions.get(self._key)
-        return self._made_for(work) if found is None else found
-
-    def _made_for(self, work: Work) -> Any:
-        made = self._maker()
-        made.enter(work)
-        branch = work.connections.get(self._key)
-        if branch is not None:
-            found = work.sessions[self._key] = branch.give_to(made)
-            return found
-        found = work.sessions.setdefault(self._key, made)  # all threads of a unit get the same session
-        branch = work.connections.get(self._key)
-        if branch is not None:
-            branch.give_to(found)  # another thread has made the branch meanwhile
-        return found
-
-    def holder(self) -> UnitSession | Branch:
-        """Return the unit's session of the connection, or its branch if no session has been asked for."""
-        work = self._work()
-        found = work.sessions.get(self._key)
-        if found is None and self._may_do_without():
-            branch = work.connections.get(self._key)
-            if branch is None:
-                branch = work.connections.setdefault(self._key, work.new_branch(self._config, self))
-            found = work.sessions.get(self._key) or branch  # another thread may have made the session meanwhile
-        held: UnitSession | Branch = self() if found is None else found
-        return held
-
-    def _may_do_without(self) -> bool:
-        """Return whether the unit can do without a session, because the application would not notice.
-
-        It would notice if it has changed the sessionmaker, or listens to events of a session that
-        has no objects.
-        """
-        if self._config.maker != (self._maker, self._maker.kw):
-            return False
-        if self._listeners is None:
-            dispatch = self._maker().dispatch  # these lists grow when a listener to the class is added
-            self._listeners = [getattr(dispatch, name) for name in OF_TRANSACTIONS]
-        return [*map(list, self._listeners)] == [*OF_TRANSACTIONS.values()]
-
-    def has(self) -> bool:
-        return self._work().sessions.get(self._key) is not None
-
-    def set(self, obj: Any) -> None:
-        work = self._work()
-        obj.enter(work)
-        branch = work.connections.get(self._key)
-        if branch is not None:
-            branch.give_to(obj)
-        work.sessions[self._key] = obj
-
-    def clear(self) -> None:
-        if self.has():
-            self._work().sessions.pop(self._key, None)
-
-    def _work(self) -> Work:
-        try:
-            return self._config.coordinator.get()
-        except (NoTransaction, UnitOfWorkEnded):
-            raise NoUnitOfWork(f"The {self._config.name!r} session") from None
-
-
-def build_scoped_session(maker: sessionmaker[S]) -> scoped_session[S]:
-    """Return the proxy of the current unit's session."""
-    scoped: scoped_session[S] = scoped_session(maker)
-    scoped.registry = UnitRegistry(maker)
-    return scoped
 
 
 # ---- listeners -----------------------------------------------------------------------------------------------------
