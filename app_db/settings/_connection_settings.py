@@ -20,6 +20,7 @@ from app_db.settings._sources import Finding, Group, Reading, variable_for
 from app_db.settings._urls import (
     UNREADABLE_URL,
     URL_PARTS,
+    SecretiveURL,
     dialect_of,
     dumped,
     is_memory,
@@ -173,7 +174,7 @@ class ConnectionSettings(Group):
         url = self.read_url()
         if url is None:
             raise SettingsError([Problem(self.variable("url"), UNREADABLE_URL)])
-        return url
+        return SecretiveURL.create(*url)
 
     @property
     def masked_url(self) -> str:

@@ -130,12 +130,27 @@ def is_memory(url: URL) -> bool:
 # ---- showing ----------------------------------------------------------------------------------------------------
 
 MASK = "***"
-_SECRET_KEY = re.compile(r"pass|pwd|secret|token|credential|dsn|conninfo|odbc_connect", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"pass|pwd|secret|token|credential|dsn|conninfo|odbc_connect|^options$", re.IGNORECASE)
 
 
 def is_secret(key: str) -> bool:
     """Return whether the value of a setting with this name is a secret."""
     return key != "password_provider" and _SECRET_KEY.search(key) is not None
+
+
+class SecretiveURL(URL):
+    """A URL that shows neither its password nor the secrets in its query. Drivers get them all the same."""
+
+    def render_as_string(self, hide_password: bool = True) -> str:
+        """Return the URL as a string, with its secrets masked unless `hide_password` is false."""
+        if not hide_password:
+            return super().render_as_string(hide_password=False)
+        return masked(URL.create(*self))
+
+    def __repr__(self) -> str:
+        return self.render_as_string()
+
+    __str__ = __repr__
 
 
 def is_object(value: object) -> TypeGuard[dict[str, object]]:

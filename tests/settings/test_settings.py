@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pytest
 from pydantic import BaseModel, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from sqlalchemy import make_url
+from sqlalchemy import create_engine, make_url
 
 from app_db.errors import (
     ConnectionNotConfigured,
@@ -977,3 +977,53 @@ def test_the_name_of_a_two_phase_connection_is_short_enough_for_an_xid(environme
     assert "at most 22 characters" in refused(ContradictorySettings)[f"APP_DB_CONNECTIONS__{name.upper()}__TWO_PHASE"]
     environment(**{f"{'b' * 22}__URL".upper(): "postgresql://h/d", f"{'b' * 22}__TWO_PHASE".upper(): "true"})
     assert set(refused(ContradictorySettings)) == variables(f"{name.upper()}__TWO_PHASE")
+
+
+# ---- secrets where they are hidden deeply -----------------------------------------------------------------------------------
+
+SECRET = "s3cr3t-tok"
+HIDING = {
+    "password in the query": {"url": f"postgresql+psycopg://u@h/d?password={SECRET}"},
+    "options": {"url": f"postgresql+psycopg://u@h/d?options=-c%20app.token%3D{SECRET}"},
+    "nested arguments": {
+        "url": f"postgresql+asyncpg://u:{SECRET}@h/d",
+        "connect_args": {
+            "server_settings": {"app.token": SECRET},
+            "ssl": {"key_password": SECRET},
+            "all": [{"password": SECRET}],
+        },
+    },
+    "a query by parts": {"host": "h", "driver": "mysql+pymysql", "user": "u", "password": SECRET, "query": {"passwd": SECRET}},
+}
+SHOWN: dict[str, Callable[[DatabaseSettings], object]] = {
+    "repr": repr,
+    "connection": lambda settings: settings.connection("writer"),
+    "URL": lambda settings: settings.connection("writer").sqlalchemy_url(),
+    "repr of the URL": lambda settings: repr(settings.connection("writer").sqlalchemy_url()),
+    "URL with another driver": lambda settings: settings.connection("writer").sqlalchemy_url().set(drivername="postgresql"),
+    "dump": lambda settings: settings.model_dump(),
+    "dump of a connection": lambda settings: settings.connection("writer").model_dump(),
+    "JSON": lambda settings: settings.model_dump_json(),
+    "dump for JSON": lambda settings: settings.model_dump(mode="json"),
+    "origins": lambda settings: settings.origins(),
+}
+
+
+@pytest.mark.parametrize("where", HIDING)
+@pytest.mark.parametrize("shown", SHOWN)
+def test_no_secret_is_shown_however_deeply_it_is_hidden(where: str, shown: str) -> None:
+    settings = DatabaseSettings(_env_file=None, connections={"writer": HIDING[where]})
+    text = str(SHOWN[shown](settings))
+    assert SECRET not in text
+    assert "h/d" in text or "host" in text or "'h'" in text or shown.startswith(("repr of", "URL"))
+
+
+def test_drivers_get_the_secrets_of_a_url_that_does_not_show_them() -> None:
+    url = (
+        DatabaseSettings(_env_file=None, connections={"writer": HIDING["password in the query"]})
+        .connection("writer")
+        .sqlalchemy_url()
+    )
+    assert url.query["password"] == SECRET
+    assert SECRET in url.render_as_string(hide_password=False)
+    assert create_engine(url).url == url
