@@ -26,7 +26,7 @@ from app_db.settings._urls import dialect_of, for_coroutines, for_threads, is_se
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Engine, ExceptionContext
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, PoolResetState
@@ -49,7 +49,7 @@ _of_parent_process: list[object] = []
 def build_engine(name: str, settings: DatabaseSettings) -> Engine:
     """Return a new engine for the connection `name`. It connects at its first use."""
     engine = _build(name, settings, for_threads, create_engine)
-    _setups[engine] = _Setup(engine, settings.connection(name))
+    _setups[engine] = _Setup(name, engine, settings.connection(name))
     return engine
 
 
@@ -59,7 +59,7 @@ def build_async_engine(name: str, settings: DatabaseSettings) -> AsyncEngine:
     from sqlalchemy.ext.asyncio import create_async_engine
 
     engine = _build(name, settings, for_coroutines, create_async_engine)
-    _setups[engine.sync_engine] = _Setup(engine.sync_engine, settings.connection(name))
+    _setups[engine.sync_engine] = _Setup(name, engine.sync_engine, settings.connection(name))
     settle(name, engine)
     return engine
 
@@ -98,7 +98,8 @@ class _Setup:
     In most processes of a large application, most engines never connect.
     """
 
-    def __init__(self, engine: Engine, connection: ConnectionSettings) -> None:
+    def __init__(self, name: str, engine: Engine, connection: ConnectionSettings) -> None:
+        self._name = name
         self._engine = weakref.ref(engine)
         self._connection = connection
         self._database = database = database_of(engine.dialect.name)
@@ -109,10 +110,27 @@ class _Setup:
         self._lock = Lock()
         self._connect = database.connector(engine.dialect, connection)
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
+        event.listen(engine, "handle_error", self._add_note)
 
     def connect(self, *arguments: object, **parameters: object) -> DBAPIConnection:
-        """Set the engine up, and return a new DBAPI connection."""
+        """Set the engine up, and return a new DBAPI connection. An error says in a note which connection was wanted."""
         self.ensure()
+        try:
+            return self._new_connection(*arguments, **parameters)
+        except Exception as error:
+            error.add_note(self._note())  # SQLAlchemy does not wrap an OSError, such as asyncpg raises
+            raise
+
+    def _add_note(self, context: ExceptionContext) -> None:
+        if context.connection is None and context.sqlalchemy_exception is not None:
+            context.sqlalchemy_exception.add_note(self._note())
+
+    def _note(self) -> str:
+        connection = self._connection
+        variable = connection.variable("host" if connection.url is None else "url")
+        return f"app_db: the connection {self._name!r} to {connection.masked_url} could not be made. Look at {variable}."
+
+    def _new_connection(self, *arguments: object, **parameters: object) -> DBAPIConnection:
         if self._password is not None:
             # The password function may ask a server, and must not block the event loop.
             password = await_only(to_thread(self._password)) if self._is_async else self._password()
