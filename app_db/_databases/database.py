@@ -227,6 +227,10 @@ class Database:
         """Return whether `error` says that the transaction is read-only."""
         return False
 
+    def denies(self, error: BaseException) -> bool:
+        """Return whether `error` says that the user may not do what the statement asks for."""
+        return self.refuses_write(error)
+
     def is_transient(self, error: BaseException) -> bool:
         """Return whether `error` is of a driver of this database, and may not occur when the unit of work is run again."""
         return False

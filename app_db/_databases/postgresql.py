@@ -250,6 +250,9 @@ class PostgreSQL(Database):
     def refuses_write(self, error: BaseException) -> bool:
         return getattr(error, "sqlstate", None) == "25006"
 
+    def denies(self, error: BaseException) -> bool:
+        return code_of(error) in ("42501", "25006", "25P02")  # the last one follows from an earlier failure
+
     def is_transient(self, error: BaseException) -> bool:
         sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
         return isinstance(sqlstate, str) and sqlstate.startswith("40")

@@ -261,8 +261,22 @@ class UnitSession(Session):
         self._refuse("prepare")
 
     def rollback(self) -> None:
+        """Roll back the transaction of a read-only connection. In a unit of work, other sessions refuse this."""
+        if self.config.read_only and self._work is not None and not self._work.finishing and self._work.is_under_way():
+            self.require_unit()
+            self.expunge_all()
+            if self.branch is not None:
+                self._work.roll_back(self.branch)
+            return
         self._refuse("rollback")
         super().rollback()
+
+    def forget_changes(self) -> None:
+        """Take from the session what a flush would send: new and deleted objects leave it, and changed ones are read again."""
+        for instance in [*self.new, *self.deleted]:
+            self.expunge(instance)
+        for instance in list(self.dirty):
+            self.expire(instance)
 
     def close(self) -> None:
         if self._work is not None and not self._work.finishing:
@@ -326,6 +340,7 @@ def _check_flush(session: UnitSession, context: object, instances: object) -> No
     work = session._work
     read_only = session.config.read_only or (work is not None and work.read_only)
     if read_only and session.has_unflushed:
+        session.forget_changes()
         raise ReadOnlyViolation(session.config.name, "Flushing changed objects", not session.config.read_only)
 
 

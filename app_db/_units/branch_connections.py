@@ -67,6 +67,7 @@ class BranchConnection:
     _writes_unnoticed = False
     _beginning: object = None
     _was_asked = False
+    _effect_before_failure = Effect.READS
     _savepoints: dict[str, tuple[Effect, bool]] | None = None
     _failures: Sequence[BaseException] = ()
     _usual_limits: Mapping[Connection, float] = MappingProxyType({})
@@ -160,6 +161,8 @@ class BranchConnection:
         if self.read_only and lifts_read_only(statement):
             raise ReadOnlyViolation(self.name, "Lifting the protection", not self.config.read_only)
         self._was_asked = False
+        if not self._failures:
+            self._effect_before_failure = self.effect
         effect = effect_of(statement)
         if effect > self.effect:
             if effect is Effect.WRITES and self.read_only:
@@ -213,6 +216,13 @@ class BranchConnection:
         if self.read_only and self.config.database.refuses_write(error):
             return ReadOnlyViolation(self.name, "The statement", not self.config.read_only)
         return self._work.overtime()
+
+    @property
+    def lost_nothing(self) -> bool:
+        """Whether it may be rolled back alone: it wrote nothing, and its database denied each statement that failed."""
+        if not self._failures or self._effect_before_failure >= Effect.MAY_WRITE:
+            return False
+        return self.config.read_only or all(map(self.config.database.denies, self._failures))
 
     def better_error(self, statement: str, error: BaseException) -> BaseException:
         """Return a driver's error as SQLAlchemy would raise it. Close the connection if it was lost."""

@@ -324,6 +324,15 @@ class Work:
         if interruption is not None:
             raise interruption
 
+    def roll_back(self, branch: Branch) -> None:
+        """Roll back a branch that wrote nothing. The unit goes on, and the branch's session may join it again."""
+        before, self.finishing = self.finishing, True
+        try:
+            branch.roll_back()
+        finally:
+            self.finishing = before
+        self.branches.remove(branch)
+
     def abandon(self) -> None:
         """Return the connections of a unit whose block was torn down.
 
@@ -395,14 +404,17 @@ class Work:
             try:
                 part.flush()
             except PendingRollbackError as error:  # an earlier flush failed, and its error was swallowed
-                raise TransactionLost(part.name) from error
+                if not (isinstance(part, Branch) and part.lost_nothing):
+                    raise TransactionLost(part.name) from error
 
     def _refuse_what_cannot_commit(self) -> None:
         if self.timed:
             self.refuse_overtime()
-        for part in chain[Overlay | Branch](self.overlays, self.branches):
+        for part in list(chain[Overlay | Branch](self.overlays, self.branches)):
             if part.has_lost_transaction():
-                raise TransactionLost(part.name)
+                if not (isinstance(part, Branch) and part.lost_nothing):
+                    raise TransactionLost(part.name)
+                self.roll_back(part)
         if len(self.branches) > 1:
             self._ask_who_wrote()
             self._refuse_partial_commit()
