@@ -179,7 +179,7 @@ def _report(settlement: Settlement, application: str, dry_run: bool) -> Iterator
 
 def _summary(unit: UnitInDoubt, dry_run: bool) -> str:
     if all(branch.state is BranchState.GONE for branch in unit.branches):
-        return "another recovery has settled it meanwhile"
+        return "another process has settled it meanwhile"
     if unit.verdict is None:
         return f"{'under way' if unit.is_under_way else 'LEFT IN DOUBT'}, because {unit.reason}"
     decided = "it was decided to commit it" if unit.verdict is Verdict.COMMIT else "there was no decision to commit it"

@@ -183,7 +183,7 @@ def unit_of(*states: BranchState, verdict: Verdict | None = Verdict.COMMIT, unit
 
 def test_a_unit_that_others_settled_is_not_said_to_be_rolled_back() -> None:
     shown = page(unit_of(BranchState.GONE, BranchState.GONE, verdict=Verdict.ABORT))
-    assert "another recovery has settled it" in shown
+    assert "another process has settled it" in shown
     assert "rolled back" not in shown
 
 

@@ -640,7 +640,7 @@ def test_a_worker_that_may_make_no_database_is_told_what_to_do(
         result = project.run("-n", "2", plugins=("xdist",))
         result.assert_outcomes(errors=6)
         result.stdout.fnmatch_lines(
-            ["*could not be made for the connection 'writer' (*permission denied*app_db_worker_databases*"]
+            ["*could not be created for the connection 'writer' (*permission denied*app_db_worker_databases*"]
         )
         assert "hunter2" not in result.stdout.str()
     finally:

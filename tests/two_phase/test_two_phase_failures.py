@@ -523,7 +523,7 @@ def test_a_unit_whose_decision_file_is_moved_while_it_decides_stays_prepared_unt
 
         with monkeypatch.context() as patched:
             patched.setattr(decision_database.DecisionDatabase, "_execute", move)
-            with pytest.raises(OutcomeUnknown, match=r"recover` has asked there") as caught, app.unit():
+            with pytest.raises(OutcomeUnknown, match=r"recover` can read the decision") as caught, app.unit():
                 app.add_to_each("a")
         assert caught.value.prepared == ("warehouse", "writer")
         assert len(app.prepared()) == 2

@@ -596,7 +596,7 @@ def test_only_those_that_cannot_be_prepared_are_named_when_a_unit_is_refused(
 
 def test_a_unit_that_recovery_has_aborted_says_that_it_can_be_repeated(several: Any) -> None:
     at_the_decision(several, lambda: several.recovery().settle(grace=0))
-    with pytest.raises(AbortedByRecovery, match=r"Nothing was committed: .*Repeat it \(`attempts=2` does\)") as caught:
+    with pytest.raises(AbortedByRecovery, match=r"Nothing was committed: .*Repeat the unit \(`attempts=2` does\)") as caught:
         several.transaction().run(order, several)
     assert retryable(caught.value)
     assert ordered(several) == ([], [])
