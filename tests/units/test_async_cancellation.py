@@ -232,14 +232,19 @@ def test_a_loop_that_ends_waits_for_the_commits_under_way(slow: AwaitedDatabases
 
 async def test_a_cancelled_commit_that_fails_says_why(slow: AwaitedDatabases) -> None:
     slow.rival("ALTER TABLE item ADD COLUMN other TEXT REFERENCES item DEFERRABLE INITIALLY DEFERRED")
+    is_committing = asyncio.Event()
+
+    async def linger() -> None:
+        is_committing.set()
+        await asyncio.sleep(0.3)
 
     async def unit() -> None:
         async with slow.container.transaction() as unit:
-            unit.before_commit(asyncio.sleep, 0.3)
+            unit.before_commit(linger)
             await slow.say("INSERT INTO item (name, amount, other) VALUES ('a', 0, 'nowhere')")
 
     task = asyncio.create_task(unit())
-    await asyncio.sleep(0.15)
+    await is_committing.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as cancelled:
         await task
