@@ -144,6 +144,10 @@ class Database:
         """Return the isolation level to create an engine with."""
         return settings.isolation_level
 
+    def engine_options(self, settings: ConnectionSettings) -> dict[str, object]:
+        """Return the execution options of an engine."""
+        return {}
+
     def connector(self, dialect: Dialect, settings: ConnectionSettings) -> Connect:
         """Return the function that opens a DBAPI connection."""
         return dialect.connect

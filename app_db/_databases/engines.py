@@ -78,6 +78,8 @@ def _build(name: str, settings: DatabaseSettings, with_driver: Callable[[URL], U
     isolation_level = database.isolation_level(connection)
     if isolation_level is not None:
         arguments["isolation_level"] = isolation_level
+    if options := database.engine_options(connection):
+        arguments["execution_options"] = options
     if connection.echo:
         arguments |= {"echo": True, "logging_name": name}
     return create(url, connect_args=secrets | database.connect_args(shown, settings.application, connection), **arguments)

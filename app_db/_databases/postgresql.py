@@ -19,7 +19,7 @@ from app_db._compat.psycopg import libpq_of
 from app_db._databases.database import NEVER, Database, SharingRules, code_of, driver_of, execute, milliseconds, new_mark, quoted
 from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
-from app_db.errors import CannotIsolate
+from app_db.errors import CannotIsolate, Problem, SettingsError
 
 if TYPE_CHECKING:
     import psycopg
@@ -46,6 +46,17 @@ SELECT txid_current_if_assigned() IS NOT NULL, EXISTS (
     WHERE held.pid = pg_backend_pid() AND held.locktype = 'relation' AND held.granted
     AND held.mode NOT IN ('AccessShareLock', 'RowShareLock') AND relation.relkind IS DISTINCT FROM 'S'
 )"""
+
+_UNPREPARED: dict[str, object] = {
+    "statement_cache_size": 0,
+    "prepared_statement_cache_size": 0,
+    "prepared_statement_name_func": str,  # the unnamed statement
+}
+
+_POOLER = (
+    "is not set, and a pooler such as PgBouncer stands before the server. Set it to transaction if the pooler gives out a server "
+    "connection for each transaction, or to none if it gives out one for each client connection (session pooling)."
+)
 
 _AMOUNT = re.compile(r"(\d+)(ms|s|min|h|d)?$")
 _SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400, None: 0.001}
@@ -114,10 +125,11 @@ class PostgreSQL(Database):
 
     def connect_args(self, url: URL, application: str, settings: ConnectionSettings) -> dict[str, object]:
         driver = url.get_driver_name()
+        pooled = settings.pooler == "transaction"  # a prepared statement is in one server connection, and the next one is any
         if driver == "asyncpg":
-            return self._asyncpg_arguments(url, application, settings)
+            return (_UNPREPARED if pooled else {}) | self._asyncpg_arguments(url, application, settings)
         if driver == "psycopg":
-            return self._psycopg_arguments(url, application, settings)
+            return ({"prepare_threshold": None} if pooled else {}) | self._psycopg_arguments(url, application, settings)
         own = {"application_name": application} if driver == "psycopg2" and "application_name" not in url.query else {}
         return {**own, **settings.connect_args}
 
@@ -144,7 +156,11 @@ class PostgreSQL(Database):
 
     def isolation_level(self, settings: ConnectionSettings) -> str | None:
         # A read takes one round trip in autocommit, and three with BEGIN and COMMIT.
-        return settings.isolation_level or ("AUTOCOMMIT" if settings.read_only else None)
+        alone = settings.read_only and settings.pooler != "transaction"  # behind a pooler, READ ONLY goes with BEGIN
+        return settings.isolation_level or ("AUTOCOMMIT" if alone else None)
+
+    def engine_options(self, settings: ConnectionSettings) -> dict[str, object]:
+        return {"postgresql_readonly": True} if settings.read_only and settings.pooler == "transaction" else {}
 
     def connector(self, dialect: Dialect, settings: ConnectionSettings) -> Connect:
         if not settings.begin_with_statement or dialect.driver != "psycopg" or self.isolation_level(settings) == "AUTOCOMMIT":
@@ -162,6 +178,11 @@ class PostgreSQL(Database):
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         if self.isolation_level(settings) == "AUTOCOMMIT":
             engine.dialect.supports_server_side_cursors = False  # they need a transaction; `yield_per` fetches everything without
+        if settings.pooler == "transaction":
+            self._limit_each_transaction(engine, settings)
+            return
+        if settings.pooler is None:
+            self._refuse_pooler(engine, settings)
         parameters: dict[str, str] = {}
         if settings.read_only:
             parameters["default_transaction_read_only"] = "on"
@@ -177,6 +198,37 @@ class PostgreSQL(Database):
             dbapi_connection.autocommit = True  # otherwise a rollback would undo the parameters
             execute(dbapi_connection, statement)
             dbapi_connection.autocommit = autocommit
+
+    def _limit_each_transaction(self, engine: Engine, settings: ConnectionSettings) -> None:
+        if settings.statement_timeout is None:
+            return
+        statement = f"SET LOCAL statement_timeout = {milliseconds(settings.statement_timeout)}"
+
+        @event.listens_for(engine, "begin")
+        def limit(connection: Connection) -> None:
+            connection.exec_driver_sql(statement)
+
+    def _refuse_pooler(self, engine: Engine, settings: ConnectionSettings) -> None:
+        """Raise at the first connection if a pooler answers: what is set on a session would be another program's, later."""
+        is_checked = False
+
+        @event.listens_for(engine, "connect")
+        def check(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+            nonlocal is_checked
+            if is_checked:
+                return
+            driver_connection = driver_of(dbapi_connection)
+            libpq = libpq_of(driver_connection)
+            said = driver_connection.get_server_pid() if is_asyncpg(driver_connection) else libpq and libpq.backend_pid
+            cursor = dbapi_connection.cursor()
+            cursor.execute("SELECT pg_backend_pid()")
+            found = cursor.fetchone()
+            cursor.close()
+            if not dbapi_connection.autocommit:
+                dbapi_connection.rollback()
+            if said and found and said != found[0]:
+                raise SettingsError([Problem(settings.variable("pooler"), _POOLER)])
+            is_checked = True
 
     def unit_options(self, settings: ConnectionSettings, terms: Terms) -> dict[str, object]:
         options = super().unit_options(settings, terms)
@@ -204,7 +256,12 @@ class PostgreSQL(Database):
     def has_written(self, connection: Connection, beginning: object, *, may_have_locked: bool) -> bool | None:
         # A transaction id is assigned by the first change, but also by a row lock, and stays when a savepoint is rolled back.
         # The locks on tables tell these apart: a row lock takes a weaker one, and ROLLBACK TO gives back what was taken since.
-        has_id, holds_locks = connection.exec_driver_sql(_WHO_WROTE).one()
+        try:
+            has_id, holds_locks = connection.exec_driver_sql(_WHO_WROTE).one()
+        except DBAPIError as error:
+            if code_of(error) == "25P02":  # the transaction has failed, so the server answers nothing any more
+                return None
+            raise
         return bool(has_id and (holds_locks or not may_have_locked))
 
     def has_ended_transaction(self, connection: Connection) -> bool:
@@ -267,8 +324,8 @@ class PostgreSQL(Database):
         return code_of(error) == "42P01"
 
     def limit_log_creation(self, connection: Connection, wait: float) -> None:
-        durable = _DURABLE.format(local="false")
-        connection.exec_driver_sql(f"SELECT {durable}, set_config('lock_timeout', '{milliseconds(wait)}', false)")
+        durable = _DURABLE.format(local="true")
+        connection.exec_driver_sql(f"SELECT {durable}, set_config('lock_timeout', '{milliseconds(wait)}', true)")
 
     def durable_insert(self, into: str, values: str, wait: float | None = None) -> str:
         # The settings last until the end of the transaction. Within the INSERT they cost no round trip.

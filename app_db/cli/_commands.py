@@ -250,6 +250,10 @@ def _counted(number: int, thing: str) -> str:
 def _check(container: DatabaseContainer, options: argparse.Namespace) -> int:
     """Ask the server of each two-phase connection whether it can prepare transactions, and try to write a decision."""
     container.check()
+    for name, connection in container.settings().connections.items():
+        if connection.pooler is None and connection.sqlalchemy_url().get_backend_name() == "postgresql":
+            with container.core.decision_logs().engine(name).connect():
+                pass  # the first connection is refused if a pooler answers and the settings don't say so
     places = container.core.decision_logs()
     names = places.two_phase()
     if names:

@@ -30,7 +30,7 @@ from app_db.settings._urls import (
     with_driver,
 )
 
-DATABASE_FIELDS = ("url", *URL_PARTS, "password_provider", "connect_args")
+DATABASE_FIELDS = ("url", *URL_PARTS, "password_provider", "connect_args", "pooler")
 """The settings that say which database a connection uses. The others say how. A mirror has none of these."""
 
 # ---- rules for values ---------------------------------------------------------------------------------------
@@ -140,6 +140,7 @@ class ConnectionSettings(Group):
     transactional: bool = True
     isolation_level: _IsolationLevel | None = None
     begin_with_statement: bool = False
+    pooler: Literal["transaction", "none"] | None = None
     statement_timeout: _Finite | None = Field(default=None, gt=0)
     echo: bool = False
     pool: PoolSettings = Field(default_factory=PoolSettings)
@@ -292,6 +293,8 @@ def _url_findings(name: str, connection: ConnectionSettings, reading: Reading) -
         dialect = dialect_of(url)
         if isinstance(dialect, str):
             yield SettingsError, Problem(variable, dialect)
+        elif connection.pooler is not None and dialect.name != "postgresql":
+            yield contradiction(name, "pooler", f"is for poolers of PostgreSQL, and this is {dialect.name}. Unset it.")
     elif connection.url is not None:
         yield SettingsError, Problem(variable, UNREADABLE_URL)
     elif not _given(connection, URL_PARTS) and not reading.has_refused(path):

@@ -13,18 +13,24 @@ import pytest
 from harness.servers import Server, ServerMissing
 
 S = TypeVar("S", bound=Server)
+T = TypeVar("T")
 
 REQUIRE_SERVERS = "APP_DB_TEST_REQUIRE_SERVERS"
 REQUIRED = os.environ.get(REQUIRE_SERVERS, "") not in ("", "0")
 """Whether what is missing is a failure."""
 
 
-def started(make: Callable[[], S]) -> S:
-    """Make a server and start it."""
+def made(make: Callable[[], T]) -> T:
+    """Make what needs a program that this machine may not have."""
     try:
-        server = make()
+        return make()
     except ServerMissing as missing:
         _do_without(str(missing))
+
+
+def started(make: Callable[[], S]) -> S:
+    """Make a server and start it."""
+    server = made(make)
     try:
         return server.start()
     except BaseException:

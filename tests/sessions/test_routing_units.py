@@ -139,20 +139,20 @@ def test_the_sessions_of_the_connections_are_in_the_same_transaction(everywhere:
     assert app.names() == ["a", "b"]
 
 
-def test_objects_are_detached_and_expired_after_the_commit(app: RoutedApplication) -> None:
+def test_objects_are_detached_after_the_commit_and_keep_their_values(app: RoutedApplication) -> None:
     with app.unit():
         item = Item(name="a")
         app.session.add(item)
-    assert object_session(item) is None
-    assert "name" not in vars(item)
+    assert (object_session(item), item.name) == (None, "a")
 
 
-def test_objects_keep_their_values_where_the_settings_say_so(sqlite_url: str) -> None:
-    with routed({"writer": {"url": sqlite_url, "session": {"expire_on_commit": False}}}) as app:
+def test_objects_forget_their_values_where_the_settings_say_so(sqlite_url: str) -> None:
+    with routed({"writer": {"url": sqlite_url, "session": {"expire_on_commit": True}}}) as app:
         with app.unit():
             item = Item(name="a")
             app.session.add(item)
-        assert (object_session(item), item.name) == (None, "a")
+        assert object_session(item) is None
+        assert "name" not in vars(item)
 
 
 def test_an_object_of_a_unit_that_aborted_is_inserted_by_the_next(app: RoutedApplication) -> None:

@@ -272,4 +272,4 @@ def test_what_has_committed_is_not_tried_again_whoever_fails_afterwards(sqlite_u
         assert len(runs) == 1
         assert app.names() == ["a"]
         (note,) = caught.value.__notes__
-        assert note.endswith("came from another data manager, or from outside. Don't repeat the unit.")
+        assert note.endswith("raised this. Don't repeat the unit.")

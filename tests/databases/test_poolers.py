@@ -1,0 +1,282 @@
+"""Behind PgBouncer in transaction mode nothing is set on a session, and what is promised holds all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.exc import OperationalError
+
+from app_db.errors import ReadOnlyViolation, SettingsError, UnitOfWorkTimeout
+from app_db.testing import isolated
+from harness.applications import Application, Item, running
+from harness.poolers import PgBouncer
+from harness.requiring import made
+from harness.servers import PostgresServer
+
+TRACKED = "'application_name', 'client_encoding', 'DateStyle', 'TimeZone', 'standard_conforming_strings'"
+"""Settings that PgBouncer itself keeps apart for each client."""
+
+SESSION_SETTINGS = f"SELECT name, setting FROM pg_settings WHERE source = 'session' AND name NOT IN ({TRACKED}) ORDER BY name"
+
+
+@pytest.fixture(scope="module")
+def pooler(postgres: PostgresServer) -> Iterator[PgBouncer]:
+    pooler = made(lambda: PgBouncer(postgres))
+    yield pooler
+    pooler.close()
+
+
+@pytest.fixture
+def database(postgres: PostgresServer) -> Iterator[str]:
+    with postgres.lend_database() as name:
+        yield name
+
+
+@pytest.fixture(params=["psycopg", "asyncpg"])
+def driver(request: pytest.FixtureRequest) -> str:
+    """That of coroutines; threads use psycopg."""
+    return f"postgresql+{request.param}"
+
+
+@pytest.fixture
+def app(pooler: PgBouncer, database: str, driver: str) -> Iterator[Application]:
+    pooled = {"url": pooler.url(database, driver), "pooler": "transaction"}
+    with running(writer=pooled, reader={**pooled, "read_only": True}) as app:
+        yield app
+        for connection in session_settings(pooler, database):
+            assert connection == [], "a server connection keeps what a session has set"
+
+
+def session_settings(pooler: PgBouncer, database: str) -> list[list[tuple[Any, ...]]]:
+    """Return what is set on each server connection that the pooler has for a database, by asking all of them at once."""
+    with pooler.plain(database) as one, pooler.plain(database) as other:
+        return [connection.execute(SESSION_SETTINGS).fetchall() for connection in (one, other)]
+
+
+async def finished(app: Application) -> None:
+    await app.container.shutdown_resources()
+
+
+def test_a_reader_and_a_writer_share_server_connections_and_neither_notices(
+    app: Application, pooler: PgBouncer, database: str
+) -> None:
+    for number in range(6):
+        with app.unit():
+            app.add(f"item {number}", "writer")
+        with app.unit():
+            assert len(app.session("reader").scalars(select(Item)).all()) == number + 1
+            with pytest.raises(ReadOnlyViolation):
+                app.session("reader").execute(text("INSERT INTO items (name) VALUES ('denied')"))
+        with pooler.plain(database) as plain:
+            plain.execute("CREATE TABLE IF NOT EXISTS plain (id serial)")
+            plain.execute("INSERT INTO plain DEFAULT VALUES")
+    assert app.names("writer") == [f"item {number}" for number in range(6)]
+
+
+HIDDEN_WRITE = "DO $$ BEGIN INSERT INTO items (name) VALUES ('denied'); END $$"
+
+
+def test_a_reader_is_refused_by_the_server(app: Application) -> None:
+    for options in ({}, {"isolation": "SERIALIZABLE"}, {"timeout": 30}):
+        with pytest.raises(ReadOnlyViolation), app.unit(**options):
+            app.session("reader").execute(text(HIDDEN_WRITE))
+    with pytest.raises(ReadOnlyViolation), app.unit(read_only=True):
+        app.session("writer").execute(text(HIDDEN_WRITE))
+    with app.unit():
+        app.session("writer").execute(text(HIDDEN_WRITE))
+    assert app.names("writer") == ["denied"]
+
+
+def test_coroutines_read_and_write(app: Application) -> None:
+    async def main() -> None:
+        for number in range(8):
+            async with app.unit():
+                app.container.writer_async_session().add(Item(name=f"item {number}"))
+            async with app.unit():
+                found = await app.container.reader_async_session().scalars(select(Item))
+                assert len(found.all()) == number + 1
+            with pytest.raises(ReadOnlyViolation):
+                async with app.unit():
+                    await app.container.reader_async_session().execute(text(HIDDEN_WRITE))
+        await finished(app)
+
+    asyncio.run(main())
+
+
+def test_time_limits_and_isolation_go_with_the_transaction(pooler: PgBouncer, database: str) -> None:
+    limited = {
+        "url": pooler.url(database),
+        "pooler": "transaction",
+        "statement_timeout": 0.2,
+        "isolation_level": "REPEATABLE READ",
+    }
+    with running(writer=limited) as app:
+        with app.unit():
+            session = app.session("writer")
+            assert session.scalar(text("SHOW statement_timeout")) == "200ms"
+            assert session.scalar(text("SHOW transaction_isolation")) == "repeatable read"
+        with pytest.raises(OperationalError, match="statement timeout"), app.unit():
+            app.session("writer").execute(text("SELECT pg_sleep(5)"))
+        with pytest.raises(UnitOfWorkTimeout), app.unit(timeout=0.1):
+            app.session("writer").execute(text("SELECT pg_sleep(5)"))
+        with app.unit(isolation="SERIALIZABLE"):
+            assert app.session("writer").scalar(text("SHOW transaction_isolation")) == "serializable"
+        assert session_settings(pooler, database) == [[], []]
+
+
+@pytest.mark.parametrize("log", ["writer", "journal"])
+def test_two_phase_commit_and_recovery_work_through_the_pooler(log: str, pooler: PgBouncer, postgres: PostgresServer) -> None:
+    with postgres.lend_database() as one, postgres.lend_database() as two, postgres.lend_database() as three:
+        pooled = {
+            name: {"url": pooler.url(database), "pooler": "transaction", "two_phase": name != "journal"}
+            for name, database in {"writer": one, "warehouse": two, "journal": three}.items()
+        }
+        with Application(pooled, "strict", decision_log=log) as app:
+            app.container.check()
+            for number in range(4):
+                with app.unit():
+                    app.add(f"item {number}", "writer")
+                    app.add(f"item {number}", "warehouse")
+            assert len(app.names("writer")) == len(app.names("warehouse")) == 4
+            with app.engine("writer").connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.exec_driver_sql("SELECT 1")
+            settled = app.container.recovery().settle()
+            assert (settled.units, settled.unreachable) == ([], {})
+        assert session_settings(pooler, one) == [[], []]
+
+
+def test_isolated_tests_roll_back_through_the_pooler(app: Application) -> None:
+    with isolated(app.container):
+        for name in ("a", "b"):
+            with app.unit():
+                app.add(name, "writer")
+        with app.unit():
+            assert len(app.session("writer").scalars(select(Item)).all()) == 2
+    assert app.names("writer") == []
+
+
+def test_many_threads_and_tasks_at_once(app: Application, pooler: PgBouncer, database: str) -> None:
+    ended = time.monotonic() + 3
+    stop = threading.Event()
+    failures: list[BaseException] = []
+    count = [0, 0]
+
+    def plain_program() -> None:
+        while not stop.is_set():
+            with pooler.plain(database) as plain:
+                plain.execute("CREATE TABLE IF NOT EXISTS plain (id serial)")
+                plain.execute("INSERT INTO plain DEFAULT VALUES")
+
+    def work(number: int) -> None:
+        step = 0
+        while time.monotonic() < ended:
+            step += 1
+            try:
+                with app.unit(timeout=20):
+                    app.add(f"thread {number} step {step}", "writer")
+                with app.unit():
+                    app.session("reader").scalars(select(Item).limit(1)).all()
+                count[0] += 1
+            except BaseException as error:  # shown below
+                failures.append(error)
+                return
+
+    async def tasks() -> None:
+        async def work(number: int) -> None:
+            step = 0
+            while time.monotonic() < ended:
+                step += 1
+                async with app.unit():
+                    app.container.writer_async_session().add(Item(name=f"task {number} step {step}"))
+                async with app.unit():
+                    (await app.container.reader_async_session().scalars(select(Item).limit(1))).all()
+                count[1] += 1
+
+        await asyncio.gather(*(work(number) for number in range(12)))
+        await finished(app)
+
+    plain = threading.Thread(target=plain_program)
+    plain.start()
+    with ThreadPoolExecutor(4) as pool:
+        threads = [pool.submit(work, number) for number in range(4)]
+        asyncio.run(tasks())
+        for thread in threads:
+            thread.result()
+    stop.set()
+    plain.join()
+    assert failures == []
+    assert len(app.names("writer")) == sum(count) > 20
+
+
+# ---- where the settings don't say so ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"read_only": True}, {"statement_timeout": 3}, {}], ids=["reader", "time limit", "writer"])
+def test_a_pooler_is_refused_at_the_first_connection(
+    settings: dict[str, Any], pooler: PgBouncer, database: str, driver: str
+) -> None:
+    async def main(app: Application) -> None:
+        try:
+            async with app.unit():
+                await app.container.warehouse_async_session().execute(text("SELECT 1"))
+        finally:
+            await finished(app)
+
+    with running(warehouse={"url": pooler.url(database, driver), **settings}) as app:
+        for _ in range(2):
+            with pytest.raises(SettingsError, match=r"APP_DB_CONNECTIONS__WAREHOUSE__POOLER.*transaction.*none"), app.unit():
+                app.session("warehouse").execute(text("SELECT 1"))
+        with pytest.raises(SettingsError, match="APP_DB_CONNECTIONS__WAREHOUSE__POOLER"):
+            asyncio.run(main(app))
+    assert session_settings(pooler, database) == [[], []]
+
+
+def test_session_pooling_works_as_without_a_pooler(postgres: PostgresServer, database: str) -> None:
+    pooler = made(lambda: PgBouncer(postgres, mode="session", size=6))
+    try:
+        pooled = {"url": pooler.url(database), "pooler": "none"}
+        with running(writer=pooled, reader={**pooled, "read_only": True, "statement_timeout": 3}) as app:
+            for number in range(3):
+                with app.unit():
+                    app.add(f"item {number}", "writer")
+                with pytest.raises(ReadOnlyViolation), app.unit():
+                    app.session("reader").execute(text(HIDDEN_WRITE))
+            assert len(app.names("writer")) == 3
+    finally:
+        pooler.close()
+
+
+def test_a_pooler_is_for_postgresql() -> None:
+    with pytest.raises(SettingsError, match="POOLER: is for poolers of PostgreSQL, and this is sqlite"):
+        running(writer={"url": "sqlite://", "pooler": "transaction"}).__enter__()
+
+
+def test_without_a_pooler_the_setting_changes_no_promise(postgres: PostgresServer, database: str) -> None:
+    direct = {"url": postgres.url(database), "pooler": "transaction"}
+    with running(writer=direct, reader={**direct, "read_only": True}) as app:
+        with app.unit():
+            app.add("a", "writer")
+        with pytest.raises(ReadOnlyViolation), app.unit():
+            app.session("reader").execute(text(HIDDEN_WRITE))
+        assert app.names("writer") == ["a"]
+
+
+def test_what_a_session_setting_does_to_other_programs(pooler: PgBouncer, database: str) -> None:
+    """The fact guarded: a setting stays on a server connection, which is anybody's next."""
+    with pooler.plain(database) as careless:
+        careless.autocommit = True
+        for _ in range(2):
+            careless.execute("SET default_transaction_read_only = on")
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction), pooler.plain(database) as other:
+            for _ in range(4):
+                other.execute("CREATE TABLE refused (id int)")
+                other.rollback()
+        careless.execute("RESET ALL")
