@@ -7,12 +7,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import cast
+
+from sqlalchemy.exc import DBAPIError
 
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.recovery import GRACE, BranchInDoubt, BranchState, Settlement, UnitInDoubt
@@ -250,9 +252,11 @@ def _counted(number: int, thing: str) -> str:
 def _check(container: DatabaseContainer, options: argparse.Namespace) -> int:
     """Ask the server of each two-phase connection whether it can prepare transactions, and try to write a decision."""
     container.check()
-    for name, connection in container.settings().connections.items():
+    settings = container.settings()
+    for name in settings.connections:
+        connection = settings.connection(name)
         if connection.pooler is None and connection.sqlalchemy_url().get_backend_name() == "postgresql":
-            with container.core.decision_logs().engine(name).connect():
+            with suppress(DBAPIError, OSError), container.core.decision_logs().engine(name).connect():
                 pass  # the first connection is refused if a pooler answers and the settings don't say so
     places = container.core.decision_logs()
     names = places.two_phase()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import OperationalError
 
+from app_db.cli import main
 from app_db.errors import ReadOnlyViolation, SettingsError, UnitOfWorkTimeout
 from app_db.testing import isolated
 from harness.applications import Application, Item, running
 from harness.poolers import PgBouncer
 from harness.requiring import made
-from harness.servers import PostgresServer
+from harness.servers import PASSWORD, PostgresServer
+
+SECONDS = float(os.environ.get("POOLER_SECONDS", "3"))
 
 TRACKED = "'application_name', 'client_encoding', 'DateStyle', 'TimeZone', 'standard_conforming_strings'"
 """Settings that PgBouncer itself keeps apart for each client."""
@@ -164,7 +168,7 @@ def test_isolated_tests_roll_back_through_the_pooler(app: Application) -> None:
 
 
 def test_many_threads_and_tasks_at_once(app: Application, pooler: PgBouncer, database: str) -> None:
-    ended = time.monotonic() + 3
+    ended = time.monotonic() + SECONDS
     stop = threading.Event()
     failures: list[BaseException] = []
     count = [0, 0]
@@ -200,13 +204,13 @@ def test_many_threads_and_tasks_at_once(app: Application, pooler: PgBouncer, dat
                     (await app.container.reader_async_session().scalars(select(Item).limit(1))).all()
                 count[1] += 1
 
-        await asyncio.gather(*(work(number) for number in range(12)))
+        await asyncio.gather(*(work(number) for number in range(50)))
         await finished(app)
 
     plain = threading.Thread(target=plain_program)
     plain.start()
-    with ThreadPoolExecutor(4) as pool:
-        threads = [pool.submit(work, number) for number in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        threads = [pool.submit(work, number) for number in range(8)]
         asyncio.run(tasks())
         for thread in threads:
             thread.result()
@@ -237,6 +241,18 @@ def test_a_pooler_is_refused_at_the_first_connection(
         with pytest.raises(SettingsError, match="APP_DB_CONNECTIONS__WAREHOUSE__POOLER"):
             asyncio.run(main(app))
     assert session_settings(pooler, database) == [[], []]
+
+
+def test_the_check_of_the_command_line_says_so_beforehand(
+    pooler: PgBouncer, database: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", pooler.url(database))
+    assert main(["check"]) != 0
+    told = capsys.readouterr()
+    assert "APP_DB_CONNECTIONS__WRITER__POOLER" in told.err
+    assert PASSWORD not in told.err
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__POOLER", "transaction")
+    assert main(["check"]) == 0
 
 
 def test_session_pooling_works_as_without_a_pooler(postgres: PostgresServer, database: str) -> None:

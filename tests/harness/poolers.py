@@ -19,23 +19,10 @@ from harness.servers import (
     USER,
     PostgresServer,
     ServerFailed,
-    ServerMissing,
-    find_program,
+    pgbouncer_program,
     quick_tempdir,
-    refuse_if_unwanted,
     unprivileged,
 )
-
-INSTALL = "Install it (Debian and Ubuntu: apt-get install pgbouncer)."
-
-
-def pgbouncer_program() -> Path:
-    """Return the pooler's program; raises ServerMissing."""
-    program = find_program("pgbouncer")
-    if program is None:
-        raise ServerMissing("PgBouncer", "no pgbouncer on PATH or in /usr/sbin", INSTALL)
-    refuse_if_unwanted("PgBouncer")
-    return program
 
 
 class PgBouncer:

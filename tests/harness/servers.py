@@ -53,6 +53,7 @@ UNWANTED = tuple(name.strip().lower() for name in os.environ.get(WITHOUT, "").sp
 """Servers that the tests are to do without although the machine has them. Read now: tests run without APP_DB_ variables."""
 
 INSTALL_MARIADB = "Install its server (Debian and Ubuntu: apt-get install mariadb-server)."
+INSTALL_PGBOUNCER = "Install it (Debian and Ubuntu: apt-get install pgbouncer)."
 INSTALL_POSTGRESQL = "Install the group `test` (pip install --group test)."
 
 START_TIMEOUT = 30.0
@@ -639,6 +640,15 @@ def mariadb_program() -> Path:
     raise ServerMissing("MariaDB", "no mariadbd on PATH or in /usr/sbin", INSTALL_MARIADB)
 
 
+def pgbouncer_program() -> Path:
+    """The pooler's program; raises ServerMissing."""
+    program = find_program("pgbouncer")
+    if program is None:
+        raise ServerMissing("PgBouncer", "no pgbouncer on PATH or in /usr/sbin", INSTALL_PGBOUNCER)
+    refuse_if_unwanted("PgBouncer")
+    return program
+
+
 def refuse_if_unwanted(server: str) -> None:
     if server.lower() in UNWANTED:
         raise ServerMissing(server, f"{WITHOUT}={','.join(UNWANTED)} hides it", f"Unset {WITHOUT}.")
@@ -649,6 +659,7 @@ def available() -> dict[str, str]:
     return {
         PostgresServer.name: _availability(lambda: postgres_programs() / "postgres"),
         MariaDBServer.name: _availability(mariadb_program),
+        "pgbouncer": _availability(pgbouncer_program),
     }
 
 
