@@ -565,13 +565,24 @@ class PartialCommit(CommitError):
 
 
 class TransactionLost(CommitError):
-    """The database ended a transaction, and the unit of work did not know. Nothing was committed."""
+    """The database ended a transaction, and the unit of work did not know.
 
-    def __init__(self, connection: str) -> None:
-        super().__init__(connection)
+    Nothing was committed, unless `ended_by_statement` is true: then a statement ended the transaction, by a procedure that
+    commits, for example.
+    """
+
+    def __init__(self, connection: str, ended_by_statement: bool = False) -> None:
+        super().__init__(connection, ended_by_statement)
         self.connection = connection
+        self.ended_by_statement = ended_by_statement
 
     def __str__(self) -> str:
+        if self.ended_by_statement:
+            return (
+                f"A statement ended the transaction of the connection {self.connection!r}, a procedure for example. "
+                "What the unit had done there by then may be committed, and nothing later is. Leave the end of the transaction "
+                "to the unit of work."
+            )
         return (
             f"Nothing was committed: the connection {self.connection!r} has lost its transaction. Either a statement failed, the "
             "code caught its error, and the database rolled the transaction back: put a statement that may fail in "

@@ -192,6 +192,21 @@ class Database:
         """Return whether the transaction of `connection` can't commit after statements failed with `failures`."""
         return False
 
+    tells_transaction = False
+    """Whether `is_in_transaction` can be asked after each statement: statements may end the transaction there."""
+
+    def is_in_transaction(self, connection: Connection, *, after_call: bool) -> bool:
+        """Return whether a transaction is open, by the last answer of the server. `after_call`: code of the server has run."""
+        return True
+
+    def commits_by_itself(self, statement: str) -> bool:
+        """Return whether the database commits before this statement."""
+        return False
+
+    def refused_in_unit(self, statement: str) -> str | None:
+        """Return the words of a statement that changes what later units of the connection mean, or None."""
+        return None
+
     def note_beginning(self, connection: Connection) -> object:
         """Return what `has_written` is to compare with, where that costs no round trip."""
         return None

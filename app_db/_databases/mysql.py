@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, text
@@ -32,6 +33,33 @@ _USUAL_LIMIT = "app_db_usual_limit"
 
 _LONGEST_WAIT = 3600
 """Seconds to wait for another process that creates tables."""
+
+
+_COMMITS_BY_ITSELF = re.compile(
+    r"(?:(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES?|UNLOCK\s+TABLES?|GRANT\b|REVOKE\b"
+    r"|ANALYZE\b(?!\s+(?:FORMAT|SELECT))|OPTIMIZE\b|REPAIR\b|CHECK\s+TABLE|LOAD\s+INDEX|FLUSH\b|SET\s+PASSWORD|BEGIN\b|START\b)",
+    re.IGNORECASE,
+)
+_STAYS = re.compile(
+    r"(SET\b[^;]*\bAUTOCOMMIT\b|(?:UN)?LOCK\s+TABLES?\b|FLUSH\s+TABLES?\b[^;]*\b(?:FOR\s+EXPORT|READ\s+LOCK))", re.IGNORECASE
+)
+_COMMENT = re.compile(r"/\*(?!M?!).*?\*/|--\s[^\n]*|#[^\n]*", re.DOTALL)
+_EXECUTED_COMMENT = re.compile(r"/\*M?!\d*|\*/")
+
+
+@lru_cache(maxsize=2048)
+def _commits_by_itself(statement: str) -> bool:
+    return _COMMITS_BY_ITSELF.match(_without_comments(statement)) is not None
+
+
+@lru_cache(maxsize=2048)
+def _words_that_stay(statement: str) -> str | None:
+    found = _STAYS.match(_without_comments(statement))
+    return None if found is None else " ".join(found[1].split())
+
+
+def _without_comments(statement: str) -> str:
+    return _EXECUTED_COMMENT.sub(" ", _COMMENT.sub(" ", statement)).lstrip(" \t\r\n;(")
 
 
 class MySQLSharing(SharingRules):
@@ -156,6 +184,28 @@ class MySQL(Database):
         return self._lock_wait_timeout in codes and bool(
             connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar()
         )
+
+    tells_transaction = True
+
+    def is_in_transaction(self, connection: Connection, *, after_call: bool) -> bool:
+        driver_connection = connection.connection.driver_connection
+        if type(driver_connection).__module__.startswith("asyncmy"):  # it does not keep a status that is 0
+            return not (after_call and self._is_mariadb(connection)) or self._asked_whether_in_transaction(connection)
+        status: int | None = getattr(driver_connection, "server_status", None)
+        return status is None or bool(status & self._in_transaction)
+
+    def _asked_whether_in_transaction(self, connection: Connection) -> bool:
+        cursor = connection.connection.cursor()
+        cursor.execute("SELECT @@in_transaction")
+        found = cursor.fetchone()
+        cursor.close()
+        return bool(found and found[0])
+
+    def commits_by_itself(self, statement: str) -> bool:
+        return _commits_by_itself(statement)
+
+    def refused_in_unit(self, statement: str) -> str | None:
+        return _words_that_stay(statement)
 
     def may_be_in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
         status: int | None = getattr(driver_of(dbapi_connection), "server_status", None)

@@ -25,7 +25,7 @@ from app_db._databases.statements import (
     transaction_verb,
     writes_unnoticed,
 )
-from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, UnitOfWorkEnded
+from app_db.errors import InvalidUse, ReadOnlyViolation, SessionIsManaged, TransactionLost, UnitOfWorkEnded
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -66,6 +66,10 @@ class BranchConnection:
     _may_have_locked = False
     _writes_unnoticed = False
     _beginning: object = None
+    has_ended_transaction = False
+    """Whether a statement has ended the transaction."""
+    _was_in_transaction = False
+    _after_call = False
     _was_asked = False
     _effect_before_failure = Effect.READS
     _savepoints: dict[str, tuple[Effect, bool]] | None = None
@@ -155,6 +159,8 @@ class BranchConnection:
         verb = transaction_verb(statement) or later_transaction_verb(statement)
         if verb is not None and not self._work.finishing:
             raise SessionIsManaged(self.name, verb)
+        if self.config.database.tells_transaction:
+            self._guard_transaction(statement)
         savepoint = savepoint_verb(statement)
         if savepoint is not None:
             self._note_savepoint(savepoint)
@@ -173,6 +179,33 @@ class BranchConnection:
             self._writes_unnoticed = self._writes_unnoticed or writes_unnoticed(statement)
         if self._work.timed:
             self._work.refuse_overtime()
+
+    def _guard_transaction(self, statement: str) -> None:
+        """Refuse what would end the transaction, or change later units, and notice that an earlier statement has ended it."""
+        self.note_transaction()
+        if self.has_ended_transaction:
+            raise TransactionLost(self.name, ended_by_statement=True)
+        database, first_word = self.config.database, statement.partition(" ")[0].upper()
+        self._after_call = first_word in ("CALL", "EXECUTE", "BEGIN")
+        words = database.refused_in_unit(statement)
+        if words is not None:
+            raise InvalidUse(
+                f"{words} can't be executed on the connection {self.name!r} in a unit of work, because later units would get it",
+                "Use a connection of the engine, and undo it there",
+            )
+        if self._was_in_transaction and database.commits_by_itself(statement):
+            raise InvalidUse(
+                f"The database of {self.name!r} would commit what the unit of work did so far before this {first_word}",
+                "Execute it before the unit, or in a unit of its own",
+            )
+
+    def note_transaction(self) -> None:
+        """Note whether the transaction is open, by the last answer of the server, if the driver keeps that."""
+        for connection in self._connections:
+            if not (connection.closed or connection.invalidated):
+                is_open = self.config.database.is_in_transaction(connection, after_call=self._after_call)
+                self.has_ended_transaction = self.has_ended_transaction or (self._was_in_transaction and not is_open)
+                self._was_in_transaction = self._was_in_transaction or is_open
 
     def _note_savepoint(self, savepoint: SavepointVerb) -> None:
         """Keep what is known at a savepoint, and go back to that when the savepoint is rolled back to."""

@@ -160,7 +160,9 @@ class Branch(BranchConnection):
             return True
         if self.effect is Effect.READS:
             return False
-        return any(map(self.has_lost_transaction_on, self._connections))
+        if self.config.database.tells_transaction:
+            self.note_transaction()
+        return self.has_ended_transaction or any(map(self.has_lost_transaction_on, self._connections))
 
     def check_commit(self, rehearsal: Rehearsal) -> None:
         """Raise the errors of a PREPARE, in an isolated test that sends none."""

@@ -413,7 +413,7 @@ class Work:
         for part in list(chain[Overlay | Branch](self.overlays, self.branches)):
             if part.has_lost_transaction():
                 if not (isinstance(part, Branch) and part.lost_nothing):
-                    raise TransactionLost(part.name)
+                    raise TransactionLost(part.name, isinstance(part, Branch) and part.has_ended_transaction)
                 self.roll_back(part)
         if len(self.branches) > 1:
             self._ask_who_wrote()

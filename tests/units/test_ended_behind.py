@@ -1,0 +1,144 @@
+"""On MariaDB a statement may end the unit's transaction: it is refused, or noticed by the server's own answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from app_db.errors import InvalidUse, SessionIsManaged, TransactionLost
+from harness.applications import Application, Item, running
+
+NewUrl = Callable[[], str]
+
+PROCEDURES = [
+    "CREATE PROCEDURE commits() BEGIN COMMIT; END",
+    "CREATE PROCEDURE rolls_back() BEGIN ROLLBACK; END",
+    "CREATE PROCEDURE creates() BEGIN CREATE TABLE made (id int); DROP TABLE made; END",
+    "CREATE PROCEDURE harmless() BEGIN SELECT 1; END",
+    "CREATE PROCEDURE writes() BEGIN INSERT INTO items (name) VALUES ('by a procedure'); END",
+]
+
+
+@pytest.fixture
+def app(new_mariadb_url: NewUrl) -> Iterator[Application]:
+    with running(writer=new_mariadb_url()) as app:
+        with app.engine().begin() as connection:
+            for procedure in PROCEDURES:
+                connection.exec_driver_sql(procedure)
+        yield app
+
+
+def write(session: Session, name: str) -> None:
+    session.add(Item(name=name))
+    session.flush()
+
+
+ENDING = {
+    "procedure that commits": "CALL commits()",
+    "procedure that rolls back": "CALL rolls_back()",
+    "procedure that creates": "CALL creates()",
+    "immediate": "EXECUTE IMMEDIATE 'COMMIT'",
+    "block": "BEGIN NOT ATOMIC COMMIT; END",
+}
+
+
+@pytest.mark.parametrize("kind", ENDING)
+@pytest.mark.parametrize("goes_on", ["ends", "writes by a statement", "leaves a write to the commit"])
+def test_what_ends_the_transaction_is_noticed(kind: str, goes_on: str, app: Application) -> None:
+    with pytest.raises((TransactionLost, InvalidUse, SessionIsManaged)) as caught, app.unit():
+        session = app.session()
+        write(session, "before")
+        session.execute(text(ENDING[kind]))
+        if goes_on == "writes by a statement":
+            write(session, "after")
+        elif goes_on == "leaves a write to the commit":
+            session.add(Item(name="after"))
+    assert "after" not in app.names()
+    if isinstance(caught.value, TransactionLost):
+        assert caught.value.ended_by_statement
+        assert "may be committed" in str(caught.value)
+    else:
+        assert app.names() == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE made (id int)",
+        "TRUNCATE TABLE items",
+        "ANALYZE TABLE items",
+        "CHECK TABLE items",
+        "FLUSH STATUS",
+        "# a comment\nALTER TABLE items ADD other int",
+        "/*!50000 TRUNCATE */ TABLE items",
+        "BEGIN/**/",
+    ],
+)
+def test_what_would_commit_by_itself_is_refused_before_it_is_sent(statement: str, app: Application) -> None:
+    with pytest.raises(KeyError), app.unit():
+        write(app.session(), "before")
+        with pytest.raises((InvalidUse, SessionIsManaged)):
+            app.session().execute(text(statement))
+        raise KeyError
+    assert app.names() == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SET autocommit=1",
+        "SET @@session.autocommit = 1",
+        "LOCK TABLES items WRITE",
+        "FLUSH TABLES items FOR EXPORT",
+        "SET /* x */ AUTOCOMMIT=1",
+    ],
+)
+def test_what_stays_on_the_connection_is_refused(statement: str, app: Application) -> None:
+    with app.unit():
+        with pytest.raises(InvalidUse, match="because later units would get it"):
+            app.session().execute(text(statement))
+        write(app.session(), "kept")
+    assert app.names() == ["kept"]
+
+
+def test_what_does_not_end_the_transaction_is_no_alarm(app: Application) -> None:
+    with app.unit() as unit:
+        session = app.session()
+        session.execute(text("CALL harmless()"))
+        session.execute(text("SELECT SLEEP(0)"))
+        session.execute(text("CALL writes()"))
+        session.execute(text("SET @mine = 1"))
+        session.execute(text("CREATE TEMPORARY TABLE passing (id int)"))
+        session.execute(text("INSERT INTO passing VALUES (1)"))
+        session.execute(text("DROP TEMPORARY TABLE passing"))
+        savepoint = unit.savepoint()
+        write(session, "undone")
+        savepoint.rollback()
+        write(session, "kept")
+        session.execute(text("EXPLAIN SELECT name FROM items"))
+        session.execute(text("ANALYZE FORMAT=JSON SELECT name FROM items"))
+    assert app.names() == ["by a procedure", "kept"]
+    with app.unit():
+        app.session().execute(text("CREATE TABLE alone (id int)"))
+    with app.unit():
+        app.session().execute(text("SELECT name FROM items"))
+
+
+def test_coroutines_notice_it(app: Application) -> None:
+    async def main() -> None:
+        with pytest.raises(TransactionLost, match="ended the transaction"):
+            async with app.unit():
+                session = app.container.writer_async_session()
+                session.add(Item(name="before"))
+                await session.flush()
+                await session.execute(text("CALL commits()"))
+        async with app.unit():
+            app.container.writer_async_session().add(Item(name="later"))
+        await app.container.shutdown_resources()
+
+    asyncio.run(main())
+    assert app.names() == ["before", "later"]
