@@ -421,12 +421,19 @@ class AlreadyInUnitOfWork(UnitOfWorkError, AlreadyInTransaction):  # type: ignor
 class SessionIsManaged(UnitOfWorkError):
     """A session of a unit of work was told to begin or end its transaction. Only the unit does that."""
 
-    def __init__(self, connection: str, method: str) -> None:
-        super().__init__(connection, method)
+    def __init__(self, connection: str, method: str, by_text: bool = False) -> None:
+        super().__init__(connection, method, by_text)
         self.connection = connection
         self.method = method
+        self.by_text = by_text
+        """Whether the text of a statement says so, and not a method."""
 
     def __str__(self) -> str:
+        if self.by_text:
+            return (
+                f"A statement has a {self.method.upper()} in it, and the {self.connection!r} session belongs to a unit of work. "
+                "The unit begins and ends its transaction; session.begin_nested() takes a savepoint."
+            )
         advice = {
             "commit": "The unit commits it, when its block ends; session.flush() sends what is pending now.",
             "connection().commit": "The unit commits it, when its block ends, and can't commit any more after this.",

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from app_db._databases.prepare_verbs import PrepareVerbs
     from app_db.settings import ConnectionSettings
 
+PROTECTED = "app_db_protected"
+"""Key in the info of a DBAPI connection whose session was made read-only."""
+
 NEVER = math.inf
 """The number of seconds that stands for no limit."""
 
@@ -242,13 +245,13 @@ class Database:
         thread.start()
         thread.join(_LONGEST_CLOSE)
 
+    def may_write(self, driver_connection: object) -> bool:
+        """Return whether a connection with PROTECTED in its info is known to be writable by now. This costs no round trip."""
+        return False
+
     def refuses_write(self, error: BaseException) -> bool:
         """Return whether `error` says that the transaction is read-only."""
         return False
-
-    def denies(self, error: BaseException) -> bool:
-        """Return whether `error` says that the user may not do what the statement asks for."""
-        return self.refuses_write(error)
 
     def is_transient(self, error: BaseException) -> bool:
         """Return whether `error` is of a driver of this database, and may not occur when the unit of work is run again."""

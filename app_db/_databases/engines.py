@@ -18,7 +18,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPo
 from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.os import after_fork_in_child
-from app_db._databases.database import Database
+from app_db._databases.database import PROTECTED, Database, driver_of
 from app_db._databases.disposal import retired, settle
 from app_db._databases.registry import database_of
 from app_db.errors import Problem, SettingsError
@@ -247,6 +247,9 @@ def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
             database.roll_back(dbapi_connection)
         if may_wait and database.is_left_in_the_middle(dbapi_connection):
             record.invalidate()
+            return
+        if PROTECTED in record.info and database.may_write(driver_of(dbapi_connection)):
+            record.invalidate()  # a statement has lifted the protection
             return
         database.clean_up(dbapi_connection, record.info)
         record.info[_IDLE_SINCE] = time.monotonic()

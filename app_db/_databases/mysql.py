@@ -117,7 +117,6 @@ class MySQL(Database):
     _pymysql_only = frozenset(
         "ssl_ca ssl_cert ssl_key ssl_key_password ssl_disabled ssl_verify_cert ssl_verify_identity write_timeout".split()
     )
-    _denials = frozenset({1142, 1143, 1227, 1370})  # of a table, a column, an operation, a routine
     _in_transaction = 1  # the protocol's SERVER_STATUS_IN_TRANS
     _deadlock = 1213
     _lock_wait_timeout = 1205
@@ -215,9 +214,6 @@ class MySQL(Database):
 
     def refuses_write(self, error: BaseException) -> bool:
         return bool(error.args) and error.args[0] == 1792
-
-    def denies(self, error: BaseException) -> bool:
-        return self.refuses_write(error) or code_of(error) in self._denials
 
     def _is_mariadb(self, connection: Connection) -> bool:
         return bool(getattr(connection.dialect, "is_mariadb", False))

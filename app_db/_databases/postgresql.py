@@ -16,7 +16,18 @@ from app_db._compat.asyncpg import believes_in_transaction, is_asyncpg
 from app_db._compat.asyncpg import hang_up as hang_up_asyncpg
 from app_db._compat.psycopg import async_view as psycopg_async_view
 from app_db._compat.psycopg import libpq_of
-from app_db._databases.database import NEVER, Database, SharingRules, code_of, driver_of, execute, milliseconds, new_mark, quoted
+from app_db._databases.database import (
+    NEVER,
+    PROTECTED,
+    Database,
+    SharingRules,
+    code_of,
+    driver_of,
+    execute,
+    milliseconds,
+    new_mark,
+    quoted,
+)
 from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db.errors import CannotIsolate, Problem, SettingsError
@@ -198,6 +209,8 @@ class PostgreSQL(Database):
             dbapi_connection.autocommit = True  # otherwise a rollback would undo the parameters
             execute(dbapi_connection, statement)
             dbapi_connection.autocommit = autocommit
+            if settings.read_only:
+                record.info[PROTECTED] = True
 
     def _limit_each_transaction(self, engine: Engine, settings: ConnectionSettings) -> None:
         if settings.statement_timeout is None:
@@ -304,11 +317,15 @@ class PostgreSQL(Database):
         if getattr(driver_of(dbapi_connection), "is_left_in_autocommit", False):
             dbapi_connection.autocommit = False
 
+    def may_write(self, driver_connection: object) -> bool:
+        # The server reports what is the default, from version 14 on.
+        if is_asyncpg(driver_connection):
+            return getattr(driver_connection.get_settings(), "default_transaction_read_only", "on") == "off"
+        libpq = libpq_of(driver_connection)
+        return libpq is not None and libpq.parameter_status(b"default_transaction_read_only") == b"off"
+
     def refuses_write(self, error: BaseException) -> bool:
         return getattr(error, "sqlstate", None) == "25006"
-
-    def denies(self, error: BaseException) -> bool:
-        return code_of(error) in ("42501", "25006", "25P02")  # the last one follows from an earlier failure
 
     def is_transient(self, error: BaseException) -> bool:
         sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)

@@ -65,65 +65,66 @@ _HARMLESS = frozenset(
 )
 
 
-_CONTROLS_TRANSACTION = re.compile(
-    r"""(?:--[^\n]*\n|/\*(?!M?!).*?\*/|[\s;])*
-    (?:(?P<commit>COMMIT\b|END\s*(?:WORK|TRANSACTION)?\s*;?\s*\Z)
+_VERB = r"""(?:(?P<commit>COMMIT\b|END\b(?!\s+(?:IF|CASE|LOOP|WHILE|REPEAT|FOR)\b))|(?P<prepare>PREPARE\s+TRANSACTION\b)
     |(?P<rollback>(?:ROLLBACK|ABORT)\b(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))
-    |(?P<begin>START\s+TRANSACTION\b|BEGIN\s*(?:WORK|TRANSACTION)?\s*;?\s*\Z))""",
-    re.DOTALL | re.IGNORECASE | re.VERBOSE,
+    |(?P<begin>START\s+TRANSACTION\b|BEGIN\b(?=\s*(?:;|\Z|(?:WORK|TRANSACTION|ISOLATION|READ|DEFERRED|IMMEDIATE|EXCLUSIVE)\b
+    |(?:NOT\s+)?DEFERRABLE\b))))"""
+_FIRST_VERB = re.compile(_VERB, re.IGNORECASE | re.VERBOSE)
+_LATER_VERB = re.compile(r";[\s;]*" + _VERB, re.IGNORECASE | re.VERBOSE)
+_LATER_VERB_IN_QUOTES = re.compile(r";[\s;]*" + _VERB + r"\s*(?:WORK|TRANSACTION|AND\b|;|\Z)", re.IGNORECASE | re.VERBOSE)
+
+_COMMENT = re.compile(r"/\*(?!M?!)(?:(?!/\*).)*?\*/|--[^\n]*|^\s*\#[^\n]*", re.DOTALL | re.MULTILINE)
+_EXECUTED_COMMENT = re.compile(r"/\*M?!\d*|\*/")
+_DOLLAR_QUOTED = re.compile(r"\$(\w*)\$.*?\$\1\$", re.DOTALL)
+_BODY = re.compile(
+    r"""\A(?:CREATE\s+(?:OR\s+REPLACE\s+)?(?:DEFINER\s*=\s*\S+\s+)?(?:TEMP(?:ORARY)?\s+|CONSTRAINT\s+|AGGREGATE\s+)*
+    (?:TRIGGER|PROCEDURE|FUNCTION|EVENT|PACKAGE)\b.*?|)\bBEGIN\b.*\bEND\b""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
+
+
+def _bare(statement: str) -> str:
+    """Return a text without comments, and with the content of those that MariaDB and MySQL execute."""
+    return _EXECUTED_COMMENT.sub(" ", _COMMENT.sub(" ", statement)).strip(" \t\r\n;(")
 
 
 @lru_cache(maxsize=2048)
 def transaction_verb(statement: str) -> str | None:
-    """Return `commit`, `rollback` or `begin` if a statement does that to the whole transaction, else None."""
-    found = _CONTROLS_TRANSACTION.match(statement)
-    return found.lastgroup if found else None
+    """Return `commit`, `rollback`, `prepare` or `begin` if a statement of the text does that to the whole transaction.
 
-
-_DOLLAR_QUOTED = re.compile(r"\$(\w*)\$.*?\$\1\$", re.DOTALL)
-_LATER_CONTROL = re.compile(
-    r""";(?:--[^\n]*\n|/\*(?!M?!).*?\*/|[\s;])*
-    (?:(?P<commit>COMMIT|END|PREPARE\s+TRANSACTION)|(?P<rollback>(?:ROLLBACK|ABORT)(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))
-    |(?P<begin>BEGIN|START\s+TRANSACTION))\b""",
-    re.DOTALL | re.IGNORECASE | re.VERBOSE,
-)
-_HAS_A_BODY = re.compile(r"\s*CREATE\b[^;]*\b(?:TRIGGER|PROCEDURE|FUNCTION|EVENT|PACKAGE)\b", re.IGNORECASE)
-
-
-@lru_cache(maxsize=2048)
-def later_transaction_verb(statement: str) -> str | None:
-    """Return what a statement after the first one in a text does to the whole transaction: `commit`, `rollback` or `begin`.
-
-    Where a text is quoted in a way that databases read differently, what is inside the quotes counts as well.
+    Where a text is quoted in a way that databases read differently, the quoted parts count as well.
     """
-    if ";" not in statement or _HAS_A_BODY.match(statement):
-        return None
-    text = _DOLLAR_QUOTED.sub(" ", statement)
-    plain = _QUOTED.sub(_without_content, text)
-    found = _LATER_CONTROL.search(text if "\\" in text or _STRAY_QUOTE.search(plain) else plain)
+    bare = _bare(statement)
+    found = _FIRST_VERB.match(bare)
+    if found is None and ";" in bare:
+        text = _DOLLAR_QUOTED.sub(" ", bare)
+        plain = _BODY.sub(" ", _QUOTED.sub(_without_content, text))
+        is_doubtful = "\\" in text or _STRAY_QUOTE.search(plain)
+        found = _LATER_VERB.search(plain) or (_LATER_VERB_IN_QUOTES.search(_BODY.sub(" ", text)) if is_doubtful else None)
     return found.lastgroup if found else None
 
 
 class SavepointVerb(NamedTuple):
-    """A statement that takes a savepoint, or rolls back to one."""
+    """A statement that takes a savepoint, releases it, or rolls back to it. Databases read names without case."""
 
+    verb: str
     name: str
-    undoes: bool
 
 
 _SAVEPOINT = re.compile(
-    r"""\s*(?:SAVEPOINT\s+(?P<taken>\S+)
-    |ROLLBACK\s+(?:(?:WORK|TRANSACTION)\s+)?TO\s+(?:SAVEPOINT\s+)?(?P<undone>\S+))\s*;?\s*\Z""",
+    r"""(?:SAVEPOINT\s+(?P<take>\S+)|RELEASE\s+(?:SAVEPOINT\s+)?(?P<release>\S+)
+    |ROLLBACK\s+(?:(?:WORK|TRANSACTION)\s+)?TO\s+(?:SAVEPOINT\s+)?(?P<undo>\S+))\s*;?\s*\Z""",
     re.IGNORECASE | re.VERBOSE,
 )
 
 
 @lru_cache(maxsize=2048)
 def savepoint_verb(statement: str) -> SavepointVerb | None:
-    """Return which savepoint a statement takes or rolls back to, if it does."""
-    found = _SAVEPOINT.match(statement)
-    return None if found is None else SavepointVerb((found["taken"] or found["undone"]).rstrip(";"), found["undone"] is not None)
+    """Return which savepoint a statement takes, releases or rolls back to."""
+    found = _SAVEPOINT.match(_bare(statement))
+    if found is None or found.lastgroup is None:
+        return None
+    return SavepointVerb(found.lastgroup, found[found.lastgroup].strip('"`;').lower())
 
 
 _WRITES_UNNOTICED = re.compile(r"\bNOTIFY\b|\bpg_notify\b|\bWITH\s+HOLD\b|\bdblink", re.IGNORECASE)
@@ -142,18 +143,52 @@ def locks_rows(statement: str) -> bool:
 
 
 _LIFTS_READ_ONLY = re.compile(
-    r"""\b(?:SET|START|BEGIN)\b[^;]*(?:\bREAD\s+WRITE\b|read_only\b)
-    |\bset_config\s*\(\s*'\w*read_only
-    |\b(?:RESET|DISCARD)\s+ALL\b|\bRESET\s+\w*read_only\b
-    |\bquery_only\b\s*[=(]""",
-    re.IGNORECASE | re.VERBOSE,
+    r"""\bREAD\s+WRITE\b|read_only\b|\bset_config\b|\b(?:RESET|DISCARD)\b|\bquery_only\b""", re.IGNORECASE
 )
+_SHOWS = re.compile(r"\s*(?:SHOW|SELECT\s+current_setting\s*\(\s*'\w+'\s*\)|PRAGMA\s+query_only)\s*\w*\s*;?\s*\Z", re.IGNORECASE)
+_READER_WORDS = frozenset(
+    """
+    SELECT WITH VALUES TABLE EXPLAIN SHOW DESCRIBE DESC FETCH MOVE CLOSE DECLARE COPY PRAGMA SAVEPOINT RELEASE ROLLBACK ANALYZE
+    CHECK HELP LISTEN UNLISTEN
+    """.split()
+)
+"""The first words of statements that only read."""
+_HARMLESS_SET = re.compile(
+    r"SET\s+(?:@\w|LOCAL\s+\w+\s*=|(?:SESSION\s+|GLOBAL\s+)?max_(?:statement|execution)_time\s*=|TRANSACTION\s+READ\s+ONLY\s*\Z)",
+    re.IGNORECASE,
+)
+_HARMLESS_PRAGMA = re.compile(r"PRAGMA\s+(?:\w+\.)?\w+\s*(?:\(\s*['\"]?\w+['\"]?\s*\)\s*)?;?\s*\Z", re.IGNORECASE)
 
 
 @lru_cache(maxsize=2048)
-def lifts_read_only(statement: str) -> bool:
-    """Return whether `statement` would make a read-only connection or transaction writable."""
-    return _LIFTS_READ_ONLY.search(statement) is not None
+def refused_to_readers(statement: str) -> str | None:
+    """Return what a read-only session refuses about a statement, or None if the statement is left to the database.
+
+    It refuses a statement whose first word does not only read (SET, DO, CALL, RESET, PREPARE), several statements in one text,
+    and the words by which a session becomes writable.
+    """
+    bare = _bare(statement)
+    first = _FIRST_WORD.match(bare)
+    word = first.group(1).upper() if first else ""
+    if _LIFTS_READ_ONLY.search(_LOCAL_LIMIT.sub(" ", bare)) and not _SHOWS.match(bare):
+        return "Lifting the protection"
+    reads = word in _READER_WORDS and not _has_several(bare)
+    if word == "SET":
+        reads = _HARMLESS_SET.match(bare) is not None
+    elif word == "PRAGMA":
+        reads = _HARMLESS_PRAGMA.match(bare) is not None
+    return None if reads else "A statement that may do more than read"
+
+
+_LOCAL_LIMIT = re.compile(r"TRANSACTION\s+READ\s+ONLY", re.IGNORECASE)
+
+
+def _has_several(text: str) -> bool:
+    if ";" not in text:
+        return False
+    unquoted = _DOLLAR_QUOTED.sub(" ", text)
+    plain = _QUOTED.sub(_without_content, unquoted)
+    return re.search(r";\s*[^\s;]", unquoted if "\\" in text or _STRAY_QUOTE.search(plain) else plain) is not None
 
 
 def is_harmless(function: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.orm import scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
@@ -17,9 +17,6 @@ from app_db.errors import (
     NoUnitOfWork,
     UnitOfWorkEnded,
 )
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("app_db")
 

@@ -35,6 +35,7 @@ from app_db.errors import (
     UnitOfWorkEnded,
     UnitOfWorkError,
 )
+from app_db.settings._urls import masked
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect, Engine, RootTransaction
@@ -121,6 +122,7 @@ class UnitSession(Session):
         self.config = config
         self.branch: Branch | None = None
         self._work: Work | None = None
+        self._engine: Engine | None = None
 
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
         """Return the engine, after checking the unit. SQLAlchemy calls this before each use of the database."""
@@ -128,7 +130,7 @@ class UnitSession(Session):
         if self.branch is None and self._work is not None:
             self.config.note_next_checkout(self._work)
         bind = super().get_bind(*args, **arguments)
-        if bind is not self.bind:
+        if bind is not self._engine:
             self._refuse_other_engine(bind)
         return bind
 
@@ -136,7 +138,7 @@ class UnitSession(Session):
         """Raise unless this is the connection of the session's branch: what another one does would not commit with the unit."""
         if self.branch is None or bind not in self.branch.connections:
             raise InvalidUse(
-                f"The {self.config.name!r} session was given another engine, {bind.engine.url!r}, whose work might commit alone",
+                f"The {self.config.name!r} session was given another engine, {masked(bind.engine.url)}, which may commit alone",
                 "Declare a connection for that database, and use the session of that",
             )
 
@@ -161,7 +163,7 @@ class UnitSession(Session):
         """Make this a session of `work`."""
         if work.transaction.status != "Active" and not work.is_open():
             raise UnitOfWorkEnded(self._subject)
-        self.bind = self.config.engine_for(work)
+        self.bind = self._engine = self.config.engine_for(work)
         self._work = work
         if self.config.may_keep_decisions and not (self.config.read_only or work.read_only):
             self.config.make_log()
@@ -192,7 +194,7 @@ class UnitSession(Session):
     def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None:
         """Continue a branch whose transaction has begun, as if this session had begun it."""
         own = self.get_transaction() or super().begin()
-        self.bind = connection.engine
+        self.bind = self._engine = connection.engine
         hand_over(connection, transaction, own)
         self.branch = branch
         self.take_part()
@@ -242,7 +244,7 @@ class UnitSession(Session):
                 "Use the engine for what must be committed at once, or a connection with transactional=false",
             )
         bind = (bind_arguments or {}).get("bind")
-        if bind is not None and bind is not self.bind:
+        if bind is not None and bind is not self._engine:
             self._refuse_other_engine(bind)
         return super().connection(bind_arguments, execution_options)
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
 
+from app_db._databases.database import PROTECTED
 from app_db._databases.interruptions import interrupted
 from app_db._databases.prepare_verbs import PrepareVerbs, Settling
 from app_db._databases.statements import (
     Effect,
     SavepointVerb,
     effect_of,
-    later_transaction_verb,
-    lifts_read_only,
     locks_rows,
+    refused_to_readers,
     savepoint_verb,
     transaction_verb,
     writes_unnoticed,
@@ -70,9 +70,10 @@ class BranchConnection:
     """Whether a statement has ended the transaction."""
     _was_in_transaction = False
     _after_call = False
-    _was_asked = False
-    _effect_before_failure = Effect.READS
-    _savepoints: dict[str, tuple[Effect, bool]] | None = None
+    _savepoints: tuple[tuple[str, Effect, bool], ...] = ()
+    """By the order in which they were taken: name, effect by then, and whether nothing had changed."""
+    _savepoint_sent: tuple[SavepointVerb, int] | None = None
+    """The last statement about a savepoint, and how many statements had failed before it."""
     _failures: Sequence[BaseException] = ()
     _usual_limits: Mapping[Connection, float] = MappingProxyType({})
 
@@ -127,6 +128,11 @@ class BranchConnection:
         if self._rolled_back_by is not None:
             connection.close()  # the branch was rolled back meanwhile
             raise UnitOfWorkEnded(f"The {self.name!r} session")
+        if self._connections:
+            raise InvalidUse(
+                f"The {self.name!r} session began on a second connection, whose work might commit alone",
+                "Use one engine for each session, and declare a connection for the other database",
+            )
         info = self._connections[connection] = connection.info
         if self.config.two_phase and not self.read_only and self._work.rehearsal is None:
             self._begin_by_xid(connection)
@@ -156,19 +162,18 @@ class BranchConnection:
         """Note the effect of a statement that is about to be sent, or raise if it is not allowed."""
         if self._rolled_back_by not in (None, get_ident()):
             raise UnitOfWorkEnded(f"The {self.name!r} session")  # another thread is aborting the unit
-        verb = transaction_verb(statement) or later_transaction_verb(statement)
+        verb = transaction_verb(statement)
         if verb is not None and not self._work.finishing:
-            raise SessionIsManaged(self.name, verb)
-        if self.config.database.tells_transaction:
+            raise SessionIsManaged(self.name, verb, by_text=True)
+        if self.config.database.tells_transaction and self._work.rehearsal is None:
             self._guard_transaction(statement)
+        if self._savepoint_sent is not None:
+            self._note_savepoint()
         savepoint = savepoint_verb(statement)
         if savepoint is not None:
-            self._note_savepoint(savepoint)
-        if self.read_only and lifts_read_only(statement):
-            raise ReadOnlyViolation(self.name, "Lifting the protection", not self.config.read_only)
-        self._was_asked = False
-        if not self._failures:
-            self._effect_before_failure = self.effect
+            self._savepoint_sent = savepoint, len(self._failures)
+        if self.read_only:
+            self._guard_reader(statement)
         effect = effect_of(statement)
         if effect > self.effect:
             if effect is Effect.WRITES and self.read_only:
@@ -179,6 +184,18 @@ class BranchConnection:
             self._writes_unnoticed = self._writes_unnoticed or writes_unnoticed(statement)
         if self._work.timed:
             self._work.refuse_overtime()
+
+    def _guard_reader(self, statement: str) -> None:
+        """Refuse what may lift the protection, and close a connection whose protection is gone all the same."""
+        refused = None if effect_of(statement) is Effect.WRITES else refused_to_readers(statement)
+        if refused is not None:
+            raise ReadOnlyViolation(self.name, refused, not self.config.read_only)
+        for connection, info in self._connections.items():
+            if PROTECTED not in info or connection.closed or connection.invalidated:
+                continue
+            if self.config.database.may_write(connection.connection.driver_connection):
+                connection.invalidate()
+                raise ReadOnlyViolation(self.name, "A statement after one that lifted the protection", False)
 
     def _guard_transaction(self, statement: str) -> None:
         """Refuse what would end the transaction, or change later units, and notice that an earlier statement has ended it."""
@@ -207,24 +224,34 @@ class BranchConnection:
                 self.has_ended_transaction = self.has_ended_transaction or (self._was_in_transaction and not is_open)
                 self._was_in_transaction = self._was_in_transaction or is_open
 
-    def _note_savepoint(self, savepoint: SavepointVerb) -> None:
-        """Keep what is known at a savepoint, and go back to that when the savepoint is rolled back to."""
-        known = {} if self._savepoints is None else self._savepoints
-        if not savepoint.undoes:
-            current = self.config.database.note_beginning(self.connection)
-            known[savepoint.name] = self.effect, current == self._beginning
-            self._savepoints = known
-        elif savepoint.name in known:
-            self.effect, had_changed_nothing = known[savepoint.name]
+    def _note_savepoint(self) -> None:
+        """Keep what is known at a savepoint, and go back to that once the savepoint was rolled back to, unless that failed."""
+        if self._savepoint_sent is None:
+            return
+        (verb, name), failures_before = self._savepoint_sent
+        self._savepoint_sent = None
+        if len(self._failures) > failures_before:
+            return
+        if verb == "take":
+            has_changed_nothing = self.config.database.note_beginning(self.connection) == self._beginning
+            self._savepoints = (*self._savepoints, (name, self.effect, has_changed_nothing))
+            return
+        places = [place for place, (taken, _, _) in enumerate(self._savepoints) if taken == name]
+        if not places:
+            return
+        if verb == "undo":
+            _, self.effect, had_changed_nothing = self._savepoints[places[-1]]
             self._may_have_locked = True
             if had_changed_nothing:
                 self._beginning = self.config.database.note_beginning(self.connection)
+        self._savepoints = self._savepoints[: places[-1] + (verb == "undo")]
 
     def ask_whether_it_wrote(self) -> None:
         """Ask the database whether the transaction has changed anything, unless the text of a statement says so for certain."""
         if self.read_only or self.config.autonomous or self._writes_unnoticed or len(self._connections) != 1:
             return
-        if self.effect is Effect.WRITES or self._was_asked or self._work.rehearsal is not None:
+        self._note_savepoint()
+        if self.effect is Effect.WRITES or self._work.rehearsal is not None:
             return
         known = self.effect  # which the question itself may change
         wrote = self.config.database.has_written(self.connection, self._beginning, may_have_locked=self._may_have_locked)
@@ -232,7 +259,6 @@ class BranchConnection:
             self.effect = known
         else:
             self.effect = max(known, Effect.MAY_WRITE) if wrote else min(known, Effect.LOCKS)
-        self._was_asked = True
 
     def is_interrupted_by(self, error: BaseException) -> bool:
         """Return whether an exception from outside interrupted the driver, so that the connection must be closed."""
@@ -252,10 +278,8 @@ class BranchConnection:
 
     @property
     def lost_nothing(self) -> bool:
-        """Whether it may be rolled back alone: it wrote nothing, and its database denied each statement that failed."""
-        if not self._failures or self._effect_before_failure >= Effect.MAY_WRITE:
-            return False
-        return self.config.read_only or all(map(self.config.database.denies, self._failures))
+        """Whether it may be rolled back alone, because nothing can have been written on its connection."""
+        return self.config.read_only
 
     def better_error(self, statement: str, error: BaseException) -> BaseException:
         """Return a driver's error as SQLAlchemy would raise it. Close the connection if it was lost."""
@@ -294,7 +318,10 @@ class BranchConnection:
         """Return whether the database would roll back on COMMIT."""
         if self._failures:
             return self.config.database.has_lost_transaction(connection, self._failures)
-        return self.wrote and self.config.database.has_ended_transaction(connection)
+        if not (self.wrote and self.config.database.has_ended_transaction(connection)):
+            return False
+        self.has_ended_transaction = not self.config.database.may_be_in_transaction(connection.connection)
+        return True
 
     def abandon(self) -> None:
         """Close the connection. Recovery settles what it may have prepared."""

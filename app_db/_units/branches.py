@@ -160,7 +160,7 @@ class Branch(BranchConnection):
             return True
         if self.effect is Effect.READS:
             return False
-        if self.config.database.tells_transaction:
+        if self.config.database.tells_transaction and self._work.rehearsal is None:
             self.note_transaction()
         return self.has_ended_transaction or any(map(self.has_lost_transaction_on, self._connections))
 

@@ -29,15 +29,17 @@ class WorkSavepoint:
         """Undo what was done since the savepoint. Sessions that joined later start again."""
         older = [part for part, _ in self._nested]
         self._work.finishing = True
-        for overlay in self._work.overlays:
-            if overlay not in older:
-                overlay.roll_back()
-        for branch in self._work.branches:
-            if branch.has_savepoints and branch not in older:
-                for overlay in self._work.overlays:
-                    overlay.leave(branch.connections)
-                branch.roll_back()
-        self._work.finishing = False
+        try:
+            for overlay in self._work.overlays:
+                if overlay not in older:
+                    overlay.roll_back()
+            for branch in self._work.branches:
+                if branch.has_savepoints and branch not in older:
+                    for overlay in self._work.overlays:
+                        overlay.leave(branch.connections)
+                    branch.roll_back()
+        finally:
+            self._work.finishing = False
         self._work.overlays[:] = [overlay for overlay in self._work.overlays if not overlay.finished]
         self._work.branches[:] = [branch for branch in self._work.branches if not branch.finished]
         for part, nested in reversed(self._nested):

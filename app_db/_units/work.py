@@ -270,7 +270,9 @@ class Work:
                 self._flush()  # other data managers may have written while they voted
                 self._refuse_what_cannot_commit()
             flush_for_good(self.overlays, self.branches)
-            self._refuse_partial_commit()
+            if len(self.branches) > 1:
+                self._ask_who_wrote()  # last, because listeners and other data managers may have written
+                self._refuse_partial_commit()
         self.flushing = False
         self._committing = True
         if len(self.branches) > 1:
@@ -415,9 +417,6 @@ class Work:
                 if not (isinstance(part, Branch) and part.lost_nothing):
                     raise TransactionLost(part.name, isinstance(part, Branch) and part.has_ended_transaction)
                 self.roll_back(part)
-        if len(self.branches) > 1:
-            self._ask_who_wrote()
-            self._refuse_partial_commit()
 
     def _ask_who_wrote(self) -> None:
         """Ask the databases which of them the unit has written to, where more than one of them may have been written to."""

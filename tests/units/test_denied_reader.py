@@ -129,20 +129,36 @@ def as_looker(app: Application) -> Any:
     return session
 
 
-def test_what_a_role_denies_on_a_connection_that_wrote_nothing_dooms_nothing(limited: Application) -> None:
+def test_a_read_that_a_role_denies_dooms_nothing(limited: Application) -> None:
     app = limited
     with app.unit():
         app.add("a", "writer")
         with pytest.raises(DBAPIError, match="permission denied"):
-            as_looker(app).execute(text("INSERT INTO items (name) VALUES ('denied')"))
+            as_looker(app).execute(text("SELECT rolpassword FROM pg_authid"))
     assert app.names("writer") == ["a"]
-    with app.unit():
-        app.add("b", "writer")
+
+
+def test_a_write_that_a_role_denies_dooms_the_unit(limited: Application) -> None:
+    """Its transaction is lost, and only the text of its statements could say whether it had written: that is not enough."""
+    app = limited
+    for attempt in (text("INSERT INTO items (name) VALUES ('denied')"), None):
+        with pytest.raises(TransactionLost), app.unit():
+            app.add("a", "writer")
+            session = as_looker(app)
+            with pytest.raises(DBAPIError, match="permission denied"):
+                session.execute(attempt) if attempt is not None else add(session) or session.flush()
+    assert (app.names("writer"), app.names("other")) == ([], [])
+
+
+def test_a_denial_after_a_savepoint_loses_no_later_write(limited: Application) -> None:
+    app = limited
+    with pytest.raises(TransactionLost), app.unit():
         session = as_looker(app)
-        session.add(Item(name="denied"))
-        with pytest.raises(DBAPIError, match="permission denied"):
-            session.flush()
-    assert (app.names("writer"), app.names("other")) == (["a", "b"], [])
+        with pytest.raises(DBAPIError), session.begin_nested():
+            session.execute(text("SELECT rolpassword FROM pg_authid"))
+        session.execute(text("INSERT INTO own (name) VALUES ('lost')"))
+        with pytest.raises(DBAPIError):
+            session.execute(text("SELECT rolpassword FROM pg_authid"))
 
 
 def test_what_a_role_denies_inside_a_savepoint_dooms_nothing(limited: Application) -> None:

@@ -76,6 +76,9 @@ def test_what_ends_the_transaction_is_noticed(kind: str, goes_on: str, app: Appl
         "# a comment\nALTER TABLE items ADD other int",
         "/*!50000 TRUNCATE */ TABLE items",
         "BEGIN/**/",
+        "/*!COMMIT*/",
+        "/*M! COMMIT */",
+        "# c\nCOMMIT",
     ],
 )
 def test_what_would_commit_by_itself_is_refused_before_it_is_sent(statement: str, app: Application) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import event, select, text
+from sqlalchemy import create_engine, event, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from app_db.errors import InvalidUse, NotAtomic, SessionIsManaged
@@ -251,11 +253,19 @@ def test_a_second_engine_in_a_session_is_refused_before_it_is_used(new_sqlite_ur
         ("SELECT 1; -- and then\n/* here */ END", "commit"),
         ("SELECT 'a\\' ; COMMIT; SELECT '", "commit"),
         ("SELECT $$ ; $$; commit", "commit"),
+        ("END -- it", "commit"),
+        ("END /* it */", "commit"),
+        ("END AND CHAIN", "commit"),
+        ("END; SELECT 1", "commit"),
+        ("CREATE TABLE event (id int); INSERT INTO event VALUES (1); COMMIT", "commit"),
+        ("CREATE FUNCTION body() RETURNS int LANGUAGE sql AS $$ SELECT 1 $$; COMMIT", "commit"),
+        ("PREPARE TRANSACTION 'x'", "prepare"),
+        ("SELECT 1; BEGIN; COMMIT; END", "begin"),
     ],
 )
 def test_a_text_that_ends_the_transaction_is_refused_before_it_is_sent(statement: str, verb: str, apps: Application) -> None:
     before = apps.names("writer")
-    with apps.unit(), pytest.raises(SessionIsManaged, match=verb):
+    with apps.unit(), pytest.raises(SessionIsManaged, match=f"has a {verb.upper()} in it"):
         apps.session("writer").connection().exec_driver_sql(statement)
     assert apps.names("writer") == before
 
@@ -268,6 +278,8 @@ def test_a_text_that_ends_the_transaction_is_refused_before_it_is_sent(statement
         "SELECT 1; ROLLBACK TO SAVEPOINT a",
         "CREATE FUNCTION body() RETURNS integer LANGUAGE plpgsql AS $$ BEGIN RETURN 1; END; $$",
         "DO $$ BEGIN PERFORM 1; END; $$",
+        "SELECT 'C:\\dir; end of line'",
+        "/* c */ SELECT 1",
     ],
 )
 def test_a_text_that_does_not_end_the_transaction_is_sent(statement: str, apps: Application) -> None:
@@ -275,6 +287,57 @@ def test_a_text_that_does_not_end_the_transaction_is_sent(statement: str, apps: 
         apps.session("writer").connection().exec_driver_sql("SAVEPOINT a")
         apps.session("writer").connection().exec_driver_sql(statement)
         raise KeyError
+
+
+def test_a_sessions_own_engine_that_was_replaced_is_refused(new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url(), warehouse=new_sqlite_url()) as app:
+        with pytest.raises(InvalidUse, match="another engine"), app.unit():
+            session = app.session("writer")
+            session.execute(text("INSERT INTO items (name) VALUES ('a')"))
+            session.bind = app.container.warehouse_engine()
+            session.execute(text("INSERT INTO items (name) VALUES ('b')"))
+        assert (app.names("writer"), app.names("warehouse")) == ([], [])
+
+
+def test_the_error_shows_no_secret_of_the_other_engine(new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url()) as app:
+        other = create_engine("postgresql+psycopg://u:s3cr3t@h/d?password=s3cr3t&sslpassword=s3cr3t")
+        with pytest.raises(InvalidUse) as caught, app.unit():
+            app.session("writer").connection(bind_arguments={"bind": other})
+        assert "s3cr3t" not in str(caught.value)
+
+
+SAVEPOINTS = {
+    "another case": ["SAVEPOINT a", INSERT := "INSERT INTO items (name) VALUES ('kept')", "SAVEPOINT A", "ROLLBACK TO a"],
+    "quoted": ["SAVEPOINT a", INSERT, 'SAVEPOINT "a"', 'ROLLBACK TO "a"'],
+    "the same twice": ["SAVEPOINT a", INSERT, "SAVEPOINT a", "ROLLBACK TO SAVEPOINT a"],
+    "released": ["SAVEPOINT a", "RELEASE SAVEPOINT a", INSERT, "ROLLBACK TO a"],
+}
+
+
+@pytest.mark.parametrize("kind", SAVEPOINTS)
+def test_a_write_counts_unless_it_was_really_undone(kind: str, new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url(), warehouse=new_sqlite_url()) as app:
+        with pytest.raises(NotAtomic), app.unit():
+            for statement in SAVEPOINTS[kind]:
+                with suppress(OperationalError):  # there is no such savepoint any more
+                    app.session("writer").execute(text(statement))
+            app.add("refused", "warehouse")
+        assert (app.names("writer"), app.names("warehouse")) == ([], [])
+
+
+def test_what_a_listener_writes_at_the_last_moment_counts(new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url(), warehouse=new_sqlite_url()) as app:
+
+        def write(session: Session) -> None:
+            cursor = session.connection().connection.cursor()
+            cursor.execute("INSERT INTO items (name) VALUES ('late')")
+
+        with pytest.raises(NotAtomic), app.unit():
+            app.session("writer").scalars(select(Item)).all()
+            event.listen(app.session("writer"), "before_commit", write)
+            app.add("refused", "warehouse")
+        assert (app.names("writer"), app.names("warehouse")) == ([], [])
 
 
 # ---- many of them ------------------------------------------------------------------------------------------------------
