@@ -149,7 +149,7 @@ class DatabaseSettings(BaseSettings):
         """Return the connections that have no transaction of their own in a unit, each with the one whose transaction it uses.
 
         Writable connections with the same URL share a transaction. It belongs to `writer`, or else
-        to the first by name.
+        to the connection that is first in the settings.
         """
         found = {name: self.lender_of(name, names) for name in names}
         return {name: lender for name, lender in found.items() if lender is not None}
