@@ -320,7 +320,10 @@ class BranchConnection:
             return self.config.database.has_lost_transaction(connection, self._failures)
         if not (self.wrote and self.config.database.has_ended_transaction(connection)):
             return False
-        self.has_ended_transaction = not self.config.database.may_be_in_transaction(connection.connection)
+        dbapi_connection = connection.connection.dbapi_connection
+        self.has_ended_transaction = dbapi_connection is not None and not self.config.database.may_be_in_transaction(
+            dbapi_connection
+        )
         return True
 
     def abandon(self) -> None:
