@@ -148,8 +148,8 @@ _LIFTS_READ_ONLY = re.compile(
 _SHOWS = re.compile(r"\s*(?:SHOW|SELECT\s+current_setting\s*\(\s*'\w+'\s*\)|PRAGMA\s+query_only)\s*\w*\s*;?\s*\Z", re.IGNORECASE)
 _READER_WORDS = frozenset(
     """
-    SELECT WITH VALUES TABLE EXPLAIN SHOW DESCRIBE DESC FETCH MOVE CLOSE DECLARE COPY PRAGMA SAVEPOINT RELEASE ROLLBACK ANALYZE
-    CHECK HELP LISTEN UNLISTEN
+    SELECT WITH VALUES TABLE EXPLAIN SHOW DESCRIBE DESC FETCH MOVE CLOSE DECLARE COPY PRAGMA SAVEPOINT RELEASE ROLLBACK HELP
+    LISTEN UNLISTEN
     """.split()
 )
 """The first words of statements that only read."""
@@ -157,6 +157,7 @@ _HARMLESS_SET = re.compile(
     r"SET\s+(?:@\w|LOCAL\s+\w+\s*=|(?:SESSION\s+|GLOBAL\s+)?max_(?:statement|execution)_time\s*=|TRANSACTION\s+READ\s+ONLY\s*\Z)",
     re.IGNORECASE,
 )
+_ANALYZED_QUERY = re.compile(r"ANALYZE\s+(?:FORMAT\b|SELECT\b)", re.IGNORECASE)  # MariaDB's EXPLAIN ANALYZE
 _HARMLESS_PRAGMA = re.compile(r"PRAGMA\s+(?:\w+\.)?\w+\s*(?:\(\s*['\"]?\w+['\"]?\s*\)\s*)?;?\s*\Z", re.IGNORECASE)
 
 
@@ -175,6 +176,8 @@ def refused_to_readers(statement: str) -> str | None:
     reads = word in _READER_WORDS and not _has_several(bare)
     if word == "SET":
         reads = _HARMLESS_SET.match(bare) is not None
+    elif word == "ANALYZE":
+        reads = _ANALYZED_QUERY.match(bare) is not None
     elif word == "PRAGMA":
         reads = _HARMLESS_PRAGMA.match(bare) is not None
     return None if reads else "A statement that may do more than read"
