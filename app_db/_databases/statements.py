@@ -142,10 +142,9 @@ def locks_rows(statement: str) -> bool:
     return _LOCK_CLAUSE.search(statement) is not None
 
 
-_LIFTS_READ_ONLY = re.compile(
-    r"""\bREAD\s+WRITE\b|read_only\b|\bset_config\b|\b(?:RESET|DISCARD)\b|\bquery_only\b""", re.IGNORECASE
-)
-_SHOWS = re.compile(r"\s*(?:SHOW|SELECT\s+current_setting\s*\(\s*'\w+'\s*\)|PRAGMA\s+query_only)\s*\w*\s*;?\s*\Z", re.IGNORECASE)
+_LIFTS_READ_ONLY = re.compile(r"\bREAD\s+WRITE\b|read_only\b", re.IGNORECASE)
+_SETS_BY_FUNCTION = re.compile(r"\bset_config\b", re.IGNORECASE)
+
 _READER_WORDS = frozenset(
     """
     SELECT WITH VALUES TABLE EXPLAIN SHOW DESCRIBE DESC FETCH MOVE CLOSE DECLARE COPY PRAGMA SAVEPOINT RELEASE ROLLBACK HELP
@@ -157,6 +156,7 @@ _HARMLESS_SET = re.compile(
     r"SET\s+(?:@\w|LOCAL\s+\w+\s*=|(?:SESSION\s+|GLOBAL\s+)?max_(?:statement|execution)_time\s*=|TRANSACTION\s+READ\s+ONLY\s*\Z)",
     re.IGNORECASE,
 )
+_LIFTS_QUERY_ONLY = re.compile(r"PRAGMA\s.*query_only.*[=(]", re.IGNORECASE | re.DOTALL)
 _ANALYZED_QUERY = re.compile(r"ANALYZE\s+(?:FORMAT\b|SELECT\b)", re.IGNORECASE)  # MariaDB's EXPLAIN ANALYZE
 _HARMLESS_PRAGMA = re.compile(r"PRAGMA\s+(?:\w+\.)?\w+\s*(?:\(\s*['\"]?\w+['\"]?\s*\)\s*)?;?\s*\Z", re.IGNORECASE)
 
@@ -171,19 +171,23 @@ def refused_to_readers(statement: str) -> str | None:
     bare = _bare(statement)
     first = _FIRST_WORD.match(bare)
     word = first.group(1).upper() if first else ""
-    if _LIFTS_READ_ONLY.search(_LOCAL_LIMIT.sub(" ", bare)) and not _SHOWS.match(bare):
+    if word in ("RESET", "DISCARD") or _SETS_BY_FUNCTION.search(bare):
         return "Lifting the protection"
     reads = word in _READER_WORDS and not _has_several(bare)
-    if word == "SET":
+    if word in ("SET", "BEGIN", "START"):
+        if _LIFTS_READ_ONLY.search(_KEEPS_READ_ONLY.sub(" ", bare)):
+            return "Lifting the protection"
         reads = _HARMLESS_SET.match(bare) is not None
     elif word == "ANALYZE":
         reads = _ANALYZED_QUERY.match(bare) is not None
     elif word == "PRAGMA":
+        if _LIFTS_QUERY_ONLY.match(bare):
+            return "Lifting the protection"
         reads = _HARMLESS_PRAGMA.match(bare) is not None
     return None if reads else "A statement that may do more than read"
 
 
-_LOCAL_LIMIT = re.compile(r"TRANSACTION\s+READ\s+ONLY", re.IGNORECASE)
+_KEEPS_READ_ONLY = re.compile(r"TRANSACTION\s+READ\s+ONLY", re.IGNORECASE)
 
 
 def _has_several(text: str) -> bool:

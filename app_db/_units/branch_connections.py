@@ -84,9 +84,9 @@ class BranchConnection(BranchStatements):
         if self._rolled_back_by is not None:
             connection.close()  # the branch was rolled back meanwhile
             raise UnitOfWorkEnded(f"The {self.name!r} session")
-        if self._connections:
+        if self._connections and connection.dialect is not self.connection.dialect:
             raise InvalidUse(
-                f"The {self.name!r} session began on a second connection, whose work might commit alone",
+                f"The {self.name!r} session began on a second engine, whose work might commit alone",
                 "Use one engine for each session, and declare a connection for the other database",
             )
         info = self._connections[connection] = connection.info

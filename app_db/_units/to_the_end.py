@@ -44,9 +44,12 @@ async def to_the_end(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
             action.error = task.exception()  # interrupted before or after it called the function
         stopped_by = interruption or cancelled
         if stopped_by is not None:
-            if action.error is not None:
-                stopped_by.__context__ = action.error  # both happened; the task must end by the interruption
-            raise stopped_by
+            if action.error is None:
+                raise stopped_by
+            try:
+                raise action.error
+            except BaseException:  # noqa: BLE001  # both happened; the task must end by the interruption
+                raise stopped_by  # noqa: B904  # its context is the error
         return action.result()
     finally:
         del task, cancelled, interruption, action  # breaks the cycle between the error and this frame

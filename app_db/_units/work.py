@@ -263,6 +263,8 @@ class Work:
         if len(self.branches) > 1:
             self._flush()  # a session's flush may have changed another session
         self._refuse_what_cannot_commit()
+        if len(self.branches) > 1:
+            self._refuse_partial_commit()
 
     def tpc_vote(self, transaction: Transaction) -> None:
         if len(self.branches) > 1 or self.overlays:
@@ -270,9 +272,7 @@ class Work:
                 self._flush()  # other data managers may have written while they voted
                 self._refuse_what_cannot_commit()
             flush_for_good(self.overlays, self.branches)
-            if len(self.branches) > 1:
-                self._ask_who_wrote()  # last, because listeners and other data managers may have written
-                self._refuse_partial_commit()
+            self._refuse_partial_commit()  # again, because listeners and other data managers may have written
         self.flushing = False
         self._committing = True
         if len(self.branches) > 1:
@@ -426,6 +426,9 @@ class Work:
                 branch.ask_whether_it_wrote()
 
     def _refuse_partial_commit(self) -> None:
+        if len(self.branches) < 2:
+            return
+        self._ask_who_wrote()
         alone = [branch for branch in unpreparable(self.branches) if branch.wrote]
         if len(alone) > 1 and self._coordinator.atomicity() == "strict":
             by_threads = {branch.name for branch in alone if not branch.config.asynchronous}
