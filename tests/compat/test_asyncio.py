@@ -67,6 +67,7 @@ class EndOfLine:
 
     def __init__(self, *, encrypted: bool) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(30)
         self._context = _context(ssl.PROTOCOL_TLS_SERVER) if encrypted else None
         self.client_context = _context(ssl.PROTOCOL_TLS_CLIENT) if encrypted else None
         self.address = self._listener.getsockname()
@@ -88,8 +89,8 @@ class EndOfLine:
             self.client_has_gone.set()
 
     def close(self) -> None:
+        self._thread.join(30)  # it may not have come to accept the client yet
         self._listener.close()
-        self._thread.join(30)
 
 
 def _context(protocol: int) -> ssl.SSLContext:
