@@ -240,6 +240,7 @@ class PostgreSQL(Database):
             if not dbapi_connection.autocommit:
                 dbapi_connection.rollback()
             if said and found and said != found[0]:
+                dbapi_connection.close()  # SQLAlchemy 2.0 leaves it open
                 raise SettingsError([Problem(settings.variable("pooler"), _POOLER)])
             is_checked = True
 
