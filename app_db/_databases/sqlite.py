@@ -155,7 +155,12 @@ class SQLite(Database):
         if beginning is None:
             return None
         changes = getattr(connection.connection.driver_connection, "total_changes", None)
-        return changes != beginning or self._has_other_header(connection)
+        if changes != beginning:
+            return True
+        try:
+            return self._has_other_header(connection)
+        except sqlite3.Error:  # the file can't be opened a second time: it is encrypted, or was moved
+            return None
 
     def _has_other_header(self, connection: Connection) -> bool:
         """Return whether what PRAGMA and DDL change differs from what is committed, which another connection reads."""

@@ -256,7 +256,18 @@ class UnitSession(Session):
         self.require_unit()
         if not nested:
             self._refuse("begin")
+        elif self.config.read_only:
+            self._refuse_savepoint_in_autocommit()
         return super().begin(nested)
+
+    def _refuse_savepoint_in_autocommit(self) -> None:
+        work, config = self._work, self.config
+        is_alone = work is None or not (work.isolation or work.timed or work.rehearsal)
+        if is_alone and config.database.isolation_level(config.settings) == "AUTOCOMMIT":
+            raise InvalidUse(
+                f"The {config.name!r} session reads in autocommit, where there are no savepoints",
+                'Give the unit an isolation, such as transaction(isolation="REPEATABLE READ")',
+            )
 
     def prepare(self) -> None:
         self.require_unit()

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, event, func, insert, make_url, select, text
 from sqlalchemy.orm import Session
 
 from app_db._databases.statements import Effect
-from app_db.errors import ReadOnlyViolation
+from app_db.errors import InvalidUse, ReadOnlyViolation
 from harness.applications import Application, Item, running
 from harness.servers import PostgresServer
 
@@ -401,3 +401,13 @@ def test_the_protection_is_not_lifted_by_a_statement(database_url: str, unit_onl
             with pytest.raises(ReadOnlyViolation, match="Lifting the protection was refused"), app.unit(read_only=unit_only):
                 app.session("writer" if unit_only else "reader").execute(text(statement))
         assert app.names() == []
+
+
+def test_a_reader_in_autocommit_says_that_it_has_no_savepoints(postgres_url: str) -> None:
+    with running(**reader_of(postgres_url)) as app:
+        with app.unit():
+            with pytest.raises(InvalidUse, match="'reader' session reads in autocommit"):
+                app.session("reader").begin_nested()
+            assert app.session("reader").scalars(select(Item)).all() == []
+        with app.unit(isolation="REPEATABLE READ"), app.session("reader").begin_nested():
+            assert app.session("reader").scalars(select(Item)).all() == []
