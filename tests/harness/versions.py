@@ -18,6 +18,9 @@ def is_before(distribution: str, *least: int) -> bool:
 STRANDS_CONNECTIONS = is_before("SQLAlchemy", 2, 0, 53)
 """Where something fails, or is cancelled, that sets a new connection up, nobody closes that but the garbage collector."""
 
+RESET_LOSES_PLACES = is_before("SQLAlchemy", 2, 1)
+"""A connection loses its place in the pool when a listener to "reset" is interrupted by an exception that is no `Exception`."""
+
 NOTIFIES_IS_DEAF = is_before("psycopg", 3, 2, 4)
 """`Connection.notifies()` doesn't hear of what arrived with the answer to a statement."""
 
