@@ -112,7 +112,6 @@ class _Setup:
         self._lock = Lock()
         self._connect = database.connector(engine.dialect, connection)
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
-        event.listen(engine, "handle_error", self._add_note)
 
     def connect(self, *arguments: object, **parameters: object) -> DBAPIConnection:
         """Set the engine up, and return a new DBAPI connection. An error says in a note which connection was wanted."""
@@ -154,6 +153,7 @@ class _Setup:
         engine = self._engine()
         if engine is None or self._done:
             return
+        event.listen(engine, "handle_error", self._add_note)
         self._database.tune(engine, self._connection)
         _watch_pool(engine, self._connection, self._database)
         _clean_up_what_is_returned(engine, self._database)
