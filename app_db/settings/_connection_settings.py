@@ -175,7 +175,7 @@ class ConnectionSettings(Group):
         url = self.read_url()
         if url is None:
             raise SettingsError([Problem(self.variable("url"), UNREADABLE_URL)])
-        return SecretiveURL.create(*url)
+        return url
 
     @property
     def masked_url(self) -> str:
@@ -206,7 +206,8 @@ class ConnectionSettings(Group):
         """Return the URL to connect to, or None if it is missing or can't be read."""
         url = self._read_url  # read once, because pydantic's access to private attributes is slow
         if url is None:
-            url = self._read_url = self._read()
+            read = self._read()
+            url = self._read_url = None if read is None else SecretiveURL.create(*read)
         return url
 
     def _read(self) -> URL | None:
