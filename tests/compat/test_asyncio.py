@@ -71,6 +71,7 @@ class EndOfLine:
         self._context = _context(ssl.PROTOCOL_TLS_SERVER) if encrypted else None
         self.client_context = _context(ssl.PROTOCOL_TLS_CLIENT) if encrypted else None
         self.address = self._listener.getsockname()
+        self.has_client = threading.Event()
         self.client_has_gone = threading.Event()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -80,6 +81,7 @@ class EndOfLine:
         client.settimeout(30)
         if self._context is not None:
             client = self._context.wrap_socket(client, server_side=True, suppress_ragged_eofs=True)
+        self.has_client.set()
         with client:
             try:
                 gone = client.recv(1) == b""
@@ -122,7 +124,9 @@ class Protocol(asyncio.Protocol):
 
 async def connected(server: EndOfLine) -> tuple[asyncio.Transport, Protocol]:
     host, port = server.address
-    return await asyncio.get_running_loop().create_connection(Protocol, host, port, ssl=server.client_context)
+    connection = await asyncio.get_running_loop().create_connection(Protocol, host, port, ssl=server.client_context)
+    assert await asyncio.to_thread(server.has_client.wait, 10)  # or its socket would appear while a test counts sockets
+    return connection
 
 
 def sockets() -> int:
