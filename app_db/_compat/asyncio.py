@@ -50,6 +50,12 @@ def _shield_of_anyio() -> AbstractContextManager[object]:
     return nullcontext() if anyio is None else anyio.CancelScope(shield=True)
 
 
+def descriptor_of(transport: asyncio.BaseTransport | None) -> int | None:
+    """Return the file descriptor of a transport's socket, None if there is no transport or it is closed."""
+    own = None if transport is None or transport.is_closing() else transport.get_extra_info("socket")
+    return None if own is None or own.fileno() < 0 else own.fileno()
+
+
 def hang_up(transport: Any, close: Callable[[], object]) -> None:
     """Close the connection of a transport from any thread, whether its event loop is alive or closed.
 

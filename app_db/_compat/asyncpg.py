@@ -23,3 +23,8 @@ def believes_in_transaction(connection: Connection) -> bool:
 def hang_up(connection: Connection) -> None:
     """Close a connection at its socket, from any thread. `terminate()` alone needs the event loop."""
     asyncio.hang_up(connection._transport, connection.terminate)
+
+
+def descriptor_of(connection: Connection) -> int | None:
+    """Return the file descriptor of the connection's socket, None if it is closed."""
+    return asyncio.descriptor_of(connection._transport)

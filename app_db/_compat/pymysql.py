@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 if TYPE_CHECKING:
     from socket import socket
@@ -18,6 +18,11 @@ class Connection(Protocol):
     def _execute_command(self, command: int, sql: str) -> None: ...
     def _read_query_result(self) -> None: ...
     def _force_close(self) -> None: ...
+
+
+def is_pymysql(driver_connection: object) -> TypeGuard[Connection]:
+    """Return whether a connection is PyMySQL's."""
+    return any(base.__module__.startswith("pymysql.") for base in type(driver_connection).__mro__)
 
 
 def send(connection: Connection, statement: str) -> None:
@@ -46,6 +51,11 @@ def has_decrypted(connection: Connection) -> bool:
 def read_timeout_of(connection: Connection) -> float | None:
     """Return the seconds after which the connection stops waiting for an answer."""
     return connection._read_timeout
+
+
+def set_read_timeout(connection: Connection, seconds: float | None) -> None:
+    """Set after how many seconds the connection stops waiting for an answer. Publicly that is possible only when connecting."""
+    connection._read_timeout = seconds
 
 
 def close_at_once(connection: Connection) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from sqlalchemy.pool import QueuePool
 from sqlalchemy.sql.cache_key import HasCacheKey
 
 if TYPE_CHECKING:
@@ -108,3 +109,16 @@ def is_executing(dbapi_connection: DBAPIConnection) -> bool:
     """Return whether a statement on an async connection has begun and not ended. The next one would wait for ever."""
     mutex = getattr(dbapi_connection, "_execute_mutex", None)
     return mutex is not None and bool(mutex.locked())
+
+
+# ---- pools --------------------------------------------------------------------------------------------------------------
+
+
+def with_queue(pool_class: type[QueuePool], own: type[Any]) -> type[QueuePool]:
+    """Return a subclass of a pool whose queue has the methods of `own`, which may call those of SQLAlchemy's queue.
+
+    The pool's `timeout` is one for all threads. Only the queue is asked by the thread that waits.
+    """
+    queue: type[Any] = pool_class._queue_class
+    bases: tuple[type[Any], ...] = (own, queue)
+    return type(pool_class.__name__, (pool_class,), {"_queue_class": type(queue.__name__, bases, {})})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
@@ -232,6 +232,25 @@ class Database:
     def roll_back(self, dbapi_connection: DBAPIConnection) -> None:
         """Roll back a connection that returns to its pool, below SQLAlchemy."""
         dbapi_connection.rollback()
+
+    def descriptor_of(self, dbapi_connection: DBAPIConnection) -> int | None:
+        """Return the file descriptor of a connection's socket; None if it has none, or the driver does not show it."""
+        try:
+            descriptor: int = driver_of(dbapi_connection).fileno()
+        except Exception:  # noqa: BLE001  # it has no such method, or is closed
+            return None
+        return descriptor
+
+    def is_waiting(self, dbapi_connection: DBAPIConnection) -> bool:
+        """Return whether an answer of the server may be waited for, in another thread or in a coroutine."""
+        return True
+
+    def connect_limits(self, driver: str, seconds: float, given: Mapping[str, object]) -> dict[str, object]:
+        """Return the driver's arguments by which an attempt to connect ends by itself soon after `seconds`."""
+        return {}
+
+    def lift_connect_limits(self, dbapi_connection: DBAPIConnection, given: Mapping[str, object]) -> None:
+        """Restore what `connect_limits` has changed for more than the attempt."""
 
     def is_left_in_the_middle(self, dbapi_connection: DBAPIConnection) -> bool:
         """Return whether an exception from a signal handler left a connection in a state in which it can't be used again."""

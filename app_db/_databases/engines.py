@@ -7,20 +7,21 @@ import weakref
 from asyncio import to_thread
 from collections.abc import Callable
 from contextvars import ContextVar
-from importlib import import_module
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import InvalidatePoolError
-from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
-from sqlalchemy.util.concurrency import await_only
+from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.database import PROTECTED, Database, driver_of
 from app_db._databases.disposal import retired, settle
+from app_db._databases.pools import name_pool, pool_arguments
 from app_db._databases.registry import database_of
+from app_db._databases.time_limits import TIME_LIMIT, TimeLimit, limit_of_checkout
 from app_db.errors import Problem, SettingsError
 from app_db.settings._urls import dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
 
@@ -29,14 +30,13 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine, ExceptionContext
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection, PoolResetState
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
     from app_db.settings import ConnectionSettings, DatabaseSettings
 
 E = TypeVar("E")
 
 _IDLE_SINCE = "app_db_idle_since"
-_POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static": StaticPool}
 
 _setups: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
 _checked_out: dict[int, Any] = {}
@@ -74,7 +74,7 @@ def _build(name: str, settings: DatabaseSettings, with_driver: Callable[[URL], U
     secrets = {key: value for key, value in configured.query.items() if is_secret(key)}
     shown = configured.difference_update_query(secrets) if secrets else configured  # a URL shows in an engine's repr
     url = database.url(shown, connection)
-    arguments = _pool_arguments(connection, asynchronous=asynchronous)
+    arguments = pool_arguments(connection, asynchronous=asynchronous)
     isolation_level = database.isolation_level(connection)
     if isolation_level is not None:
         arguments["isolation_level"] = isolation_level
@@ -112,24 +112,57 @@ class _Setup:
         self._lock = Lock()
         self._connect = database.connector(engine.dialect, connection)
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
+        name_pool(engine.pool, self._note_if_full)
 
     def connect(self, *arguments: object, **parameters: object) -> DBAPIConnection:
         """Set the engine up, and return a new DBAPI connection. An error says in a note which connection was wanted."""
         self.ensure()
+        limit = limit_of_checkout.get()
         try:
-            return self._new_connection(*arguments, **parameters)
+            if limit is None or not limit.is_in_force():
+                return self._new_connection(*arguments, **parameters)
+            return self._connected_in_time(limit, arguments, parameters)
         except Exception as error:
             error.add_note(self._note())  # SQLAlchemy does not wrap an OSError, such as asyncpg raises
             raise
 
-    def _add_note(self, context: ExceptionContext) -> None:
+    def _connected_in_time(
+        self, limit: TimeLimit, arguments: tuple[object, ...], parameters: dict[str, object]
+    ) -> DBAPIConnection:
+        database = self._database
+        if not database.waits_for_answers:
+            limit.refuse_overtime()
+            return self._new_connection(*arguments, **parameters)
+        own = database.connect_limits(self._driver, limit.remaining(), parameters)
+        connect = partial(self._new_connection, *arguments, **{**parameters, **own})
+        if self._is_async:
+            connection: DBAPIConnection = await_only(limit.await_in_time(greenlet_spawn(connect)))
+        else:
+            connection = limit.connect_in_time(connect)
+        if own:
+            database.lift_connect_limits(connection, parameters)
+        limit.cover(database, connection)
+        return connection
+
+    def _explain(self, context: ExceptionContext) -> None:
+        """Say which connection could not be made. If that took too long for the unit of work, raise the error for that."""
         if context.connection is None and context.sqlalchemy_exception is not None:
             context.sqlalchemy_exception.add_note(self._note())
+            limit = limit_of_checkout.get()
+            if limit is not None and limit.is_in_force():
+                limit.refuse_overtime()
 
     def _note(self) -> str:
         connection = self._connection
         variable = connection.variable("host" if connection.url is None else "url")
         return f"app_db: the connection {self._name!r} to {connection.masked_url} could not be made. Look at {variable}."
+
+    def _note_if_full(self) -> str:
+        connection = self._connection
+        return (
+            f"app_db: all connections of {self._name!r} to {connection.masked_url} are in use. End units of work sooner, "
+            f"or raise {connection.variable('pool')}__SIZE or {connection.variable('pool')}__MAX_OVERFLOW."
+        )
 
     def _new_connection(self, *arguments: object, **parameters: object) -> DBAPIConnection:
         if self._password is not None:
@@ -153,57 +186,20 @@ class _Setup:
         engine = self._engine()
         if engine is None or self._done:
             return
-        event.listen(engine, "handle_error", self._add_note)
+        event.listen(engine, "handle_error", self._explain)
         self._database.tune(engine, self._connection)
         _watch_pool(engine, self._connection, self._database)
         _clean_up_what_is_returned(engine, self._database)
         self._done = True
 
 
-def _pool_arguments(connection: ConnectionSettings, *, asynchronous: bool) -> dict[str, object]:
-    pool = connection.pool
-    pool_class = _pool_class(pool.class_)
-    if asynchronous and issubclass(pool_class, QueuePool) and not issubclass(pool_class, AsyncAdaptedQueuePool):
-        pool_class = _for_coroutines(pool_class)
-    elif pool_class is AsyncAdaptedQueuePool and not asynchronous:
-        pool_class = QueuePool
-    arguments: dict[str, object] = {
-        "poolclass": pool_class,
-        "pool_recycle": -1 if pool.recycle is None else pool.recycle,
-        "pool_reset_on_return": None,  # `_clean_up_what_is_returned` does
-    }
-    if issubclass(pool_class, QueuePool):
-        arguments |= {
-            "pool_size": pool.size,
-            "max_overflow": pool.max_overflow,
-            "pool_timeout": pool.timeout,
-            "pool_use_lifo": pool.use_lifo,
-        }
-    return arguments
+Taken = list[tuple["weakref.ref[PoolProxiedConnection]", bool]]
+"""Connections that were taken from their pools, and whether each may be rolled back by any thread."""
 
+next_checkout: ContextVar[tuple[Taken, bool] | None] = ContextVar("app_db.next_checkout", default=None)
+"""Where to note, once, the next connection that a pool gives out in this context.
 
-def _for_coroutines(pool_class: type[QueuePool]) -> type[Pool]:
-    """Return a subclass of a queue pool for async engines."""
-    if pool_class is QueuePool:
-        return AsyncAdaptedQueuePool
-    bases: tuple[Any, ...] = (pool_class, AsyncAdaptedQueuePool)
-    return type(pool_class.__name__, bases, {})
-
-
-def _pool_class(name: str | None) -> type[Pool]:
-    if name is None:
-        return QueuePool
-    if name in _POOLS:
-        return _POOLS[name]
-    module, _, attribute = name.replace(":", ".").rpartition(".")
-    pool_class: type[Pool] = getattr(import_module(module), attribute)
-    return pool_class
-
-
-told_of_checkout: ContextVar[Callable[[PoolProxiedConnection], None] | None] = ContextVar("app_db.told_of_checkout", default=None)
-"""A function to call once, with the next connection that a pool gives out in this context.
-
-The caller learns so of the connection even if an exception from a signal handler comes before SQLAlchemy has noted it.
+The unit learns so of the connection even if an exception from a signal handler comes before SQLAlchemy has noted it.
 """
 
 
@@ -214,21 +210,34 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Databa
 
     @event.listens_for(engine, "checkout")
     def check(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+        limit = limit_of_checkout.get()
+        if limit is not None and limit.is_in_force():
+            record.info[TIME_LIMIT] = limit
+            limit.cover(database, dbapi_connection)
         idle_since = record.info.get(_IDLE_SINCE)
         if pings and idle_since is not None and time.monotonic() - idle_since > alive_window:
             try:
                 dialect.do_ping(dbapi_connection)
             except dialect.loaded_dbapi.Error as error:
+                if limit is not None:
+                    limit.refuse_overtime()
                 raise InvalidatePoolError from error  # what closed this connection has probably closed the others
         _checked_out[id(record)] = record
-        tell = told_of_checkout.get()
-        if tell is not None:
-            told_of_checkout.set(None)
-            tell(proxy)
+        noted = next_checkout.get()
+        if noted is not None:
+            next_checkout.set(None)
+            taken, may_be_rolled_back = noted
+            taken.append((weakref.ref(proxy), may_be_rolled_back))
 
     @event.listens_for(engine, "invalidate")
     def forget(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry, error: BaseException | None) -> None:
         _checked_out.pop(id(record), None)
+
+    @event.listens_for(engine, "close")
+    def stop_watching(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        limit = record.info.get(TIME_LIMIT)
+        if limit is not None:
+            limit.release(dbapi_connection)
 
 
 def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
@@ -252,6 +261,12 @@ def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
             record.invalidate()  # a statement has lifted the protection
             return
         database.clean_up(dbapi_connection, record.info)
+        limit = record.info.get(TIME_LIMIT)
+        if limit is not None:
+            if limit.release(dbapi_connection):
+                record.invalidate()
+                return
+            del record.info[TIME_LIMIT]
         record.info[_IDLE_SINCE] = time.monotonic()
         _checked_out.pop(id(record), None)
         if engine in retired:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
-from app_db._compat import asyncmy
+from app_db._compat import asyncmy, pymysql
 from app_db._databases.database import NEVER, Database, SharingRules, code_of, driver_of, execute, milliseconds, quoted
 from app_db._databases.drivers.mysql_connections import AwaitedAsyncmy, NonBlockingPyMySQL
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry
 
-    from app_db._compat import pymysql
     from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
     from app_db._databases.database import Connected, Info
     from app_db.settings import ConnectionSettings
@@ -153,6 +152,22 @@ class MySQL(Database):
             asyncmy.hang_up(driver_connection)
         else:
             super().hang_up(dbapi_connection)
+
+    def descriptor_of(self, dbapi_connection: DBAPIConnection) -> int | None:
+        driver_connection = driver_of(dbapi_connection)
+        if hasattr(driver_connection, "ensure_closed"):
+            return asyncmy.descriptor_of(driver_connection)
+        if pymysql.is_pymysql(driver_connection):
+            return pymysql.descriptor_of(driver_connection) if driver_connection.open else None
+        return super().descriptor_of(dbapi_connection)
+
+    def connect_limits(self, driver: str, seconds: float, given: Mapping[str, object]) -> dict[str, object]:
+        return {"connect_timeout": max(seconds, 0.1), "read_timeout": max(seconds, 0.1)} if driver == "pymysql" else {}
+
+    def lift_connect_limits(self, dbapi_connection: DBAPIConnection, given: Mapping[str, object]) -> None:
+        if pymysql.is_pymysql(dbapi_connection):
+            configured = given.get("read_timeout")
+            pymysql.set_read_timeout(dbapi_connection, None if configured is None else float(str(configured)))
 
     def clean_up(self, dbapi_connection: DBAPIConnection, info: Info) -> None:
         usual_limit = info.pop(_USUAL_LIMIT, None)

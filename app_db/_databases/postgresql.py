@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
 from app_db._compat.asyncpg import believes_in_transaction, is_asyncpg
+from app_db._compat.asyncpg import descriptor_of as asyncpg_descriptor
 from app_db._compat.asyncpg import hang_up as hang_up_asyncpg
 from app_db._compat.psycopg import async_view as psycopg_async_view
 from app_db._compat.psycopg import libpq_of
@@ -118,6 +120,7 @@ class PostgreSQL(Database):
     creates_databases = True
 
     _idle = 0  # libpq's PQTRANS_IDLE
+    _active = 1  # libpq's PQTRANS_ACTIVE
     _failed = 3  # libpq's PQTRANS_INERROR
 
     _words = {"sslmode": "ssl", "connect_timeout": "timeout"}  # noqa: RUF012  # names of libpq, and asyncpg's for the same
@@ -293,6 +296,20 @@ class PostgreSQL(Database):
             return not (driver_connection.is_closed() or driver_connection.is_in_transaction())
         libpq = libpq_of(driver_connection)
         return libpq is not None and libpq.transaction_status == self._idle
+
+    def descriptor_of(self, dbapi_connection: DBAPIConnection) -> int | None:
+        driver_connection = driver_of(dbapi_connection)
+        return asyncpg_descriptor(driver_connection) if is_asyncpg(driver_connection) else super().descriptor_of(dbapi_connection)
+
+    def is_waiting(self, dbapi_connection: DBAPIConnection) -> bool:
+        libpq = libpq_of(driver_of(dbapi_connection))
+        return libpq is None or libpq.transaction_status == self._active
+
+    def connect_limits(self, driver: str, seconds: float, given: Mapping[str, object]) -> dict[str, object]:
+        configured = str(given.get("connect_timeout", ""))
+        soon = max(2, ceil(seconds))  # whole seconds, and libpq takes 1 for 2
+        is_sooner = configured.isdigit() and 0 < int(configured) < soon
+        return {} if is_sooner or driver not in ("psycopg", "psycopg2") else {"connect_timeout": soon}
 
     def is_left_in_the_middle(self, dbapi_connection: DBAPIConnection) -> bool:
         driver_connection = driver_of(dbapi_connection)

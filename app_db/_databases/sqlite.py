@@ -21,7 +21,8 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
-from app_db._databases.database import NEVER, Database, SharingRules, driver_of, execute, on_execute
+from app_db._databases.database import NEVER, Database, SharingRules, driver_of, execute, milliseconds, on_execute
+from app_db._databases.time_limits import TIME_LIMIT, TimeLimit, limit_of_checkout
 from app_db.settings._urls import is_memory
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ _DEADLINE = "app_db_deadline"
 
 _STATEMENT_DEADLINE = "app_db_statement_deadline"
 """The same for one statement, if the settings limit each statement."""
+
+_USUAL_WAIT = "app_db_usual_wait"
+"""How many milliseconds the connection waits for a locked file if the unit of work has no time limit."""
 
 
 _HEADER = ("schema_version", "user_version", "application_id")
@@ -95,6 +99,9 @@ class SQLite(Database):
         info.pop(_DEADLINE, None)
         if info.pop(_READ_ONLY, False):
             execute(dbapi_connection, "PRAGMA query_only = OFF")
+        usual_wait = info.pop(_USUAL_WAIT, None)
+        if usual_wait is not None:
+            execute(dbapi_connection, f"PRAGMA busy_timeout = {usual_wait}")
 
     def _set_up_connections(self, engine: Engine, settings: ConnectionSettings) -> None:
         pragmas = ["PRAGMA foreign_keys = ON"]
@@ -116,10 +123,16 @@ class SQLite(Database):
     def _begin_ourselves(self, engine: Engine, statement: str) -> None:
         # A listener to the "begin" event would make every use of the engine slower. The dialect's own method does not.
         def begin(dbapi_connection: PoolProxiedConnection) -> None:
-            if _READ_ONLY in dbapi_connection.info:
-                execute(dbapi_connection, "PRAGMA query_only = ON", "BEGIN")
+            info = dbapi_connection.info
+            if TIME_LIMIT in info:
+                info.setdefault(_USUAL_WAIT, _limit_wait(dbapi_connection, info[TIME_LIMIT]))
+            cursor = dbapi_connection.cursor()
+            if _READ_ONLY in info:
+                cursor.execute("PRAGMA query_only = ON")
+                cursor.execute("BEGIN")
             else:
-                execute(dbapi_connection, statement)
+                cursor.execute(statement)
+            cursor.close()
 
         engine.dialect.do_begin = begin  # type: ignore[method-assign]
 
@@ -231,7 +244,18 @@ def _use_wal(dbapi_connection: DBAPIConnection) -> None:
 
     Connections that do so at the same time can lock each other out. SQLite does not wait then, so this retries.
     """
-    give_up = time.monotonic() + 5
+    limit = limit_of_checkout.get()
+    if limit is None:
+        return _retry_to_use_wal(dbapi_connection, 5)
+    usual_wait = _limit_wait(dbapi_connection, limit)
+    try:
+        _retry_to_use_wal(dbapi_connection, min(5, limit.remaining()))
+    finally:
+        execute(dbapi_connection, f"PRAGMA busy_timeout = {usual_wait}")
+
+
+def _retry_to_use_wal(dbapi_connection: DBAPIConnection, seconds: float) -> None:
+    give_up = time.monotonic() + seconds
     while True:
         try:
             return execute(dbapi_connection, "PRAGMA journal_mode = WAL")
@@ -239,6 +263,16 @@ def _use_wal(dbapi_connection: DBAPIConnection) -> None:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF != 5 or time.monotonic() > give_up:
                 raise
         _sleep(dbapi_connection, 0.01)
+
+
+def _limit_wait(dbapi_connection: DBAPIConnection | PoolProxiedConnection, limit: TimeLimit) -> int:
+    """Wait for a locked file no longer than the unit of work may go on. Return how many milliseconds it would have been."""
+    cursor = dbapi_connection.cursor()
+    cursor.execute("PRAGMA busy_timeout")
+    usual_wait: int = cursor.fetchall()[0][0]
+    cursor.execute(f"PRAGMA busy_timeout = {min(usual_wait, milliseconds(limit.remaining()))}")
+    cursor.close()
+    return usual_wait
 
 
 def _sleep(dbapi_connection: DBAPIConnection, seconds: float) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import event
@@ -19,8 +18,9 @@ from transaction.interfaces import NoTransaction
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
 from app_db._compat.sqlalchemy import hand_over, is_flushing, prepare_to_commit
-from app_db._databases.engines import told_of_checkout
+from app_db._databases.engines import next_checkout
 from app_db._databases.registry import database_of
+from app_db._databases.time_limits import limit_of_checkout
 from app_db._units.branches import Branch
 from app_db._units.coordinator import Coordinator
 from app_db._units.owned_transactions import Owner
@@ -86,6 +86,8 @@ class SessionConfig:
             self.verbs = self.database.prepare_verbs(engine.url.get_driver_name())
         if not (work.read_only or work.timed or work.isolation):
             return engine
+        if work.timed:
+            watch(engine)  # now: BEGIN may take too long
         if work.rehearsal is not None:
             return work.rehearsal.engine_for_unit(engine, work)
         return self.database.engine_for_unit(engine, self.settings, work)
@@ -95,7 +97,8 @@ class SessionConfig:
         if work.rehearsal is not None:
             return
         may_be_rolled_back = not (self.asynchronous or self.database.waits_for_answers)
-        told_of_checkout.set(partial(work.note_checkout, may_be_rolled_back))
+        next_checkout.set((work.checked_out, may_be_rolled_back))
+        limit_of_checkout.set(work.time_limit)
 
     def watch(self, connection: Connection) -> None:
         watch(connection.engine)
@@ -127,7 +130,7 @@ class UnitSession(Session):
     def get_bind(self, *args: Any, **arguments: Any) -> Engine | Connection:
         """Return the engine, after checking the unit. SQLAlchemy calls this before each use of the database."""
         self.require_unit()
-        if self.branch is None and self._work is not None:
+        if self._work is not None and (self.branch is None or not self.branch.connections):
             self.config.note_next_checkout(self._work)
         bind = super().get_bind(*args, **arguments)
         if bind is not self._engine:

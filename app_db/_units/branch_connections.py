@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from app_db._databases.interruptions import interrupted
 from app_db._databases.prepare_verbs import PrepareVerbs, Settling
+from app_db._databases.time_limits import TIME_LIMIT
 from app_db._units.branch_statements import BranchStatements
 from app_db.errors import InvalidUse, SessionIsManaged, UnitOfWorkEnded
 
@@ -108,11 +109,17 @@ class BranchConnection(BranchStatements):
 
     def apply_time_limit(self) -> None:
         """Make the server stop statements at the unit's deadline. A shorter limit of the connection stays."""
-        database, remaining = self.config.database, self._work.remaining()
-        for connection in self._connections:
+        database, limit = self.config.database, self._work.time_limit
+        if limit is None:
+            return
+        for connection, info in self._connections.items():
             if connection not in self._usual_limits:
+                dbapi_connection = connection.connection.dbapi_connection
+                if self._work.rehearsal is None and database.waits_for_answers and dbapi_connection is not None:
+                    info[TIME_LIMIT] = limit
+                    limit.cover(database, dbapi_connection)
                 self._usual_limits = {**self._usual_limits, connection: database.statement_limit(connection)}
-            database.limit_statements(connection, min(remaining, self._usual_limits[connection]))
+            database.limit_statements(connection, min(limit.remaining(), self._usual_limits[connection]))
 
     def is_interrupted_by(self, error: BaseException) -> bool:
         """Return whether an exception from outside interrupted the driver, so that the connection must be closed."""

@@ -85,8 +85,8 @@ class BranchStatements:
         if effect is not Effect.READS:
             self._may_have_locked = self._may_have_locked or locks_rows(statement)
             self._writes_unnoticed = self._writes_unnoticed or writes_unnoticed(statement)
-        if self._work.timed:
-            self._work.refuse_overtime()
+        if self._work.time_limit is not None:
+            self._work.time_limit.refuse_overtime()
 
     def _guard_reader(self, statement: str) -> None:
         """Refuse what may lift the protection, and close a connection whose protection is gone all the same."""
@@ -168,4 +168,5 @@ class BranchStatements:
         self._failures = [*self._failures, error]
         if self.read_only and self.config.database.refuses_write(error):
             return ReadOnlyViolation(self.name, "The statement", not self.config.read_only)
-        return self._work.overtime()
+        limit = self._work.time_limit
+        return None if limit is None else limit.overtime()

@@ -49,6 +49,7 @@ from app_db.errors import (
 )
 
 if TYPE_CHECKING:
+    from app_db._databases.time_limits import TimeLimit
     from app_db._two_phase.decision_logs import DecisionLogs
     from app_db._units.interfaces import Rehearsal
 
@@ -65,6 +66,7 @@ class CommittingWork(Protocol):
     branches: list[Branch]
     errors_afterwards: list[Exception]
     interruption: BaseException | None
+    time_limit: TimeLimit | None
     decided: bool
     rehearsal: Rehearsal | None
 
@@ -178,6 +180,8 @@ class AtomicCommit:
         try:
             self._apart(self._settle_on_log)
             self._prepare()
+            if self._work.time_limit is not None:
+                self._work.time_limit.refuse_overtime()
         except BaseException:
             self._take_back()
             raise
@@ -256,6 +260,9 @@ class AtomicCommit:
         better = branch.better_error(statement, error)
         if branch is self._last and isinstance(better, IntegrityError):
             raise AbortedByRecovery(self._work.unit_id) from better
+        overtime = None if self._work.time_limit is None else self._work.time_limit.overtime()
+        if overtime is not None:
+            raise overtime from better
         raise better from None if better is error else error
 
     # -- decide

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.orm import SessionTransaction
-    from sqlalchemy.pool import PoolProxiedConnection
     from transaction import Transaction
 
     from app_db._databases.database import Database, Terms
+    from app_db._databases.engines import Taken
     from app_db._databases.prepare_verbs import PrepareVerbs
+    from app_db._databases.time_limits import TimeLimit
     from app_db._two_phase.decision_logs import DecisionLogs
     from app_db._two_phase.xids import Xid
     from app_db._units.hooks import CapturedHooks
     from app_db._units.manager import TransactionManager
-    from app_db.errors import UnitOfWorkTimeout
 
 
 class BranchConfig(Protocol):
@@ -56,17 +56,15 @@ class BranchedWork(Protocol):
     errors_afterwards: list[Exception]
     interruption: BaseException | None
     rehearsal: Rehearsal | None
+    checked_out: Taken
+    time_limit: TimeLimit | None
 
     def add(self, branch: Any) -> None: ...
     def xid_for(self, branch: Any) -> Xid: ...
-    def note_checkout(self, may_be_rolled_back: bool, connection: PoolProxiedConnection) -> None: ...
     @property
     def connections(self) -> MutableMapping[str, Any]: ...
     @property
     def timed(self) -> bool: ...
-    def remaining(self) -> float: ...
-    def overtime(self) -> UnitOfWorkTimeout | None: ...
-    def refuse_overtime(self) -> None: ...
 
 
 class TakingPart(Protocol):

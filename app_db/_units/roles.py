@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
+from app_db._databases.database import NEVER
 from app_db._databases.interruptions import interrupted_again
 from app_db._liveness import Liveness
 from app_db._units.coordinator import Coordinator
@@ -120,7 +121,8 @@ class Participant(Role):
             )
         self._begin_visit()
         if self.options.timeout is not None:
-            self._time_before = (work.timeout, work.deadline)
+            before = work.time_limit
+            self._time_before = (NEVER, NEVER) if before is None else (before.seconds, before.deadline)
             work.limit(self.options.timeout)
         self._begin()
         self._is_open = True

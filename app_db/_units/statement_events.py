@@ -8,11 +8,14 @@ from weakref import WeakSet
 from sqlalchemy import event
 
 from app_db._databases.database import on_execute
+from app_db._databases.time_limits import TIME_LIMIT
 from app_db._units.branch_connections import BRANCH
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect, Engine, ExceptionContext
     from sqlalchemy.pool import PoolProxiedConnection
+
+    from app_db.errors import UnitOfWorkTimeout
 
 _watched: WeakSet[Dialect] = WeakSet()
 
@@ -64,9 +67,18 @@ def _before_execute(cursor: object, statement: str, *parameters_and_context: Any
 
 def _handle_error(context: ExceptionContext) -> None:
     connection = context.connection
-    if connection is None or context.is_disconnect or connection.invalidated or connection.closed:
+    if connection is None or connection.invalidated or connection.closed:
         return
-    branch = connection.info.get(BRANCH)
+    try:
+        info = connection.info
+    except NotImplementedError:  # the dialect initializes a connection that is not the pool's yet
+        return
+    branch, limit = info.get(BRANCH), info.get(TIME_LIMIT)
+    overtime = None if limit is None else limit.overtime()
+    if context.is_disconnect:
+        if overtime is not None:
+            _explain_cut_off(context, overtime, is_unknown=branch is not None and branch.is_commit_unanswered)
+        return
     if branch is not None:
         if branch.is_interrupted_by(context.original_exception):
             context.is_disconnect = True  # makes SQLAlchemy close the connection
@@ -75,3 +87,13 @@ def _handle_error(context: ExceptionContext) -> None:
         better = branch.statement_failed(context.original_exception)
         if better is not None:
             raise better from context.original_exception
+    elif overtime is not None:  # at BEGIN
+        raise overtime from context.original_exception
+
+
+def _explain_cut_off(context: ExceptionContext, overtime: UnitOfWorkTimeout, *, is_unknown: bool) -> None:
+    """Raise the error of the time limit that has cut the connection off. After COMMIT was sent, it is a note of the error."""
+    context.invalidate_pool_on_disconnect = False
+    if not is_unknown:
+        raise overtime from context.original_exception
+    context.original_exception.add_note(f"app_db: {overtime}")

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
-from weakref import ReferenceType, ref
 
 from sqlalchemy.exc import PendingRollbackError
 from transaction.interfaces import IRetryDataManager, ISavepointDataManager
 from zope.interface import implementer
 
 from app_db._databases.database import NEVER
+from app_db._databases.time_limits import TimeLimit
 from app_db._liveness import always
 from app_db._two_phase.decision_logs import DecisionLogs
 from app_db._two_phase.xids import Xid, new_unit_id
@@ -30,14 +30,13 @@ from app_db.errors import (
     TransactionLost,
     UnitOfWorkDoomed,
     UnitOfWorkEnded,
-    UnitOfWorkTimeout,
 )
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
-    from sqlalchemy.pool import PoolProxiedConnection
     from transaction import Transaction
 
+    from app_db._databases.engines import Taken
     from app_db._two_phase.decisions import DecisionLog
     from app_db._units.hooks import CapturedHooks, Hooks
     from app_db._units.interfaces import BranchConfig, UnitContext
@@ -54,9 +53,9 @@ class Work:
     """Whether it was begun by `async with`, so that its end can await coroutines."""
     read_only = False
     isolation: str | None = None
-    timeout = NEVER
-    deadline = NEVER
+    time_limit: TimeLimit | None = None
     timed = False
+    """Whether the unit has a deadline."""
     hooks: Hooks | None = None
     liveness: Callable[[], object] = staticmethod(always)
     """Returns None when the block that has to end the unit is gone."""
@@ -87,7 +86,8 @@ class Work:
         self.errors_afterwards: list[Exception] = []
         self.interruption: BaseException | None = None
         self._named: dict[str, Branch] = {}
-        self._checked_out: list[tuple[ReferenceType[PoolProxiedConnection], bool]] = []
+        self.checked_out: Taken = []
+        """Connections that sessions have taken out of their pools, and may not have begun on."""
         self.visitors: dict[str, tuple[Owner, object]] = {}
         """The thread that takes part in the unit without owning it, if there is one."""
         self.rehearsal = coordinator.rehearsal
@@ -202,7 +202,7 @@ class Work:
     def limit(self, timeout: float) -> None:
         """Limit the unit to `timeout` seconds from now. An earlier deadline stays."""
         deadline = time.monotonic() + timeout
-        if deadline < self.deadline:
+        if self.time_limit is None or deadline < self.time_limit.deadline:
             self.set_deadline(timeout, deadline)
 
     def set_deadline(self, timeout: float, deadline: float) -> None:
@@ -213,7 +213,9 @@ class Work:
 
     def note_deadline(self, timeout: float, deadline: float) -> None:
         """Set the unit's deadline, without telling the databases."""
-        self.timeout, self.deadline = timeout, deadline
+        if self.time_limit is None:
+            self.time_limit = TimeLimit(self.is_under_way)
+        self.time_limit.set(timeout, deadline)
         self.timed = deadline < NEVER
 
     def doom(self, reason: BaseException | str) -> None:
@@ -232,18 +234,6 @@ class Work:
             raise UnitOfWorkDoomed(reason or "its zope transaction was doomed")
         if self.transaction.status == "Commit failed":
             raise UnitOfWorkDoomed("a savepoint of it could not be taken or rolled back")
-
-    def remaining(self) -> float:
-        return max(self.deadline - time.monotonic(), 0.0)
-
-    def overtime(self) -> UnitOfWorkTimeout | None:
-        """Return the error to raise if the deadline has passed, or None."""
-        return UnitOfWorkTimeout(self.timeout) if self.timed and self.remaining() <= 0 else None
-
-    def refuse_overtime(self) -> None:
-        error = self.overtime()
-        if error is not None:
-            raise error
 
     # -- what zope asks of a data manager
 
@@ -348,17 +338,13 @@ class Work:
         for overlay in self.overlays:
             overlay.abandon()
         self.overlays.clear()
-        if self._checked_out:
+        if self.checked_out:
             self._give_back_connections()
-
-    def note_checkout(self, may_be_rolled_back: bool, connection: PoolProxiedConnection) -> None:
-        """Note a connection that a session has taken out of its pool and has not begun on."""
-        self._checked_out.append((ref(connection), may_be_rolled_back))
 
     def _give_back_connections(self) -> None:
         """Return connections of sessions that were interrupted before they joined."""
-        while self._checked_out:
-            reference, may_be_rolled_back = self._checked_out.pop()
+        while self.checked_out:
+            reference, may_be_rolled_back = self.checked_out.pop()
             connection = reference()
             if connection is None or not connection.is_valid:
                 continue
@@ -410,8 +396,8 @@ class Work:
                     raise TransactionLost(part.name) from error
 
     def _refuse_what_cannot_commit(self) -> None:
-        if self.timed:
-            self.refuse_overtime()
+        if self.time_limit is not None:
+            self.time_limit.refuse_overtime()
         for part in list(chain[Overlay | Branch](self.overlays, self.branches)):
             if part.has_lost_transaction():
                 if not (isinstance(part, Branch) and part.lost_nothing):

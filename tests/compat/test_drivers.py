@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import selectors
+import socket
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import pymysql as driver
 import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util.concurrency import greenlet_spawn
 
-from app_db._compat import aiosqlite, pymysql
+from app_db._compat import aiosqlite, asyncmy, asyncpg, pymysql
 from app_db._compat.psycopg import async_view
 from app_db._compat.sqlalchemy_asyncpg import adapted_error, note_ended_transaction
 
@@ -55,6 +58,16 @@ def test_pymysqls_time_limit_is_known(mariadb_url: str) -> None:
     limited.close()
 
 
+def test_pymysqls_time_limit_can_be_changed(mariadb_url: str) -> None:
+    """`_read_timeout`: without it, an attempt to connect that took too long for its unit would be waited for in its thread."""
+    connection = connect(mariadb_url)
+    assert [pymysql.is_pymysql(each) for each in (connection, object())] == [True, False]
+    pymysql.set_read_timeout(connection, 1)
+    with pytest.raises(driver.err.OperationalError, match="timed out"):
+        connection.query("SELECT SLEEP(5)")
+    assert not connection.open
+
+
 def test_pymysql_hangs_up_without_a_word(mariadb_url: str) -> None:
     """`_force_close`: close() would send COM_QUIT, and wait where the socket is stuck."""
     connection = connect(mariadb_url)
@@ -62,6 +75,29 @@ def test_pymysql_hangs_up_without_a_word(mariadb_url: str) -> None:
     assert not connection.open
     with pytest.raises(driver.err.Error):
         connection.query("SELECT 1")
+
+
+# ---- sockets ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["postgresql+asyncpg", "mysql+asyncmy"])
+async def test_the_socket_of_an_async_connection_is_known(scheme: str, request: pytest.FixtureRequest) -> None:
+    """`_transport`: without it, a server that stands still would be waited for beyond the time limit of the unit."""
+    url = request.getfixturevalue("postgres_url" if "postgresql" in scheme else "mariadb_url")
+    descriptor_of: Any = asyncpg.descriptor_of if "postgresql" in scheme else asyncmy.descriptor_of
+    sleep = "SELECT pg_sleep(5)" if "postgresql" in scheme else "SELECT SLEEP(5)"
+    engine = create_async_engine(f"{scheme}:{url.partition(':')[2]}")
+    async with engine.connect() as connection:
+        own = (await connection.get_raw_connection()).driver_connection
+        with socket.fromfd(descriptor_of(own), socket.AF_INET, socket.SOCK_STREAM) as duplicate:
+            sleeping = asyncio.create_task(connection.execute(text(sleep)))
+            await asyncio.sleep(0.1)
+            duplicate.shutdown(socket.SHUT_RDWR)
+            with pytest.raises((DBAPIError, ConnectionError)):
+                await asyncio.wait_for(sleeping, 3)
+        await connection.invalidate()
+        assert descriptor_of(own) is None
+    await engine.dispose()
 
 
 # ---- asyncpg, as SQLAlchemy adapts it -------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, event, func, lambda_stmt, select, text, update
 from sqlalchemy.exc import IntegrityError, InvalidRequestError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.ext.declarative import DeferredReflection
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, SessionTransaction, mapped_column
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import QueuePool, StaticPool
 from sqlalchemy.sql.elements import ColumnElement
 
 from app_db._compat.sqlalchemy import (
@@ -25,6 +26,7 @@ from app_db._compat.sqlalchemy import (
     prepare_to_commit,
     take_away,
     when_unmapped,
+    with_queue,
 )
 
 
@@ -299,3 +301,23 @@ async def test_a_statement_that_has_not_ended_can_be_seen(driver: str, request: 
         seen.append(is_executing(raw))
     await engine.dispose()
     assert seen == [False, True, False]
+
+
+# ---- pools --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_queue_of_a_pool_is_asked_by_the_thread_that_waits() -> None:
+    """Without `_queue_class`, a unit of work would wait for a full pool beyond its time limit."""
+    asked: list[float | None] = []
+
+    class Asked:
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            asked.append(timeout)
+            queue: Any = super()
+            return queue.get(block, 0)
+
+    engine = create_engine("sqlite://", poolclass=with_queue(QueuePool, Asked), pool_size=1, max_overflow=0, pool_timeout=30)
+    with engine.connect(), pytest.raises(PoolTimeout):
+        engine.connect()
+    assert asked[-1] == 30
+    engine.dispose()
