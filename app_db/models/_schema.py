@@ -11,6 +11,7 @@ from transaction.interfaces import NoTransaction
 
 from app_db._databases.containers import Container
 from app_db._databases.registry import database_of
+from app_db._two_phase.decisions import TABLE as DECISIONS
 from app_db._units.manager import retryable
 from app_db.errors import InvalidUse, UnitOfWorkError
 from app_db.models._bases import REFLECTED, metadata_of
@@ -20,6 +21,8 @@ from app_db.settings._sources import variable_for
 
 LOCK = "app_db create_all"
 """The name of the lock on the server that processes hold while they change a schema."""
+
+BOOTSTRAP = "app_db_bootstrap"
 
 _ATTEMPTS = 10
 """More than one, because SQLite waits for another process for a limited time only."""
@@ -47,13 +50,22 @@ def drop_all(container: Container, *names: str) -> None:
 def steps() -> Table:
     """Return the table of the bootstrap steps that are done. The unit of work that does a step writes its row."""
     return Table(
-        "app_db_bootstrap",
+        BOOTSTRAP,
         MetaData(),
         Column("step", String(100), primary_key=True),
         Column("done_at", DateTime, nullable=False, server_default=func.now()),
         mysql_engine="InnoDB",
         mariadb_engine="InnoDB",
     )
+
+
+def include_name(name: str | None, kind: str, parents: object) -> bool:
+    """Return False for app_db's own tables, for Alembic: `context.configure(..., include_name=include_name)`.
+
+    They are in no MetaData of the application, so that Alembic's autogenerate would propose to drop them: `app_db_decisions`
+    with the decisions of two-phase commit, and `app_db_bootstrap` with the steps of `bootstrap`.
+    """
+    return kind != "table" or name not in {DECISIONS, BOOTSTRAP}
 
 
 def create_bootstrap_table(container: Container, name: str) -> None:
