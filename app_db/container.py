@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from app_db._databases.engines import build_async_engine, build_engine
 from app_db._sessions.borrowing import BorrowingConfig
-from app_db._sessions.providers import Held, HolderProvider, Lasting, Lifecycle
+from app_db._sessions.providers import Held, HolderProvider, Lasting, Lifecycle, resources_in_circle
 from app_db._sessions.registry import UnitRegistry, build_scoped_session
 from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession, build_routing_sessionmaker
 from app_db._sessions.sessions import SessionConfig, UnitSession, build_sessionmaker
@@ -78,10 +78,23 @@ class _Instance(containers.DynamicContainer):
 class _DatabaseInstance(_Instance):
     """An instance of a database container. Its `core` has a reference to it, `database_container`."""
 
-    def shutdown_resources(self, *arguments: Any, **options: Any) -> Awaitable[None]:
+    def shutdown_resources(self, resource_type: type[providers.BaseResource[Any]] = providers.BaseResource) -> Awaitable[None]:
         """Dispose all engines. Await the result if the running loop has engines; elsewhere awaiting is optional."""
-        waiting: Awaitable[None] | None = super().shutdown_resources(*arguments, **options)
+        self._refuse_circle(resource_type)
+        waiting: Awaitable[None] | None = super().shutdown_resources(resource_type)
         return _Nothing() if waiting is None else waiting
+
+    def _refuse_circle(self, resource_type: type[providers.BaseResource[Any]]) -> None:
+        """Raise the error of dependency-injector, which loops for ever if there is a resource outside the circle, as app_db's."""
+        resources = self.traverse(types=[providers.BaseResource])
+        circle = resources_in_circle(resource for resource in resources if isinstance(resource, resource_type))
+        if circle:
+            names = [name for name, provider in self.providers.items() if provider in circle]
+            listed = ", ".join(map(repr, names)) or "resources of a nested container"
+            raise RuntimeError(
+                f"Unable to resolve resources shutdown order: {listed} depend on each other. Nothing was shut down. Remove "
+                "one of the dependencies, and shut down again"
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from dependency_injector import providers
@@ -91,3 +91,14 @@ class Lifecycle(providers.Resource[None]):
     def _holder(self) -> StateHolder:
         holder: StateHolder = self.args[0]()
         return holder
+
+
+def resources_in_circle(resources: Iterable[providers.BaseResource[Any]]) -> list[providers.BaseResource[Any]]:
+    """Return the initialized resources that depend on each other. None of them can be shut down before the others."""
+    left = [resource for resource in resources if resource.initialized]
+    while True:
+        needed = {id(provider) for resource in left for provider in resource.related}
+        waiting = [resource for resource in left if id(resource) in needed]
+        if len(waiting) == len(left):
+            return left
+        left = waiting
