@@ -18,6 +18,7 @@ from app_db._compat.sqlalchemy import lend
 from app_db._databases.statements import Effect
 from app_db._sessions.routes import Routes
 from app_db._sessions.sessions import UnitSession
+from app_db._units.savepoints import require_savepoints
 from app_db.errors import AppDbError, AwaitRequired, InvalidUse, ReplicaUnavailable
 from app_db.settings import SessionSettings
 
@@ -184,6 +185,9 @@ class RoutingSession(UnitSession):
             self.take_part()
         return super().begin(nested)
 
+    def _refuse_savepoint(self) -> None:
+        """Do nothing: each connection is asked when a statement goes there."""
+
     def forget(self) -> None:
         """Forget the unit's connections after it has ended."""
         self.last_used = ""
@@ -289,6 +293,8 @@ class RoutingSession(UnitSession):
         while transaction is not None:
             if (self.overlay and transaction in self.overlay.levels) or (transaction.nested and not has_savepoints):
                 lend(connection, transaction)
+            elif transaction.nested:
+                require_savepoints(holder.config)
             transaction = transaction.parent
 
 

@@ -24,6 +24,7 @@ from app_db._databases.time_limits import limit_of_checkout
 from app_db._units.branches import Branch
 from app_db._units.coordinator import Coordinator
 from app_db._units.owned_transactions import Owner
+from app_db._units.savepoints import require_savepoints
 from app_db._units.statement_events import watch
 from app_db._units.work import Work
 from app_db.errors import (
@@ -259,12 +260,15 @@ class UnitSession(Session):
         self.require_unit()
         if not nested:
             self._refuse("begin")
-        elif self.config.read_only:
-            self._refuse_savepoint_in_autocommit()
+        else:
+            self._refuse_savepoint()
         return super().begin(nested)
 
-    def _refuse_savepoint_in_autocommit(self) -> None:
+    def _refuse_savepoint(self) -> None:
         work, config = self._work, self.config
+        require_savepoints(config)
+        if not config.read_only:
+            return
         is_alone = work is None or not (work.isolation or work.timed or work.rehearsal)
         if is_alone and config.database.isolation_level(config.settings) == "AUTOCOMMIT":
             raise InvalidUse(

@@ -305,12 +305,7 @@ class Branch(BranchConnection):
             self.session.flush()
 
     def savepoint(self) -> SessionTransaction:
-        """Flush, take a savepoint and return it. Raises InvalidUse if the database has no savepoints."""
-        if not self.config.database.has_savepoints:
-            raise InvalidUse(
-                f"The database of {self.name!r} has no savepoints",
-                'Write to it outside nested units (propagation="nested", unit.savepoint())',
-            )
+        """Flush, take a savepoint and return it. The session raises InvalidUse if the database has no savepoints."""
         if self.session is None:  # a session is needed for nested transactions
             cast("Callable[[], BranchSession]", self._make_session)()
         return cast("BranchSession", self.session).begin_nested()

@@ -15,6 +15,7 @@ from app_db._units.coordinator import Coordinator
 from app_db._units.manager import ContextTransactionManager, retryable, suspend
 from app_db._units.options import Options
 from app_db._units.owned_transactions import AwaitedTransaction, Owner
+from app_db._units.savepoints import require_savepoints_of
 from app_db._units.unit_of_work import UnitOfWork
 from app_db._units.work import Work
 from app_db.errors import AlreadyInUnitOfWork, InvalidUse, NoUnitOfWork, UnitOfWorkInUse
@@ -181,6 +182,10 @@ class NestedParticipant(Participant):
 
     def waits_to_begin(self) -> bool:
         return True
+
+    def enter(self) -> UnitOfWork:
+        require_savepoints_of(self.coordinator.work_of(self.outer))
+        return super().enter()
 
     def _begin(self) -> None:
         self._is_open = True  # an interruption below may leave a unit that zope does not know to be rolled back

@@ -6,7 +6,25 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from app_db._units.branches import Branch
+from app_db._units.interfaces import BranchConfig
 from app_db._units.overlays import Overlay
+from app_db.errors import InvalidUse
+
+
+def require_savepoints(config: BranchConfig) -> None:
+    """Raise InvalidUse if the database of a connection has no savepoints."""
+    if not config.database.has_savepoints:
+        raise InvalidUse(
+            f"The database of {config.name!r} has no savepoints",
+            'Write to it outside nested units (propagation="nested", unit.savepoint(), session.begin_nested())',
+        )
+
+
+def require_savepoints_of(work: SavepointWork) -> None:
+    """Raise InvalidUse if a savepoint of the unit can't be taken. If it were tried, zope would fail the unit."""
+    for branch in work.branches:
+        if branch.has_savepoints:
+            require_savepoints(branch.config)
 
 
 class SavepointWork(Protocol):
@@ -23,6 +41,7 @@ class WorkSavepoint:
 
     def __init__(self, work: SavepointWork, parts: Sequence[Branch | Overlay]) -> None:
         self._work = work
+        require_savepoints_of(work)  # before the first one is taken
         self._nested = [(part, part.savepoint()) for part in parts]
 
     def rollback(self) -> None:

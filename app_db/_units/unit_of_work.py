@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ParamSpec, cast
 
 from app_db._units.hooks import Hook, Hooks
 from app_db._units.manager import ContextTransactionManager
+from app_db._units.savepoints import require_savepoints_of
 from app_db._units.work import Work
 from app_db.errors import AwaitRequired, InvalidUse, NoUnitOfWork, UnitOfWorkEnded
 
@@ -95,6 +96,8 @@ class UnitOfWork:
 
         Its `rollback()` undoes what was done since. It may be called several times.
         """
+        if self._work is not None:
+            require_savepoints_of(self._work)
         return self.transaction.savepoint(optimistic=True)
 
     def _work_under_way(self) -> Work:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 import app_db._databases
-from app_db import DatabaseSettings, container_of, retryable, transactional
+from app_db import DatabaseSettings, UnitOfWork, container_of, retryable, transactional
 from app_db._databases import registry
 from app_db.errors import CannotIsolate, InvalidUse, ReadOnlyViolation
 from app_db.testing import isolated, worker_databases
@@ -174,6 +174,106 @@ def test_what_it_cannot_do_is_one_clear_error(container: Any) -> None:
     with pytest.raises(CannotIsolate, match=refusal), isolated(container):
         raise AssertionError("it began")
     assert names(container) == []
+
+
+REFUSED = "The database of 'writer' has no savepoints"
+
+
+def by_unit(container: Any, unit: UnitOfWork) -> None:
+    unit.savepoint()
+
+
+def by_block(container: Any, unit: UnitOfWork) -> None:
+    with container.transaction(propagation="nested", timeout=0.001):
+        raise AssertionError("it began")
+
+
+def by_session(container: Any, unit: UnitOfWork) -> None:
+    container.writer_session().begin_nested()
+
+
+def by_routing_session(container: Any, unit: UnitOfWork) -> None:
+    session = container.session()
+    with session.using("writer"), session.begin_nested():
+        session.execute(text("SELECT 1"))
+        raise AssertionError("it began")
+
+
+@pytest.mark.parametrize("ask", [by_unit, by_block, by_session, by_routing_session])
+def test_a_savepoint_is_refused_by_name_and_leaves_nothing_open(container: Any, ask: Callable[[Any, UnitOfWork], None]) -> None:
+    with container.transaction() as unit:
+        add(container, "a")
+        with pytest.raises(InvalidUse, match=REFUSED):
+            ask(container, unit)
+        assert not unit.is_doomed
+        assert not container.writer_session().in_nested_transaction()
+        assert not container.session().in_nested_transaction()
+        add(container, "b")
+    assert names(container) == ["a", "b"]
+    assert container.writer_engine().pool.checkedout() == 0
+
+
+def test_the_databases_that_have_savepoints_take_none_either(container: Any, sqlite_url: str) -> None:
+    settings = container.settings()
+    both: Any = container_of("archive", "writer")(
+        settings=settings.with_connections({**settings.connections, "archive": {"url": sqlite_url}})
+    )
+    with both.transaction() as unit:
+        both.archive_session().execute(text("CREATE TABLE items (name VARCHAR)"))
+        both.writer_session().execute(text("SELECT 1"))
+        for ask in (by_unit, by_block):
+            with pytest.raises(InvalidUse, match=REFUSED):
+                ask(both, unit)
+            assert not both.archive_session().in_nested_transaction()
+    both.shutdown_resources()
+
+
+def test_a_connection_that_is_first_used_in_a_nested_unit_needs_no_savepoint(container: Any) -> None:
+    with container.transaction():
+        container.writer_session()
+        with pytest.raises(LookupError), container.transaction(propagation="nested"):
+            add(container, "a")
+            raise LookupError
+        with container.transaction(propagation="nested"):
+            add(container, "b")
+    assert names(container) == ["b"]
+
+
+async def by_awaited_block(container: Any) -> None:
+    async with container.transaction(propagation="nested"):
+        raise AssertionError("it began")
+
+
+async def by_awaited_session(container: Any) -> None:
+    async with container.writer_async_session().begin_nested():
+        raise AssertionError("it began")
+
+
+@pytest.mark.parametrize("ask", [by_awaited_block, by_awaited_session])
+async def test_an_awaited_savepoint_is_refused_by_name_and_leaves_nothing_open(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Any], Awaitable[None]]
+) -> None:
+    """DuckDB has no driver for coroutines. So this is SQLite, of which app_db is told that it has no savepoints."""
+    monkeypatch.setattr(registry.database_of("sqlite"), "has_savepoints", False)
+    container: Any = container_of("writer")(
+        settings=DatabaseSettings(connections={"writer": {"url": sqlite_url}}, _env_file=None)
+    )
+    try:
+        async with container.transaction():
+            await container.writer_async_session().execute(text("CREATE TABLE items (name VARCHAR)"))
+        async with container.transaction():
+            session = container.writer_async_session()
+            await session.execute(text("INSERT INTO items VALUES ('a')"))
+            with pytest.raises(InvalidUse, match=REFUSED):
+                await ask(container)
+            assert not session.in_nested_transaction()
+            await session.execute(text("INSERT INTO items VALUES ('b')"))
+        async with container.transaction():
+            found = await container.writer_async_session().scalars(text("SELECT name FROM items ORDER BY name"))
+            assert [*found] == ["a", "b"]
+        assert container.writer_async_engine().pool.checkedout() == 0
+    finally:
+        await container.shutdown_resources()
 
 
 def test_a_worker_of_tests_gets_a_database_of_its_own(container: Any, tmp_path: Path) -> None:
