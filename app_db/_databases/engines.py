@@ -23,7 +23,7 @@ from app_db._databases.pools import name_pool, pool_arguments
 from app_db._databases.registry import database_of
 from app_db._databases.time_limits import TIME_LIMIT, TimeLimit, limit_of_checkout
 from app_db.errors import Problem, SettingsError
-from app_db.settings._urls import dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
+from app_db.settings._urls import URL_PARTS, dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from app_db.settings import ConnectionSettings, DatabaseSettings
 
 E = TypeVar("E")
+
+_PLACE = ("url", *(part for part in URL_PARTS if part != "driver"), "password_provider")
+"""The settings that say where a database is and how to log in."""
 
 _IDLE_SINCE = "app_db_idle_since"
 
@@ -154,8 +157,9 @@ class _Setup:
 
     def _note(self) -> str:
         connection = self._connection
-        variable = connection.variable("host" if connection.url is None else "url")
-        return f"app_db: the connection {self._name!r} to {connection.masked_url} could not be made. Look at {variable}."
+        fields = [field for field in _PLACE if getattr(connection, field)] or ["host"]
+        listed = ", ".join(map(connection.variable, fields))
+        return f"app_db: the connection {self._name!r} to {connection.masked_url} could not be made. Look at {listed}."
 
     def _note_if_full(self) -> str:
         connection = self._connection
