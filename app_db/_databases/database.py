@@ -155,6 +155,10 @@ class Database:
         """Return the function that opens a DBAPI connection."""
         return dialect.connect
 
+    def tables_without_transactions(self, engine: Engine) -> Rows:
+        """Return the names and storage engines of the tables whose rows survive a rollback."""
+        return []
+
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         """Register the listeners that set up every connection of `engine`."""
 

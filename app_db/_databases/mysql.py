@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
 
     from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
-    from app_db._databases.database import Connected, Info
+    from app_db._databases.database import Connected, Info, Rows
     from app_db.settings import ConnectionSettings
 
 _USUAL_LIMIT = "app_db_usual_limit"
@@ -44,6 +44,12 @@ _STAYS = re.compile(
 )
 _COMMENT = re.compile(r"/\*(?!M?!).*?\*/|--\s[^\n]*|#[^\n]*", re.DOTALL)
 _EXECUTED_COMMENT = re.compile(r"/\*M?!\d*|\*/")
+
+_WITHOUT_TRANSACTIONS = """
+    SELECT t.table_name, t.engine FROM information_schema.tables t JOIN information_schema.engines e ON e.engine = t.engine
+    WHERE t.table_schema = DATABASE() AND t.table_type = 'BASE TABLE' AND e.transactions <> 'YES' ORDER BY t.table_name
+    """
+"""The tables of storage engines such as MyISAM and Aria. Those of InnoDB have transactions."""
 
 
 @lru_cache(maxsize=2048)
@@ -133,6 +139,10 @@ class MySQL(Database):
             return {**own, **settings.connect_args}
         said = {key: value for key, value in url.query.items() if key in self._pymysql_only} | settings.connect_args
         return {**own, **{key: value for key, value in said.items() if key not in self._pymysql_only}, **_tls_of_asyncmy(said)}
+
+    def tables_without_transactions(self, engine: Engine) -> Rows:
+        with engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(text(_WITHOUT_TRANSACTIONS))]
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         @event.listens_for(engine, "connect")

@@ -16,6 +16,7 @@ from typing import cast
 
 from sqlalchemy.exc import DBAPIError
 
+from app_db._databases.registry import database_of
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.recovery import GRACE, BranchInDoubt, BranchState, Settlement, UnitInDoubt
 from app_db._wording import in_one_line
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help="wait for what was prepared less than so long ago, because its process may still commit it (default: %(default)g)",
     )
     recover.set_defaults(command=_recover)
-    check = commands.add_parser("check", help="check whether two-phase commit can work", description=_check.__doc__)
+    check = commands.add_parser("check", help="check whether units of work can commit as promised", description=_check.__doc__)
     check.set_defaults(command=_check)
     for each in (parser, recover, check):
         each.formatter_class, each.epilog = argparse.RawDescriptionHelpFormatter, EXIT_CODES
@@ -250,7 +251,9 @@ def _counted(number: int, thing: str) -> str:
 
 
 def _check(container: DatabaseContainer, options: argparse.Namespace) -> int:
-    """Ask the server of each two-phase connection whether it can prepare transactions, and try to write a decision."""
+    """Ask the server of each two-phase connection whether it can prepare transactions, and try to write a decision. Name the
+    tables of MariaDB and MySQL that have no transactions.
+    """
     container.check()
     settings = container.settings()
     for name in settings.connections:
@@ -264,4 +267,26 @@ def _check(container: DatabaseContainer, options: argparse.Namespace) -> int:
         print(f"{', '.join(names)} can be prepared. Decisions are written to {places.configured.place}.")
     else:
         print("No connection is two-phase, so there is nothing to check. APP_DB_CONNECTIONS__NAME__TWO_PHASE=true makes one so.")
-    return NOTHING_LEFT
+    without_transactions = [*_tables_without_transactions(container)]
+    for line in without_transactions:
+        print(line)
+    return SOMETHING_LEFT if without_transactions else NOTHING_LEFT
+
+
+def _tables_without_transactions(container: DatabaseContainer) -> Iterator[str]:
+    settings = container.settings()
+    for name, declared in settings.connections.items():
+        if declared.mirror is not None or settings.connection(name).read_only:
+            continue
+        engine = container.core.decision_logs().engine(name)
+        try:
+            found = database_of(engine.dialect.name).tables_without_transactions(engine)
+        except (DBAPIError, OSError) as error:
+            yield f"{name}: the server can't be asked for tables that have no transactions: {in_one_line(error)}."
+            continue
+        for table, storage in found:
+            quoted = engine.dialect.identifier_preparer.quote(str(table))
+            yield (
+                f"{name}: the table {table} has no transactions ({storage}). Its rows stay if the unit of work aborts. "
+                f"ALTER TABLE {quoted} ENGINE=InnoDB gives it some."
+            )

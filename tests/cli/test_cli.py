@@ -9,7 +9,9 @@ from types import MappingProxyType
 from urllib.parse import quote
 
 import pytest
+from sqlalchemy import text
 
+from app_db import DatabaseContainer, DatabaseSettings, container_of
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.recovery import BranchInDoubt, BranchState, Settlement, UnitInDoubt
 from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
@@ -339,6 +341,49 @@ def test_a_database_that_is_not_there_is_explained() -> None:
     check = app_db("check", environment=environment)
     assert (check.code, check.out) == (2, "")
     assert "APP_DB_CONNECTIONS__WRITER__TWO_PHASE: the server can't be asked" in check.err
+
+
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+def test_tables_of_mariadb_that_have_no_transactions_are_named(new_mariadb_url: NewUrl, driver: str) -> None:
+    url = new_mariadb_url()
+    given = {"APP_DB_CONNECTIONS__WRITER__URL": url.replace("pymysql", driver), "APP_DB_CONNECTIONS__READER__MIRROR": "writer"}
+    container: DatabaseContainer = container_of("writer")(
+        settings=DatabaseSettings(_env_file=None, connections={"writer": {"url": url}})
+    )
+    engine = container.writer_engine()
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE fine (name VARCHAR(20)) ENGINE=InnoDB"))
+        connection.execute(text("CREATE VIEW seen AS SELECT * FROM fine"))
+    assert app_db("check", environment=given).code == 0
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE old (name VARCHAR(20)) ENGINE=MyISAM"))
+        connection.execute(text("CREATE TABLE `select` (name VARCHAR(20)) ENGINE=Aria TRANSACTIONAL=1"))
+    with pytest.raises(LookupError), container.transaction():
+        for table in ("fine", "old", "`select`"):
+            container.writer_session().execute(text(f"INSERT INTO {table} VALUES ('kept')"))
+        raise LookupError
+    with container.transaction():
+        counts = [
+            container.writer_session().scalar(text(f"SELECT count(*) FROM {table}")) for table in ("fine", "old", "`select`")
+        ]
+    assert counts == [0, 1, 1], "the fact guarded: they survive a rollback"
+    container.shutdown_resources()
+    done = app_db("check", environment=given)
+    assert (done.code, done.err) == (1, "")
+    assert [line for line in done.lines if "has no transactions" in line] == [
+        f"writer: the table {table} has no transactions ({storage}). Its rows stay if the unit of work aborts. "
+        f"ALTER TABLE {quoted} ENGINE=InnoDB gives it some."
+        for table, quoted, storage in (("old", "old", "MyISAM"), ("select", "`select`", "Aria"))
+    ]
+
+
+def test_a_mariadb_that_can_not_be_asked_for_its_tables_is_a_finding() -> None:
+    done = app_db(
+        "check", environment={"APP_DB_CONNECTIONS__WRITER__URL": NOWHERE.replace("postgresql+psycopg", "mysql+pymysql")}
+    )
+    assert (done.code, done.err) == (1, "")
+    assert "writer: the server can't be asked for tables that have no transactions: OperationalError: " in done.out
+    assert "s3cr3t" not in done.out
 
 
 def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
