@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from sqlalchemy import event
+from sqlalchemy.exc import MissingGreenlet
 
 from app_db._databases.database import on_execute
 from app_db._databases.time_limits import TIME_LIMIT
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from app_db.errors import UnitOfWorkTimeout
 
 _watched: WeakSet[Dialect] = WeakSet()
+
+_NOT_AWAITED = (
+    "was used outside `await`, usually to read an attribute that is not loaded. Load it with its object, such as by "
+    '`select(Order).options(selectinload(Order.lines))`, or before it is read: `await session.refresh(order, ["lines"])`.'
+)
 
 
 def watch(engine: Engine) -> None:
@@ -80,6 +86,9 @@ def _handle_error(context: ExceptionContext) -> None:
             _explain_cut_off(context, overtime, is_unknown=branch is not None and branch.is_commit_unanswered)
         return
     if branch is not None:
+        if isinstance(context.original_exception, MissingGreenlet):
+            shown = context.sqlalchemy_exception or context.original_exception
+            shown.add_note(f"app_db: the connection {branch.name!r} {_NOT_AWAITED}")
         if branch.is_interrupted_by(context.original_exception):
             context.is_disconnect = True  # makes SQLAlchemy close the connection
             context.invalidate_pool_on_disconnect = False  # other connections of the pool are intact
