@@ -13,10 +13,11 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from app_db._databases.engines import build_async_engine, build_engine
 from app_db._sessions.borrowing import BorrowingConfig
+from app_db._sessions.makers import UnitSessionmaker, build_sessionmaker, unit_class
 from app_db._sessions.providers import Held, HolderProvider, Lasting, Lifecycle, resources_in_circle
 from app_db._sessions.registry import UnitRegistry, build_scoped_session
-from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession, build_routing_sessionmaker
-from app_db._sessions.sessions import SessionConfig, UnitSession, build_sessionmaker
+from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession
+from app_db._sessions.sessions import SessionConfig, UnitSession
 from app_db._sessions.state import State, StateHolder
 from app_db._two_phase.checks import check
 from app_db._two_phase.decision_logs import DecisionLogs
@@ -30,7 +31,7 @@ from app_db.models._bases import connection_of, described
 from app_db.models._bootstrap import async_bootstrap, bootstrap
 from app_db.models._reflection import ReflectedSchema, connections_in, reflect, reflect_schema
 from app_db.models._schema import create_all, drop_all
-from app_db.settings import DatabaseSettings, SessionSettings
+from app_db.settings import DatabaseSettings
 from app_db.settings._urls import require_greenlet
 
 if TYPE_CHECKING:
@@ -138,35 +139,24 @@ def _build_async_engine(container: DatabaseContainer | None, name: str) -> Async
     return build_async_engine(name, _require_instance(container, name).settings())
 
 
+def _build_sessionmaker(
+    container: DatabaseContainer | None, name: str, engine: Callable[[], Engine], session_class: type[Session] | None
+) -> sessionmaker[Session]:
+    return build_sessionmaker(_require_instance(container, name).settings().connection(name), engine, session_class)
+
+
 def _build_async_sessionmaker(
-    container: DatabaseContainer | None, name: str, engine: Callable[[], AsyncEngine]
-) -> async_sessionmaker[AsyncUnitSession]:
+    container: DatabaseContainer | None,
+    name: str,
+    engine: Callable[[], AsyncEngine],
+    session_class: type[Session] | None,
+    async_session_class: type[AsyncSession] | None,
+) -> async_sessionmaker[AsyncSession]:
     container = _require_instance(container, name)
     require_greenlet()
-    from app_db._sessions.async_sessions import AsyncSessionConfig, build_async_sessionmaker
+    from app_db._sessions.async_sessions import build_async_sessionmaker
 
-    settings = container.settings().connection(name)
-    lender = _lender_of(container, name)
-    if lender is not None:
-        from app_db._sessions.async_routing import build_async_routing_sessionmaker
-
-        config = _borrowing_config(container, name, lender, "async_session")
-        return cast("async_sessionmaker[AsyncUnitSession]", build_async_routing_sessionmaker(config, settings.session))
-    return build_async_sessionmaker(
-        AsyncSessionConfig(name, settings, container.core.coordinator(), lambda: engine().sync_engine)
-    )
-
-
-def _build_sessionmaker(
-    container: DatabaseContainer | None, name: str, engine: Callable[[], Engine]
-) -> sessionmaker[UnitSession]:
-    container = _require_instance(container, name)
-    settings = container.settings().connection(name)
-    lender = _lender_of(container, name)
-    if lender is not None:
-        config = _borrowing_config(container, name, lender, "session")
-        return cast("sessionmaker[UnitSession]", build_routing_sessionmaker(config, settings.session))
-    return build_sessionmaker(SessionConfig(name, settings, container.core.coordinator(), engine))
+    return build_async_sessionmaker(container.settings().connection(name), engine, session_class, async_session_class)
 
 
 def _lender_of(container: DatabaseContainer, name: str) -> str | None:
@@ -204,18 +194,43 @@ def _current_session(scoped: scoped_session[S]) -> S:
 
 
 def _build_scoped_session(
-    container: DatabaseContainer | None, name: str, maker: Callable[[], sessionmaker[UnitSession]]
+    container: DatabaseContainer | None,
+    name: str,
+    maker: providers.Provider[sessionmaker[Session]],
+    engine: Callable[[], Engine],
 ) -> scoped_session[UnitSession]:
-    return build_scoped_session(maker())
+    container = _require_instance(container, name)
+    lender = _lender_of(container, name)
+    if lender is not None:
+        borrowing = cast(Any, _borrowing_config(container, name, lender, "session"))
+        return build_scoped_session(UnitSessionmaker(borrowing, maker, partial(unit_class, RoutingSession)))
+    config = SessionConfig(name, container.settings().connection(name), container.core.coordinator(), engine)
+    return build_scoped_session(UnitSessionmaker(config, maker, partial(unit_class, UnitSession)))
 
 
 def _build_async_scoped_session(
-    container: DatabaseContainer | None, name: str, maker: Callable[[], async_sessionmaker[AsyncUnitSession]]
+    container: DatabaseContainer | None,
+    name: str,
+    maker: providers.Provider[async_sessionmaker[AsyncSession]],
+    engine: Callable[[], AsyncEngine],
 ) -> async_scoped_session[AsyncUnitSession]:
-    made = maker()  # first: without greenlet it raises a clear error
-    from app_db._sessions.async_sessions import build_async_scoped_session
+    container = _require_instance(container, name)
+    maker()  # first: without greenlet it raises a clear error
+    from app_db._sessions.async_routing import AsyncRoutingSession
+    from app_db._sessions.async_sessions import (
+        AsyncSessionConfig,
+        AsyncUnitSession,
+        async_unit_class,
+        build_async_scoped_session,
+    )
 
-    return build_async_scoped_session(made)
+    lender = _lender_of(container, name)
+    if lender is not None:
+        borrowing = cast(Any, _borrowing_config(container, name, lender, "async_session"))
+        return build_async_scoped_session(UnitSessionmaker(borrowing, maker, partial(async_unit_class, AsyncRoutingSession)))
+    connection = container.settings().connection(name)
+    config = AsyncSessionConfig(name, connection, container.core.coordinator(), lambda: engine().sync_engine)
+    return build_async_scoped_session(UnitSessionmaker(config, maker, partial(async_unit_class, AsyncUnitSession)))
 
 
 def _current_async_session(scoped: async_scoped_session[A]) -> A:
@@ -236,17 +251,35 @@ class ConnectionContainer(containers.DeclarativeContainer):
     holder: providers.Callable[StateHolder] = providers.Callable()
     """The holder of the database container. `Connection` sets it."""
 
+    session_class: providers.Object[Any] = providers.Object(None)
+    async_session_class: providers.Object[Any] = providers.Object(None)
+
     engine = Held(StateHolder.get, holder, "engine", name, _build_engine)
-    sessionmaker = Held(StateHolder.get, holder, "sessionmaker", name, _build_sessionmaker, engine.provider)
-    scoped_session = Held(StateHolder.get, holder, "scoped_session", name, _build_scoped_session, sessionmaker.provider)
+    sessionmaker = Held(StateHolder.get, holder, "sessionmaker", name, _build_sessionmaker, engine.provider, session_class)
+    scoped_session = Held(
+        StateHolder.get, holder, "scoped_session", name, _build_scoped_session, sessionmaker.provider, engine.provider
+    )
     session = providers.Callable(_current_session, scoped_session)
 
     async_engine = Held(StateHolder.get_for_loop, holder, "async_engine", name, _build_async_engine)
     async_sessionmaker = Held(
-        StateHolder.get, holder, "async_sessionmaker", name, _build_async_sessionmaker, async_engine.provider
+        StateHolder.get,
+        holder,
+        "async_sessionmaker",
+        name,
+        _build_async_sessionmaker,
+        async_engine.provider,
+        session_class,
+        async_session_class,
     )
     async_scoped_session = Held(
-        StateHolder.get, holder, "async_scoped_session", name, _build_async_scoped_session, async_sessionmaker.provider
+        StateHolder.get,
+        holder,
+        "async_scoped_session",
+        name,
+        _build_async_scoped_session,
+        async_sessionmaker.provider,
+        async_engine.provider,
     )
     async_session = providers.Callable(_current_async_session, async_scoped_session)
 
@@ -299,15 +332,40 @@ class Connection(providers.Container[ConnectionContainer]):
         async_sessionmaker: providers.Provider[async_sessionmaker[AsyncSession]]
         async_scoped_session: providers.Provider[async_scoped_session[AsyncSession]]
         async_session: providers.Provider[AsyncSession]
+        _classes: tuple[type[Session] | None, type[AsyncSession] | None]
 
-        def __init__(self) -> None: ...
+        def __init__(
+            self, *, session_class: type[Session] | None = None, async_session_class: type[AsyncSession] | None = None
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *, session_class=None, async_session_class=None):
+            super().__init__()
+            _require_session_class(session_class, "session_class", Session)
+            if async_session_class is not None:
+                require_greenlet()
+                from sqlalchemy.ext.asyncio import AsyncSession
+
+                _require_session_class(async_session_class, "async_session_class", AsyncSession)
+            self._classes = session_class, async_session_class
 
     def __set_name__(self, owner: type[DatabaseContainer], name: str) -> None:
+        classes = self._classes
         super().__init__(ConnectionContainer)
         self.container.name.set_provides(name)
+        self.container.session_class.set_provides(classes[0])
+        self.container.async_session_class.set_provides(classes[1])
         self.container.holder.set_provides(DatabaseContainer.core.holder)
         for kind in KINDS:
             setattr(owner, f"{name}_{kind}", getattr(self.container, kind))
+
+
+def _require_session_class(given: object, argument: str, base: type) -> None:
+    if given is not None and not (isinstance(given, type) and issubclass(given, base)):
+        raise InvalidUse(
+            f"Connection({argument}={given!r}) is given no session class", f"Pass a subclass of {base.__module__}.{base.__name__}"
+        )
 
 
 def _refuse_taken_names(name: str, bases: Iterable[type], attributes: Iterable[str]) -> None:
@@ -326,24 +384,42 @@ def _refuse_taken_names(name: str, bases: Iterable[type], attributes: Iterable[s
 # ---- the session that finds its database --------------------------------------------------------------------------------
 
 
-def _routing_config(container: DatabaseContainer | None, kind: str) -> tuple[RoutingConfig, SessionSettings]:
+def _routing_config(container: DatabaseContainer | None, kind: str) -> Any:
     container = _require_instance(container, kind)
-    config = RoutingConfig(
+    return RoutingConfig(
         container.core.coordinator(), _holders(container, kind), container.settings, lambda: _names_in(container)
     )
-    return config, config.session_settings()
+
+
+def _maker_of_default(
+    container: DatabaseContainer | None, config: RoutingConfig, kind: str, none: Callable[[], object]
+) -> providers.Provider[Any]:
+    """Return the sessionmaker of the connection to which statements go that name no model. If there is none, call `none`."""
+    if config.routes.has_default:
+        return cast("providers.Provider[Any]", getattr(container, f"{config.routes.default}_{kind}"))
+    return providers.Object(none())
 
 
 def _build_routing(container: DatabaseContainer | None, name: str) -> scoped_session[RoutingSession]:
-    return build_scoped_session(build_routing_sessionmaker(*_routing_config(container, name)))
+    config = _routing_config(container, name)
+    return build_scoped_session(
+        UnitSessionmaker(
+            config, _maker_of_default(container, config, "sessionmaker", sessionmaker), partial(unit_class, RoutingSession)
+        )
+    )
 
 
 def _build_async_routing(container: DatabaseContainer | None, name: str) -> async_scoped_session[AsyncRoutingSession]:
     require_greenlet()
-    from app_db._sessions.async_routing import build_async_routing_sessionmaker
-    from app_db._sessions.async_sessions import build_async_scoped_session
+    from sqlalchemy.ext.asyncio import async_sessionmaker
 
-    return build_async_scoped_session(build_async_routing_sessionmaker(*_routing_config(container, name)))
+    from app_db._sessions.async_routing import AsyncRoutingSession
+    from app_db._sessions.async_sessions import async_unit_class, build_async_scoped_session
+
+    config = _routing_config(container, name)
+    maker = _maker_of_default(container, config, "async_sessionmaker", async_sessionmaker)
+    sessions = UnitSessionmaker(config, maker, partial(async_unit_class, AsyncRoutingSession))
+    return cast("async_scoped_session[AsyncRoutingSession]", build_async_scoped_session(sessions))
 
 
 # ---- what an application subclasses -----------------------------------------------------------------------------------

@@ -6,16 +6,11 @@ Importing this needs greenlet, which comes with the extra `asyncio`.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, cast
-
-from sqlalchemy.ext.asyncio import async_sessionmaker
+from typing import cast
 
 from app_db._sessions.async_sessions import AsyncUnitSession
-from app_db._sessions.routing import OverlayConfig, RoutingSession
+from app_db._sessions.routing import RoutingSession
 from app_db._sessions.sessions import UnitSession
-
-if TYPE_CHECKING:
-    from app_db.settings import SessionSettings
 
 
 class AsyncRoutingSession(AsyncUnitSession):
@@ -30,10 +25,3 @@ class AsyncRoutingSession(AsyncUnitSession):
     def using(self, name: str) -> AbstractContextManager[None]:
         """Send statements in the block to the connection `name`, as `RoutingSession.using` does. Use a plain `with`."""
         return cast(RoutingSession, self.sync_session).using(name)
-
-
-def build_async_routing_sessionmaker(config: OverlayConfig, settings: SessionSettings) -> async_sessionmaker[AsyncRoutingSession]:
-    """Return the async sessionmaker of a configuration."""
-    return async_sessionmaker(
-        class_=AsyncRoutingSession, config=config, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
-    )

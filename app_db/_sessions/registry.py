@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
-from sqlalchemy.orm import scoped_session, sessionmaker
+from sqlalchemy.orm import scoped_session
 from sqlalchemy.util import ScopedRegistry
 from transaction.interfaces import NoTransaction
 
+from app_db._sessions.makers import UnitSessionmaker
 from app_db._sessions.sessions import OF_TRANSACTIONS, SessionConfig, UnitSession
 from app_db._units.branches import Branch
 from app_db._units.work import Work
-from app_db.errors import (
-    NoUnitOfWork,
-    UnitOfWorkEnded,
-)
-
-log = logging.getLogger("app_db")
-
-S = TypeVar("S", bound="UnitSession")
+from app_db.errors import InvalidUse, NoUnitOfWork, UnitOfWorkEnded
 
 
 class UnitRegistry(ScopedRegistry[Any]):
     """The registry of a scoped session. It keeps each session on its unit of work, so that nothing accumulates."""
 
-    def __init__(self, maker: Any) -> None:
+    def __init__(self, maker: UnitSessionmaker) -> None:
         super().__init__(maker, lambda: None)
         self._maker = maker
         self._config: SessionConfig = maker.kw["config"]
@@ -39,9 +32,8 @@ class UnitRegistry(ScopedRegistry[Any]):
         except (NoTransaction, UnitOfWorkEnded):
             raise NoUnitOfWork(f"The {self._config.name!r} session") from None
         found = work.sessions.get(self._key)
-        return self._made_for(work) if found is None else found
-
-    def _made_for(self, work: Work) -> Any:
+        if found is not None:
+            return found
         made = self._maker()
         made.enter(work)
         branch = work.connections.get(self._key)
@@ -69,10 +61,10 @@ class UnitRegistry(ScopedRegistry[Any]):
     def _may_do_without(self) -> bool:
         """Return whether the unit can do without a session, because the application would not notice.
 
-        It would notice if it has changed the sessionmaker, or listens to events of a session that
-        has no objects.
+        It would notice if it has changed the sessionmaker or the session's class, or listens to
+        events of a session that has no objects.
         """
-        if self._config.maker != (self._maker, self._maker.kw):
+        if not (self._config.has_branches and self._maker.is_as_made):
             return False
         if self._listeners is None:
             dispatch = self._maker().dispatch  # these lists grow when a listener to the class is added
@@ -83,6 +75,11 @@ class UnitRegistry(ScopedRegistry[Any]):
         return self._work().sessions.get(self._key) is not None
 
     def set(self, obj: Any) -> None:
+        if not hasattr(obj, "enter"):
+            raise InvalidUse(
+                f"The scoped session of {self._config.name!r} was given a session that belongs to no unit of work",
+                "Make one by calling the scoped session, or leave that to app_db",
+            )
         work = self._work()
         obj.enter(work)
         branch = work.connections.get(self._key)
@@ -101,8 +98,8 @@ class UnitRegistry(ScopedRegistry[Any]):
             raise NoUnitOfWork(f"The {self._config.name!r} session") from None
 
 
-def build_scoped_session(maker: sessionmaker[S]) -> scoped_session[S]:
+def build_scoped_session(maker: UnitSessionmaker) -> scoped_session[Any]:
     """Return the proxy of the current unit's session."""
-    scoped: scoped_session[S] = scoped_session(maker)
+    scoped: scoped_session[Any] = scoped_session(maker)
     scoped.registry = UnitRegistry(maker)
     return scoped

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import sessionmaker
 
 from app_db._compat.sqlalchemy import lend
 from app_db._databases.statements import Effect
@@ -20,7 +19,6 @@ from app_db._sessions.routes import Routes
 from app_db._sessions.sessions import UnitSession
 from app_db._units.savepoints import require_savepoints
 from app_db.errors import AppDbError, AwaitRequired, InvalidUse, ReplicaUnavailable
-from app_db.settings import SessionSettings
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, RootTransaction
@@ -51,7 +49,7 @@ class OverlayConfig:
 
     read_only = False
     autonomous = False
-    maker = None
+    has_branches = False
     may_keep_decisions = False
     name: str
     routes: Any
@@ -102,11 +100,6 @@ class RoutingConfig(OverlayConfig):
         if known is None or known[0] is not settings:
             known = self._routes = settings, Routes(settings, self._names())
         return known[1]
-
-    def session_settings(self) -> SessionSettings:
-        """Return the session settings of the default connection."""
-        settings, routes = self._settings(), self.routes
-        return settings.connection(routes.default).session if routes.has_default else SessionSettings()
 
 
 class _InUse(NamedTuple):
@@ -302,11 +295,4 @@ def _no_bind() -> InvalidUse:
     # Its transaction would be outside the unit's branches, and not be committed with them.
     return InvalidUse(
         "An engine was given to the session that finds its database", "Use session.using() with a connection's name"
-    )
-
-
-def build_routing_sessionmaker(config: OverlayConfig, settings: SessionSettings) -> sessionmaker[RoutingSession]:
-    """Return the sessionmaker of a configuration."""
-    return sessionmaker(
-        class_=RoutingSession, config=config, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
     )

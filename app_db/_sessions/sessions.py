@@ -1,4 +1,4 @@
-"""The sessions of a unit of work, and their sessionmakers and scoped sessions.
+"""The sessions of a unit of work.
 
 A session is made when a unit first asks for it, and is kept on the unit's zope transaction, in
 `Work.sessions`. zope.sqlalchemy joins it as changed, so its writes are committed whether or not
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import event
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 from transaction.interfaces import NoTransaction
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
@@ -55,8 +55,8 @@ class SessionConfig:
 
     asynchronous = False
     """Whether its sessions are async."""
-    maker: tuple[sessionmaker[UnitSession], dict[str, object]] | None = None
-    """The sessionmaker that app_db made, and a copy of its arguments."""
+    has_branches = True
+    """Whether a unit can have a branch of the connection without a session."""
 
     def __init__(self, name: str, settings: ConnectionSettings, coordinator: Coordinator, engine: Callable[[], Engine]) -> None:
         self.name = name
@@ -325,16 +325,6 @@ class UnitSession(Session):
         def bulk_update_mappings(self, *args, **arguments):
             self.require_unit()
             super().bulk_update_mappings(*args, **arguments)
-
-
-def build_sessionmaker(config: SessionConfig) -> sessionmaker[UnitSession]:
-    """Return the sessionmaker of one connection."""
-    settings = config.settings.session
-    maker = sessionmaker(
-        class_=UnitSession, config=config, autoflush=settings.autoflush, expire_on_commit=settings.expire_on_commit
-    )
-    config.maker = maker, dict(maker.kw)
-    return maker
 
 
 # ---- listeners -----------------------------------------------------------------------------------------------------

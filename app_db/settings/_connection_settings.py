@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from keyword import iskeyword
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PrivateAttr, SecretStr
 from sqlalchemy.engine import URL
@@ -54,6 +54,7 @@ def _isolation_level(value: object) -> object:
 
 _IMPORT_STRING = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 _ImportString = Annotated[str, matching(_IMPORT_STRING, "must have the form module:function")]
+_SessionClass = Annotated[str, matching(_IMPORT_STRING, "must have the form module:Class")]
 _PoolClass = Annotated[
     str, matching(f"queue|null|static|{_IMPORT_STRING}", "must be queue, null, static or have the form module:Class")
 ]
@@ -65,6 +66,21 @@ _Url = Annotated[SecretStr, BeforeValidator(revealed)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Query = Annotated[dict[str, str], BeforeValidator(revealed), PlainSerializer(dumped)]
 _ConnectArgs = Annotated[dict[str, Any], BeforeValidator(revealed), PlainSerializer(dumped)]
+
+T = TypeVar("T")
+
+
+def _imported(name: str, variable: str) -> object:
+    """Return what `module:name` names. Raises SettingsError with the variable that has it."""
+    module, _, attribute = name.partition(":")
+    try:
+        found: object = import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError([Problem(variable, f"can't be imported ({type(error).__name__}).")]) from error
+    return found
+
 
 CONNECTION_NAME_RULE = "a lower-case Python identifier without '__'"
 
@@ -109,7 +125,9 @@ class SessionSettings(Group):
     """How the sessions of a connection behave."""
 
     autoflush: bool = True
-    expire_on_commit: bool = False
+    expire_on_commit: bool | None = None
+    class_: _SessionClass | None = Field(default=None, validation_alias="class", serialization_alias="class")
+    async_class: _SessionClass | None = None
 
 
 class ConnectionSettings(Group):
@@ -187,20 +205,25 @@ class ConnectionSettings(Group):
         variable = self.variable("password_provider")
         if self.password_provider is None:
             raise SettingsError([Problem(variable, "is not set.")])
-        module, _, attribute = self.password_provider.partition(":")
-        try:
-            provider: object = import_module(module)
-            for name in attribute.split("."):
-                provider = getattr(provider, name)
-        except (ImportError, AttributeError) as error:
-            raise SettingsError([Problem(variable, f"can't be imported ({type(error).__name__}).")]) from error
+        provider = _imported(self.password_provider, variable)
         if not callable(provider):
             raise SettingsError([Problem(variable, "does not name a function.")])
         return cast("Callable[[], str]", provider)
 
-    def variable(self, field: str) -> str:
+    def load_session_class(self, field: Literal["class", "async_class"], base: type[T]) -> type[T] | None:
+        """Import and return the class of the sessions, None if it is not set. Raises SettingsError if it is no `base`."""
+        named = self.session.class_ if field == "class" else self.session.async_class
+        if named is None:
+            return None
+        variable = self.variable("session", field)
+        found = _imported(named, variable)
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise SettingsError([Problem(variable, f"does not name a subclass of {base.__module__}.{base.__qualname__}.")])
+        return found
+
+    def variable(self, *path: str) -> str:
         """Return the environment variable that sets a field of this connection."""
-        return variable_for(("connections", self._identity.name, field))
+        return variable_for(("connections", self._identity.name, *path))
 
     def read_url(self) -> URL | None:
         """Return the URL to connect to, or None if it is missing or can't be read."""

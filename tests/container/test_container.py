@@ -657,7 +657,7 @@ def test_two_containers_side_by_side_share_nothing(settings: DatabaseSettings, w
         assert getattr(first.core, provider)() is not getattr(second.core, provider)()
     for container in (first, second):
         assert container.core.coordinator().manager is container.transaction_manager()
-        assert container.writer_sessionmaker().kw["config"].coordinator is container.core.coordinator()
+        assert container.writer_scoped_session().session_factory.kw["config"].coordinator is container.core.coordinator()
     with first.transaction():
         session = first.writer_session()
         with pytest.raises(NoUnitOfWork):

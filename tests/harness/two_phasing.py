@@ -208,5 +208,5 @@ def kill_backend(app: Application, name: str, backend: int) -> None:
 
 def sessions_of(app: Application, name: str, number: int) -> Sequence[Any]:
     """Several sessions of one connection in the unit that is under way."""
-    maker = getattr(app.container, f"{name}_sessionmaker")()
+    maker = getattr(app.container, f"{name}_scoped_session")().session_factory
     return [maker() for _ in range(number)]

@@ -217,7 +217,13 @@ def test_a_refused_login_shows_no_password(
     engine = container.writer_engine()
     everything.note(caught.value, settings, settings.connection("writer"), settings.model_dump(), settings.origins())
     everything.note(settings.model_dump_json(), settings.connection("writer").model_dump())
-    everything.note(engine, engine.url, container, container.writer_sessionmaker(), container.writer_sessionmaker().kw["config"])
+    everything.note(
+        engine,
+        engine.url,
+        container,
+        container.writer_sessionmaker(),
+        container.writer_scoped_session().session_factory.kw["config"],
+    )
     require_no_secret(everything)
     container.shutdown_resources()
 

@@ -128,7 +128,7 @@ def test_a_listener_that_fails_as_a_session_goes_on_loses_no_later_write(app: Ro
 
     with app.unit():
         write(app, "a")
-        session = app.container.writer_sessionmaker()()
+        session = app.container.writer_scoped_session().session_factory()
         event.listen(session, "after_transaction_create", refuse)
         with pytest.raises(ValueError, match="own"):
             app.container.writer_scoped_session().registry.set(session)

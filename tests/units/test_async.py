@@ -537,12 +537,12 @@ async def test_a_plain_with_has_no_sessions_for_coroutines(databases: AwaitedDat
 async def test_a_session_of_the_makers_own_is_refused_in_a_plain_with(databases: AwaitedDatabases) -> None:
     container: Any = databases.container
     with container.transaction():
-        session = container.writer_async_sessionmaker()()
+        session = container.writer_async_scoped_session().session_factory()
         with pytest.raises(AwaitRequired):
             await session.execute(text("SELECT 1"))
         databases.add("a")
     async with container.transaction():
-        session = container.writer_async_sessionmaker()()
+        session = container.writer_async_scoped_session().session_factory()
         await session.execute(text("INSERT INTO item (name, amount) VALUES ('b', 0)"))
     assert databases.items() == ["a", "b"]
 

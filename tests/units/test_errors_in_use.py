@@ -150,7 +150,7 @@ def test_a_scoped_session_used_outside_a_unit_is_refused(local: Container, use: 
 
 @pytest.mark.parametrize("use", OUTSIDE.values(), ids=OUTSIDE)
 def test_a_session_made_by_hand_and_used_outside_a_unit_is_refused(local: Container, use: Callable[[Session], object]) -> None:
-    session = local.writer_sessionmaker()()
+    session = local.writer_scoped_session().session_factory()
     with pytest.raises(NoUnitOfWork, match=NEXT_STEP):
         use(session)
     assert list(session) == list(session.new) == []
@@ -159,7 +159,7 @@ def test_a_session_made_by_hand_and_used_outside_a_unit_is_refused(local: Contai
 
 def test_adding_outside_leaves_nothing_pending_for_the_next_unit(container: Container) -> None:
     """The fact guarded: under zope.sqlalchemy alone the object stays pending, and the next transaction commits it."""
-    session = container.writer_sessionmaker()()
+    session = container.writer_scoped_session().session_factory()
     order = Order(sku="outside")
     with pytest.raises(NoUnitOfWork):
         session.add(order)
@@ -726,7 +726,7 @@ def count():
     with container.transaction():
         return container.writer_session().scalar(text("SELECT count(*) FROM orders"))
 
-fresh = container.writer_sessionmaker()()
+fresh = container.writer_scoped_session().session_factory()
 refused(errors.NoUnitOfWork, container.writer_session, "asking outside")
 refused(errors.NoUnitOfWork, lambda: fresh.execute(text("SELECT 1")), "executing outside")
 refused(errors.NoUnitOfWork, fresh.commit, "commit outside")

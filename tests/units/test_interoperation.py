@@ -491,7 +491,7 @@ def test_without_a_transaction_the_explicit_manager_refuses_and_the_implicit_one
     with pytest.raises(NoUnitOfWork, match=r"with container\.transaction\(\):"):
         container.writer_session()
     with pytest.raises(NoUnitOfWork):
-        container.writer_sessionmaker()().add(Order(sku="A-2"))
+        container.writer_scoped_session().session_factory().add(Order(sku="A-2"))
     with pytest.raises(NoTransaction):
         container.unit()
     assert skus(container) == ["A-1"]

@@ -56,7 +56,7 @@ def test_a_scoped_session_can_be_asked_and_told_which_session_it_stands_for(sqli
         scoped = container.writer_scoped_session()
         with app.unit():
             assert not scoped.registry.has()
-            mine = container.writer_sessionmaker()()
+            mine = container.writer_scoped_session().session_factory()
             scoped.registry.set(mine)
             assert scoped() is mine
             scoped.registry.clear()
