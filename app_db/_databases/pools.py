@@ -76,18 +76,17 @@ class _Limited:
     """The queue of a pool: a thread or a task waits no longer for a connection than its unit may."""
 
     def get(self, block: bool = True, timeout: float | None = None) -> ConnectionPoolEntry:
-        limit = limit_of_checkout.get() if block else None
+        # Each `return` is one line with the call: an exception from a signal handler between two would lose the connection.
         queue: Any = super()
+        limit = limit_of_checkout.get() if block else None
         if limit is None or not limit.is_in_force():
-            found: ConnectionPoolEntry = queue.get(block, timeout)
-            return found
+            return queue.get(block, timeout)  # type: ignore[no-any-return]
         limit.refuse_overtime()
         try:
-            found = queue.get(True, limit.remaining() if timeout is None else min(timeout, limit.remaining()))
+            return queue.get(True, limit.remaining() if timeout is None else min(timeout, limit.remaining()))  # type: ignore[no-any-return]
         except Empty:
             limit.refuse_overtime()
             raise
-        return found
 
 
 def _named_and_limited(pool_class: type[QueuePool]) -> type[QueuePool]:

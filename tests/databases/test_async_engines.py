@@ -570,7 +570,8 @@ def test_the_class_of_a_pool_can_be_chosen(sqlite_url: str, name: str | None, po
 
 def test_a_pool_class_made_for_coroutines_serves_threads_as_a_queue(sqlite_url: str) -> None:
     engine = build_engine("writer", settings_of(sqlite_url, pool=PoolSettings(class_="sqlalchemy.pool:AsyncAdaptedQueuePool")))
-    assert type(engine.pool) is QueuePool
+    assert isinstance(engine.pool, QueuePool)
+    assert not isinstance(engine.pool, AsyncAdaptedQueuePool)
     engine.dispose()
 
 
