@@ -40,8 +40,8 @@ class BranchStatements:
     _after_call = False
     _savepoints: tuple[tuple[str, Effect, bool], ...] = ()
     """By the order in which they were taken: name, effect by then, and whether nothing had changed."""
-    _savepoint_sent: tuple[SavepointVerb, int] | None = None
-    """The last statement about a savepoint, and how many statements had failed before it."""
+    _savepoint_sent: tuple[SavepointVerb, int, object] | None = None
+    """The last statement about a savepoint, how many statements had failed before it, and what was changed by then."""
     _failures: Sequence[BaseException] = ()
 
     def __init__(self, work: BranchedWork, config: BranchConfig) -> None:
@@ -74,7 +74,9 @@ class BranchStatements:
             self._note_savepoint()
         savepoint = savepoint_verb(statement)
         if savepoint is not None:
-            self._savepoint_sent = savepoint, len(self._failures)
+            # Count now: what a cursor of the driver changes before the next statement came after this one.
+            changes = None if self._beginning is None else self.config.database.note_beginning(self.connection)
+            self._savepoint_sent = savepoint, len(self._failures), changes
         if self.read_only:
             self._guard_reader(statement)
         effect = effect_of(statement)
@@ -131,13 +133,12 @@ class BranchStatements:
         """Keep what is known at a savepoint, and go back to that once the savepoint was rolled back to, unless that failed."""
         if self._savepoint_sent is None:
             return
-        (verb, name), failures_before = self._savepoint_sent
+        (verb, name), failures_before, changes = self._savepoint_sent
         self._savepoint_sent = None
         if len(self._failures) > failures_before:
             return
         if verb == "take":
-            has_changed_nothing = self.config.database.note_beginning(self.connection) == self._beginning
-            self._savepoints = (*self._savepoints, (name, self.effect, has_changed_nothing))
+            self._savepoints = (*self._savepoints, (name, self.effect, changes == self._beginning))
             return
         places = [place for place, (taken, _, _) in enumerate(self._savepoints) if taken == name]
         if not places:
@@ -146,7 +147,7 @@ class BranchStatements:
             _, self.effect, had_changed_nothing = self._savepoints[places[-1]]
             self._may_have_locked = True
             if had_changed_nothing:
-                self._beginning = self.config.database.note_beginning(self.connection)
+                self._beginning = changes
         self._savepoints = self._savepoints[: places[-1] + (verb == "undo")]
 
     def ask_whether_it_wrote(self) -> None:

@@ -11,57 +11,18 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, event, select, text
+from sqlalchemy import TextClause, create_engine, event, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from app_db.errors import InvalidUse, NotAtomic, SessionIsManaged
 from harness.applications import Application, Item, running
+from harness.hidden_writes import HIDDEN_ON_POSTGRESQL as HIDDEN
+from harness.hidden_writes import LOOKING_ON_POSTGRESQL as LOOKING
+from harness.hidden_writes import POSTGRESQL_SCHEMA
 from harness.servers import PostgresServer
 
 NewUrl = Callable[[], str]
-
-PREPARED = """
-CREATE TABLE touched (id serial PRIMARY KEY, name text);
-CREATE FUNCTION touch(items) RETURNS text LANGUAGE plpgsql AS $$
-    BEGIN INSERT INTO touched (name) VALUES ($1.name); RETURN $1.name; END $$;
-CREATE FUNCTION lower(items) RETURNS text LANGUAGE sql AS $$ INSERT INTO touched (name) VALUES ($1.name) RETURNING name $$;
-CREATE FUNCTION touch_both(integer, integer) RETURNS boolean LANGUAGE plpgsql AS $$
-    BEGIN INSERT INTO touched (name) VALUES ('operator'); RETURN true; END $$;
-CREATE OPERATOR === (LEFTARG = integer, RIGHTARG = integer, FUNCTION = touch_both);
-CREATE VIEW looking AS SELECT touch_both(1, 2) AS seen;
-CREATE FUNCTION harmless(integer) RETURNS integer LANGUAGE sql AS $$ SELECT $1 + 1 $$;
-CREATE PROCEDURE touching() LANGUAGE plpgsql AS $$ BEGIN INSERT INTO touched (name) VALUES ('procedure'); END $$;
-"""
-
-HIDDEN = {
-    "functional notation": "SELECT i.touch FROM items i",
-    "named like a harmless one": "SELECT lower(i) FROM items i",
-    "operator": "SELECT 1 === 2",
-    "view": "SELECT seen FROM looking",
-    "explain": "EXPLAIN ANALYZE SELECT seen FROM looking",
-    "procedure": "CALL touching()",
-    "block": "DO $$ BEGIN INSERT INTO touched (name) VALUES ('block'); END $$",
-    "after a lock": "SELECT i.touch FROM items i WHERE name IN (SELECT name FROM items FOR UPDATE)",
-    "notify": "SELECT pg_notify('a', 'b')",
-    "held cursor": "DECLARE held CURSOR WITH HOLD FOR SELECT seen FROM looking",
-}
-"""Statements that write, or have an effect at COMMIT, although none of the words that write stands in most of them."""
-
-LOOKING = {
-    "rows": "SELECT name FROM items",
-    "lock": "SELECT name FROM items FOR UPDATE",
-    "lock a key": "SELECT name FROM items FOR NO KEY UPDATE",
-    "share": "SELECT name FROM items FOR SHARE",
-    "harmless function": "SELECT harmless(1)",
-    "settings": "SELECT current_setting('search_path')",
-    "local setting": "SET LOCAL work_mem = '4MB'",
-    "advisory lock": "SELECT pg_advisory_xact_lock(1)",
-    "block": "DO $$ BEGIN PERFORM 1; END $$",
-    "explain": "EXPLAIN SELECT seen FROM looking",
-}
-"""Statements that change nothing."""
-
 
 @contextmanager
 def without_variables() -> Iterator[None]:
@@ -82,7 +43,7 @@ def apps(postgres: PostgresServer) -> Iterator[Application]:
     ):
         for name in app.connections:
             with app.engine(name).begin() as connection:
-                connection.exec_driver_sql(PREPARED)
+                connection.exec_driver_sql(POSTGRESQL_SCHEMA)
             app.put("seed", on=name)
         yield app
 
@@ -180,6 +141,32 @@ def test_sqlite_tells_what_a_cursor_of_the_driver_has_changed(statement: str, ne
             app.add("refused", "warehouse")
         with app.unit():
             app.session("writer").connection().connection.cursor().execute("SELECT name FROM items")
+            app.add("kept", "warehouse")
+        assert (app.names("writer"), app.names("warehouse")) == ([], ["kept"])
+
+
+INSERT_RAW = "INSERT INTO items (name) VALUES ('raw')"
+
+
+@pytest.mark.parametrize("undone", [text(INSERT_RAW), None], ids=["statement", "driver"])
+def test_a_write_by_the_driver_after_a_savepoint_was_rolled_back_counts(undone: TextClause | None, new_sqlite_url: NewUrl) -> None:
+    """Nothing tells app_db of the driver's cursor, so it is the next statement of the session that could be too late."""
+    with running(writer=new_sqlite_url(), warehouse=new_sqlite_url()) as app:
+
+        def write() -> None:
+            app.session("writer").connection().connection.cursor().execute(INSERT_RAW)
+
+        def undo() -> None:
+            savepoint = app.session("writer").begin_nested()
+            write() if undone is None else app.session("writer").execute(undone)
+            savepoint.rollback()
+
+        with pytest.raises(NotAtomic), app.unit():
+            undo()
+            write()
+            app.add("refused", "warehouse")
+        with app.unit():
+            undo()
             app.add("kept", "warehouse")
         assert (app.names("writer"), app.names("warehouse")) == ([], ["kept"])
 
