@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count, product
 from pathlib import Path
@@ -29,7 +29,7 @@ from sqlalchemy import Connection, create_engine, event, text
 
 from app_db.errors import NotAtomic
 from harness.applications import Application
-from harness.hidden_writes import FAIL_AT_COMMIT, INSERT, KINDS, Kind, Step, undo
+from harness.hidden_writes import FAIL_AT_COMMIT, INSERT, KINDS, Step
 from harness.servers import MariaDBServer, PostgresServer, Server, ServerMissing, quick_tempdir
 
 MAKERS: dict[str, Callable[[], Server]] = {"postgresql": PostgresServer, "mariadb": MariaDBServer}
@@ -84,9 +84,7 @@ class Place(Application):
 
     def __init__(self, kinds: dict[str, str], databases: Databases, *, two_phase: bool) -> None:
         self.kinds = {name: KINDS[kind] for name, kind in kinds.items()}
-        given = {
-            name: {"url": databases.url(kind), "two_phase": two_phase and kind != "sqlite"} for name, kind in kinds.items()
-        }
+        given = {name: {"url": databases.url(kind), "two_phase": two_phase and kind != "sqlite"} for name, kind in kinds.items()}
         logs = [name for name, kind in kinds.items() if kind == "sqlite"] or list(kinds)
         super().__init__(given, decision_log=logs[0] if two_phase else None)
         self._looking: dict[str, Connection] = {}

@@ -214,8 +214,11 @@ class Database:
         """Return the words of a statement that changes what later units of the connection mean, or None."""
         return None
 
+    asks_beginning = False
+    """Whether `note_beginning` sends a statement."""
+
     def note_beginning(self, connection: Connection) -> object:
-        """Return what `has_written` is to compare with, where that costs no round trip."""
+        """Return what `has_written` is to compare with; None if there is nothing to compare with."""
         return None
 
     def has_written(self, connection: Connection, beginning: object, *, may_have_locked: bool) -> bool | None:

@@ -34,6 +34,10 @@ _LONGEST_WAIT = 3600
 """Seconds to wait for another process that creates tables."""
 
 
+_CHANGED_ROWS = (
+    "SHOW SESSION STATUS WHERE Variable_name IN ('Handler_write', 'Handler_update', 'Handler_delete')"  # the cheapest way to ask
+)
+
 _COMMITS_BY_ITSELF = re.compile(
     r"(?:(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES?|UNLOCK\s+TABLES?|GRANT\b|REVOKE\b"
     r"|ANALYZE\b(?!\s+(?:FORMAT|SELECT))|OPTIMIZE\b|REPAIR\b|CHECK\s+TABLE|LOAD\s+INDEX|FLUSH\b|SET\s+PASSWORD|BEGIN\b|START\b)",
@@ -208,6 +212,18 @@ class MySQL(Database):
         return self._lock_wait_timeout in codes and bool(
             connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout").scalar()
         )
+
+    asks_beginning = True
+
+    def note_beginning(self, connection: Connection) -> object:
+        # The server counts changed rows for each connection, whatever changed them. Neither a transaction nor a savepoint resets
+        # the counters. MySQL also counts the rows of temporary tables that it makes for a query, so there the text decides.
+        if not self._is_mariadb(connection):
+            return None
+        return sum(int(changes) for _, changes in connection.exec_driver_sql(_CHANGED_ROWS))
+
+    def has_written(self, connection: Connection, beginning: object, *, may_have_locked: bool) -> bool | None:
+        return None if beginning is None else self.note_beginning(connection) != beginning
 
     tells_transaction = True
 

@@ -32,7 +32,8 @@ _QUOTED = re.compile(
 _DOUBTFUL = re.compile(r"""['"`\\]|--|/\*|\#(?!>)|\$\w*\$|;\s*[^\s;]""")
 _STRAY_QUOTE = re.compile(r"""['"`\\]|/\*|\#(?!>)|\$\w*\$""")
 _FIRST_WORD = re.compile(r"[\s(]*([A-Za-z]+)\b")
-_CALL = re.compile(r"([\w$.\]]+)\s*\(")
+_CALL = re.compile(r"((?:\.\s*)?[\w$.\]]+)\s*\(")
+_SET_STATEMENT = re.compile(r"\s*SET\s+STATEMENT\b", re.IGNORECASE)  # MariaDB's, FOR any statement
 
 _CONTROL = frozenset(
     {"BEGIN", "START", "COMMIT", "ROLLBACK", "SAVEPOINT", "RELEASE", "SHOW", "DESCRIBE", "DESC", "USE", "PRAGMA"}
@@ -211,7 +212,7 @@ def effect_of(statement: str) -> Effect:
     keyword = first.group(1).upper() if first else ""
     if keyword in _WRITE:
         return Effect.WRITES
-    if keyword not in _CONTROL | _QUERY or _DOUBTFUL.search(text):
+    if keyword not in _CONTROL | _QUERY or _DOUBTFUL.search(text) or _SET_STATEMENT.match(text):
         return Effect.MAY_WRITE
     return Effect.READS if keyword in _CONTROL else _effect_of_query(text)
 

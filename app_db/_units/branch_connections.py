@@ -94,9 +94,14 @@ class BranchConnection(BranchStatements):
         if self.config.two_phase and not self.read_only and self._work.rehearsal is None:
             self._begin_by_xid(connection)
         info[BRANCH] = self
-        self._beginning = self.config.database.note_beginning(connection)
+        if not self.config.database.asks_beginning or self._may_have_to_tell():
+            self._beginning = self.config.database.note_beginning(connection)
         if self._work.timed:
             self.apply_time_limit()
+
+    def _may_have_to_tell(self) -> bool:
+        """Return whether the unit may ask at its end if this branch wrote."""
+        return not (self.read_only or self.config.autonomous) and self._work.may_write_to_several()
 
     def _begin_by_xid(self, connection: Connection) -> None:
         """Begin by xid, if the database can't prepare other transactions. Call it before `info[BRANCH]` is set."""

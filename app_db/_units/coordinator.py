@@ -34,11 +34,13 @@ class Coordinator:
         atomicity: Callable[[], str],
         application: Callable[[], str],
         places: Callable[[], DecisionLogs],
+        may_write_to_several: Callable[[], bool],
     ) -> None:
         self.manager = manager
         self.atomicity = atomicity
         self.application = application
         self.places = places
+        self.may_write_to_several = may_write_to_several
         self.captures: list[CapturedHooks] = []
 
     def get(self) -> Work:
@@ -65,4 +67,17 @@ def build_coordinator(container: Container, places: Callable[[], DecisionLogs]) 
         atomicity=lambda: str(container.settings().atomicity),
         application=lambda: str(container.settings().application),
         places=places,
+        may_write_to_several=lambda: _may_write_to_several(container),
     )
+
+
+def _may_write_to_several(container: Container) -> bool:
+    """Return whether several connections of a container can be written in one unit, and have to commit together."""
+    settings = container.settings()
+    names = {name.removesuffix("_sessionmaker") for name in container.providers if name.endswith("_sessionmaker")}
+    names -= {f"{name}_async" for name in names}
+    names -= {"reader"} - settings.connections.keys()
+    # A connection without settings has an engine of the application's own.
+    declared = map(settings.connections.get, names)
+    writable = [own for own in declared if own is None or (own.transactional and not own.read_only)]
+    return len(writable) > 1 and (settings.atomicity == "strict" or any(own is not None and own.two_phase for own in writable))

@@ -65,6 +65,7 @@ class BranchedWork(Protocol):
     def connections(self) -> MutableMapping[str, Any]: ...
     @property
     def timed(self) -> bool: ...
+    def may_write_to_several(self) -> bool: ...
 
 
 class TakingPart(Protocol):
@@ -99,3 +100,4 @@ class UnitContext(Protocol):
     places: Callable[[], DecisionLogs]
     application: Callable[[], str]
     atomicity: Callable[[], str]
+    may_write_to_several: Callable[[], bool]

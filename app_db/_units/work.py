@@ -404,6 +404,10 @@ class Work:
                     raise TransactionLost(part.name, isinstance(part, Branch) and part.has_ended_transaction)
                 self.roll_back(part)
 
+    def may_write_to_several(self) -> bool:
+        """Return whether a unit may write to several databases that have to commit together."""
+        return self.rehearsal is None and self._coordinator.may_write_to_several()
+
     def _ask_who_wrote(self) -> None:
         """Ask the databases which of them the unit has written to, where more than one of them may have been written to."""
         may_have_written = [branch for branch in self.branches if not (branch.read_only or branch.config.autonomous)]

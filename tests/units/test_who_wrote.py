@@ -18,11 +18,12 @@ from sqlalchemy.orm import Session
 from app_db.errors import InvalidUse, NotAtomic, SessionIsManaged
 from harness.applications import Application, Item, running
 from harness.hidden_writes import HIDDEN_ON_POSTGRESQL as HIDDEN
+from harness.hidden_writes import KINDS, POSTGRESQL_SCHEMA
 from harness.hidden_writes import LOOKING_ON_POSTGRESQL as LOOKING
-from harness.hidden_writes import POSTGRESQL_SCHEMA
-from harness.servers import PostgresServer
+from harness.servers import MariaDBServer, PostgresServer
 
 NewUrl = Callable[[], str]
+
 
 @contextmanager
 def without_variables() -> Iterator[None]:
@@ -149,7 +150,9 @@ INSERT_RAW = "INSERT INTO items (name) VALUES ('raw')"
 
 
 @pytest.mark.parametrize("undone", [text(INSERT_RAW), None], ids=["statement", "driver"])
-def test_a_write_by_the_driver_after_a_savepoint_was_rolled_back_counts(undone: TextClause | None, new_sqlite_url: NewUrl) -> None:
+def test_a_write_by_the_driver_after_a_savepoint_was_rolled_back_counts(
+    undone: TextClause | None, new_sqlite_url: NewUrl
+) -> None:
     """Nothing tells app_db of the driver's cursor, so it is the next statement of the session that could be too late."""
     with running(writer=new_sqlite_url(), warehouse=new_sqlite_url()) as app:
 
@@ -169,6 +172,83 @@ def test_a_write_by_the_driver_after_a_savepoint_was_rolled_back_counts(undone: 
             undo()
             app.add("kept", "warehouse")
         assert (app.names("writer"), app.names("warehouse")) == ([], ["kept"])
+
+
+@pytest.fixture(scope="module")
+def mariadb_apps(mariadb: MariaDBServer) -> Iterator[Application]:
+    with (
+        without_variables(),
+        mariadb.lend_database() as writer,
+        mariadb.lend_database() as warehouse,
+        running(writer=mariadb.url(writer), warehouse=mariadb.url(warehouse)) as app,
+    ):
+        for name in app.connections:
+            app.run(*KINDS["mariadb"].schema, on=name)
+            app.put("seed", on=name)
+        yield app
+
+
+@pytest.mark.parametrize("kind", KINDS["mariadb"].hidden)
+def test_a_write_that_the_text_hides_is_refused_on_mariadb(kind: str, mariadb_apps: Application) -> None:
+    app, before = mariadb_apps, touched(mariadb_apps, "writer")
+    for read_first in (False, True):
+        with pytest.raises(NotAtomic), app.unit():
+            if read_first:
+                app.session("writer").scalars(select(Item)).all()
+            KINDS["mariadb"].hidden[kind](app.session("writer"))
+            app.add("refused", "warehouse")
+    assert touched(app, "writer") == before
+    assert "refused" not in app.names("warehouse")
+
+
+@pytest.mark.parametrize("kind", KINDS["mariadb"].looking)
+def test_what_only_looks_or_locks_is_no_write_on_mariadb(kind: str, mariadb_apps: Application) -> None:
+    app = mariadb_apps
+    with app.unit():
+        KINDS["mariadb"].looking[kind](app.session("writer"))
+        app.add(f"kept {kind}", "warehouse")
+    assert f"kept {kind}" in app.names("warehouse")
+
+
+def test_a_coroutine_is_told_by_mariadb(mariadb_apps: Application) -> None:
+    urls = {name: mariadb_apps.engine(name).url.set(drivername="mysql+asyncmy") for name in mariadb_apps.connections}
+    shown = {name: url.render_as_string(hide_password=False) for name, url in urls.items()}
+    before = touched(mariadb_apps, "writer")
+
+    async def main(app: Application) -> None:
+        with pytest.raises(NotAtomic):
+            async with app.unit():
+                await app.container.writer_async_session().execute(text("SELECT seen FROM looking"))
+                await app.container.warehouse_async_session().execute(text("DELETE FROM touched"))
+        async with app.unit():
+            await app.container.writer_async_session().execute(text("SELECT harmless(1)"))
+            await app.container.warehouse_async_session().execute(text("DELETE FROM touched WHERE name = 'absent'"))
+        await app.container.shutdown_resources()
+
+    with running(writer=shown["writer"], warehouse=shown["warehouse"]) as app:
+        asyncio.run(main(app))
+    assert touched(mariadb_apps, "writer") == before
+
+
+@pytest.mark.parametrize(
+    ("others", "asked"),
+    [
+        ({}, 0),
+        ({"reader": {"read_only": True}, "journal": {"transactional": False}}, 0),
+        ({"warehouse": {}}, 1),
+    ],
+    ids=["alone", "the others take no part", "two writers"],
+)
+def test_mariadb_is_asked_only_where_the_container_writes_to_several(
+    others: dict[str, dict[str, Any]], asked: int, mariadb_apps: Application
+) -> None:
+    url = mariadb_apps.engine("writer").url.render_as_string(hide_password=False)
+    sent = list[str]()
+    with Application({"writer": url, **{name: {"url": url, **own} for name, own in others.items()}}) as app:
+        event.listen(app.engine("writer"), "before_cursor_execute", lambda *given: sent.append(given[2]))
+        with app.unit():
+            app.session("writer").scalars(select(Item)).all()
+    assert sum(statement.startswith("SHOW SESSION STATUS") for statement in sent) == asked
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
