@@ -496,12 +496,14 @@ class BlockingRun(Run):
             self.gate.shut()
         except INTERRUPTIONS as interruption:
             kept = interruption  # as logging and error reporters do
-            if self.units.current() is not None:
-                self.notes.in_the_handler[form.__name__] += 1
-            if random.random() < 0.5 and form.__name__ not in KEPT_BY_TRACEBACKS:
-                self.units.block(self.begin_again(unit))
-            self.gate.shut()
-            del kept
+            try:
+                if self.units.current() is not None:
+                    self.notes.in_the_handler[form.__name__] += 1
+                if random.random() < 0.5 and form.__name__ not in KEPT_BY_TRACEBACKS:
+                    self.units.block(self.begin_again(unit))
+                self.gate.shut()
+            finally:
+                del kept  # else it is kept by its own traceback, and so is the block of a generator
 
     def finish(self) -> None:
         self.look_at_pools()
@@ -574,6 +576,8 @@ class AwaitedRun(Run):
             except BaseException as error:
                 self.gate.shut()
                 self.refuse(error)
+            if form.__name__ in KEPT_BY_TRACEBACKS:
+                await self._let_loop_close_generators()
             if self.look_at_current(unit):
                 return  # the next task knows nothing of it
             if max((pool.checkedout() for pool in self.units.pools()), default=0) > CAPACITY // 2:
@@ -588,14 +592,14 @@ class AwaitedRun(Run):
             self.gate.shut()
         except INTERRUPTIONS as interruption:
             kept = interruption
-            if self.units.current() is not None:
-                self.notes.in_the_handler[form.__name__] += 1
-            if random.random() < 0.5 and form.__name__ not in KEPT_BY_TRACEBACKS:
-                await self.units.block(self.begin_again(unit))
-            self.gate.shut()
-            del kept
-        if form.__name__ in KEPT_BY_TRACEBACKS:
-            await self._let_loop_close_generators()
+            try:
+                if self.units.current() is not None:
+                    self.notes.in_the_handler[form.__name__] += 1
+                if random.random() < 0.5 and form.__name__ not in KEPT_BY_TRACEBACKS:
+                    await self.units.block(self.begin_again(unit))
+                self.gate.shut()
+            finally:
+                del kept
 
     async def _let_loop_close_generators(self) -> None:
         """Wait for what closes an asynchronous generator that nothing refers to any more: a task of the event loop."""
