@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import transaction
@@ -11,8 +12,25 @@ CALLS_OTHERS = frozenset({"transaction.weakset", "transaction._transaction"})
 """Modules that call functions of applications: synchronizers and hooks."""
 
 
+_NEW = {name: value for name, value in vars(transaction.Transaction()).items() if name != "log"}
+_LISTS_AND_DICTS = tuple((name, type(value)) for name, value in _NEW.items() if isinstance(value, (list, dict)))
+
+
 class Transaction(transaction.Transaction):  # type: ignore[misc]  # transaction has no type hints
-    """A transaction with a hook before a rollback to a savepoint."""
+    """A transaction with a hook before a rollback to a savepoint. It is made without a lock."""
+
+    log = logging.getLogger("txn")
+
+    def __init__(self, synchronizers: object, manager: object) -> None:
+        # zope's asks `logging` for a logger named after the thread, which takes a lock. Before Python 3.13, an exception
+        # from a signal handler may leave that locked, and no other thread could begin a transaction again.
+        attributes = self.__dict__
+        attributes.update(_NEW)
+        for name, kind in _LISTS_AND_DICTS:
+            attributes[name] = kind()
+        self._synchronizers = synchronizers
+        self._manager = manager
+        self.log.debug("new transaction")
 
     def before_rollback_to(self, savepoint: transaction.Savepoint) -> None:
         """Raise an error if the transaction can't be rolled back to a savepoint here."""

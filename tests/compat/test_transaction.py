@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -103,6 +104,17 @@ def test_a_managers_methods_find_the_current_transaction_by_current() -> None:
     assert one.told == ["new"]
     with pytest.raises(transaction.interfaces.AlreadyInTransaction):
         transaction.TransactionManager.begin(manager)
+
+
+def test_a_transaction_begins_with_what_zopes_has_and_shares_nothing_with_others() -> None:
+    """`__init__` is not called: it asks `logging` for a logger each time, under a lock that an interruption may leave locked."""
+    synchronizers, manager = WeakSet(), object()
+    zopes, ours, other = (kind(synchronizers, manager) for kind in (transaction.Transaction, Transaction, Transaction))
+    assert zopes.log.name == f"txn.{threading.get_ident()}", "zope makes no logger for each thread any more"
+    assert (ours.log.name, "log" in vars(ours)) == ("txn", False)
+    assert vars(ours) == {name: value for name, value in vars(zopes).items() if name != "log"}
+    shared = [name for name, value in vars(ours).items() if vars(other)[name] is value and isinstance(value, (list, dict, set))]
+    assert shared == []
 
 
 def test_attempts_ask_whether_an_error_may_pass() -> None:

@@ -97,6 +97,8 @@ class Alarms:
         try:
             yield
         finally:
+            # First the handler goes: it sets the timer again. The default one, which is `before`, would end the process.
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import sys
 import threading
 import time
@@ -48,6 +49,31 @@ def in_thread(function: Callable[[], T], name: str | None = None) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+# ---- what threads share ------------------------------------------------------------------------------------------------
+
+
+def test_units_don_t_need_the_lock_of_logging_which_an_interruption_may_leave_locked(new_sqlite_url: Callable[[], str]) -> None:
+    """zope asks `logging` for a logger for each transaction. Before Python 3.13, a signal may leave that lock locked."""
+    with opened({"writer": new_sqlite_url()}) as databases:
+
+        def unit(name: str) -> None:
+            with databases.container.transaction():
+                databases.add(name)
+            with contextlib.suppress(Boom), databases.container.transaction():
+                databases.add("undone")
+                raise Boom
+
+        in_thread(lambda: unit("first"))  # loggers note once which levels they are for, under the lock
+        second = threading.Thread(target=unit, args=("second",))
+        with logging._lock:  # type: ignore[attr-defined]  # it is private
+            second.start()
+            second.join(10)
+            waited = second.is_alive()
+        second.join()
+        assert not waited
+        assert databases.items() == ["first", "second"]
 
 
 # ---- many at once -----------------------------------------------------------------------------------------------------
