@@ -36,8 +36,10 @@ class Program:
 
 
 PROGRAMS = [
-    Program("random_kills", "--kills", 1000),
-    Program("signals_at_random", "--seconds", 60),
+    Program("random_kills", "--kills", 10_000),
+    Program("signals_at_random", "--seconds", 20),
+    Program("who_wrote_at_random", "--units", 5000),
+    Program("poolers_under_load", "--seconds", 30),
 ]
 """Add a line for a new one. A test in `test_soak.py` runs a tenth of each."""
 

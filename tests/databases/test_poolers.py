@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psycopg
@@ -19,16 +15,10 @@ from app_db.cli import main
 from app_db.errors import ReadOnlyViolation, SettingsError, UnitOfWorkTimeout
 from app_db.testing import isolated
 from harness.applications import Application, Item, running
+from harness.pooled_load import HIDDEN_WRITE, SESSION_SETTINGS, USES, Load
 from harness.poolers import PgBouncer
 from harness.requiring import made
 from harness.servers import PASSWORD, PostgresServer
-
-SECONDS = float(os.environ.get("POOLER_SECONDS", "3"))
-
-TRACKED = "'application_name', 'client_encoding', 'DateStyle', 'TimeZone', 'standard_conforming_strings'"
-"""Settings that PgBouncer itself keeps apart for each client."""
-
-SESSION_SETTINGS = f"SELECT name, setting FROM pg_settings WHERE source = 'session' AND name NOT IN ({TRACKED}) ORDER BY name"
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +73,6 @@ def test_a_reader_and_a_writer_share_server_connections_and_neither_notices(
             plain.execute("CREATE TABLE IF NOT EXISTS plain (id serial)")
             plain.execute("INSERT INTO plain DEFAULT VALUES")
     assert app.names("writer") == [f"item {number}" for number in range(6)]
-
-
-HIDDEN_WRITE = "DO $$ BEGIN INSERT INTO items (name) VALUES ('denied'); END $$"
 
 
 def test_a_reader_is_refused_by_the_server(app: Application) -> None:
@@ -167,57 +154,31 @@ def test_isolated_tests_roll_back_through_the_pooler(app: Application) -> None:
     assert app.names("writer") == []
 
 
-def test_many_threads_and_tasks_at_once(app: Application, pooler: PgBouncer, database: str) -> None:
-    ended = time.monotonic() + SECONDS
-    stop = threading.Event()
-    failures: list[BaseException] = []
-    count = [0, 0]
+# ---- many at once -------------------------------------------------------------------------------------------------------
 
-    def plain_program() -> None:
-        while not stop.is_set():
-            with pooler.plain(database) as plain:
-                plain.execute("CREATE TABLE IF NOT EXISTS plain (id serial)")
-                plain.execute("INSERT INTO plain DEFAULT VALUES")
 
-    def work(number: int) -> None:
-        step = 0
-        while time.monotonic() < ended:
-            step += 1
-            try:
-                with app.unit(timeout=20):
-                    app.add(f"thread {number} step {step}", "writer")
-                with app.unit():
-                    app.session("reader").scalars(select(Item).limit(1)).all()
-                count[0] += 1
-            except BaseException as error:  # shown below
-                failures.append(error)
-                return
+@pytest.mark.parametrize("mode", ["transaction", pytest.param("session", marks=pytest.mark.exhaustive)])
+def test_many_threads_and_tasks_at_once(mode: str, driver: str, postgres: PostgresServer) -> None:
+    """The same for longer is a part of `make soak`: tests/poolers_under_load.py."""
+    pooler = made(lambda: PgBouncer(postgres, mode=mode))
+    try:
+        seen = Load(driver.partition("+")[2], mode, postgres, pooler).run(seconds=2)
+    finally:
+        pooler.close()
+    assert seen.wrong == []
+    assert set(seen.done) >= {*USES, "plain program", "recovery"}
 
-    async def tasks() -> None:
-        async def work(number: int) -> None:
-            step = 0
-            while time.monotonic() < ended:
-                step += 1
-                async with app.unit():
-                    app.container.writer_async_session().add(Item(name=f"task {number} step {step}"))
-                async with app.unit():
-                    (await app.container.reader_async_session().scalars(select(Item).limit(1))).all()
-                count[1] += 1
 
-        await asyncio.gather(*(work(number) for number in range(50)))
-        await finished(app)
-
-    plain = threading.Thread(target=plain_program)
-    plain.start()
-    with ThreadPoolExecutor(8) as pool:
-        threads = [pool.submit(work, number) for number in range(8)]
-        asyncio.run(tasks())
-        for thread in threads:
-            thread.result()
-    stop.set()
-    plain.join()
-    assert failures == []
-    assert len(app.names("writer")) == sum(count) > 20
+@pytest.mark.exhaustive
+def test_what_many_at_once_see_of_a_pooler_that_the_settings_deny(postgres: PostgresServer) -> None:
+    """The fact guarded: the load does see what is set on sessions of server connections that are anybody's next."""
+    pooler = made(lambda: PgBouncer(postgres, mode="transaction"))
+    try:
+        seen = Load("psycopg", "session", postgres, pooler).run(seconds=2)
+    finally:
+        pooler.close()
+    assert any("ReadOnly" in line for line in seen.wrong), seen
+    assert any("a server connection keeps" in line for line in seen.wrong), seen
 
 
 # ---- where the settings don't say so ------------------------------------------------------------------------------------
