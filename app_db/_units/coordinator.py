@@ -67,11 +67,28 @@ def build_coordinator(container: Container, places: Callable[[], DecisionLogs]) 
         atomicity=lambda: str(container.settings().atomicity),
         application=lambda: str(container.settings().application),
         places=places,
-        may_write_to_several=lambda: _may_write_to_several(container),
+        may_write_to_several=several_writable(container),
     )
 
 
-def _may_write_to_several(container: Container) -> bool:
+def several_writable(container: Container) -> Callable[[], bool]:
+    """Return a function that tells whether several connections of a container can be written in one unit.
+
+    Each unit on MariaDB calls it. It computes the answer anew if the container has other settings or providers.
+    """
+    known: tuple[object, int, bool] | None = None
+
+    def is_so() -> bool:
+        nonlocal known
+        settings, number = container.settings(), len(container.providers)
+        if known is None or known[0] is not settings or known[1] != number:
+            known = (settings, number, _has_several_writable(container))
+        return known[2]
+
+    return is_so
+
+
+def _has_several_writable(container: Container) -> bool:
     """Return whether several connections of a container can be written in one unit, and have to commit together."""
     settings = container.settings()
     names = {name.removesuffix("_sessionmaker") for name in container.providers if name.endswith("_sessionmaker")}

@@ -9,12 +9,15 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
+from dependency_injector import providers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import TextClause, create_engine, event, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from app_db import DatabaseSettings, container_of
+from app_db._units.coordinator import several_writable
 from app_db.errors import InvalidUse, NotAtomic, SessionIsManaged
 from harness.applications import Application, Item, running
 from harness.hidden_writes import HIDDEN_ON_POSTGRESQL as HIDDEN
@@ -249,6 +252,21 @@ def test_mariadb_is_asked_only_where_the_container_writes_to_several(
         with app.unit():
             app.session("writer").scalars(select(Item)).all()
     assert sum(statement.startswith("SHOW SESSION STATUS") for statement in sent) == asked
+
+
+def test_whether_a_container_writes_to_several_follows_its_settings_and_its_providers(new_sqlite_url: NewUrl) -> None:
+    def with_warehouse(**own: Any) -> DatabaseSettings:
+        connections = {"writer": {"url": new_sqlite_url()}, "warehouse": {"url": new_sqlite_url(), **own}}
+        return DatabaseSettings(_env_file=None, connections=connections)
+
+    container = container_of("writer", "warehouse")(settings=with_warehouse(read_only=True))
+    is_so = several_writable(container)
+    assert (is_so(), is_so()) == (False, False)
+    with container.settings.override(providers.Object(with_warehouse())):
+        assert (is_so(), is_so()) == (True, True)
+    assert not is_so()
+    container.set_provider("audit_sessionmaker", providers.Object(None))
+    assert is_so(), "a connection without settings has an engine of the application's own, which can write"
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
