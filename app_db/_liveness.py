@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
-from app_db._compat.contextlib import is_entering, is_leaving, stack_of
+from app_db._compat.contextlib import is_about_to_leave, is_entering, is_leaving, stack_of
 from app_db._compat.frames import frame_at
 
 
@@ -168,7 +168,7 @@ class _LivenessByStack(Liveness):
         while error is not None and stack is not None and id(error) != self._handled_before:
             trace = error.__traceback__
             while trace is not None:
-                if is_leaving(trace.tb_frame, stack):
+                if is_leaving(trace.tb_frame, stack) or is_about_to_leave(trace, stack):
                     return True
                 trace = trace.tb_next
             error = error.__context__

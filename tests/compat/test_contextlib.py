@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 from contextlib import AsyncExitStack, ExitStack, contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import pytest
 
-from app_db._compat.contextlib import is_entering, is_leaving, stack_of
+from app_db._compat.contextlib import is_about_to_leave, is_entering, is_leaving, stack_of
 
 
 class Noting:
@@ -66,3 +67,24 @@ def test_other_frames_are_no_stacks() -> None:
     with around():
         assert not is_entering(frame)
         assert not is_leaving(frame, None)
+
+
+async def leave(stack: AsyncExitStack) -> None:
+    async with stack:
+        pass
+
+
+def test_a_statement_that_has_called_exit_and_awaits_it_next_is_recognized() -> None:
+    """Without it, a block in an AsyncExitStack would keep its unit current after a signal that arrives there."""
+    stack = AsyncExitStack()
+    held: Any = leave(stack)
+    steps = list(dis.get_instructions(leave))
+
+    def recognized(of: object) -> list[str]:
+        frame = held.cr_frame
+        return [step.opname for step in steps if is_about_to_leave(TracebackType(None, frame, step.offset, 1), of)]
+
+    found, of_another = recognized(stack), recognized(AsyncExitStack())
+    held.close()
+    assert found == ["CALL", "GET_AWAITABLE", "WITH_EXCEPT_START", "GET_AWAITABLE"]
+    assert of_another == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 import transaction as zope
 
 from app_db.testing import isolated
-from harness.applications import Application, running
+from harness.applications import Application, Item, running
 
 
 class Late(Exception):
@@ -110,6 +111,57 @@ def test_a_stack_of_coroutines_holds_a_block_of_threads(app: Application) -> Non
 
 
 # ---- what becomes of the interruption -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def signalled_before_awaiting_exit(function: Callable[..., Any]) -> Iterator[None]:
+    """Have a real signal arrive when `function`, a coroutine, has called `__aexit__` and has not begun to await the result."""
+    before = signal.signal(signal.SIGALRM, ring)
+    offsets = {
+        instruction.offset
+        for instruction in dis.get_instructions(function)
+        if (instruction.opname, instruction.arg) == ("GET_AWAITABLE", 2)
+    }
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code is not function.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and frame.f_lasti in offsets:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGALRM)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+        signal.signal(signal.SIGALRM, before)
+
+
+async def test_a_stack_that_a_signal_keeps_from_leaving_holds_no_unit_in_the_except(app: Application) -> None:
+    """The coroutine of `AsyncExitStack.__aexit__` never starts, so no frame of the stack is in the traceback."""
+    unit = app.unit
+
+    async def hold() -> None:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(unit())
+            app.container.writer_session().add(Item(name="interrupted"))
+
+    async def go_on() -> None:
+        try:
+            await hold()
+        except Late as late:
+            kept = late
+            assert app.container.transaction_manager().current() is None
+            async with unit():
+                app.container.writer_session().add(Item(name="next"))
+            del kept
+
+    with signalled_before_awaiting_exit(hold), pytest.warns(RuntimeWarning, match="__aexit__' was never awaited"):
+        await go_on()
+    assert app.names() == ["next"]
 
 
 def test_one_that_comes_while_a_unit_is_aborted_is_raised(app: Application) -> None:
