@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +12,28 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
 from app_db._compat import asyncmy, pymysql
-from app_db._databases.database import NEVER, Database, SharingRules, code_of, driver_of, execute, milliseconds, quoted
+from app_db._databases.database import (
+    NEVER,
+    PROTECTED,
+    Database,
+    SharingRules,
+    code_of,
+    driver_of,
+    execute,
+    milliseconds,
+    on_execute,
+    quoted,
+)
 from app_db._databases.drivers.mysql_connections import AwaitedAsyncmy, NonBlockingPyMySQL
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
+from app_db._databases.statements import Effect, effect_of
 from app_db.errors import CannotIsolate, InvalidUse
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
-    from sqlalchemy.pool import ConnectionPoolEntry
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
     from app_db._databases.database import Connected, Info, Rows
@@ -29,6 +41,13 @@ if TYPE_CHECKING:
 
 _USUAL_LIMIT = "app_db_usual_limit"
 """Key in a DBAPI connection's info: the statement that restores the time limit from before the unit."""
+
+_MAY_BE_LIFTED = "app_db_may_be_lifted"
+"""Key in the info of a read-only DBAPI connection: a function may have lifted the protection."""
+
+_BEGIN_READ_ONLY = "START TRANSACTION READ ONLY"
+_PROTECT = "SET SESSION TRANSACTION READ ONLY"
+_END_AND_PROTECT = "BEGIN NOT ATOMIC {end}; SET SESSION TRANSACTION READ ONLY; END"  # one round trip, on MariaDB
 
 _LONGEST_WAIT = 3600
 """Seconds to wait for another process that creates tables."""
@@ -153,12 +172,52 @@ class MySQL(Database):
         def set_up(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
             cursor = dbapi_connection.cursor()
             if settings.read_only:
-                cursor.execute("SET SESSION TRANSACTION READ ONLY")
+                cursor.execute(_PROTECT)
+                record.info[PROTECTED] = True
             if settings.statement_timeout is not None:
                 cursor.execute("SELECT VERSION()")
                 is_mariadb = "mariadb" in str(cursor.fetchone()).lower()
                 cursor.execute(self._timeout(settings.statement_timeout, is_mariadb))
             cursor.close()
+
+        if settings.read_only:
+            self._protect_from_functions(engine)
+
+    def _protect_from_functions(self, engine: Engine) -> None:
+        """Have a read-only connection stay so if a function lifts the protection by `SET SESSION TRANSACTION READ WRITE`.
+
+        An open transaction stays read-only, but a SELECT begins none unless it reads a table. So it is begun before an unknown
+        function is called. The session is protected again when a transaction ends. A text that only reads costs no round trip.
+        """
+        dialect = engine.dialect
+
+        def before(cursor: object, statement: str, *parameters_and_context: Any) -> None:
+            if effect_of(statement) is Effect.READS:
+                return
+            connection: Connection = parameters_and_context[-1].root_connection
+            with suppress(NotImplementedError):  # the connection is not in the pool yet
+                if PROTECTED in connection.info and _MAY_BE_LIFTED not in connection.info:
+                    connection.info[_MAY_BE_LIFTED] = True
+                    if self._is_mariadb(connection) and not self._asked_whether_in_transaction(connection):
+                        execute(connection.connection, _BEGIN_READ_ONLY)
+
+        def protecting(word: str, end: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:
+            def end_and_protect(dbapi_connection: PoolProxiedConnection) -> None:
+                is_mariadb = getattr(dialect, "is_mariadb", False)
+                if is_mariadb:
+                    execute(dbapi_connection, _END_AND_PROTECT.format(end=word))
+                else:
+                    end(dbapi_connection)
+                with suppress(NotImplementedError):
+                    may_be_lifted = dbapi_connection.info.pop(_MAY_BE_LIFTED, False)
+                    if may_be_lifted and not is_mariadb:
+                        execute(dbapi_connection, _PROTECT)
+
+            return end_and_protect
+
+        on_execute(engine, before)
+        for word, method in (("COMMIT", "do_commit"), ("ROLLBACK", "do_rollback")):
+            setattr(dialect, method, protecting(word, getattr(dialect, method)))
 
     def hang_up(self, dbapi_connection: DBAPIConnection) -> None:
         driver_connection = driver_of(dbapi_connection)
@@ -187,12 +246,15 @@ class MySQL(Database):
         usual_limit = info.pop(_USUAL_LIMIT, None)
         if usual_limit is not None:
             execute(dbapi_connection, usual_limit)
+        if info.pop(_MAY_BE_LIFTED, False):
+            execute(dbapi_connection, _PROTECT)
 
     def read_only_step(self) -> Callable[[Connection], None]:
         return self._set_read_only
 
     def _set_read_only(self, connection: Connection) -> None:
-        execute(connection.connection, "SET TRANSACTION READ ONLY")  # for the next one, which begins with the first statement
+        # SET TRANSACTION READ ONLY would be for the next one, which a function could prevent by SET SESSION TRANSACTION.
+        execute(connection.connection, _BEGIN_READ_ONLY)
 
     def statement_limit(self, connection: Connection) -> float:
         is_mariadb = self._is_mariadb(connection)

@@ -32,7 +32,7 @@ from app_db._databases.database import (
 )
 from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
-from app_db.errors import CannotIsolate, Problem, SettingsError
+from app_db.errors import CannotIsolate, Problem, ReadOnlyViolation, SettingsError
 
 if TYPE_CHECKING:
     import psycopg
@@ -214,6 +214,37 @@ class PostgreSQL(Database):
             dbapi_connection.autocommit = autocommit
             if settings.read_only:
                 record.info[PROTECTED] = True
+
+        if settings.read_only:
+            self._close_what_is_lifted(engine, settings.database_identity().name)
+
+    def _close_what_is_lifted(self, engine: Engine, name: str) -> None:
+        """Look after each statement whether it has lifted the protection, as a function can, and close the connection then.
+
+        A raw cursor could write otherwise, before the next statement. These are no listeners, because SQLAlchemy has an event
+        after a statement only for an engine, and that would make every statement slower.
+        """
+        may_write = self.may_write
+
+        def is_protected(connection: Connection) -> bool:
+            try:
+                return PROTECTED in connection.info
+            except NotImplementedError:  # the connection is not in the pool yet
+                return False
+
+        def looking_after(execute: Callable[..., None]) -> Callable[..., None]:
+            def look_after(*arguments: Any) -> None:
+                execute(*arguments)
+                connection: Connection = arguments[-1].root_connection
+                if may_write(connection.connection.driver_connection) and is_protected(connection):
+                    connection.invalidate()
+                    raise ReadOnlyViolation(name, "A statement that lifted the protection")
+
+            return look_after
+
+        dialect = engine.dialect
+        for method in ("do_execute", "do_executemany", "do_execute_no_params"):
+            setattr(dialect, method, looking_after(getattr(dialect, method)))
 
     def _limit_each_transaction(self, engine: Engine, settings: ConnectionSettings) -> None:
         if settings.statement_timeout is None:

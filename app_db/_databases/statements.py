@@ -149,7 +149,7 @@ _SETS_BY_FUNCTION = re.compile(r"\bset_config\b", re.IGNORECASE)
 _READER_WORDS = frozenset(
     """
     SELECT WITH VALUES TABLE EXPLAIN SHOW DESCRIBE DESC FETCH MOVE CLOSE DECLARE COPY PRAGMA SAVEPOINT RELEASE ROLLBACK HELP
-    LISTEN UNLISTEN
+    UNLISTEN
     """.split()
 )
 """The first words of statements that only read."""
@@ -159,7 +159,29 @@ _HARMLESS_SET = re.compile(
 )
 _LIFTS_QUERY_ONLY = re.compile(r"PRAGMA\s.*query_only.*[=(]", re.IGNORECASE | re.DOTALL)
 _ANALYZED_QUERY = re.compile(r"ANALYZE\s+(?:FORMAT\b|SELECT\b)", re.IGNORECASE)  # MariaDB's EXPLAIN ANALYZE
-_HARMLESS_PRAGMA = re.compile(r"PRAGMA\s+(?:\w+\.)?\w+\s*(?:\(\s*['\"]?\w+['\"]?\s*\)\s*)?;?\s*\Z", re.IGNORECASE)
+_HARMLESS_PRAGMA = re.compile(
+    r"""PRAGMA\s+(?:\w+\.)?(?:
+    (?!incremental_vacuum\b|optimize\b|shrink_memory\b|wal_checkpoint\b)\w+
+    |(?:table_(?:x?info|list)|index_(?:x?info|list)|foreign_key_(?:list|check)|(?:integrity|quick)_check)\s*\(\s*['"]?\w+['"]?\s*\)
+    )\s*;?\s*\Z""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_ALLOWED_TO_READERS = re.compile(
+    r"""\b(?:pg_(?:try_)?advisory_lock(?:_shared)?|get_lock|load_extension|pg_notify|dblink_(?:exec|send_query)
+    |lo_(?:creat|create|export|from_bytea|import|put|truncate|truncate64|unlink)|lowrite|pg_file_(?:rename|sync|unlink|write)
+    |pg_(?:cancel|terminate)_backend|pg_reload_conf|pg_rotate_logfile|pg_switch_wal|pg_promote|pg_backup_(?:start|stop)
+    |pg_create_(?:restore_point|(?:logical|physical)_replication_slot)|pg_(?:drop|copy_\w+)_replication_slot
+    |pg_replication_(?:slot_advance|origin_\w+)|pg_logical_(?:emit_message|slot_get_(?:binary_)?changes)|pg_stat_reset\w*
+    |pg_import_system_collations|pg_wal_replay_(?:pause|resume))["`]?\s*\(
+    |\bINTO\s+(?:OUTFILE|DUMPFILE)\b|\bWITH\s+HOLD\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""What databases let a read-only session do although it does more than read, or stays on the pooled connection."""
+_EXPLAINED_WRITE = re.compile(  # PostgreSQL executes it, also in a read-only transaction
+    r"EXPLAIN\b(?:\s*\([^)]*\)|\s+(?:ANALY[SZ]E|VERBOSE)\b)*\s*(?:CREATE|DECLARE|EXECUTE|REFRESH)\b|EXPLAIN\b.*\bINTO\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_COPY_OUT = re.compile(r"COPY\b.*\sTO\s+STDOUT\s*(?:\(|WITH\b|;|\Z)", re.IGNORECASE | re.DOTALL)
 
 
 @lru_cache(maxsize=2048)
@@ -167,20 +189,25 @@ def refused_to_readers(statement: str) -> str | None:
     """Return what a read-only session refuses about a statement, or None if the statement is left to the database.
 
     It refuses a statement whose first word does not only read (SET, DO, CALL, RESET, PREPARE), several statements in one text,
-    and the words by which a session becomes writable.
+    the words by which a session becomes writable, and what databases let a read-only session do although it is more than reading.
     """
     bare = _bare(statement)
     first = _FIRST_WORD.match(bare)
     word = first.group(1).upper() if first else ""
     if word in ("RESET", "DISCARD") or _SETS_BY_FUNCTION.search(bare):
         return "Lifting the protection"
-    reads = word in _READER_WORDS and not _has_several(bare)
+    reads = word in _READER_WORDS and not _has_several(bare) and not _ALLOWED_TO_READERS.search(bare)
     if word in ("SET", "BEGIN", "START"):
         if _LIFTS_READ_ONLY.search(_KEEPS_READ_ONLY.sub(" ", bare)):
             return "Lifting the protection"
         reads = _HARMLESS_SET.match(bare) is not None
     elif word == "ANALYZE":
         reads = _ANALYZED_QUERY.match(bare) is not None
+    elif word == "EXPLAIN":
+        reads = reads and not _EXPLAINED_WRITE.match(_unquoted(bare))
+    elif word == "COPY":
+        plain = _unquoted(bare)
+        reads = reads and _COPY_OUT.match(plain) is not None and not _STRAY_QUOTE.search(plain)
     elif word == "PRAGMA":
         if _LIFTS_QUERY_ONLY.match(bare):
             return "Lifting the protection"
@@ -197,6 +224,10 @@ def _has_several(text: str) -> bool:
     unquoted = _DOLLAR_QUOTED.sub(" ", text)
     plain = _QUOTED.sub(_without_content, unquoted)
     return re.search(r";\s*[^\s;]", unquoted if "\\" in text or _STRAY_QUOTE.search(plain) else plain) is not None
+
+
+def _unquoted(text: str) -> str:
+    return _QUOTED.sub(_without_content, _DOLLAR_QUOTED.sub(" ", text))
 
 
 def is_harmless(function: str) -> bool:
