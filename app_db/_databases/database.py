@@ -214,6 +214,9 @@ class Database:
         """Return the words of a statement that changes what later units of the connection mean, or None."""
         return None
 
+    instead_in_unit = "Use a connection of the engine, and undo it there"
+    """What to do instead of what `refused_in_unit` names."""
+
     asks_beginning = False
     """Whether `note_beginning` sends a statement."""
 

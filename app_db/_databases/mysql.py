@@ -63,7 +63,11 @@ _COMMITS_BY_ITSELF = re.compile(
     re.IGNORECASE,
 )
 _STAYS = re.compile(
-    r"(SET\b[^;]*\bAUTOCOMMIT\b|(?:UN)?LOCK\s+TABLES?\b|FLUSH\s+TABLES?\b[^;]*\b(?:FOR\s+EXPORT|READ\s+LOCK))", re.IGNORECASE
+    r"""(SET\b[^;]*\bAUTOCOMMIT\b|(?:UN)?LOCK\s+TABLES?\b|FLUSH\s+TABLES?\b[^;]*\b(?:FOR\s+EXPORT|READ\s+LOCK)|USE\b
+    |SET\s+(?!STATEMENT\b|GLOBAL\b)(?:[^;'"]*\b(?:(?:tx|transaction)_(?:isolation|read_only)|completion_type|sql_mode
+    |(?:foreign_key|unique|check_constraint)_checks|sql_safe_updates|time_zone)\b
+    |(?:SESSION|LOCAL)\s+TRANSACTION\b|(?:DEFAULT\s+)?ROLE\b|NAMES\b|CHAR(?:ACTER\s+SET|SET)\b))""",
+    re.IGNORECASE | re.VERBOSE,
 )
 _COMMENT = re.compile(r"/\*(?!M?!).*?\*/|--\s[^\n]*|#[^\n]*", re.DOTALL)
 _EXECUTED_COMMENT = re.compile(r"/\*M?!\d*|\*/")

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from app_db._databases.database import (
 )
 from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
+from app_db._databases.statements import unquoted, without_comments
 from app_db.errors import CannotIsolate, Problem, ReadOnlyViolation, SettingsError
 
 if TYPE_CHECKING:
@@ -70,6 +71,21 @@ _POOLER = (
     "is not set, and a pooler such as PgBouncer stands before the server. Set it to transaction if the pooler gives out a server "
     "connection for each transaction, or to none if it gives out one for each client connection (session pooling)."
 )
+
+_STAYS = re.compile(
+    r"""(?:\A|;)[\s;]*(?P<set>(?:SET\s+(?!LOCAL\b|CONSTRAINTS\b|TRANSACTION\b)(?:SESSION\s+)?|RESET\s+)\w+)
+    |\b(?P<function>set_config)\b.*,\s*(?:false|'(?:f|false|off|no|0)')\s*\)""",
+    re.IGNORECASE | re.DOTALL | re.VERBOSE,
+)
+
+
+@lru_cache(maxsize=2048)
+def _words_that_stay(statement: str) -> str | None:
+    found = _STAYS.search(unquoted(without_comments(statement)))
+    if found is None:
+        return None
+    return " ".join(found["set"].split()) if found["set"] else "set_config(…, false)"
+
 
 _AMOUNT = re.compile(r"(\d+)(ms|s|min|h|d)?$")
 _SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400, None: 0.001}
@@ -311,6 +327,11 @@ class PostgreSQL(Database):
                 return None
             raise
         return bool(has_id and (holds_locks or not may_have_locked))
+
+    def refused_in_unit(self, statement: str) -> str | None:
+        return _words_that_stay(statement)
+
+    instead_in_unit = "Write SET LOCAL, or set_config(…, true), which ends with the unit"
 
     def has_ended_transaction(self, connection: Connection) -> bool:
         driver_connection = connection.connection.driver_connection

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -11,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -22,6 +24,7 @@ from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
 from app_db._databases.database import NEVER, Database, SharingRules, driver_of, execute, milliseconds, on_execute
+from app_db._databases.statements import without_comments
 from app_db._databases.time_limits import TIME_LIMIT, TimeLimit, limit_of_checkout
 from app_db.settings._urls import is_memory
 
@@ -50,6 +53,19 @@ _USUAL_WAIT = "app_db_usual_wait"
 
 _HEADER = ("schema_version", "user_version", "application_id")
 """What a transaction may change in a database file besides rows."""
+
+
+_STAYS = re.compile(
+    r"""PRAGMA\s+(?:\w+\.)?["'`\[]?(query_only|busy_timeout|case_sensitive_like|ignore_check_constraints|locking_mode
+    |read_uncommitted|recursive_triggers|trusted_schema|writable_schema)["'`\]]?\s*[=(]""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+@lru_cache(maxsize=2048)
+def _words_that_stay(statement: str) -> str | None:
+    found = _STAYS.match(without_comments(statement))
+    return None if found is None else f"PRAGMA {found[1]}"
 
 
 class SQLiteSharing(SharingRules):
@@ -163,6 +179,9 @@ class SQLite(Database):
 
     def note_beginning(self, connection: Connection) -> object:
         return getattr(connection.connection.driver_connection, "total_changes", None)
+
+    def refused_in_unit(self, statement: str) -> str | None:
+        return _words_that_stay(statement)
 
     def has_written(self, connection: Connection, beginning: object, *, may_have_locked: bool) -> bool | None:
         if beginning is None:

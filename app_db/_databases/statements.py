@@ -84,7 +84,7 @@ _BODY = re.compile(
 )
 
 
-def _bare(statement: str) -> str:
+def without_comments(statement: str) -> str:
     """Return a text without comments, and with the content of those that MariaDB and MySQL execute."""
     return _EXECUTED_COMMENT.sub(" ", _COMMENT.sub(" ", statement)).strip(" \t\r\n;(")
 
@@ -95,7 +95,7 @@ def transaction_verb(statement: str) -> str | None:
 
     Where a text is quoted in a way that databases read differently, the quoted parts count as well.
     """
-    bare = _bare(statement)
+    bare = without_comments(statement)
     found = _FIRST_VERB.match(bare)
     if found is None and ";" in bare:
         text = _DOLLAR_QUOTED.sub(" ", bare)
@@ -122,7 +122,7 @@ _SAVEPOINT = re.compile(
 @lru_cache(maxsize=2048)
 def savepoint_verb(statement: str) -> SavepointVerb | None:
     """Return which savepoint a statement takes, releases or rolls back to."""
-    found = _SAVEPOINT.match(_bare(statement))
+    found = _SAVEPOINT.match(without_comments(statement))
     if found is None or found.lastgroup is None:
         return None
     return SavepointVerb(found.lastgroup, found[found.lastgroup].strip('"`;').lower())
@@ -191,7 +191,7 @@ def refused_to_readers(statement: str) -> str | None:
     It refuses a statement whose first word does not only read (SET, DO, CALL, RESET, PREPARE), several statements in one text,
     the words by which a session becomes writable, and what databases let a read-only session do although it is more than reading.
     """
-    bare = _bare(statement)
+    bare = without_comments(statement)
     first = _FIRST_WORD.match(bare)
     word = first.group(1).upper() if first else ""
     if word in ("RESET", "DISCARD") or _SETS_BY_FUNCTION.search(bare):
@@ -204,9 +204,9 @@ def refused_to_readers(statement: str) -> str | None:
     elif word == "ANALYZE":
         reads = _ANALYZED_QUERY.match(bare) is not None
     elif word == "EXPLAIN":
-        reads = reads and not _EXPLAINED_WRITE.match(_unquoted(bare))
+        reads = reads and not _EXPLAINED_WRITE.match(unquoted(bare))
     elif word == "COPY":
-        plain = _unquoted(bare)
+        plain = unquoted(bare)
         reads = reads and _COPY_OUT.match(plain) is not None and not _STRAY_QUOTE.search(plain)
     elif word == "PRAGMA":
         if _LIFTS_QUERY_ONLY.match(bare):
@@ -226,7 +226,8 @@ def _has_several(text: str) -> bool:
     return re.search(r";\s*[^\s;]", unquoted if "\\" in text or _STRAY_QUOTE.search(plain) else plain) is not None
 
 
-def _unquoted(text: str) -> str:
+def unquoted(text: str) -> str:
+    """Return a text with a space for each literal, and with `quoted_name` for each quoted name."""
     return _QUOTED.sub(_without_content, _DOLLAR_QUOTED.sub(" ", text))
 
 

@@ -79,6 +79,12 @@ class BranchStatements:
             self._savepoint_sent = savepoint, len(self._failures), changes
         if self.read_only:
             self._guard_reader(statement)
+        words = self.config.database.refused_in_unit(statement)
+        if words is not None:
+            raise InvalidUse(
+                f"{words} can't be executed on the connection {self.name!r} in a unit of work, because later units would get it",
+                self.config.database.instead_in_unit,
+            )
         effect = effect_of(statement)
         if effect > self.effect:
             if effect is Effect.WRITES and self.read_only:
@@ -103,18 +109,12 @@ class BranchStatements:
                 raise ReadOnlyViolation(self.name, "A statement after one that lifted the protection", False)
 
     def _guard_transaction(self, statement: str) -> None:
-        """Refuse what would end the transaction, or change later units, and notice that an earlier statement has ended it."""
+        """Refuse what would end the transaction, and notice that an earlier statement has ended it."""
         self.note_transaction()
         if self.has_ended_transaction:
             raise TransactionLost(self.name, ended_by_statement=True)
         database, first_word = self.config.database, statement.partition(" ")[0].upper()
         self._after_call = first_word in ("CALL", "EXECUTE", "BEGIN")
-        words = database.refused_in_unit(statement)
-        if words is not None:
-            raise InvalidUse(
-                f"{words} can't be executed on the connection {self.name!r} in a unit of work, because later units would get it",
-                "Use a connection of the engine, and undo it there",
-            )
         if self._was_in_transaction and database.commits_by_itself(statement):
             raise InvalidUse(
                 f"The database of {self.name!r} would commit what the unit of work did so far before this {first_word}",
