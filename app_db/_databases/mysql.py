@@ -202,7 +202,7 @@ class MySQL(Database):
             with suppress(NotImplementedError):  # the connection is not in the pool yet
                 if PROTECTED in connection.info and _MAY_BE_LIFTED not in connection.info:
                     connection.info[_MAY_BE_LIFTED] = True
-                    if self._is_mariadb(connection) and not self._asked_whether_in_transaction(connection):
+                    if self._is_mariadb(connection) and not self._has_begun(connection):
                         execute(connection.connection, _BEGIN_READ_ONLY)
 
         def protecting(word: str, end: Callable[[PoolProxiedConnection], None]) -> Callable[[PoolProxiedConnection], None]:
@@ -299,6 +299,14 @@ class MySQL(Database):
             return not (after_call and self._is_mariadb(connection)) or self._asked_whether_in_transaction(connection)
         status: int | None = getattr(driver_connection, "server_status", None)
         return status is None or bool(status & self._in_transaction)
+
+    def _has_begun(self, connection: Connection) -> bool:
+        """Return whether a transaction is open. Only PyMySQL knows without asking the server."""
+        driver_connection = connection.connection.driver_connection
+        if type(driver_connection).__module__.startswith("pymysql"):
+            status: int = getattr(driver_connection, "server_status", 0)
+            return bool(status & self._in_transaction)
+        return self._asked_whether_in_transaction(connection)
 
     def _asked_whether_in_transaction(self, connection: Connection) -> bool:
         cursor = connection.connection.cursor()

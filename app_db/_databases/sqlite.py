@@ -135,6 +135,22 @@ class SQLite(Database):
                 with suppress(Exception):
                     _use_wal(dbapi_connection)
             execute(dbapi_connection, *pragmas)
+            self._keep_query_only(driver_of(dbapi_connection), record.info, always=settings.read_only)
+
+    def _keep_query_only(self, driver_connection: Any, info: Info, *, always: bool) -> None:
+        """Have SQLite refuse to lift `query_only` while a connection is read-only, also to a raw cursor.
+
+        SQLite asks when it compiles a statement. The driver keeps compiled statements, so a repeated one costs nothing.
+        """
+
+        def authorize(action: int, name: str | None, value: str | None, *_: object) -> int:
+            lifts = action == sqlite3.SQLITE_PRAGMA and value not in (None, "ON") and str(name).lower() == "query_only"
+            return sqlite3.SQLITE_DENY if lifts and (always or _READ_ONLY in info) else sqlite3.SQLITE_OK
+
+        set_authorizer = getattr(driver_connection, "set_authorizer", None)  # aiosqlite has it since 0.22
+        waiting = None if set_authorizer is None else set_authorizer(authorize)
+        if waiting is not None:  # aiosqlite's
+            await_only(waiting)
 
     def _begin_ourselves(self, engine: Engine, statement: str) -> None:
         # A listener to the "begin" event would make every use of the engine slower. The dialect's own method does not.

@@ -7,15 +7,17 @@ is compared with what it was, and so are the settings of the pooled connection.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from app_db.errors import AppDbError
+from app_db.errors import AppDbError, ReadOnlyViolation
 from harness.applications import Application, running
 
 NewUrl = Callable[[], str]
@@ -474,11 +476,16 @@ class Prepared:
             connection.exec_driver_sql("SELECT writes() AS harmless" if self.database != "sqlite" else "SELECT 1")
 
 
+def on_one_connection(url: str) -> dict[str, Any]:
+    """A writer and a reader whose pools have one connection each."""
+    pool = {"pool": {"size": 1, "max_overflow": 0}}
+    return {"writer": {"url": url, **pool}, "reader": {"url": url, "read_only": True, **pool}}
+
+
 @pytest.fixture(params=FACTORIES)
 def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Prepared]:
     url = request.getfixturevalue(FACTORIES[request.param])()
-    pool = {"pool": {"size": 1, "max_overflow": 0}}
-    with running(writer={"url": url, **pool}, reader={"url": url, "read_only": True, **pool}) as app:
+    with running(**on_one_connection(url)) as app:
         app.put("seed")
         app.run(*PREPARED[request.param])
         with app.unit():
@@ -520,6 +527,84 @@ def test_nothing_is_written_and_the_pooled_connection_is_as_it_was(way: str, pre
     assert app.names() == ["seed", "written"]
 
 
+LIFTING = {
+    "postgresql": "SET default_transaction_read_only = off",
+    "mariadb": "SET SESSION TRANSACTION READ WRITE",
+    "sqlite": "PRAGMA query_only = OFF",
+}
+
+
+def test_what_a_raw_cursor_lifts_is_protected_again_in_the_next_unit(prepared: Prepared) -> None:
+    app, settings = prepared.app, prepared.settings("reader")
+    for writes_first in (False, True):
+        with suppress(Exception), app.unit():
+            connection = app.session("reader").connection()
+            if writes_first:
+                connection.execute(text("SELECT name FROM items"))
+            connection.connection.cursor().execute(LIFTING[prepared.database])
+        with pytest.raises(Exception, match=r"(?i)read.?only"), app.unit():
+            app.session("reader").connection().connection.cursor().execute(INSERT)
+        assert prepared.settings("reader") == settings
+    assert app.names() == ["seed"]
+
+
+def test_postgresql_a_statement_that_lifted_the_protection_is_named(new_postgres_url: NewUrl) -> None:
+    with running(**on_one_connection(new_postgres_url())) as app:
+        app.run(*PREPARED["postgresql"])
+        with pytest.raises(ReadOnlyViolation, match=r"A statement that lifted the protection .* 'reader'"), app.unit():
+            app.session("reader").execute(text("SELECT lifts_it()"))
+        with app.unit():
+            assert app.session("reader").scalar(text("SHOW default_transaction_read_only")) == "on"
+
+
+READS = {
+    "postgresql": [
+        "SELECT count(*) FROM items WHERE name LIKE '%; DELETE%'",
+        "WITH one AS (SELECT 1) SELECT * FROM one",
+        "EXPLAIN (ANALYZE, BUFFERS) SELECT name FROM items",
+        "EXPLAIN ANALYZE VERBOSE SELECT name FROM items",
+        "SELECT pg_advisory_xact_lock(1)",
+        "SET LOCAL work_mem = '2MB'",
+        "SHOW search_path",
+        "SELECT name AS into_outfile FROM items",
+    ],
+    "mariadb": [
+        "SELECT name INTO @x FROM items",
+        "SET @x = 1",
+        "SET SESSION max_statement_time = 10",
+        "ANALYZE FORMAT=JSON SELECT name FROM items",
+        "SHOW TABLES",
+        "DESCRIBE items",
+        "SELECT /*! STRAIGHT_JOIN */ name FROM items",
+    ],
+    "sqlite": [
+        "PRAGMA table_info(items)",
+        "PRAGMA main.index_list('items')",
+        "PRAGMA foreign_keys",
+        "EXPLAIN QUERY PLAN SELECT 1",
+    ],
+}
+
+
+def test_a_reader_may_send_what_only_reads(prepared: Prepared) -> None:
+    for statement in READS[prepared.database]:
+        with prepared.app.unit():
+            prepared.app.session("reader").connection().exec_driver_sql(statement.replace("%", "%%"))
+
+
+@pytest.mark.parametrize("way", ["read-only connection", "read-only unit"])
+def test_sqlite_refuses_a_raw_cursor_that_lifts_the_protection(way: str, new_sqlite_url: NewUrl) -> None:
+    unit_only = way == "read-only unit"
+    with running(**on_one_connection(new_sqlite_url())) as app:
+        app.put("seed")
+        for number, statement in enumerate((LIFTING["sqlite"], "pragma main.query_only(0)", 'PRAGMA/**/"query_only"=false')):
+            with pytest.raises(sqlite3.DatabaseError, match="not authorized"), app.unit(read_only=unit_only):
+                app.session("writer" if unit_only else "reader").connection().connection.cursor().execute(statement)
+            with app.unit():
+                app.add(f"added {number}")  # on the same connection, on which app_db itself has lifted it
+        assert app.names() == ["added 0", "added 1", "added 2", "seed"]
+
+
 async def send_async(app: Application, statement: str) -> None:
     """Send a statement and a write by a raw cursor in one unit, and the write in the next one, too."""
     for sent in (statement, "SELECT 1"):
@@ -537,8 +622,7 @@ def test_a_coroutines_reader_writes_nothing(driver: str, request: pytest.Fixture
     database = {"psycopg": "postgresql", "asyncpg": "postgresql", "asyncmy": "mariadb"}.get(driver, "sqlite")
     plain = make_url(request.getfixturevalue(FACTORIES[database])())
     url = plain.set(drivername=f"{plain.get_backend_name()}+{driver}").render_as_string(False)
-    pool = {"pool": {"size": 1, "max_overflow": 0}}
-    with running(writer={"url": url, **pool}, reader={"url": url, "read_only": True, **pool}) as app:
+    with running(**on_one_connection(url)) as app:
         app.put("seed")
         app.run(*PREPARED[database])
 
