@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the tests' servers 
 from databases import Databases
 from measuring import Effort, pin_client, pinning
 
-NAMES = ("units", "async_units", "threads", "routing", "two_phase", "isolation", "imports", "building")
+NAMES = ("units", "async_units", "threads", "readers", "routing", "two_phase", "isolation", "imports", "building")
 LIBRARIES = (
     "SQLAlchemy",
     "zope.sqlalchemy",

@@ -45,6 +45,16 @@ async def _select_async(session: AsyncSession) -> None:
     await session.get_one(Row, 1)
 
 
+def _selects(session: Session) -> None:
+    for _ in range(PAIRS_OF_STATEMENTS):
+        session.scalars(_TEXT).one()
+
+
+async def _selects_async(session: AsyncSession) -> None:
+    for _ in range(PAIRS_OF_STATEMENTS):
+        (await session.scalars(_TEXT)).one()
+
+
 def _insert(session: Session) -> None:
     session.add(Row(text="written"))
 
@@ -103,6 +113,7 @@ async def _tally_async(session: AsyncSession) -> tuple[int, int]:
 
 SELECT = Workload("SELECT by key, writer", ("writer",), _select, _select_async)
 SELECT_READER = Workload("SELECT by key, reader", ("reader",), _select, _select_async)
+SELECTS_READER = Workload("10 SELECTs, reader", ("reader",), _selects, _selects_async)
 INSERT = Workload("INSERT", ("writer",), _insert, _insert_async, rows=1)
 UPDATE = Workload("SELECT and UPDATE", ("writer",), _update, _update_async, counts=1)
 BOTH = Workload("SELECT by reader, INSERT by writer", ("reader", "writer"), _both, _both_async, rows=1)
@@ -111,7 +122,7 @@ UNTOUCHED = Workload("session not used", ("writer",), _nothing, _nothing_async)
 
 MEASURED = (SELECT, SELECT_READER, INSERT, UPDATE, BOTH, STATEMENTS, UNTOUCHED)
 TALLY = Workload("rows and counts", ("writer",), _tally, _tally_async)
-ALL = (*MEASURED, TALLY)
+ALL = (*MEASURED, SELECTS_READER, TALLY)
 
 
 # ---- with injected sessions ----------------------------------------------------------------------
