@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from functools import partial
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from operator import attrgetter, methodcaller
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from dependency_injector import containers, providers
 from sqlalchemy.engine import Engine
@@ -58,9 +58,6 @@ KINDS = (
     "async_session",
 )
 """The providers of every connection, as `NAME.KIND` and as `NAME_KIND`."""
-
-S = TypeVar("S", bound=Session)
-A = TypeVar("A", bound="AsyncSession")
 
 _PLUMBING = frozenset({"__self__", "core", "holder", "name"})
 """Providers that errors don't suggest."""
@@ -188,9 +185,8 @@ def _names_in(container: DatabaseContainer) -> list[str]:
     return [name for name, provider in container.providers.items() if isinstance(provider, Connection)]
 
 
-def _current_session(scoped: scoped_session[S]) -> S:
-    session: S = scoped.registry()
-    return session
+_current_session: Callable[[Any], Any] = methodcaller("registry")
+"""Returns the current unit's session of a scoped session, sync or async."""
 
 
 def _build_scoped_session(
@@ -231,11 +227,6 @@ def _build_async_scoped_session(
     connection = container.settings().connection(name)
     config = AsyncSessionConfig(name, connection, container.core.coordinator(), lambda: engine().sync_engine)
     return build_async_scoped_session(UnitSessionmaker(config, maker, partial(async_unit_class, AsyncUnitSession)))
-
-
-def _current_async_session(scoped: async_scoped_session[A]) -> A:
-    session: A = scoped.registry()
-    return session
 
 
 class ConnectionContainer(containers.DeclarativeContainer):
@@ -281,7 +272,7 @@ class ConnectionContainer(containers.DeclarativeContainer):
         async_sessionmaker.provider,
         async_engine.provider,
     )
-    async_session = providers.Callable(_current_async_session, async_scoped_session)
+    async_session = providers.Callable(_current_session, async_scoped_session)
 
 
 # ---- what a model names ---------------------------------------------------------------------------------------------
@@ -499,7 +490,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     bootstrap: providers.Provider[bool] = providers.Callable(bootstrap, core.database_container)
     async_bootstrap: providers.Provider[Awaitable[bool]] = providers.Callable(async_bootstrap, core.database_container)
     session: providers.Provider[RoutingSession] = providers.Callable(_current_session, core.routing)
-    async_session: providers.Provider[AsyncRoutingSession] = providers.Callable(_current_async_session, core.async_routing)
+    async_session: providers.Provider[AsyncRoutingSession] = providers.Callable(_current_session, core.async_routing)
 
     if TYPE_CHECKING:
 

@@ -210,7 +210,8 @@ class Database:
         """Return whether the database commits before this statement."""
         return False
 
-    def refused_in_unit(self, statement: str) -> str | None:
+    @staticmethod
+    def refused_in_unit(statement: str) -> str | None:  # noqa: ARG004  # of those that override it
         """Return the words of a statement that changes what later units of the connection mean, or None."""
         return None
 

@@ -318,8 +318,7 @@ class MySQL(Database):
     def commits_by_itself(self, statement: str) -> bool:
         return _commits_by_itself(statement)
 
-    def refused_in_unit(self, statement: str) -> str | None:
-        return _words_that_stay(statement)
+    refused_in_unit = staticmethod(_words_that_stay)
 
     def may_be_in_transaction(self, dbapi_connection: DBAPIConnection) -> bool:
         status: int | None = getattr(driver_of(dbapi_connection), "server_status", None)

@@ -328,8 +328,7 @@ class PostgreSQL(Database):
             raise
         return bool(has_id and (holds_locks or not may_have_locked))
 
-    def refused_in_unit(self, statement: str) -> str | None:
-        return _words_that_stay(statement)
+    refused_in_unit = staticmethod(_words_that_stay)
 
     instead_in_unit = "Write SET LOCAL, or set_config(…, true), which ends with the unit"
 

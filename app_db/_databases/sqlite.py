@@ -114,6 +114,7 @@ class SQLite(Database):
     def clean_up(self, dbapi_connection: DBAPIConnection, info: Info) -> None:
         info.pop(_DEADLINE, None)
         if info.pop(_READ_ONLY, False):
+            _authorize(driver_of(dbapi_connection), None)
             execute(dbapi_connection, "PRAGMA query_only = OFF")
         usual_wait = info.pop(_USUAL_WAIT, None)
         if usual_wait is not None:
@@ -135,22 +136,8 @@ class SQLite(Database):
                 with suppress(Exception):
                     _use_wal(dbapi_connection)
             execute(dbapi_connection, *pragmas)
-            self._keep_query_only(driver_of(dbapi_connection), record.info, always=settings.read_only)
-
-    def _keep_query_only(self, driver_connection: Any, info: Info, *, always: bool) -> None:
-        """Have SQLite refuse to lift `query_only` while a connection is read-only, also to a raw cursor.
-
-        SQLite asks when it compiles a statement. The driver keeps compiled statements, so a repeated one costs nothing.
-        """
-
-        def authorize(action: int, name: str | None, value: str | None, *_: object) -> int:
-            lifts = action == sqlite3.SQLITE_PRAGMA and value not in (None, "ON") and str(name).lower() == "query_only"
-            return sqlite3.SQLITE_DENY if lifts and (always or _READ_ONLY in info) else sqlite3.SQLITE_OK
-
-        set_authorizer = getattr(driver_connection, "set_authorizer", None)  # aiosqlite has it since 0.22
-        waiting = None if set_authorizer is None else set_authorizer(authorize)
-        if waiting is not None:  # aiosqlite's
-            await_only(waiting)
+            if settings.read_only:
+                _authorize(driver_of(dbapi_connection), _refuse_to_lift)
 
     def _begin_ourselves(self, engine: Engine, statement: str) -> None:
         # A listener to the "begin" event would make every use of the engine slower. The dialect's own method does not.
@@ -162,6 +149,7 @@ class SQLite(Database):
             if _READ_ONLY in info:
                 cursor.execute("PRAGMA query_only = ON")
                 cursor.execute("BEGIN")
+                _authorize(driver_of(dbapi_connection), _refuse_to_lift)
             else:
                 cursor.execute(statement)
             cursor.close()
@@ -196,8 +184,7 @@ class SQLite(Database):
     def note_beginning(self, connection: Connection) -> object:
         return getattr(connection.connection.driver_connection, "total_changes", None)
 
-    def refused_in_unit(self, statement: str) -> str | None:
-        return _words_that_stay(statement)
+    refused_in_unit = staticmethod(_words_that_stay)
 
     def has_written(self, connection: Connection, beginning: object, *, may_have_locked: bool) -> bool | None:
         if beginning is None:
@@ -272,6 +259,20 @@ class SQLite(Database):
 
     def async_view(self, driver: str, async_driver: str) -> AsyncView | None:
         return aiosqlite_async_view if (driver, async_driver) == ("pysqlite", "aiosqlite") else None
+
+
+def _refuse_to_lift(action: int, name: str | None, value: str | None, *_: object) -> int:
+    """Refuse to lift `query_only`. SQLite asks when it compiles a statement, also one of a raw cursor."""
+    lifts = action == sqlite3.SQLITE_PRAGMA and value not in (None, "ON") and str(name).lower() == "query_only"
+    return sqlite3.SQLITE_DENY if lifts else sqlite3.SQLITE_OK
+
+
+def _authorize(driver_connection: Any, authorize: Callable[..., int] | None) -> None:
+    """Have SQLite ask a function whether it may compile a statement, or none."""
+    set_authorizer = getattr(driver_connection, "set_authorizer", None)  # aiosqlite has it since 0.22
+    waiting = None if set_authorizer is None else set_authorizer(authorize)
+    if waiting is not None:  # aiosqlite's
+        await_only(waiting)
 
 
 def _use_wal(dbapi_connection: DBAPIConnection) -> None:
