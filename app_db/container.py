@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -25,7 +25,7 @@ from app_db._two_phase.recovery import Recovery, build_recovery
 from app_db._units.coordinator import build_coordinator
 from app_db._units.manager import ContextTransactionManager
 from app_db._units.transactions import Transaction, build_transaction, build_unit
-from app_db._units.unit_of_work import UnitOfWork
+from app_db._units.unit_of_work import Done, UnitOfWork
 from app_db.errors import InvalidUse, UnknownConnection, UnknownModel
 from app_db.models._bases import connection_of, described
 from app_db.models._bootstrap import async_bootstrap, bootstrap
@@ -80,7 +80,7 @@ class _DatabaseInstance(_Instance):
         """Dispose all engines. Await the result if the running loop has engines; elsewhere awaiting is optional."""
         self._refuse_circle(resource_type)
         waiting: Awaitable[None] | None = super().shutdown_resources(resource_type)
-        return _Nothing() if waiting is None else waiting
+        return Done() if waiting is None else waiting
 
     def _refuse_circle(self, resource_type: type[providers.BaseResource[Any]]) -> None:
         """Raise the error of dependency-injector, which loops for ever if there is a resource outside the circle, as app_db's."""
@@ -98,13 +98,6 @@ class _DatabaseInstance(_Instance):
         super().__setattr__(name, value)
         if name == "core":
             value.container.database_container.set_provides(self)  # a copy of `core` refers to the original
-
-
-class _Nothing:
-    """An awaitable that does nothing."""
-
-    def __await__(self) -> Generator[None, None, None]:
-        yield from ()
 
 
 def _unknown(name: str, known: Iterable[str]) -> AttributeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import transaction
@@ -12,14 +11,15 @@ CALLS_OTHERS = frozenset({"transaction.weakset", "transaction._transaction"})
 """Modules that call functions of applications: synchronizers and hooks."""
 
 
-_NEW = {name: value for name, value in vars(transaction.Transaction()).items() if name != "log"}
+_FIRST = transaction.Transaction()
+_NEW = {name: value for name, value in vars(_FIRST).items() if name != "log"}
 _LISTS_AND_DICTS = tuple((name, type(value)) for name, value in _NEW.items() if isinstance(value, (list, dict)))
 
 
 class Transaction(transaction.Transaction):  # type: ignore[misc]  # transaction has no type hints
     """A transaction with a hook before a rollback to a savepoint. It is made without a lock."""
 
-    log = logging.getLogger("txn")
+    log = _FIRST.log
 
     def __init__(self, synchronizers: object, manager: object) -> None:
         # zope's asks `logging` for a logger named after the thread, which takes a lock. Before Python 3.13, an exception

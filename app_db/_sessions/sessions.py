@@ -253,8 +253,22 @@ class UnitSession(Session):
         return super().connection(bind_arguments, execution_options)
 
     def commit(self) -> None:
+        """Commit the transaction of an autonomous connection. In a unit of work, other sessions refuse this."""
         self.require_unit()
-        self._refuse("commit")
+        if self._may_end_by_itself:
+            self._end_by_itself(super().commit)
+        else:
+            self._refuse("commit")
+
+    @property
+    def _may_end_by_itself(self) -> bool:
+        work = self._work
+        return self.config.autonomous and work is not None and not work.finishing and work.is_under_way()
+
+    def _end_by_itself(self, end: Callable[[], None]) -> None:
+        """Commit or roll back as a session outside of units does, and take part in the unit again."""
+        if self.branch is not None:
+            cast("Work", self._work).restart(self.branch, end)
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         self.require_unit()
@@ -281,7 +295,11 @@ class UnitSession(Session):
         self._refuse("prepare")
 
     def rollback(self) -> None:
-        """Roll back the transaction of a read-only connection. In a unit of work, other sessions refuse this."""
+        """Roll back a read-only or an autonomous connection. In a unit of work, other sessions refuse this."""
+        if self._may_end_by_itself:
+            self.require_unit()
+            self._end_by_itself(super().rollback)
+            return
         if self.config.read_only and self._work is not None and not self._work.finishing and self._work.is_under_way():
             self.require_unit()
             self.expunge_all()
@@ -290,6 +308,10 @@ class UnitSession(Session):
             return
         self._refuse("rollback")
         super().rollback()
+
+    def undo(self) -> None:
+        """Undo what the unit has done with this session."""
+        self._end_by_itself(super().rollback)
 
     def forget_changes(self) -> None:
         """Take from the session what a flush would send: new and deleted objects leave it, and changed ones are read again."""

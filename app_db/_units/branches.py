@@ -40,6 +40,8 @@ class BranchSession(TakingPart, Protocol):
     def connection(self) -> Connection: ...
     def invalidate(self) -> None: ...
     def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None: ...
+    def take_part(self) -> None: ...
+    def undo(self) -> None: ...
 
 
 class SessionDataManager(Protocol):
@@ -47,6 +49,7 @@ class SessionDataManager(Protocol):
 
     session: BranchSession
     tx: SessionTransaction | None
+    keep_session: bool
 
     def tpc_vote(self, trans: Transaction) -> None: ...
     def abort(self, trans: Transaction) -> None: ...
@@ -272,6 +275,17 @@ class Branch(BranchConnection):
                 time.sleep(0.005)
             else:
                 return
+
+    def restart(self, end: Callable[[], None]) -> None:
+        """End the transaction of the session by `end`, and let the session, with its objects, take part in the unit again."""
+        session, data_manager = self.session, self._data_manager
+        if session is None or data_manager is None:
+            raise InvalidUse(f"The connection {self.name!r} has no session", "Ask the container for it first")
+        end()
+        data_manager.keep_session = True
+        data_manager.abort(self._work.transaction)  # zope.sqlalchemy forgets the session
+        self._let_go()
+        session.take_part()
 
     def abandon_work(self) -> None:
         """Close the connection after an exception from outside, which may have interrupted the session or the driver halfway.

@@ -7,7 +7,7 @@ stored on the zope transaction (`transaction.data`), so nothing has to be cleane
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from app_db._databases.containers import Container
@@ -31,16 +31,20 @@ class Coordinator:
     def __init__(
         self,
         manager: TransactionManager,
+        *,
         atomicity: Callable[[], str],
         application: Callable[[], str],
         places: Callable[[], DecisionLogs],
         may_write_to_several: Callable[[], bool],
+        connections: Callable[[], Mapping[str, str | None]],
     ) -> None:
         self.manager = manager
         self.atomicity = atomicity
         self.application = application
         self.places = places
         self.may_write_to_several = may_write_to_several
+        self.connections = connections
+        """Returns the names of the connections. The values are the connections whose transactions they share, or None."""
         self.captures: list[CapturedHooks] = []
 
     def get(self) -> Work:
@@ -68,7 +72,13 @@ def build_coordinator(container: Container, places: Callable[[], DecisionLogs]) 
         application=lambda: str(container.settings().application),
         places=places,
         may_write_to_several=several_writable(container),
+        connections=lambda: {name: container.settings().lender_of(name, container.providers) for name in _names_in(container)},
     )
+
+
+def _names_in(container: Container) -> set[str]:
+    names = {name.removesuffix("_sessionmaker") for name in container.providers if name.endswith("_sessionmaker")}
+    return names - {f"{name}_async" for name in names}
 
 
 def several_writable(container: Container) -> Callable[[], bool]:
@@ -91,9 +101,7 @@ def several_writable(container: Container) -> Callable[[], bool]:
 def _has_several_writable(container: Container) -> bool:
     """Return whether several connections of a container can be written in one unit, and have to commit together."""
     settings = container.settings()
-    names = {name.removesuffix("_sessionmaker") for name in container.providers if name.endswith("_sessionmaker")}
-    names -= {f"{name}_async" for name in names}
-    names -= {"reader"} - settings.connections.keys()
+    names = _names_in(container) - ({"reader"} - settings.connections.keys())
     # A connection without settings has an engine of the application's own.
     declared = map(settings.connections.get, names)
     writable = [own for own in declared if own is None or (own.transactional and not own.read_only)]

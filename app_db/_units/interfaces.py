@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -101,3 +101,4 @@ class UnitContext(Protocol):
     application: Callable[[], str]
     atomicity: Callable[[], str]
     may_write_to_several: Callable[[], bool]
+    connections: Callable[[], Mapping[str, str | None]]

@@ -44,6 +44,10 @@ class WorkSavepoint:
         require_savepoints_of(work)  # before the first one is taken
         self._nested = [(part, part.savepoint()) for part in parts]
 
+    def has_any(self, parts: Sequence[Branch | Overlay]) -> bool:
+        """Return whether the savepoint was taken on one of these."""
+        return any(part in parts for part, _ in self._nested)
+
     def rollback(self) -> None:
         """Undo what was done since the savepoint. Sessions that joined later start again."""
         older = [part for part, _ in self._nested]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Generator
 from functools import partial
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, ParamSpec, cast
+
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from app_db._units.hooks import Hook, Hooks
 from app_db._units.manager import ContextTransactionManager
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
 
 
 P = ParamSpec("P")
+
+
+class Done:
+    """An awaitable of something that is done already."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
 
 
 class UnitOfWork:
@@ -90,6 +99,19 @@ class UnitOfWork:
     def is_doomed(self) -> bool:
         """Whether the unit is doomed: it can only be aborted."""
         return bool(self.transaction.isDoomed())
+
+    def rollback(self, connection: str) -> Awaitable[None]:
+        """Undo what the unit has done on one connection. The other connections keep their work, and the unit goes on.
+
+        The connection's session can be used again. Objects that were added to it have left it, and
+        the others are read again. In a unit that `async with` began, await the result; elsewhere
+        awaiting is optional.
+        """
+        work = self._work_under_way()
+        if work.asynchronous:
+            return greenlet_spawn(work.roll_back_connection, connection)
+        work.roll_back_connection(connection)
+        return Done()
 
     def savepoint(self) -> Savepoint:
         """Return a savepoint across all connections of the unit.

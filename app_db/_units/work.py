@@ -30,6 +30,7 @@ from app_db.errors import (
     TransactionLost,
     UnitOfWorkDoomed,
     UnitOfWorkEnded,
+    UnknownConnection,
 )
 
 if TYPE_CHECKING:
@@ -324,6 +325,58 @@ class Work:
         finally:
             self.finishing = before
         self.branches.remove(branch)
+
+    def restart(self, branch: Branch, end: Callable[[], None]) -> None:
+        """End the transaction of a branch by `end`. Its session goes on, in another branch."""
+        before, self.finishing = self.finishing, True
+        try:
+            branch.restart(end)
+        finally:
+            self.finishing = before
+        self.branches.remove(branch)
+
+    def roll_back_connection(self, name: str) -> None:
+        """Undo what the unit has done on one connection. The unit goes on, and so do the sessions of the connection."""
+        self._require_connection(name)
+        branches = [branch for branch in self.branches if branch.name == name]
+        if any(savepoint.has_any(branches) for savepoint in self.savepoints):
+            raise InvalidUse(
+                f"The connection {name!r} can't be rolled back alone inside a nested unit or after a savepoint that includes it",
+                "Roll back to the savepoint",
+            )
+        for overlay in [overlay for overlay in self.overlays if branches]:
+            if overlay.has_lost_transaction():
+                raise InvalidUse(
+                    "The session that finds its connection failed to flush, and has forgotten its changes to all connections",
+                    "Let the unit of work fail, or use the sessions of the connections",
+                )
+            overlay.flush()  # what is for the other connections
+            self._rolled_back(overlay)
+        for branch in branches:
+            if branch.session is None:
+                self.roll_back(branch)
+            else:
+                branch.session.undo()
+
+    def _rolled_back(self, overlay: Overlay) -> None:
+        before, self.finishing = self.finishing, True
+        try:
+            overlay.roll_back()
+        finally:
+            self.finishing = before
+        self.overlays.remove(overlay)
+
+    def _require_connection(self, name: str) -> None:
+        """Raise an error unless a connection of this name has a transaction of its own."""
+        known = self._coordinator.connections()
+        if name not in known:
+            raise UnknownConnection(name, sorted(known))
+        lender = known[name]
+        if lender is not None:
+            raise InvalidUse(
+                f"The connection {name!r} can't be rolled back alone, because it shares the transaction of {lender!r}",
+                f"Roll back {lender!r}, which undoes the work of both",
+            )
 
     def abandon(self) -> None:
         """Return the connections of a unit whose block was torn down.
