@@ -39,3 +39,11 @@ __all__ = [
     "retryable",
     "transactional",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version  # here, because it takes long to look for
+
+    return version("app-db")

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from app_db._databases.engines import build_async_engine, build_engine
 from app_db._sessions.borrowing import BorrowingConfig
+from app_db._sessions.described import METHODS, SignedCallable, SignedFactory, described_connection, provided
 from app_db._sessions.makers import UnitSessionmaker, build_sessionmaker, unit_class
 from app_db._sessions.providers import Held, HolderProvider, Lasting, Lifecycle, resources_in_circle
 from app_db._sessions.registry import UnitRegistry, build_scoped_session
@@ -59,15 +60,15 @@ KINDS = (
 )
 """The providers of every connection, as `NAME.KIND` and as `NAME_KIND`."""
 
-_PLUMBING = frozenset({"__self__", "core", "holder", "name"})
-"""Providers that errors don't suggest."""
-
 
 # ---- instances --------------------------------------------------------------------------------------------------------
 
 
 class _Instance(containers.DynamicContainer):
     """An instance of a container. Asked for an unknown provider, it raises an error that lists the known ones."""
+
+    def __dir__(self) -> list[str]:
+        return sorted({*provided(self.providers), *METHODS})
 
     def __getattr__(self, name: str) -> NoReturn:
         raise _unknown(name, self.__dict__.get("providers", ()))
@@ -94,6 +95,14 @@ class _DatabaseInstance(_Instance):
                 "one of the dependencies, and shut down again"
             )
 
+    def __repr__(self) -> str:
+        provider: Any = self.settings
+        settings = provider() if provider.overridden or provider.is_built else None
+        names = [name for name, provider in self.providers.items() if isinstance(provider, Connection)]
+        listed = ", ".join(described_connection(name, settings) for name in names) or "no connections"
+        declared: type | None = self.declarative_parent
+        return f"<{'Container' if declared is None else declared.__name__}: {listed}>"
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "core":
@@ -103,7 +112,7 @@ class _DatabaseInstance(_Instance):
 def _unknown(name: str, known: Iterable[str]) -> AttributeError:
     if name.startswith("_"):
         return AttributeError(name)
-    return UnknownConnection(name, sorted(set(known) - _PLUMBING))
+    return UnknownConnection(name, provided(known))
 
 
 # ---- what one name provides -----------------------------------------------------------------------------------------
@@ -292,6 +301,15 @@ def _provider_of(container: DatabaseContainer | None, kind: str, subject: object
     return provider
 
 
+def _connection(container: DatabaseContainer | None, name: str) -> Connection:
+    """Return the connection of that name. Raises UnknownConnection, with the names that there are."""
+    container = _require_instance(container, name)
+    found = container.providers.get(name)
+    if not isinstance(found, Connection):
+        raise UnknownConnection(name, sorted(_names_in(container)))
+    return found
+
+
 class Connection(providers.Container[ConnectionContainer]):
     """A named database of a container. `writer = Connection()` provides `writer.session`, which is also `writer_session`.
 
@@ -333,6 +351,10 @@ class Connection(providers.Container[ConnectionContainer]):
 
                 _require_session_class(async_session_class, "async_session_class", AsyncSession)
             self._classes = session_class, async_session_class
+
+    def __repr__(self) -> str:
+        container: ConnectionContainer | None = self.container
+        return "<Connection>" if container is None else f"<Connection {container.name()!r}>"
 
     def __set_name__(self, owner: type[DatabaseContainer], name: str) -> None:
         classes = self._classes
@@ -456,6 +478,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     - `unit`: the current UnitOfWork. Raises NoUnitOfWork if there is none
     - `session_of(Model)`, `async_session_of(Model)`: the unit's session for the connection of a model, table or statement
     - `session`, `async_session`: the unit's session that finds the connection of each statement
+    - `connection`: the connection of a name that is in a variable: `container.connection("writer").session()`
     - `create_all`, `drop_all`: create and drop tables
     - `reflect`, `reflect_schema`: read tables from the databases
     - `bootstrap`, `async_bootstrap`: create the tables and call a function, once
@@ -470,18 +493,19 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     core: type[_CoreContainer] = cast("type[_CoreContainer]", providers.Container(_CoreContainer))
     settings: providers.Provider[DatabaseSettings] = Held(StateHolder.get, core.holder, "settings", "", _build_settings)
     transaction_manager: providers.Provider[Any] = Lasting(ContextTransactionManager)
-    recovery: providers.Provider[Recovery] = providers.Factory(build_recovery, core.database_container, core.decision_logs)
-    check: providers.Provider[None] = providers.Callable(check, core.decision_logs)
-    transaction: providers.Provider[Transaction] = providers.Factory(build_transaction, core.coordinator)
-    unit: providers.Provider[UnitOfWork] = providers.Factory(build_unit, core.coordinator)
-    session_of: providers.Provider[Session] = providers.Callable(_session_of, core.database_container)
-    async_session_of: providers.Provider[AsyncSession] = providers.Callable(_async_session_of, core.database_container)
-    reflect: providers.Provider[None] = providers.Callable(reflect, core.database_container)
-    reflect_schema: providers.Provider[ReflectedSchema] = providers.Callable(reflect_schema, core.database_container)
-    create_all: providers.Provider[None] = providers.Callable(create_all, core.database_container)
-    drop_all: providers.Provider[None] = providers.Callable(drop_all, core.database_container)
-    bootstrap: providers.Provider[bool] = providers.Callable(bootstrap, core.database_container)
-    async_bootstrap: providers.Provider[Awaitable[bool]] = providers.Callable(async_bootstrap, core.database_container)
+    recovery: providers.Provider[Recovery] = SignedFactory(build_recovery, core.database_container, core.decision_logs)
+    check: providers.Provider[None] = SignedCallable(check, core.decision_logs)
+    transaction: providers.Provider[Transaction] = SignedFactory(build_transaction, core.coordinator)
+    unit: providers.Provider[UnitOfWork] = SignedFactory(build_unit, core.coordinator)
+    connection: providers.Provider[Connection] = SignedCallable(_connection, core.database_container)
+    session_of: providers.Provider[Session] = SignedCallable(_session_of, core.database_container)
+    async_session_of: providers.Provider[AsyncSession] = SignedCallable(_async_session_of, core.database_container)
+    reflect: providers.Provider[None] = SignedCallable(reflect, core.database_container)
+    reflect_schema: providers.Provider[ReflectedSchema] = SignedCallable(reflect_schema, core.database_container)
+    create_all: providers.Provider[None] = SignedCallable(create_all, core.database_container)
+    drop_all: providers.Provider[None] = SignedCallable(drop_all, core.database_container)
+    bootstrap: providers.Provider[bool] = SignedCallable(bootstrap, core.database_container)
+    async_bootstrap: providers.Provider[Awaitable[bool]] = SignedCallable(async_bootstrap, core.database_container)
     session: providers.Provider[RoutingSession] = providers.Callable(_current_session, core.routing)
     async_session: providers.Provider[AsyncRoutingSession] = providers.Callable(_current_session, core.async_routing)
 

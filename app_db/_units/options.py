@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from inspect import Parameter, Signature, signature
 from typing import Any
 
 from app_db._wording import did_you_mean
@@ -61,6 +62,18 @@ class Options:
 
 _ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 _MAY_BEGIN_A_UNIT = frozenset({Propagation.REQUIRED, Propagation.REQUIRES_NEW, Propagation.NESTED})
+
+
+def signature_of_options(function: Callable[..., object]) -> Signature:
+    """Return the signature of a function that takes options as `**options`, with each of them."""
+    whole = signature(function)
+    *first, _ = whole.parameters.values()
+    named = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(Options)
+        if field.name not in whole.parameters
+    ]
+    return whole.replace(parameters=[*first, *named])
 
 
 def options_from(

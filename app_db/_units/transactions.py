@@ -8,6 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import fields
 from functools import update_wrapper, wraps
 from typing import Any, ParamSpec, TypeVar, cast, overload
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -19,7 +20,7 @@ from transaction.interfaces import NoTransaction
 
 from app_db._units.blocks import Block
 from app_db._units.coordinator import Coordinator, build_coordinator
-from app_db._units.options import Options, Propagation, options_from
+from app_db._units.options import Options, Propagation, options_from, signature_of_options
 from app_db._units.unit_of_work import UnitOfWork
 from app_db.errors import InvalidUse, NotWired, NoUnitOfWork
 
@@ -43,6 +44,10 @@ class Transaction(Block):
     """
 
     __slots__ = ()
+
+    def __repr__(self) -> str:
+        given = [field.name for field in fields(self._options) if getattr(self._options, field.name) != field.default]
+        return f"<transaction({', '.join(f'{name}={getattr(self._options, name)!r}' for name in given)})>"
 
     def __enter__(self) -> UnitOfWork:
         """Begin, and return the unit. Raises InvalidUse if the object has `attempts`, or is in use."""
@@ -127,6 +132,9 @@ def build_transaction(
     if propagation is Propagation.REQUIRED and not options:
         return Transaction(coordinator, _DEFAULT)
     return Transaction(coordinator, options_from(propagation, **options))
+
+
+build_transaction.__signature__ = signature_of_options(build_transaction)  # type: ignore[attr-defined]  # `inspect` reads it
 
 
 def build_unit(coordinator: Coordinator) -> UnitOfWork:

@@ -54,6 +54,14 @@ class UnitOfWork:
     def __init__(self, work: Work | None) -> None:
         self._work = work
 
+    def __repr__(self) -> str:
+        if self._work is None:
+            return "<UnitOfWork: none>"
+        if not self._work.is_under_way():
+            return "<UnitOfWork: ended>"
+        used = sorted({f"{branch.name} wrote" if branch.wrote else branch.name for branch in self._work.branches})
+        return f"<UnitOfWork: under way, {', '.join(used) or 'nothing used'}>"
+
     def adopt(self) -> None:
         """Make the calling task the owner of the unit, and the unit current in this context.
 

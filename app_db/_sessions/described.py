@@ -1,0 +1,75 @@
+"""How a container and its parts show themselves: `repr()`, `dir()` and `inspect.signature()`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from inspect import Signature, signature
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dependency_injector import providers
+
+from app_db.errors import AppDbError
+
+if TYPE_CHECKING:
+    from app_db.settings import ConnectionSettings, DatabaseSettings
+
+T = TypeVar("T")
+
+METHODS = frozenset(
+    "check_dependencies init_resources override override_providers providers reset_last_overriding reset_override "
+    "reset_singletons shutdown_resources unwire wire".split()
+)
+"""Methods of dependency-injector's containers that applications use. `dir()` shows no others."""
+
+_PLUMBING = frozenset({"__self__", "core", "holder", "name", "session_class", "async_session_class"})
+"""Providers that applications don't use."""
+
+
+def provided(providers_of_container: Iterable[str]) -> list[str]:
+    """Return the names of those providers of a container that applications use."""
+    return sorted(set(providers_of_container) - _PLUMBING)
+
+
+def described_connection(name: str, settings: DatabaseSettings | None) -> str:
+    """Return `writer (postgresql, shop@db)`; only the name if the settings are not known yet."""
+    if settings is None:
+        return name
+    try:
+        return f"{name} ({_database_of(settings.connection(name))})"
+    except AppDbError:
+        return f"{name} (not configured)"
+
+
+def _database_of(connection: ConnectionSettings) -> str:
+    url = connection.sqlalchemy_url()
+    where = str(url.database or "")
+    if url.host:
+        where = f"{where}@{url.host}"
+    parts = [f"mirror of {connection.mirror}" if connection.mirror else url.get_backend_name(), where]
+    parts += ["read-only"] if connection.read_only else []
+    parts += [f"replica of {connection.replica_of}"] if connection.replica_of else []
+    parts += ["two-phase"] if connection.two_phase else []
+    parts += [] if connection.transactional else ["autonomous"]
+    return ", ".join(part for part in parts if part)
+
+
+class _Signed:
+    """A provider whose `inspect.signature()` shows what it is called with. What it injects is left out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    provides: Any
+
+    @property
+    def __signature__(self) -> Signature:
+        whole = signature(self.provides)
+        own = list(whole.parameters.values())[len(self.args) :]
+        return whole.replace(parameters=[each for each in own if each.name not in self.kwargs])
+
+
+class SignedFactory(_Signed, providers.Factory[T]):
+    """A factory that shows its signature."""
+
+
+class SignedCallable(_Signed, providers.Callable[T]):
+    """A callable that shows its signature."""
