@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -11,6 +12,7 @@ from dependency_injector import containers, providers
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+from app_db._databases.capacity import Capacity, capacity_of
 from app_db._databases.engines import build_async_engine, build_engine
 from app_db._sessions.borrowing import BorrowingConfig
 from app_db._sessions.described import METHODS, SignedCallable, SignedFactory, described_connection, provided
@@ -27,7 +29,7 @@ from app_db._units.coordinator import build_coordinator
 from app_db._units.manager import ContextTransactionManager
 from app_db._units.transactions import Transaction, build_transaction, build_unit
 from app_db._units.unit_of_work import Done, UnitOfWork
-from app_db.errors import InvalidUse, UnknownConnection, UnknownModel
+from app_db.errors import ConnectionNotConfigured, InvalidUse, UnknownConnection, UnknownModel
 from app_db.models._bases import connection_of, described
 from app_db.models._bootstrap import async_bootstrap, bootstrap
 from app_db.models._reflection import ReflectedSchema, connections_in, reflect, reflect_schema
@@ -310,6 +312,17 @@ def _connection(container: DatabaseContainer | None, name: str) -> Connection:
     return found
 
 
+def _capacity(container: DatabaseContainer | None, *, threads: bool = True, coroutines: bool = True) -> Capacity:
+    """Return the most connections that one process can open, by `threads`, by `coroutines` of one event loop, or by both."""
+    container = _require_instance(container, "capacity")
+    settings = container.settings()
+    configured = []
+    for name in _names_in(container):
+        with suppress(ConnectionNotConfigured):
+            configured.append((name, settings.connection(name)))
+    return capacity_of(configured, threads=threads, coroutines=coroutines)
+
+
 class Connection(providers.Container[ConnectionContainer]):
     """A named database of a container. `writer = Connection()` provides `writer.session`, which is also `writer_session`.
 
@@ -479,6 +492,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     - `session_of(Model)`, `async_session_of(Model)`: the unit's session for the connection of a model, table or statement
     - `session`, `async_session`: the unit's session that finds the connection of each statement
     - `connection`: the connection of a name that is in a variable: `container.connection("writer").session()`
+    - `capacity`: how many connections to servers one process can open
     - `create_all`, `drop_all`: create and drop tables
     - `reflect`, `reflect_schema`: read tables from the databases
     - `bootstrap`, `async_bootstrap`: create the tables and call a function, once
@@ -497,6 +511,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     check: providers.Provider[None] = SignedCallable(check, core.decision_logs)
     transaction: providers.Provider[Transaction] = SignedFactory(build_transaction, core.coordinator)
     unit: providers.Provider[UnitOfWork] = SignedFactory(build_unit, core.coordinator)
+    capacity: providers.Provider[Capacity] = SignedCallable(_capacity, core.database_container)
     connection: providers.Provider[Connection] = SignedCallable(_connection, core.database_container)
     session_of: providers.Provider[Session] = SignedCallable(_session_of, core.database_container)
     async_session_of: providers.Provider[AsyncSession] = SignedCallable(_async_session_of, core.database_container)

@@ -25,7 +25,7 @@ _POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static":
 def pool_arguments(connection: ConnectionSettings, *, asynchronous: bool) -> dict[str, object]:
     """Return the arguments of `create_engine` about its pool."""
     pool = connection.pool
-    pool_class = _pool_class(pool.class_)
+    pool_class = pool_class_of(pool.class_)
     if asynchronous and issubclass(pool_class, QueuePool) and not issubclass(pool_class, AsyncAdaptedQueuePool):
         pool_class = _for_coroutines(pool_class)
     elif pool_class is AsyncAdaptedQueuePool and not asynchronous:
@@ -102,7 +102,8 @@ def _for_coroutines(pool_class: type[QueuePool]) -> type[Pool]:
     return type(pool_class.__name__, bases, {})
 
 
-def _pool_class(name: str | None) -> type[Pool]:
+def pool_class_of(name: str | None) -> type[Pool]:
+    """Return the class that the settings name. For coroutines, an engine gets a subclass of it."""
     if name is None:
         return QueuePool
     if name in _POOLS:
