@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import attrgetter, methodcaller
@@ -17,6 +17,7 @@ from app_db._databases.engines import build_async_engine, build_engine
 from app_db._sessions.borrowing import BorrowingConfig
 from app_db._sessions.described import METHODS, SignedCallable, SignedFactory, described_connection, provided
 from app_db._sessions.makers import UnitSessionmaker, build_sessionmaker, unit_class
+from app_db._sessions.own_engines import settings_with
 from app_db._sessions.providers import Held, HolderProvider, Lasting, Lifecycle, resources_in_circle
 from app_db._sessions.registry import UnitRegistry, build_scoped_session
 from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession
@@ -129,7 +130,20 @@ def _require_instance(container: DatabaseContainer | None, name: str) -> Databas
 
 
 def _build_settings(container: DatabaseContainer | None, name: str) -> DatabaseSettings:
-    return DatabaseSettings()
+    connections = [] if container is None else [container.connection(each) for each in _names_in(container)]
+    own = {each.container.name(): engine.url for each in connections if (engine := _own_engine(each)) is not None}
+    given = {each.container.name(): each.container.given_engine() for each in connections}
+    return settings_with(own, {each: engine.url for each, engine in given.items() if engine is not None})
+
+
+def _own_engine(connection: Connection) -> Engine | AsyncEngine | None:
+    """Return the engine that overrides app_db's, if there is one."""
+    for provider in (connection.engine, connection.async_engine):
+        overriding: Sequence[object] = provider.overridden
+        if overriding:
+            found: Engine | AsyncEngine = provider()
+            return found
+    return None
 
 
 def _build_engine(container: DatabaseContainer | None, name: str) -> Engine:
@@ -233,6 +247,10 @@ def _build_async_scoped_session(
     return build_async_scoped_session(UnitSessionmaker(config, maker, partial(async_unit_class, AsyncUnitSession)))
 
 
+def _nothing() -> None:
+    return None
+
+
 class ConnectionContainer(containers.DeclarativeContainer):
     """The providers of one connection: its engine, sessionmaker, scoped session and session, each sync and async.
 
@@ -248,6 +266,7 @@ class ConnectionContainer(containers.DeclarativeContainer):
 
     session_class: providers.Object[Any] = providers.Object(None)
     async_session_class: providers.Object[Any] = providers.Object(None)
+    given_engine: providers.Provider[Engine | AsyncEngine | None] = providers.Callable(_nothing)
 
     engine = Held(StateHolder.get, holder, "engine", name, _build_engine)
     sessionmaker = Held(StateHolder.get, holder, "sessionmaker", name, _build_sessionmaker, engine.provider, session_class)
@@ -347,37 +366,52 @@ class Connection(providers.Container[ConnectionContainer]):
         async_sessionmaker: providers.Provider[async_sessionmaker[AsyncSession]]
         async_scoped_session: providers.Provider[async_scoped_session[AsyncSession]]
         async_session: providers.Provider[AsyncSession]
-        _classes: tuple[type[Session] | None, type[AsyncSession] | None]
+        _given: tuple[Engine | AsyncEngine | None, type[Session] | None, type[AsyncSession] | None]
 
         def __init__(
-            self, *, session_class: type[Session] | None = None, async_session_class: type[AsyncSession] | None = None
+            self,
+            *,
+            engine: Engine | AsyncEngine | None = None,
+            session_class: type[Session] | None = None,
+            async_session_class: type[AsyncSession] | None = None,
         ) -> None: ...
 
     else:
 
-        def __init__(self, *, session_class=None, async_session_class=None):
+        def __init__(self, *, engine=None, session_class=None, async_session_class=None):
             super().__init__()
+            _require_engine(engine)
             _require_session_class(session_class, "session_class", Session)
             if async_session_class is not None:
                 require_greenlet()
                 from sqlalchemy.ext.asyncio import AsyncSession
 
                 _require_session_class(async_session_class, "async_session_class", AsyncSession)
-            self._classes = session_class, async_session_class
+            self._given = engine, session_class, async_session_class
 
     def __repr__(self) -> str:
         container: ConnectionContainer | None = self.container
         return "<Connection>" if container is None else f"<Connection {container.name()!r}>"
 
     def __set_name__(self, owner: type[DatabaseContainer], name: str) -> None:
-        classes = self._classes
+        engine, *classes = self._given
         super().__init__(ConnectionContainer)
         self.container.name.set_provides(name)
         self.container.session_class.set_provides(classes[0])
         self.container.async_session_class.set_provides(classes[1])
+        if engine is not None:
+            # A function, because copies of the container must not copy the engine.
+            self.container.given_engine = providers.Callable(lambda: engine)
+            provider = self.container.async_engine if hasattr(engine, "sync_engine") else self.container.engine
+            provider.override(self.container.given_engine)
         self.container.holder.set_provides(DatabaseContainer.core.holder)
         for kind in KINDS:
             setattr(owner, f"{name}_{kind}", getattr(self.container, kind))
+
+
+def _require_engine(given: object) -> None:
+    if given is not None and not isinstance(getattr(given, "sync_engine", given), Engine):
+        raise InvalidUse(f"Connection(engine={given!r}) is given no engine", "Pass what create_engine() returns")
 
 
 def _require_session_class(given: object, argument: str, base: type) -> None:
