@@ -681,6 +681,8 @@ def test_an_interruption_at_any_moment_leaves_all_or_nothing(app: TwoPhaseApplic
 def test_an_interruption_while_a_database_takes_its_time_to_prepare_leaves_all_or_nothing(
     slow: str, app: TwoPhaseApplication
 ) -> None:
+    with app.unit():
+        add_everywhere(app, "connected")  # so that the interruption finds no driver that connects, which would lose its socket
     app.run(*SLOW_COMMIT, on=slow)
     with pytest.raises(KeyboardInterrupt), interrupted_after(0.4), app.unit():
         add_everywhere(app, "a")
