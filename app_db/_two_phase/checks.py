@@ -6,11 +6,10 @@ import logging
 from collections.abc import Iterator
 
 from app_db._two_phase.decision_logs import DecisionLogs
-from app_db._two_phase.decisions import DecisionLog, Verdict
+from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.xids import new_unit_id
 from app_db._wording import in_one_line
 from app_db.errors import Problem, TwoPhaseUnavailable
-from app_db.settings._sources import variable_for
 
 log = logging.getLogger("app_db")
 
@@ -21,7 +20,7 @@ def check(logs: DecisionLogs) -> None:
     This connects to the two-phase connections and to the decision log. It creates the log if needed, writes a decision about no
     unit, and removes it. Without two-phase connections it does nothing.
     """
-    problems = [*_servers(logs), *_log(logs.configured)] if logs.two_phase() else []
+    problems = [*_servers(logs), *_log(logs)] if logs.two_phase() else []
     if problems:
         raise TwoPhaseUnavailable(problems)
 
@@ -30,7 +29,7 @@ def _servers(logs: DecisionLogs) -> Iterator[Problem]:
     for name in logs.two_phase():
         problem = _server(logs, name)
         if problem is not None:
-            yield Problem(variable_for(("connections", name, "two_phase")), problem)
+            yield Problem(logs.variable("connections", name, "two_phase"), problem)
 
 
 def _server(logs: DecisionLogs, name: str) -> str | None:
@@ -45,13 +44,12 @@ def _server(logs: DecisionLogs, name: str) -> str | None:
         return f"the server can't be asked whether it can prepare ({in_one_line(error)})."
 
 
-def _log(configured: DecisionLog) -> Iterator[Problem]:
+def _log(logs: DecisionLogs) -> Iterator[Problem]:
+    configured = logs.configured
     try:
         unit = new_unit_id(configured.id)  # asking for the id creates the log
         configured.decide(unit, Verdict.ABORT, [])
         configured.forget([unit])
     except Exception as error:
         log.debug("Nothing can be written to %s", configured.place, exc_info=True)
-        yield Problem(
-            variable_for(("decision_log",)), f"decisions can't be written to {configured.place} ({in_one_line(error)})."
-        )
+        yield Problem(logs.variable("decision_log"), f"decisions can't be written to {configured.place} ({in_one_line(error)}).")

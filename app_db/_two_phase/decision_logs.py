@@ -78,6 +78,10 @@ class DecisionLogs:
         """Return all logs: the configured one, and the tables of the possible last resources."""
         return [self.configured, *(self.of(name) for name in self._last_resources() if not self.are_in(name))]
 
+    def variable(self, *path: str) -> str:
+        """Return the environment variable of a setting."""
+        return self._settings().variable(*path)
+
     def two_phase(self) -> list[str]:
         """Return the connections whose databases may hold prepared branches."""
         return sorted(name for name, connection in self._settings().connections.items() if connection.two_phase)

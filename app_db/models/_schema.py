@@ -17,7 +17,6 @@ from app_db.errors import InvalidUse, UnitOfWorkError
 from app_db.models._bases import REFLECTED, metadata_of
 from app_db.models._reflection import connections_in
 from app_db.settings import DatabaseSettings
-from app_db.settings._sources import variable_for
 
 LOCK = "app_db create_all"
 """The name of the lock on the server that processes hold while they change a schema."""
@@ -95,7 +94,7 @@ def _obstacle(settings: DatabaseSettings, name: str) -> str:
     used, own = settings.connection(name), settings.connections.get(name)
     if own is None or own.mirror is not None:
         return "it mirrors another connection"
-    return f"it is read-only ({variable_for(('connections', name, 'read_only'))})" if used.read_only else ""
+    return f"it is read-only ({settings.variable('connections', name, 'read_only')})" if used.read_only else ""
 
 
 def _change(container: Container, name: str, tables: list[Table], verb: Callable[..., None]) -> None:

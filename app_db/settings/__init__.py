@@ -2,7 +2,7 @@
 
 from app_db.settings._connection_settings import ConnectionSettings, PoolSettings, SessionSettings
 from app_db.settings._database_settings import DatabaseSettings
-from app_db.settings._sources import Origin
+from app_db.settings._reading import Origin
 
 __all__ = [
     "ConnectionSettings",

@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, Pr
 from sqlalchemy.engine import URL
 
 from app_db.errors import ContradictorySettings, Problem, SettingsError
-from app_db.settings._sources import Finding, Group, Reading, variable_for
+from app_db.settings._reading import Finding, Group, Reading
+from app_db.settings._spelling import Spelling
 from app_db.settings._urls import (
     UNREADABLE_URL,
     URL_PARTS,
@@ -97,10 +98,11 @@ def is_connection_name(name: object) -> bool:
 class DatabaseIdentity:
     """The identity of a database: a connection and its mirrors have the same one. A copy of it is the object itself."""
 
-    __slots__ = ("__weakref__", "name")
+    __slots__ = ("__weakref__", "name", "spelling")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, spelling: Spelling | None = None) -> None:
         self.name = name
+        self.spelling = spelling or Spelling()
 
     def __copy__(self) -> DatabaseIdentity:
         return self
@@ -184,9 +186,9 @@ class ConnectionSettings(Group):
             return url.get_backend_name(), url.host, url.port, url.database
         return self._identity if is_memory(url) else str(Path(str(url.database)).absolute())
 
-    def become(self, name: str) -> None:
+    def become(self, name: str, spelling: Spelling) -> None:
         """Take the name of a connection, and a database identity of its own. `DatabaseSettings` calls this."""
-        self._identity = DatabaseIdentity(name)
+        self._identity = DatabaseIdentity(name, spelling)
 
     def sqlalchemy_url(self) -> URL:
         """Return the URL to connect to, with the password. Raises SettingsError if it is missing or can't be read."""
@@ -223,7 +225,7 @@ class ConnectionSettings(Group):
 
     def variable(self, *path: str) -> str:
         """Return the environment variable that sets a field of this connection."""
-        return variable_for(("connections", self._identity.name, *path))
+        return self._identity.spelling.variable(("connections", self._identity.name, *path))
 
     def read_url(self) -> URL | None:
         """Return the URL to connect to, or None if it is missing or can't be read."""
@@ -252,17 +254,20 @@ class ConnectionSettings(Group):
 # ---- checking one connection ------------------------------------------------------------------------------------
 
 
-def contradiction(name: str, field: str, message: str) -> Finding:
+def contradiction(reading: Reading, name: str, field: str, message: str) -> Finding:
     """Return a problem with a setting of a connection, as a ContradictorySettings."""
-    return ContradictorySettings, Problem(variable_for(("connections", name, field)), message)
+    return ContradictorySettings, Problem(reading.name_of(("connections", name, field)), message)
 
 
 def findings_of(name: str, connection: ConnectionSettings, reading: Reading) -> Iterator[Finding]:
     """Yield the problems of one connection that don't depend on the others."""
     if not is_connection_name(name):
-        yield SettingsError, Problem(variable_for(("connections", name)), f"a connection's name must be {CONNECTION_NAME_RULE}.")
+        yield (
+            SettingsError,
+            Problem(reading.name_of(("connections", name)), f"a connection's name must be {CONNECTION_NAME_RULE}."),
+        )
     for field, message in (*_contradictions_of_use(connection), *_contradictions_of_database(connection)):
-        yield contradiction(name, field, message)
+        yield contradiction(reading, name, field, message)
     if not connection.mirror:
         yield from _url_findings(name, connection, reading)
 
@@ -318,9 +323,9 @@ def _url_findings(name: str, connection: ConnectionSettings, reading: Reading) -
         if isinstance(dialect, str):
             yield SettingsError, Problem(variable, dialect)
         elif connection.pooler is not None and dialect.name != "postgresql":
-            yield contradiction(name, "pooler", f"is for poolers of PostgreSQL, and this is {dialect.name}. Unset it.")
+            yield contradiction(reading, name, "pooler", f"is for poolers of PostgreSQL, and this is {dialect.name}. Unset it.")
     elif connection.url is not None:
         yield SettingsError, Problem(variable, UNREADABLE_URL)
     elif not _given(connection, URL_PARTS) and not reading.has_refused(path):
         message = f"is not set. Set it, for example to sqlite:///{name}.db, or set DRIVER and the other parts, or MIRROR."
-        yield contradiction(name, "url", message)
+        yield contradiction(reading, name, "url", message)

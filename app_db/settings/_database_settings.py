@@ -5,7 +5,7 @@ Secrets are `SecretStr`, and are shown as `***`.
 
 from __future__ import annotations
 
-import os
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +23,9 @@ from app_db.settings._connection_settings import (
     findings_of,
     matching,
 )
-from app_db.settings._sources import DELIMITER, PREFIX, Finding, Origin, Paths, Reading, variable_for
+from app_db.settings._reading import IN_CODE, Finding, Origin, Reading, Values, has_path_alias
+from app_db.settings._sources import Paths, read
+from app_db.settings._spelling import DELIMITER, PREFIX, Spelling
 from app_db.settings._urls import dialect_of, is_memory
 
 _Application = Annotated[
@@ -32,6 +34,8 @@ _Application = Annotated[
 _DecisionLog = Annotated[str, matching(r"[a-z][a-z0-9_]*|file:.+", "must be the name of a connection, or file: and a path")]
 _FROM_CONFIG = Path()
 """The default of `_env_file` and `_secrets_dir`: the value in `model_config` is used."""
+_OPTIONS = frozenset(name for name in inspect.signature(BaseSettings.__init__).parameters if name.startswith("_"))
+"""The arguments of pydantic-settings that are no settings."""
 _PREPARING_DRIVERS = frozenset({"psycopg", "asyncpg", "pymysql", "asyncmy"})
 _LONGEST_TWO_PHASE_NAME = 22
 FILE = "file:"
@@ -43,8 +47,9 @@ class DatabaseSettings(BaseSettings):
 
     Settings that are not given are read from environment variables that begin with `APP_DB_`, from
     `.env`, and from the secrets directory. `_env_file=` replaces `.env`, and `_secrets_dir=` names
-    one or several secrets directories. Raises a SettingsError that lists everything wrong, with the
-    variables to change.
+    one or several secrets directories. `settings_customise_sources`, `model_config` and the other
+    arguments that begin with an underscore do what pydantic-settings says. Raises a SettingsError
+    that lists everything wrong, with the variables to change.
 
     It may be a field of the application's own settings. Give those `hide_input_in_errors=True`,
     because pydantic shows the values of a model in its own errors:
@@ -73,6 +78,7 @@ class DatabaseSettings(BaseSettings):
     reflect_at_start: bool = False
 
     _origins: tuple[Origin, ...] = PrivateAttr(default=())
+    _spelling: Spelling = PrivateAttr(default_factory=Spelling)
     _lending: tuple[object, dict[str, list[str]]] | None = PrivateAttr(default=None)
 
     def __init__(
@@ -84,28 +90,27 @@ class DatabaseSettings(BaseSettings):
         _secrets_dir: Paths = _FROM_CONFIG,
         **given: object,
     ) -> None:
-        config = type(self).model_config
-        reading = Reading(type(self))
-        reading.read_secrets(config.get("secrets_dir") if _secrets_dir is _FROM_CONFIG else _secrets_dir)
-        reading.read_env_file(config.get("env_file") if _env_file is _FROM_CONFIG else _env_file, _env_file_encoding)
-        reading.read_variables(os.environ, "environment")
-        reading.take((), given, "given in code")
-        reading.apply_database_url()
-        self._settle(reading)
+        options = {name[1:]: given.pop(name) for name in list(given) if name in _OPTIONS}
+        options["env_file_encoding"] = _env_file_encoding
+        options.update({} if _env_file is _FROM_CONFIG else {"env_file": _env_file})
+        options.update({} if _secrets_dir is _FROM_CONFIG else {"secrets_dir": _secrets_dir})
+        self._settle(read(type(self), DatabaseSettings.model_fields, given, options))
 
     def _settle(self, reading: Reading) -> None:
         """Take the values that were read, or raise an error that lists all problems."""
-        # Not BaseSettings.__init__: it would read the variables a second time, ignore unknown
-        # nested variables silently, and not record the source of a value.
+        # Not BaseSettings.__init__: it would read the sources a second time, ignore unknown
+        # variables silently, and not record the source of a value.
+        reading.apply_database_url()
         while invalid := _validation_error(super(BaseSettings, self).__init__, reading.tree()):
             if not reading.reject(invalid):
                 raise reading.error()
         for name, connection in self.connections.items():
-            connection.become(name)
+            connection.become(name, reading.spelling)
         reading.problems += _findings(self, reading)
         if reading.problems:
             raise reading.error()
         self._origins = tuple(reading.origins())
+        self._spelling = reading.spelling
 
     def connection(self, name: str) -> ConnectionSettings:
         """Return the settings of a connection. A mirror has the database of the connection that it mirrors.
@@ -170,6 +175,10 @@ class DatabaseSettings(BaseSettings):
                 groups.setdefault(_lending_key(self.connection(name)), []).append(name)
         return {name: group for group in groups.values() for name in group}
 
+    def variable(self, *path: str) -> str:
+        """Return the name of a setting: `variable("connections", "writer", "url")` is `APP_DB_CONNECTIONS__WRITER__URL`."""
+        return self._spelling.variable(path)
+
     def origins(self) -> list[Origin]:
         """Return the source of each setting that was given, sorted by variable, with secrets masked."""
         return list(self._origins)
@@ -179,11 +188,16 @@ class DatabaseSettings(BaseSettings):
 
         No source is read.
         """
-        given = {field: getattr(self, field) for field in self.model_fields_set}
-        reading = Reading(type(self))
-        reading.take((), {**given, "connections": dict(connections), **others}, "given in code")
+        by_path = [name for name, field in type(self).model_fields.items() if has_path_alias(field)]
+        given = {field: getattr(self, field) for field in self.model_fields_set.difference(by_path)}
+        reading = Reading(type(self), self._spelling)
+        values = Values()
+        values.put((), {**given, "connections": dict(connections), **others}, self._spelling, IN_CODE)
+        reading.add(values)
         made = type(self).__new__(type(self))
         made._settle(reading)
+        for name in by_path:
+            object.__setattr__(made, name, getattr(self, name))
         return made
 
     def _declared(self, name: str) -> ConnectionSettings | None:
@@ -235,11 +249,12 @@ def _findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]
         if connection.replica_of:
             yield from _replica_findings(settings, name, connection.replica_of, reading)
         if connection.two_phase:
-            yield from _two_phase_findings(settings, name)
-    yield from _decision_log_findings(settings)
+            yield from _two_phase_findings(settings, name, reading)
+    yield from _decision_log_findings(settings, reading)
     # Not if the only variable of a connection was misspelt or refused.
-    if not settings.connections and not any(variable_for(["connections"]) in str(problem) for _, problem in reading.problems):
-        variable = variable_for(("connections", "writer", "url"))
+    misspelt = any(reading.spelling.variable(["connections"]) in str(problem) for _, problem in reading.problems)
+    if not (settings.connections or misspelt or reading.has_refused(("connections",))):
+        variable = reading.spelling.variable(("connections", "writer", "url"))
         message = f"is not set, and no other connection is. To start, paste {variable}=sqlite:///writer.db"
         yield NothingConfigured, Problem(variable, message)
 
@@ -255,21 +270,21 @@ def _mirror_findings(settings: DatabaseSettings, name: str, reading: Reading) ->
     *passed, last = settings._mirrors(name)
     if last in passed:
         circle = " → ".join([*passed, last])
-        yield contradiction(name, "mirror", f"leads back to itself: {circle}. Give one of these connections a URL.")
+        yield contradiction(reading, name, "mirror", f"leads back to itself: {circle}. Give one of these connections a URL.")
     elif settings._declared(last) is None and not reading.has_refused(("connections", last)):
-        yield contradiction(name, "mirror", f"leads to {_not_configured(settings, last, name)}")
+        yield contradiction(reading, name, "mirror", f"leads to {_not_configured(settings, last, name)}")
 
 
 def _replica_findings(settings: DatabaseSettings, name: str, owner: str, reading: Reading) -> Iterator[Finding]:
     known = settings._declared(owner)
     if owner == name:
-        yield contradiction(name, "replica_of", "names the connection itself. Name the one whose database it copies.")
+        yield contradiction(reading, name, "replica_of", "names the connection itself. Name the one whose database it copies.")
     elif known is None and not reading.has_refused(("connections", owner)):
-        yield contradiction(name, "replica_of", f"names {_not_configured(settings, owner, name)}")
+        yield contradiction(reading, name, "replica_of", f"names {_not_configured(settings, owner, name)}")
     elif known is not None and known.read_only:
-        yield contradiction(name, "replica_of", f"names {owner!r}, which is read-only. Name the connection that writes.")
+        yield contradiction(reading, name, "replica_of", f"names {owner!r}, which is read-only. Name the connection that writes.")
     elif known is not None and None not in (kinds := {_end_kind(settings, name), _end_kind(settings, owner)}) and len(kinds) > 1:
-        yield contradiction(name, "replica_of", f"names {owner!r}, which is a database of another kind.")
+        yield contradiction(reading, name, "replica_of", f"names {owner!r}, which is a database of another kind.")
 
 
 def _end_kind(settings: DatabaseSettings, name: str) -> str | None:
@@ -278,24 +293,24 @@ def _end_kind(settings: DatabaseSettings, name: str) -> str | None:
     return None if end is None else _kind(end)
 
 
-def _two_phase_findings(settings: DatabaseSettings, name: str) -> Iterator[Finding]:
+def _two_phase_findings(settings: DatabaseSettings, name: str, reading: Reading) -> Iterator[Finding]:
     url = settings.connection(name).read_url()
     dialect = None if url is None else dialect_of(url)
     if url is None or not isinstance(dialect, type):
         return
     if dialect.do_prepare_twophase is Dialect.do_prepare_twophase:
         message = f"needs a database that can prepare a transaction, as PostgreSQL and MySQL can, and {dialect.name} can't."
-        yield contradiction(name, "two_phase", message)
+        yield contradiction(reading, name, "two_phase", message)
     elif url.get_driver_name() not in _PREPARING_DRIVERS:
         known = " and ".join(sorted(_PREPARING_DRIVERS))
         message = f"is not supported by the driver {url.get_driver_name()}. Use one of {known}."
-        yield contradiction(name, "two_phase", message)
+        yield contradiction(reading, name, "two_phase", message)
     if len(name) > _LONGEST_TWO_PHASE_NAME:
         message = f"needs a connection whose name has at most {_LONGEST_TWO_PHASE_NAME} characters: it is part of every xid."
-        yield contradiction(name, "two_phase", message)
+        yield contradiction(reading, name, "two_phase", message)
 
 
-def _decision_log_findings(settings: DatabaseSettings) -> Iterator[Finding]:
+def _decision_log_findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]:
     chosen = settings.decision_log
     if chosen is None or chosen.startswith(FILE):
         return
@@ -306,4 +321,4 @@ def _decision_log_findings(settings: DatabaseSettings) -> Iterator[Finding]:
     elif owner.read_only or not owner.transactional:
         problem = "names a connection that is read-only or not transactional. Name one that units of work write to."
     if problem:
-        yield ContradictorySettings, Problem(variable_for(("decision_log",)), problem)
+        yield ContradictorySettings, Problem(reading.name_of(("decision_log",)), problem)

@@ -1,291 +1,268 @@
-"""The sources of settings.
+"""The sources of settings, which are those of pydantic-settings.
 
-A setting may come from five sources. For each setting the first source that has it wins: code, the
-environment, `.env`, the secrets directory (one file for each setting), and `DATABASE_URL` for the
-writer's URL. Errors name a setting by its environment variable, whatever its source.
+`settings_customise_sources` says which there are, and in which order. Variables of the environment,
+of env files and of the secrets directories are read here, from the sources' own text, because
+pydantic-settings ignores a misspelt variable and doesn't say which one has a value that can't be
+used. Any other source is called, and says what it has.
 """
 
 from __future__ import annotations
 
-import json
+import inspect
 import os
+import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast, get_args, get_origin
+from typing import Any, TypeAlias, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_settings import BaseSettings, DotEnvSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+)
+from pydantic_settings.sources import DefaultSettingsSource
 
-from app_db._wording import did_you_mean
-from app_db.errors import Problem, SettingsError, UnknownVariable
-from app_db.settings._urls import MASK, URL_PARTS, is_object, is_secret, shown
-
-PREFIX = "APP_DB_"
-DELIMITER = "__"
-
-Finding = tuple[type[SettingsError], Problem]
-"""A problem, and the class of the error to raise if all problems are of that class."""
-
-_Path = tuple[str, ...]
-"""The keys that lead to a setting: connections, writer, url."""
+from app_db._compat.pydantic_settings import tell_what_was_read
+from app_db.errors import Problem, SettingsError
+from app_db.settings._reading import IN_CODE, Reading, Values
+from app_db.settings._spelling import Spelling
+from app_db.settings._urls import is_object
+from app_db.settings._variables import VariableReader, tried, with_texts
 
 Paths: TypeAlias = Path | str | Sequence[Path | str] | None
 """Files or directories: one, several or none."""
 
+Options: TypeAlias = dict[str, object]
+"""The arguments of BaseSettings that begin with an underscore, without it."""
 
-def variable_for(path: Iterable[object]) -> str:
-    """Return the environment variable of a setting."""
-    return PREFIX + DELIMITER.join(str(key) for key in path).upper()
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a setting came from. `source` is `given in code`, `environment`, `.env`, `secrets` or `DATABASE_URL`."""
-
-    variable: str
-    source: str
-    shown_value: str
+_Source: TypeAlias = Callable[[], dict[str, Any]]
+_FILES = ("toml_file_path", "yaml_file_path", "json_file_path", "env_file", "secrets_dir")
+"""The attributes of sources that name the files they read."""
 
 
-class Group(BaseModel):
-    """Settings that belong together. Each setting of a group may come from another source."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, populate_by_name=True)
-
-    def __repr_args__(self) -> Iterator[tuple[str, object]]:
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if value != field.get_default(call_default_factory=True):
-                yield name, shown(name, value)
-
-
-class _Given(NamedTuple):
-    value: object
-    source: str
+def read(model: type[BaseSettings], own: Iterable[str], given: Mapping[str, object], options: Options) -> Reading:
+    """Read all sources of `model`. `own` has the names of the fields that app_db reads, and `given` is what code gives."""
+    built = cast("tuple[tuple[_Source, ...], object] | None", options.pop("build_sources", None))
+    reader = _Reader(model, own, options)
+    sources = built[0] if built else reader.sources(given)
+    layers = [reader.layer(source) for source in sources]
+    for layer in reversed(layers):
+        reader.reading.add(layer)
+    return reader.reading
 
 
-class Reading:
-    """The values that the sources give for the settings of `model`, and the problems with them.
+class _Reader:
+    """Reads each source into values of its own, from the first, which wins, to the last."""
 
-    Read the sources in ascending order of precedence: the last one wins.
-    """
-
-    def __init__(self, model: type[BaseSettings]) -> None:
+    def __init__(self, model: type[BaseSettings], own: Iterable[str], options: Options) -> None:
         self.model = model
-        self.problems: list[Finding] = []
-        self._given: dict[_Path, _Given] = {}
-        self._refused: set[_Path] = set()
-        self._database_url: str | None = None
+        self.options = options
+        self.reading = Reading(model, Spelling())
+        self._variables = VariableReader(self.reading, own)
+        self.reading.spelling = self._variables.spelling(self.variables())
+        self._states: dict[str, dict[str, object]] = {}
+        self._read: list[Values] = []
 
-    # ---- the sources ----
+    def variables(self) -> EnvSettingsSource:
+        """Return pydantic-settings' source of environment variables, with the options given."""
+        return EnvSettingsSource(self.model, **_accepted(EnvSettingsSource, self.options))
 
-    def read_secrets(self, directories: Paths) -> None:
-        """Read the files whose names are those of variables, in upper or lower case. Other files are ignored."""
-        for directory in [directories] if isinstance(directories, (str, os.PathLike)) else directories or ():
+    def sources(self, given: Mapping[str, object]) -> list[_Source]:
+        """Return the sources that pydantic-settings would read. Raises SettingsError if they can't be made."""
+        model = self.model
+        customise = partial(
+            model.settings_customise_sources,
+            model,
+            init_settings=InitSettingsSource(model, dict(given)),
+            env_settings=self.variables(),
+            dotenv_settings=self._env_files(),
+            file_secret_settings=self._secrets(),
+        )
+        customised, failure = tried(customise)
+        if failure is not None:
+            self.reading.problems.append((SettingsError, _failed(failure, "settings_customise_sources")))
+            raise self.reading.error()
+        sources: list[_Source] = list(cast("Iterable[_Source]", customised))
+        if self._option("nested_model_default_partial_update"):
+            sources.append(DefaultSettingsSource(model, nested_model_default_partial_update=True))
+        return [*self._command_line(sources), *sources]
+
+    def _command_line(self, sources: list[_Source]) -> list[_Source]:
+        """Return the source of command line arguments, if they are to be read and it isn't among the sources."""
+        arguments, own = self._option("cli_parse_args"), self._option("cli_settings_source")
+        customised = next((source for source in sources if isinstance(source, CliSettingsSource)), None)
+        if customised is not None:
+            if arguments not in (None, False) and not customised.env_vars:
+                customised(args=cast("Any", arguments))
+            return []
+        if isinstance(own, CliSettingsSource):
+            return [own]
+        if arguments is None:
+            return []
+        options = {"case_sensitive": self._option("case_sensitive"), **self.options}
+        return [CliSettingsSource(self.model, **_accepted(CliSettingsSource, options))]
+
+    def _secrets(self) -> SecretsSettingsSource:
+        source = SecretsSettingsSource(self.model, **_accepted(SecretsSettingsSource, self.options))
+        source.secrets_dir = cast("Any", self._option("secrets_dir"))  # its own argument can't say that there is none
+        return source
+
+    def _env_files(self) -> DotEnvSettingsSource:
+        """Return pydantic-settings' source of env files, without the files that can't be read. Each of these is a problem."""
+        accepted = _accepted(DotEnvSettingsSource, {"env_file": None, **self.options}, with_none=("env_file",))
+        readable = [file for file in _listed(self._option("env_file")) if self._is_readable(file, accepted)]
+        accepted["env_file"] = readable or None
+        return DotEnvSettingsSource(self.model, **accepted)
+
+    def _is_readable(self, file: str | Path, accepted: dict[str, Any]) -> bool:
+        options: dict[str, Any] = {**accepted, "env_file": file}
+        _, failure = tried(lambda: DotEnvSettingsSource(self.model, **options))
+        if isinstance(failure, (OSError, UnicodeError)):
+            self._lack(Problem(str(file), "can't be read as a file of variables."))
+        elif failure is not None:
+            raise failure
+        return failure is None
+
+    def _option(self, name: str) -> object:
+        given = self.options.get(name)
+        if given is None and not (name in _MAY_BE_NONE and name in self.options):
+            return cast("Mapping[str, object]", self.model.model_config).get(name)
+        return given
+
+    def _lack(self, problem: Problem) -> None:
+        """Note the problem of a source that says nothing. What may be missing because of it is no problem of its own."""
+        self.reading.problems.append((SettingsError, problem))
+        self.reading.refuse(("connections",))
+
+    # ---- one source ----
+
+    def layer(self, source: _Source) -> Values:
+        """Return the values of a source. What is wrong with it is a problem of the reading."""
+        kind = type(source)
+        if kind is InitSettingsSource:
+            layer = self._settings_of(cast("InitSettingsSource", source).init_kwargs, IN_CODE)
+        elif kind is EnvSettingsSource:
+            layer = self._variables.read(cast("EnvSettingsSource", source), "environment")
+        elif kind is DotEnvSettingsSource:
+            layer = self._read_env_files(cast("DotEnvSettingsSource", source))
+        elif kind is SecretsSettingsSource:
+            layer = self._read_secrets(cast("SecretsSettingsSource", source))
+        else:
+            layer = self._read_other(source)
+        self._states[getattr(source, "__name__", kind.__name__)] = layer.plain()
+        self._read.append(layer)
+        return layer
+
+    def _settings_of(self, found: Mapping[str, object], source: str, note: str = "") -> Values:
+        layer = Values()
+        for key, value in found.items():
+            layer.put((self.reading.field_of(str(key)),), value, self.reading.spelling, source, note)
+        return layer
+
+    def _read_other(self, source: _Source) -> Values:
+        """Call a source that may be anybody's."""
+        if isinstance(source, PydanticBaseSettingsSource):
+            before = Values()
+            for layer in reversed(self._read):
+                before.update(layer)
+            tell_what_was_read(source, before.plain(), self._states)
+        label = _label(source)
+        found, failure = tried(source)
+        if failure is not None:
+            self._lack(_failed(failure, label))
+        elif not is_object(found):
+            self._lack(Problem(label, "must return a dict of settings."))
+        elif isinstance(source, DefaultSettingsSource):
+            return self._settings_of({key: value for key, value in found.items() if key in self._variables.others}, "default")
+        else:
+            return self._settings_of(found, label, f" It comes from {label}.")
+        return Values()
+
+    # ---- variables ----
+
+    def _read_env_files(self, source: DotEnvSettingsSource) -> Values:
+        files = list(_listed(source.env_file))
+        if len(files) < 2:
+            return self._variables.read(source, str(next(iter(files), "")))
+        layer = Values()
+        options = {name: getattr(source, name) for name in _OF_ENV_FILES if hasattr(source, name)}
+        for file in files:
+            alone = DotEnvSettingsSource(self.model, env_file=file, **options)
+            layer.update(self._variables.read(with_texts(source, alone.env_vars), str(file)))
+        return layer
+
+    def _read_secrets(self, source: SecretsSettingsSource) -> Values:
+        """Read the files whose names are those of variables, at any depth. Other files are ignored."""
+        layer = Values()
+        variables = self.variables()
+        variables.env_prefix, variables.case_sensitive = source.env_prefix, source.case_sensitive
+        roots = [root for roots in self._variables.roots(variables).values() for root in roots]
+        beginnings = tuple(root.lower() for root in (source.env_prefix, "DATABASE_URL", *roots))
+        for directory in _listed(source.secrets_dir):
             folder = Path(directory).expanduser()
             if not folder.is_dir():
-                warnings.warn(f"the secrets directory {str(folder)!r} does not exist", stacklevel=3)
+                warnings.warn(f"the secrets directory {str(folder)!r} does not exist", stacklevel=2)
                 continue
-            files = [file for file in folder.iterdir() if file.is_file() and file.name.upper().startswith(PREFIX)]
+            files = [file for file in folder.iterdir() if file.is_file() and file.name.lower().startswith(beginnings)]
             # Bytes that are not UTF-8 become text that pydantic refuses: a problem of this
             # variable, not an error here.
             texts = {file.name: file.read_text("utf-8", "surrogateescape").rstrip("\r\n") for file in files}
-            self.read_variables(texts, "secrets")
-
-    def read_env_file(self, env_file: Paths, encoding: str | None) -> None:
-        """Read files of variables, as pydantic-settings reads its `env_file`."""
-        try:
-            variables = DotEnvSettingsSource(self.model, env_file, encoding).env_vars
-        except (OSError, UnicodeError):
-            self.problems.append((SettingsError, Problem(str(env_file), "can't be read as a file of variables.")))
-        else:
-            self.read_variables(variables, ".env")
-
-    def read_variables(self, variables: Mapping[str, str | None], source: str) -> None:
-        """Read each variable that begins with PREFIX. If there is no such setting, that is a problem."""
-        texts = {name.upper(): text for name, text in variables.items() if text is not None}
-        self._database_url = texts.get("DATABASE_URL") or self._database_url
-        # A JSON object comes first, then the variables that replace parts of it.
-        for name in sorted(texts, key=lambda name: name.count(DELIMITER)):
-            if name.startswith(PREFIX):
-                self._read(name, texts[name], source)
-
-    def take(self, path: _Path, value: object, source: str) -> None:
-        """Store a value. It replaces an earlier value of the same setting, and no other setting of the same group."""
-        for leaf, leaf_value in _leaves(path, value):
-            related = [other for other in self._given if _overlap(leaf, other)]
-            if leaf_value == {} and (related or not leaf):
-                continue
-            for other in related:
-                del self._given[other]
-            self._given[leaf] = _Given(leaf_value, source)
-
-    def apply_database_url(self) -> None:
-        """Use DATABASE_URL for the writer, if no other setting says which database the writer is."""
-        fields = ("url", "mirror", *URL_PARTS)
-        is_given = any(path[:2] == ("connections", "writer") and (len(path) == 2 or path[2] in fields) for path in self._given)
-        if self._database_url and not is_given:
-            self.take(("connections", "writer", "url"), self._database_url, "DATABASE_URL")
-
-    # ---- the outcome ----
-
-    def tree(self) -> dict[str, object]:
-        """Return the values as arguments of `model`: groups are dicts in dicts."""
-        root: dict[str, object] = {}
-        for path, given in self._given.items():
-            node = root
-            for key in path[:-1]:
-                node = cast("dict[str, object]", node.setdefault(key, {}))
-            node[path[-1]] = given.value
-        return root
-
-    def reject(self, invalid: ValidationError) -> bool:
-        """Note a problem for each value that pydantic refused, and remove the value, so that the rest can be checked.
-
-        Return whether a value was removed.
-        """
-        before = len(self._given)
-        for error in invalid.errors(include_url=False, include_input=False):
-            path = tuple(str(key) for key in error["loc"] if key != "[key]")
-            self._refused.add(path)
-            if error["type"] == "extra_forbidden":
-                self._unknown(variable_for(path))
-            else:
-                message = _PLAIN_WORDS.get(error["type"], "can't be used: it is of the wrong kind.")
-                self.problems.append((SettingsError, Problem(self.name_of(path), message.format_map(error.get("ctx", {})))))
-            for other in [other for other in self._given if _overlap(path, other)]:
-                del self._given[other]
-        return len(self._given) < before
-
-    def has_refused(self, path: _Path) -> bool:
-        """Return whether a setting was refused, or a part of it, or the group that it is in."""
-        return any(_overlap(path, other) for other in self._refused)
-
-    def name_of(self, path: _Path) -> str:
-        """Return the variable that gave a setting, or that can give it."""
-        given = self._given.get(path)
-        return "DATABASE_URL" if given is not None and given.source == "DATABASE_URL" else variable_for(path)
-
-    def origins(self) -> list[Origin]:
-        """Return where each setting came from, sorted by variable, with secrets masked."""
-        origins: list[Origin] = []
-        for path, (value, source) in self._given.items():
-            masked = MASK if any(is_secret(key) for key in path[2:]) else shown(path[-1], value)
-            text = masked if isinstance(masked, str) else json.dumps(masked, default=str)
-            origins.append(Origin(variable_for(path), source, text))
-        return sorted(origins, key=lambda origin: origin.variable)
-
-    def error(self) -> SettingsError:
-        """Return one error that lists all problems. Its class is that of the problems, if they all have the same."""
-        kinds = {kind for kind, _ in self.problems}
-        kind = kinds.pop() if len(kinds) == 1 else SettingsError
-        return kind(sorted({problem for _, problem in self.problems}, key=lambda problem: problem.variable))
-
-    # ---- one variable ----
-
-    def _read(self, name: str, text: str, source: str) -> None:
-        path = tuple(name[len(PREFIX) :].lower().split(DELIMITER))
-        kind = _type_at(self.model, path)
-        if kind is None:
-            self._unknown(name)
-            return
-        value = _decoded(text) if kind is Any or _is_group(kind) else text
-        if _is_group(kind) and not is_object(value):
-            self._refused.add(path)
-            self.problems.append((SettingsError, Problem(name, _PLAIN_WORDS["dict_type"])))
-        else:
-            self.take(path, value, source)
-
-    def _unknown(self, name: str) -> None:
-        connections = {"writer", "reader", *(key.lower() for key in name.split(DELIMITER)[1:2])}
-        connections.update(path[1] for path in self._given if path[:1] == ("connections",) and len(path) > 1)
-        hint = did_you_mean(name, _known_variables(self.model, (), connections))
-        self.problems.append((UnknownVariable, Problem(name, f"is set, but app_db has no such setting.{hint}")))
+            layer.update(self._variables.read(with_texts(variables, texts), "secrets"))
+        return layer
 
 
-# ---- paths, and the types of their settings ---------------------------------------------------------------------------
+# ---- what sources are made of, and what they say ------------------------------------------------------------------------
+
+_OF_ENV_FILES = ("env_file_encoding", "env_file_depth", "case_sensitive", "env_ignore_empty", "env_parse_none_str")
+_MAY_BE_NONE = ("env_file", "secrets_dir")
+"""Options that say 'none' with None. Any other option that is None has the value of `model_config`."""
 
 
-def _overlap(one: _Path, other: _Path) -> bool:
-    return one[: len(other)] == other[: len(one)]
+def _accepted(source: type[PydanticBaseSettingsSource], options: Options, with_none: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the options that a source has an argument for, and that are given."""
+    arguments = _arguments(source)
+    return {name: value for name, value in options.items() if name in arguments and (value is not None or name in with_none)}
 
 
-def _leaves(path: _Path, value: object) -> Iterator[tuple[_Path, object]]:
-    if isinstance(value, Group):
-        fields = type(value).model_fields
-        value = {str(fields[name].validation_alias or name): getattr(value, name) for name in value.model_fields_set}
-    if not is_object(value) or not value:
-        yield path, value
-        return
-    for key, item in value.items():
-        yield from _leaves((*path, "class" if key == "class_" else key), item)
+@cache
+def _arguments(source: type[PydanticBaseSettingsSource]) -> frozenset[str]:
+    return frozenset(inspect.signature(source.__init__).parameters)
 
 
-def _decoded(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+def _listed(paths: object) -> Iterator[str | Path]:
+    if isinstance(paths, (str, os.PathLike)):
+        yield cast("str | Path", paths)
+    elif paths is not None:
+        yield from cast("Sequence[str | Path]", paths)
 
 
-def _is_model(kind: object) -> TypeGuard[type[BaseModel]]:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def _label(source: object) -> str:
+    """Return the class of a source, and its files."""
+    name = str(getattr(source, "__name__", type(source).__name__))
+    files = next((found for attribute in _FILES if (found := getattr(source, attribute, None))), None)
+    return " ".join([name, *(", ".join(str(file) for file in _listed(files)).split() if files else ())])
 
 
-def _is_group(kind: object) -> bool:
-    return _is_model(kind) or get_origin(kind) is dict
-
-
-def _fields(model: type[BaseModel]) -> dict[str, object]:
-    return {str(field.validation_alias or name): field.annotation for name, field in model.model_fields.items()}
-
-
-def _type_at(kind: object, path: _Path) -> object:
-    """Return the type of the setting that a path leads to from a type, or None if there is no such setting."""
-    for key in path:
-        if _is_model(kind):
-            kind = _fields(kind).get(key)
-        elif get_origin(kind) is dict:
-            kind = get_args(kind)[1]
-        elif kind is not Any:
-            return None
-    return kind
-
-
-def _known_variables(kind: object, path: _Path, connections: Iterable[str]) -> Iterator[str]:
-    """Yield the variables of all settings below a path. Connections have the names in `connections`."""
-    if _is_model(kind):
-        for key, inner in _fields(kind).items():
-            yield from _known_variables(inner, (*path, key), connections)
-    elif get_origin(kind) is dict and _is_model(get_args(kind)[1]):
-        for name in connections:
-            yield from _known_variables(get_args(kind)[1], (*path, name), connections)
-    else:
-        yield variable_for(path)
-
-
-# ---- pydantic's errors in plain words ----------------------------------------------------------------------
-
-_PLAIN_WORDS = {
-    "bool_parsing": "must be true or false.",
-    "bool_type": "must be true or false.",
-    "int_parsing": "must be a whole number.",
-    "int_parsing_size": "must be a smaller whole number.",
-    "int_from_float": "must be a whole number.",
-    "int_type": "must be a whole number.",
-    "float_parsing": "must be a number.",
-    "float_type": "must be a number.",
-    "finite_number": "must be a finite number.",
-    "greater_than": "must be greater than {gt}.",
-    "greater_than_equal": "must be at least {ge}.",
-    "less_than_equal": "must be at most {le}.",
-    "literal_error": "must be {expected}.",
-    "string_type": "must be text.",
-    "string_unicode": "must be text in UTF-8.",
-    "dict_type": "must be a JSON object.",
-    "model_type": "must be a JSON object.",
-    "model_attributes_type": "must be a JSON object.",
-    "value_error": "{error}.",
-}
+def _failed(failure: Exception, label: str) -> Problem:
+    """Return the problem of a source that raised. It has no text of the error, which may quote what was read."""
+    cause = failure.__cause__ if isinstance(failure.__cause__, Exception) else failure
+    traceback, place = failure.__traceback__, ""
+    while traceback is not None:
+        source = traceback.tb_frame.f_locals.get("self")
+        if isinstance(source, PydanticBaseSettingsSource):
+            label = _label(source)
+        place = f"{Path(traceback.tb_frame.f_code.co_filename).name}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    if isinstance(cause, ImportError):
+        return Problem(label, f"needs what is not installed: {cause}")
+    line = re.search(r"\bline (\d{1,7})\b", str(cause))
+    if isinstance(cause, ValueError) or line:
+        where = f", line {line[1]}" if line else ""
+        return Problem(label, f"can't be read ({type(cause).__name__}{where}). Correct what it says there.")
+    return Problem(label, f"raised {type(cause).__name__} ({place}). Its text is not shown, because it may quote a secret.")

@@ -14,7 +14,7 @@ from app_db._wording import did_you_mean
 from app_db.container import KINDS, Connection, DatabaseContainer
 from app_db.errors import InvalidUse, NothingConfigured, Problem, SettingsError
 from app_db.settings import ConnectionSettings, DatabaseSettings
-from app_db.settings._sources import variable_for
+from app_db.settings._spelling import variable_for
 from app_db.settings._urls import UNREADABLE_URL, URL_PARTS, parse_url
 
 _Provider = providers.Provider[Any]
