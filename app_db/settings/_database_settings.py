@@ -73,6 +73,7 @@ class DatabaseSettings(BaseSettings):
     application: _Application = "app_db"
     connections: dict[str, ConnectionSettings] = Field(default_factory=dict)
     atomicity: Literal["strict", "best_effort"] = "strict"
+    two_phase: bool = False
     decision_log: _DecisionLog | None = None
     recover_at_start: bool = False
     reflect_at_start: bool = False
@@ -106,6 +107,8 @@ class DatabaseSettings(BaseSettings):
                 raise reading.error()
         for name, connection in self.connections.items():
             connection.become(name, reading.spelling)
+        if self.two_phase:
+            reading.problems += _prepare_all(self, reading)
         reading.problems += _findings(self, reading)
         if reading.problems:
             raise reading.error()
@@ -293,21 +296,53 @@ def _end_kind(settings: DatabaseSettings, name: str) -> str | None:
     return None if end is None else _kind(end)
 
 
+def _prepare_all(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]:
+    """Set `two_phase` of each connection that can prepare and doesn't say itself. Yield the problems with the others.
+
+    A connection that is read-only or autonomous has no part in the commit. One connection that
+    can't prepare may be the last resource.
+    """
+    unable: dict[object, list[str]] = {}
+    for name, connection in settings.connections.items():
+        takes_part = connection.transactional and not connection.read_only and connection.isolation_level != "AUTOCOMMIT"
+        if "two_phase" in connection.model_fields_set or not takes_part:
+            continue
+        if any(_obstacles_to_preparing(settings, name)):
+            unable.setdefault(_lending_key(settings.connection(name)), []).append(name)
+        else:
+            preparing = connection.model_copy(update={"two_phase": True})
+            preparing.model_fields_set.discard("two_phase")  # a copy with another URL may be unable to
+            settings.connections[name] = preparing
+    if len(unable) < 2:
+        return
+    names = sorted(name for group in unable.values() for name in group)
+    switch = reading.name_of(("two_phase",))
+    for name in names:
+        others = " and ".join(repr(other) for other in names if other != name)
+        message = f"{next(_obstacles_to_preparing(settings, name))} {switch} asks all connections to prepare, and only one that "
+        message += f"can't may commit with them, as the last resource; {others} can't either. Set TWO_PHASE=false if a unit of "
+        message += "work writes to one of them at most, or TRANSACTIONAL=false if its writes need not commit with the others."
+        yield contradiction(reading, name, "two_phase", message)
+
+
 def _two_phase_findings(settings: DatabaseSettings, name: str, reading: Reading) -> Iterator[Finding]:
+    for obstacle in _obstacles_to_preparing(settings, name):
+        yield contradiction(reading, name, "two_phase", obstacle)
+
+
+def _obstacles_to_preparing(settings: DatabaseSettings, name: str) -> Iterator[str]:
+    """Yield why a connection can't be prepared."""
     url = settings.connection(name).read_url()
     dialect = None if url is None else dialect_of(url)
     if url is None or not isinstance(dialect, type):
         return
     if dialect.do_prepare_twophase is Dialect.do_prepare_twophase:
-        message = f"needs a database that can prepare a transaction, as PostgreSQL and MySQL can, and {dialect.name} can't."
-        yield contradiction(reading, name, "two_phase", message)
+        yield f"needs a database that can prepare a transaction, as PostgreSQL and MySQL can, and {dialect.name} can't."
     elif url.get_driver_name() not in _PREPARING_DRIVERS:
         known = " and ".join(sorted(_PREPARING_DRIVERS))
-        message = f"is not supported by the driver {url.get_driver_name()}. Use one of {known}."
-        yield contradiction(reading, name, "two_phase", message)
+        yield f"is not supported by the driver {url.get_driver_name()}. Use one of {known}."
     if len(name) > _LONGEST_TWO_PHASE_NAME:
-        message = f"needs a connection whose name has at most {_LONGEST_TWO_PHASE_NAME} characters: it is part of every xid."
-        yield contradiction(reading, name, "two_phase", message)
+        yield f"needs a connection whose name has at most {_LONGEST_TWO_PHASE_NAME} characters: it is part of every xid."
 
 
 def _decision_log_findings(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]:

@@ -75,7 +75,8 @@ def on_sqlite(container: DatabaseContainer, directory: Path) -> DatabaseSettings
         return DatabaseSettings(connections=connections)
     two_phase = any(connection.two_phase for connection in settings.connections.values())
     atomicity = "best_effort" if two_phase else settings.atomicity
-    return settings.with_connections(connections, atomicity=atomicity, decision_log=None, recover_at_start=False)
+    others: dict[str, object] = {"atomicity": atomicity, "two_phase": False, "decision_log": None, "recover_at_start": False}
+    return settings.with_connections(connections, **others)
 
 
 def _usage(connection: ConnectionSettings) -> dict[str, object]:
