@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -23,6 +23,7 @@ from app_db.settings._connection_settings import (
     findings_of,
     matching,
 )
+from app_db.settings._mapping import read_mapping
 from app_db.settings._reading import IN_CODE, Finding, Origin, Reading, Values, has_path_alias
 from app_db.settings._sources import Paths, read
 from app_db.settings._spelling import DELIMITER, PREFIX, Spelling
@@ -96,6 +97,30 @@ class DatabaseSettings(BaseSettings):
         options.update({} if _env_file is _FROM_CONFIG else {"env_file": _env_file})
         options.update({} if _secrets_dir is _FROM_CONFIG else {"secrets_dir": _secrets_dir})
         self._settle(read(type(self), DatabaseSettings.model_fields, given, options))
+
+    @classmethod
+    def from_mapping(
+        cls, mapping: Mapping[str, object], *, prefix: str | None = None, prefixes: Mapping[str, str] | None = None
+    ) -> Self:
+        """Return the settings that are in a mapping: a WSGI environ, or the settings of Paste or Pyramid.
+
+        Keys begin with `prefix`: with `APP_DB_` or `app_db.` if it is not given. After a prefix that
+        ends with a dot, dots separate the levels, and else two underscores. `prefixes` has for each
+        connection the prefix of keys that `sqlalchemy.engine_from_config` takes. A key that is the
+        prefix itself is the URL. Keys with other beginnings are ignored. No other source is read.
+        Raises SettingsError.
+
+        >>> from app_db import DatabaseSettings
+        >>> DatabaseSettings.from_mapping({"app_db.connections.log.url": "sqlite:///log.db"}).connection("log").masked_url
+        'sqlite:///log.db'
+        >>> settings = DatabaseSettings.from_mapping({"sa.url": "sqlite://", "sa.echo": "on"}, prefixes={"log": "sa."})
+        >>> settings.connection("log").echo
+        True
+        """
+        reading = read_mapping(cls, DatabaseSettings.model_fields, mapping, prefix, prefixes or {})
+        made = cls.__new__(cls)
+        made._settle(reading)
+        return made
 
     def _settle(self, reading: Reading) -> None:
         """Take the values that were read, or raise an error that lists all problems."""

@@ -75,7 +75,7 @@ class Values:
 
     def put(self, path: Keys, value: object, spelling: Spelling, source: str, note: str = "") -> None:
         """Store a value. It replaces an earlier value of the same setting, and no other setting of the same group."""
-        for leaf, leaf_value in _leaves(path, value):
+        for leaf, leaf_value in leaves(path, value):
             if leaf:
                 self.put_given(leaf, Given(leaf_value, source, spelling.variable(leaf), note))
 
@@ -223,7 +223,7 @@ class Reading:
             connections = {"writer", "reader", *path[1:2]}
             others = self.values.below(("connections",))
             connections.update(list(others if isinstance(others, dict) else ())[:_MOST_HINTS])
-            known = map(self.spelling.variable, _known_settings(self.model, (), connections))
+            known = map(self.spelling.variable, known_settings(self.model, (), connections))
             hint = did_you_mean(name, known)
         self.problems.append((UnknownVariable, Problem(name, f"is set, but app_db has no such setting.{hint}")))
 
@@ -250,7 +250,8 @@ class Reading:
 # ---- paths, and the types of their settings ---------------------------------------------------------------------------
 
 
-def _leaves(path: Keys, value: object) -> Iterator[tuple[Keys, object]]:
+def leaves(path: Keys, value: object) -> Iterator[tuple[Keys, object]]:
+    """Yield the values of the settings in a group, each with its path. Anything else is a value itself."""
     if isinstance(value, Group):
         fields = type(value).model_fields
         value = {str(fields[name].validation_alias or name): getattr(value, name) for name in value.model_fields_set}
@@ -258,7 +259,7 @@ def _leaves(path: Keys, value: object) -> Iterator[tuple[Keys, object]]:
         yield path, value
         return
     for key, item in value.items():
-        yield from _leaves((*path, "class" if key == "class_" else str(key)), item)
+        yield from leaves((*path, "class" if key == "class_" else str(key)), item)
 
 
 def _items(path: Keys, node: dict[str, _Node]) -> Iterator[tuple[Keys, Given]]:
@@ -317,14 +318,14 @@ def type_at(kind: object, path: Keys) -> object:
     return kind
 
 
-def _known_settings(kind: object, path: Keys, connections: Iterable[str]) -> Iterator[Keys]:
+def known_settings(kind: object, path: Keys, connections: Iterable[str]) -> Iterator[Keys]:
     """Yield all settings below a path. Connections have the names in `connections`."""
     if _is_model(kind):
         for key, inner in _fields(kind).items():
-            yield from _known_settings(inner, (*path, key), connections)
+            yield from known_settings(inner, (*path, key), connections)
     elif get_origin(kind) is dict and _is_model(get_args(kind)[1]):
         for name in connections:
-            yield from _known_settings(get_args(kind)[1], (*path, name), connections)
+            yield from known_settings(get_args(kind)[1], (*path, name), connections)
     else:
         yield path
 

@@ -13,7 +13,18 @@ from pydantic_settings import BaseSettings, EnvSettingsSource
 
 from app_db._compat.pydantic_settings import means_none
 from app_db.errors import Problem, SettingsError
-from app_db.settings._reading import PLAIN_WORDS, Keys, Reading, Values, has_path_alias, is_group, plain_aliases, type_at
+from app_db.settings._reading import (
+    PLAIN_WORDS,
+    Given,
+    Keys,
+    Reading,
+    Values,
+    has_path_alias,
+    is_group,
+    leaves,
+    plain_aliases,
+    type_at,
+)
 from app_db.settings._spelling import DELIMITER, Spelling
 from app_db.settings._urls import is_object
 
@@ -50,18 +61,18 @@ class VariableReader:
             roots[name] = aliases + ([to_names + name] if by_name or not aliases else [])
         return roots
 
-    def read(self, source: EnvSettingsSource, label: str) -> Values:
+    def read(self, source: EnvSettingsSource, label: str, spelling: Spelling | None = None) -> Values:
         """Read each variable of the fields. If one begins with the prefix and there is no such setting, that is a problem."""
         texts = {name: text for name, text in source.env_vars.items() if text is not None}
         url = next((text for name, text in texts.items() if name.upper() == "DATABASE_URL"), None)
         self.reading.database_url = self.reading.database_url or url
-        spelling = self.spelling(source)
+        spelling = spelling or self.spelling(source)
         named = _Named(source, self.roots(source))
-        layer = self._of_other_fields(source, label)
+        layer = self._of_other_fields(source, label, spelling)
         # A JSON object comes first, then the variables that replace parts of it.
         paths = [(named.path(name), name) for name in texts]
         for path, name in sorted(paths, key=lambda found: len(found[0])):
-            shown = name if source.case_sensitive else name.upper()
+            shown = name.upper() if spelling.upper else name
             if not path:
                 continue
             if path[0] in self.own:
@@ -71,6 +82,18 @@ class VariableReader:
             elif path[0] not in self.others:
                 self.reading.unknown(shown, path)
         return layer
+
+    def has(self, path: Keys) -> bool:
+        """Return whether there is such a setting."""
+        return type_at(self.reading.model, path) is not None
+
+    def put(self, values: Values, path: Keys, given: Given) -> None:
+        """Store what one variable gives, by the name that it has there."""
+        value = self._value(path, given.variable, given.value)
+        for leaf, item in leaves(path, value):
+            if value is not _NOTHING:
+                variable = ".".join([given.variable, *leaf[len(path) :]])
+                values.put_given(leaf, Given(item, given.source, variable))
 
     def _value(self, path: Keys, name: str, text: object) -> object:
         """Return the value that a variable gives for a setting, or _NOTHING, if that is a problem."""
@@ -85,10 +108,9 @@ class VariableReader:
             return _NOTHING
         return None if means_none(value) else value
 
-    def _of_other_fields(self, source: EnvSettingsSource, label: str) -> Values:
+    def _of_other_fields(self, source: EnvSettingsSource, label: str, spelling: Spelling) -> Values:
         """Return the values of the fields that a subclass has, as pydantic-settings reads them."""
         layer = Values()
-        spelling = self.spelling(source)
         for name in self.others:
             alone = copy.copy(source)
             alone.settings_cls = _alone(self.reading.model, name)
