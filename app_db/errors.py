@@ -193,15 +193,12 @@ class UnknownConnection(AppDbError, AttributeError):
 class ConnectionNotConfigured(AppDbError, LookupError):
     """A container declares a connection, and the settings have no database for it."""
 
-    def __init__(self, name: str, configured: Sequence[str]) -> None:
-        super().__init__(name, configured)
+    def __init__(self, name: str, configured: Sequence[str], variable: str | None = None) -> None:
+        super().__init__(name, configured, variable)
         self.name = name
         self.configured = tuple(configured)
-
-    @property
-    def variable(self) -> str:
+        self.variable = variable or f"APP_DB_CONNECTIONS__{name.upper()}__URL"
         """The environment variable that configures the connection."""
-        return f"APP_DB_CONNECTIONS__{self.name.upper()}__URL"
 
     def __str__(self) -> str:
         return (

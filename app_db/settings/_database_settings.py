@@ -148,7 +148,7 @@ class DatabaseSettings(BaseSettings):
         """
         own = self._declared(name)
         if own is None:
-            raise ConnectionNotConfigured(name, sorted(self.connections))
+            raise ConnectionNotConfigured(name, sorted(self.connections), self.variable("connections", name, "url"))
         if own.mirror is None:
             return own
         owner = self._declared(self._mirrors(name)[-1])

@@ -66,6 +66,7 @@ class _Reader:
         self.reading = Reading(model, Spelling())
         self._variables = VariableReader(self.reading, own)
         self.reading.spelling = self._variables.spelling(self.variables())
+        self._alone: dict[str, DotEnvSettingsSource] = {}
         self._states: dict[str, dict[str, object]] = {}
         self._read: list[Values] = []
 
@@ -114,20 +115,26 @@ class _Reader:
         return source
 
     def _env_files(self) -> DotEnvSettingsSource:
-        """Return pydantic-settings' source of env files, without the files that can't be read. Each of these is a problem."""
-        accepted = _accepted(DotEnvSettingsSource, {"env_file": None, **self.options}, with_none=("env_file",))
-        readable = [file for file in _listed(self._option("env_file")) if self._is_readable(file, accepted)]
-        accepted["env_file"] = readable or None
-        return DotEnvSettingsSource(self.model, **accepted)
+        """Return pydantic-settings' source of env files, without the files that can't be read. Each of these is a problem.
 
-    def _is_readable(self, file: str | Path, accepted: dict[str, Any]) -> bool:
-        options: dict[str, Any] = {**accepted, "env_file": file}
-        _, failure = tried(lambda: DotEnvSettingsSource(self.model, **options))
-        if isinstance(failure, (OSError, UnicodeError)):
-            self._lack(Problem(str(file), "can't be read as a file of variables."))
-        elif failure is not None:
-            raise failure
-        return failure is None
+        Each file is read once, because it may be a pipe.
+        """
+        for file in _listed(self._option("env_file")):
+            source, failure = tried(partial(self._env_file, file))
+            if failure is None:
+                self._alone[str(file)] = cast("DotEnvSettingsSource", source)
+            elif isinstance(failure, (OSError, UnicodeError)):
+                self._lack(Problem(str(file), "can't be read as a file of variables."))
+            else:
+                raise failure
+        whole = self._env_file(None)
+        whole.env_file = list(self._alone) or None
+        whole.env_vars = {name: text for source in self._alone.values() for name, text in source.env_vars.items()}
+        return whole
+
+    def _env_file(self, file: str | Path | None) -> DotEnvSettingsSource:
+        options: Options = {**self.options, "env_file": file}
+        return DotEnvSettingsSource(self.model, **_accepted(DotEnvSettingsSource, options, with_none=("env_file",)))
 
     def _option(self, name: str) -> object:
         given = self.options.get(name)
@@ -193,7 +200,7 @@ class _Reader:
         layer = Values()
         options = {name: getattr(source, name) for name in _OF_ENV_FILES if hasattr(source, name)}
         for file in files:
-            alone = DotEnvSettingsSource(self.model, env_file=file, **options)
+            alone = self._alone.get(str(file)) or DotEnvSettingsSource(self.model, env_file=file, **options)
             layer.update(self._variables.read(with_texts(source, alone.env_vars), str(file)))
         return layer
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from types import FrameType, ModuleType, SimpleNamespace
 from typing import Any
@@ -25,7 +27,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from app_db.errors import ContradictorySettings, NothingConfigured, SettingsError, UnknownVariable
+from app_db.errors import ConnectionNotConfigured, ContradictorySettings, NothingConfigured, SettingsError, UnknownVariable
 from app_db.settings import ConnectionSettings, DatabaseSettings
 
 SECRET = "s3cr3t-pa55"
@@ -259,6 +261,15 @@ def test_a_source_that_can_not_be_made_is_named() -> None:
     assert "ConnectionError" in refused(customised(Broken))["Broken"]
 
 
+def test_a_package_that_a_source_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Needing(Vault):
+        def __call__(self) -> dict[str, Any]:
+            import_module("no_such_vault")
+            return {}
+
+    assert "needs what is not installed: No module named 'no_such_vault'" in refused(customised(Needing))["Needing"]
+
+
 def test_sources_that_can_not_be_listed_are_a_problem_of_the_hook() -> None:
     def broken(model: type[BaseSettings]) -> PydanticBaseSettingsSource:
         raise LookupError(SECRET)
@@ -397,6 +408,8 @@ def test_a_prefix_of_ones_own_is_that_of_every_variable_and_error(monkeypatch: p
     settings = Ours()
     assert [origin.variable for origin in settings.origins()] == ["SHOP_DB_CONNECTIONS__WRITER__URL"]
     assert settings.connections["writer"].variable("url") == "SHOP_DB_CONNECTIONS__WRITER__URL"
+    with pytest.raises(ConnectionNotConfigured, match="Set SHOP_DB_CONNECTIONS__LOG__URL,"):
+        settings.connection("log")
     monkeypatch.setenv("SHOP_DB_CONNECTIONS__WRITER__TWO_PHASE", "true")
     monkeypatch.setenv("SHOP_DB_CONNECTIONS__LOG__MIRROR", "writter")
     monkeypatch.setenv("SHOP_DB_DECISION_LOG", "writter")
@@ -453,6 +466,18 @@ def test_several_env_files_are_read_and_each_is_named() -> None:
         assert (settings.application, settings.connection("writer").masked_url) == ("b", "sqlite:///a.db")
         assert origins(settings) == {"APPLICATION": "b.env", "CONNECTIONS__WRITER__URL": "a.env"}
     assert set(refused(lambda: made(_env_file=("a.env", "bad.env")))) == {"bad.env"}
+
+
+def test_an_env_file_may_be_a_pipe() -> None:
+    for files in (1, 2):
+        pipes = [os.pipe() for _ in range(files)]
+        for number, (_, writing) in enumerate(pipes):
+            with os.fdopen(writing, "w") as file:
+                file.write(f"APP_DB_CONNECTIONS__C{number}__URL=sqlite:///{number}.db\n")
+        settings = DatabaseSettings(_env_file=[f"/dev/fd/{reading}" for reading, _ in pipes])
+        assert list(settings.connections) == [f"c{number}" for number in range(files)]
+        for reading, _ in pipes:
+            os.close(reading)
 
 
 def test_several_secrets_directories_are_read_and_the_last_wins(tmp_path: Path) -> None:
