@@ -190,8 +190,8 @@ class Reading:
         """
         removed = False
         for error in invalid.errors(include_url=False, include_input=False):
-            root, *keys = (str(key) for key in error["loc"] if key != "[key]")
-            path = (self.field_of(root), *keys)
+            keys = [str(key) for key in error["loc"] if key != "[key]"]
+            path = (*map(self.field_of, keys[:1]), *keys[1:])
             self.refuse(path)
             if error["type"] == "extra_forbidden":
                 self.unknown(self.name_of(path), path)
@@ -212,6 +212,8 @@ class Reading:
 
     def name_of(self, path: Keys) -> str:
         """Return the variable that gave a setting, or that can give it."""
+        if not path:  # a validator of the whole
+            return self.model.__name__
         given = self.values.below(path)
         return given.variable if isinstance(given, Given) else self.spelling.variable(path)
 

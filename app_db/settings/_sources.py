@@ -252,8 +252,9 @@ def _listed(paths: object) -> Iterator[str | Path]:
 def _label(source: object) -> str:
     """Return the class of a source, and its files."""
     name = str(getattr(source, "__name__", type(source).__name__))
-    files = next((found for attribute in _FILES if (found := getattr(source, attribute, None))), None)
-    return " ".join([name, *(", ".join(str(file) for file in _listed(files)).split() if files else ())])
+    files: object = next((found for attribute in _FILES if (found := getattr(source, attribute, None))), ())
+    each = cast("Sequence[object]", files) if isinstance(files, (list, tuple)) else (files,)
+    return f"{name} {', '.join(map(str, each))}".rstrip()
 
 
 def _failed(failure: Exception, label: str) -> Problem:

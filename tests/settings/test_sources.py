@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import FrameType, ModuleType, SimpleNamespace
@@ -13,7 +15,7 @@ from typing import Any
 
 import pydantic_settings
 import pytest
-from pydantic import AliasChoices, AliasPath, BaseModel, Field
+from pydantic import AliasChoices, AliasPath, BaseModel, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -296,19 +298,44 @@ def test_a_subclass_of_the_environments_source_prepares_values_itself(monkeypatc
     assert (settings.application, origins(settings)["APPLICATION"]) == ("shop", "Reversed")
 
 
+def test_two_sources_of_variables_have_each_their_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = customised(lambda model: EnvSettingsSource(model, env_prefix="SHOP_"))
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", "sqlite:///w.db")
+    monkeypatch.setenv("SHOP_CONNECTIONS__WRITER__ECHO", "true")
+    assert [origin.variable for origin in ours().origins()] == [
+        "APP_DB_CONNECTIONS__WRITER__URL",
+        "SHOP_CONNECTIONS__WRITER__ECHO",
+    ]
+    monkeypatch.setenv("SHOP_CONNECTIONS__WRITER__ECHO", SECRET)
+    monkeypatch.setenv("SHOP_COLOUR", SECRET)
+    assert set(refused(ours)) == {"SHOP_CONNECTIONS__WRITER__ECHO", "SHOP_COLOUR"}
+
+
+def test_what_a_source_calls_its_file_may_be_anything() -> None:
+    class Odd(Vault):
+        toml_file_path = 5
+
+        def __call__(self) -> dict[str, Any]:
+            return {"application": "1"}
+
+    assert "Odd 5." in refused(customised(Odd))["APP_DB_APPLICATION"]
+
+
 # ---- secret managers
 
 
 def aws(monkeypatch: pytest.MonkeyPatch, content: dict[str, str]) -> Any:
     """pydantic-settings' source for AWS, with a client that has the secret."""
-    text = json.dumps(content)
+    text = json.dumps({name.replace("__", "--"): value for name, value in content.items()})
     client = SimpleNamespace(get_secret_value=lambda **request: {"SecretString": text})
     module: Any = ModuleType("boto3")
     module.client = lambda *_, **__: client
-    monkeypatch.setitem(sys.modules, "boto3", module)
-    return lambda model: pydantic_settings.AWSSecretsManagerSettingsSource(
-        model, "shop/databases", env_prefix="", env_nested_delimiter="__"
-    )
+    types: Any = ModuleType("mypy_boto3_secretsmanager.client")  # older pydantic-settings imports it
+    types.SecretsManagerClient = object
+    for made in (module, ModuleType("mypy_boto3_secretsmanager"), types):
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+    source: Any = pydantic_settings.AWSSecretsManagerSettingsSource
+    return lambda model: source(model, "shop/databases", env_prefix="")
 
 
 def azure(monkeypatch: pytest.MonkeyPatch, content: dict[str, str]) -> Any:
@@ -468,16 +495,29 @@ def test_several_env_files_are_read_and_each_is_named() -> None:
     assert set(refused(lambda: made(_env_file=("a.env", "bad.env")))) == {"bad.env"}
 
 
-def test_an_env_file_may_be_a_pipe() -> None:
-    for files in (1, 2):
-        pipes = [os.pipe() for _ in range(files)]
-        for number, (_, writing) in enumerate(pipes):
-            with os.fdopen(writing, "w") as file:
-                file.write(f"APP_DB_CONNECTIONS__C{number}__URL=sqlite:///{number}.db\n")
-        settings = DatabaseSettings(_env_file=[f"/dev/fd/{reading}" for reading, _ in pipes])
-        assert list(settings.connections) == [f"c{number}" for number in range(files)]
-        for reading, _ in pipes:
-            os.close(reading)
+@contextmanager
+def piped(*texts: str) -> Iterator[list[str]]:
+    """Give pipes, each with a text to be read once."""
+    pipes = [os.pipe() for _ in texts]
+    for text, (_, writing) in zip(texts, pipes, strict=True):
+        with os.fdopen(writing, "w") as file:
+            file.write(text)
+    yield [f"/dev/fd/{reading}" for reading, _ in pipes]
+    for reading, _ in pipes:
+        os.close(reading)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_env_file_may_be_a_pipe_as_far_as_pydantic_settings_reads_one(count: int) -> None:
+    class Plain(BaseSettings):
+        colour: str = "none"
+
+    plain: Any = Plain
+    with piped("COLOUR=red") as [file]:
+        reads_pipes = plain(_env_file=file).colour == "red"
+    with piped(*(f"APP_DB_CONNECTIONS__C{number}__URL=sqlite://\n" for number in range(count))) as files:
+        settings = DatabaseSettings(_env_file=files, connections={"log": {"url": "sqlite://"}})
+    assert len(settings.connections) == 1 + count * reads_pipes
 
 
 def test_several_secrets_directories_are_read_and_the_last_wins(tmp_path: Path) -> None:
@@ -493,6 +533,33 @@ def test_several_secrets_directories_are_read_and_the_last_wins(tmp_path: Path) 
     for settings in (Ours(), DatabaseSettings(_secrets_dir=[tmp_path / "one", tmp_path / "two"])):
         assert (settings.application, settings.connection("writer").masked_url) == ("two", "sqlite:///w.db")
     refused(lambda: made(_secrets_dir=None), NothingConfigured)
+
+
+def test_secrets_may_lie_in_directories_of_directories(tmp_path: Path) -> None:
+    nested: Any = getattr(pydantic_settings, "NestedSecretsSettingsSource", None)
+    if nested is None:  # in the oldest pydantic-settings
+        return
+
+    class Ours(DatabaseSettings):
+        model_config = SettingsConfigDict(secrets_dir=str(tmp_path), env_prefix="")
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, nested(file_secret_settings, secrets_nested_subdir=True)
+
+    folder = tmp_path / "connections" / "writer"
+    folder.mkdir(parents=True)
+    (folder / "url").write_text(f"postgresql://u:{SECRET}@h/d")
+    settings = Ours()
+    assert settings.connection("writer").sqlalchemy_url().password == SECRET
+    assert [origin.source for origin in settings.origins()] == [f"NestedSecretsSettingsSource {tmp_path}"]
 
 
 # ---- a subclass
@@ -546,6 +613,16 @@ def test_mistakes_in_the_fields_of_a_subclass_are_problems_like_others(monkeypat
     problems = refused(Fuller)
     assert set(problems) == {"APP_DB_TAGS", "APP_DB_LIMIT", "APP_DB_COLOR"}
     assert "APP_DB_COLOUR'?" in problems["APP_DB_COLOR"]
+
+
+def test_a_check_of_a_subclass_that_fails_is_a_problem_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ours(DatabaseSettings):
+        @model_validator(mode="after")
+        def check(self) -> Ours:
+            raise ValueError("must have a writer")
+
+    monkeypatch.setenv("APP_DB_CONNECTIONS__LOG__URL", "sqlite://")
+    assert refused(Ours) == {"Ours": "must have a writer."}
 
 
 def test_a_field_of_app_db_may_have_an_alias(monkeypatch: pytest.MonkeyPatch) -> None:

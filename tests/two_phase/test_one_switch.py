@@ -158,6 +158,22 @@ def test_a_unit_over_several_databases_prepares_and_commits(shop: DatabaseContai
     assert items(shop) == {"writer": ["three", "two"], "warehouse": ["three", "two"], "audit": ["three"]}
 
 
+def test_a_unit_over_databases_of_two_kinds_prepares_by_the_switch(new_postgres_url: NewUrl, new_mariadb_url: NewUrl) -> None:
+    connections = {"writer": {"url": new_postgres_url()}, "warehouse": {"url": new_mariadb_url()}}
+    settings = DatabaseSettings(_env_file=None, application="switch", two_phase=True, connections=connections)
+    container = container_of(*connections)(settings=settings)
+    container.check()
+    for name in connections:
+        with getattr(container, f"{name}_engine")().begin() as connection:
+            connection.execute(text("CREATE TABLE items (name varchar(20) PRIMARY KEY)"))
+    with container.transaction():
+        add(container, "both", *connections)
+    for name in connections:
+        with getattr(container, f"{name}_engine")().connect() as connection:
+            assert connection.scalars(text("SELECT name FROM items")).all() == ["both"]
+    container.shutdown_resources()
+
+
 def test_a_unit_that_can_not_prepare_everywhere_commits_nowhere(shop: DatabaseContainer) -> None:
     with shop.warehouse_engine().begin() as connection:
         connection.execute(text("ALTER TABLE items ADD UNIQUE (name) DEFERRABLE INITIALLY DEFERRED"))
