@@ -150,7 +150,7 @@ def _of_engine(reader: VariableReader, name: str, key: str, argument: str, value
 def _refusals(argument: str, value: object) -> Iterator[str]:
     """Yield why an argument of create_engine can't be used, and what to write."""
     if argument in _INSTEAD:
-        yield f"is not taken from a mapping. {_INSTEAD[argument]} Remove it."
+        yield f"is not taken from a mapping. Remove it. {_INSTEAD[argument]}"
     elif argument in _REMOVED:
         yield "is no argument of SQLAlchemy 2.0. Remove it."
     elif argument in _WITHOUT_SETTING:

@@ -34,8 +34,8 @@ _MOST_HINTS = 20
 class Origin:
     """Where a setting came from.
 
-    `source` is `given in code`, `environment`, `secrets`, `DATABASE_URL`, the name of an env file,
-    or the class of another source and its file.
+    `source` is `given in code`, `environment`, `DATABASE_URL`, `mapping`, the name of an env file,
+    `secrets`, with the directory if there are several, or the class of another source and its file.
     """
 
     variable: str

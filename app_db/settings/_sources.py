@@ -211,7 +211,8 @@ class _Reader:
         variables.env_prefix, variables.case_sensitive = source.env_prefix, source.case_sensitive
         roots = [root for roots in self._variables.roots(variables).values() for root in roots]
         beginnings = tuple(root.lower() for root in (source.env_prefix, "DATABASE_URL", *roots))
-        for directory in _listed(source.secrets_dir):
+        directories = list(_listed(source.secrets_dir))
+        for directory in directories:
             folder = Path(directory).expanduser()
             if not folder.is_dir():
                 warnings.warn(f"the secrets directory {str(folder)!r} does not exist", stacklevel=2)
@@ -220,7 +221,9 @@ class _Reader:
             # Bytes that are not UTF-8 become text that pydantic refuses: a problem of this
             # variable, not an error here.
             texts = {file.name: file.read_text("utf-8", "surrogateescape").rstrip("\r\n") for file in files}
-            layer.update(self._variables.read(with_texts(variables, texts), "secrets"))
+            layer.update(
+                self._variables.read(with_texts(variables, texts), "secrets" if len(directories) == 1 else f"secrets {directory}")
+            )
         return layer
 
 
@@ -272,5 +275,5 @@ def _failed(failure: Exception, label: str) -> Problem:
     line = re.search(r"\bline (\d{1,7})\b", str(cause))
     if isinstance(cause, ValueError) or line:
         where = f", line {line[1]}" if line else ""
-        return Problem(label, f"can't be read ({type(cause).__name__}{where}). Correct what it says there.")
+        return Problem(label, f"can't be read ({type(cause).__name__}{where}). Correct what is written there.")
     return Problem(label, f"raised {type(cause).__name__} ({place}). Its text is not shown, because it may quote a secret.")

@@ -532,6 +532,10 @@ def test_several_secrets_directories_are_read_and_the_last_wins(tmp_path: Path) 
     made: Any = Ours
     for settings in (Ours(), DatabaseSettings(_secrets_dir=[tmp_path / "one", tmp_path / "two"])):
         assert (settings.application, settings.connection("writer").masked_url) == ("two", "sqlite:///w.db")
+        assert origins(settings) == {
+            "APPLICATION": f"secrets {tmp_path / 'two'}",
+            "CONNECTIONS__WRITER__URL": f"secrets {tmp_path / 'one'}",
+        }
     refused(lambda: made(_secrets_dir=None), NothingConfigured)
 
 
