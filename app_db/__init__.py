@@ -5,7 +5,7 @@ work commits what was written to all of them, or nothing.
 """
 
 from app_db import errors
-from app_db._compat.packaging import version_of
+from app_db._compat.packaging import version_of as _version_of
 from app_db._sessions.routing import RoutingSession
 from app_db._units.manager import ContextTransactionManager, retryable
 from app_db._units.options import Propagation
@@ -45,4 +45,4 @@ __all__ = [
 def __getattr__(name: str) -> str:
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return version_of("app-db")
+    return _version_of("app-db")

@@ -103,8 +103,7 @@ class _DatabaseInstance(_Instance):
         settings = provider() if provider.overridden or provider.is_built else None
         names = [name for name, provider in self.providers.items() if isinstance(provider, Connection)]
         listed = ", ".join(described_connection(name, settings) for name in names) or "no connections"
-        declared: type | None = self.declarative_parent
-        return f"<{'Container' if declared is None else declared.__name__}: {listed}>"
+        return f"<{getattr(self.declarative_parent, '__name__', 'Container')}: {listed}>"
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -390,7 +389,7 @@ class Connection(providers.Container[ConnectionContainer]):
             self._given = engine, session_class, async_session_class
 
     def __repr__(self) -> str:
-        container: ConnectionContainer | None = self.container
+        container: Any = self.container  # None before the connection has a name
         return "<Connection>" if container is None else f"<Connection {container.name()!r}>"
 
     def __set_name__(self, owner: type[DatabaseContainer], name: str) -> None:

@@ -149,7 +149,7 @@ class SQLite(Database):
             if _READ_ONLY in info:
                 cursor.execute("PRAGMA query_only = ON")
                 cursor.execute("BEGIN")
-                _authorize(driver_of(dbapi_connection), _refuse_to_lift)
+                _authorize(dbapi_connection.driver_connection, _refuse_to_lift)
             else:
                 cursor.execute(statement)
             cursor.close()

@@ -10,7 +10,6 @@ from typing import cast
 
 from app_db._sessions.async_sessions import AsyncUnitSession
 from app_db._sessions.routing import RoutingSession
-from app_db._sessions.sessions import UnitSession
 
 
 class AsyncRoutingSession(AsyncUnitSession):
@@ -20,7 +19,7 @@ class AsyncRoutingSession(AsyncUnitSession):
     unit's.
     """
 
-    sync_session_class: type[UnitSession] = RoutingSession
+    sync_session_class = RoutingSession
 
     def using(self, name: str) -> AbstractContextManager[None]:
         """Send statements in the block to the connection `name`, as `RoutingSession.using` does. Use a plain `with`."""

@@ -40,7 +40,7 @@ class AsyncSessionConfig(SessionConfig):
 class AsyncUnitSession(AsyncSession):
     """An async session of one unit of work, around a `UnitSession`."""
 
-    sync_session_class: type[UnitSession] = UnitSession
+    sync_session_class: Any = UnitSession
 
     def __init__(self, *args: Any, sync_session_class: object = None, **arguments: Any) -> None:
         super().__init__(*args, **arguments)  # with the class attribute, which `async_unit_class` sets

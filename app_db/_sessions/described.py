@@ -53,23 +53,20 @@ def _database_of(connection: ConnectionSettings) -> str:
     return ", ".join(part for part in parts if part)
 
 
-class _Signed:
-    """A provider whose `inspect.signature()` shows what it is called with. What it injects is left out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    provides: Any
-
-    @property
-    def __signature__(self) -> Signature:
-        whole = signature(self.provides)
-        own = list(whole.parameters.values())[len(self.args) :]
-        return whole.replace(parameters=[each for each in own if each.name not in self.kwargs])
+def _signature_of(provider: Any) -> Signature:
+    """Return the signature of what a provider calls, without what it injects."""
+    whole = signature(provider.provides)
+    own = list(whole.parameters.values())[len(provider.args) :]
+    return whole.replace(parameters=[each for each in own if each.name not in provider.kwargs])
 
 
-class SignedFactory(_Signed, providers.Factory[T]):
-    """A factory that shows its signature."""
+class SignedFactory(providers.Factory[T]):
+    """A factory whose `inspect.signature()` shows what it is called with."""
+
+    __signature__ = property(_signature_of)
 
 
-class SignedCallable(_Signed, providers.Callable[T]):
-    """A callable that shows its signature."""
+class SignedCallable(providers.Callable[T]):
+    """A callable whose `inspect.signature()` shows what it is called with."""
+
+    __signature__ = property(_signature_of)
