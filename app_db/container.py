@@ -392,6 +392,15 @@ class Connection(providers.Container[ConnectionContainer]):
         container: Any = self.container  # None before the connection has a name
         return "<Connection>" if container is None else f"<Connection {container.name()!r}>"
 
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise InvalidUse. Injection calls the connection for `Provide[Container.writer]`."""
+        name = self.container.name()
+        raise InvalidUse(
+            f"{name!r} is a connection, which can't be called or injected itself",
+            f"Say what of it you need: Provide[Container.{name}.session] injects the session, container.{name}.session() returns "
+            f"it. A connection provides: {', '.join(KINDS)}",
+        )
+
     def __set_name__(self, owner: type[DatabaseContainer], name: str) -> None:
         engine, *classes = self._given
         super().__init__(ConnectionContainer)

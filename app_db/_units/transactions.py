@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import fields
-from functools import update_wrapper, wraps
+from functools import update_wrapper
 from typing import Any, ParamSpec, TypeVar, cast, overload
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -20,6 +20,14 @@ from transaction.interfaces import NoTransaction
 
 from app_db._units.blocks import Block
 from app_db._units.coordinator import Coordinator, build_coordinator
+from app_db._units.markers import (
+    Function,
+    callers_signature,
+    evaluated_signature,
+    inject_checked,
+    is_marker,
+    markers_in,
+)
 from app_db._units.options import Options, Propagation, options_from, signature_of_options
 from app_db._units.unit_of_work import UnitOfWork
 from app_db.errors import InvalidUse, NotWired, NoUnitOfWork
@@ -27,8 +35,6 @@ from app_db.errors import InvalidUse, NotWired, NoUnitOfWork
 P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., object])
-Function = Callable[..., Any]
-"""A function of the application."""
 
 
 class Transaction(Block):
@@ -167,10 +173,11 @@ def transactional(
 
 
 def transactional(function: Function | None = None, /, *, container: str = "<container>", **options: Any) -> Function:
-    """Return a function that runs the decorated function in a unit of work, with its `Provide[...]` defaults injected.
+    """Return a function that runs the decorated function in a unit of work, with its `Provide[...]` markers injected.
 
     The unit begins before the injection. It commits when the function returns, and aborts when it
-    raises.
+    raises. The markers are defaults, or in the metadata of `Annotated`. Their parameters are not in
+    the function's signature.
 
     >>> from app_db import Container, DatabaseSettings, transactional
     >>> from dependency_injector.wiring import Provide
@@ -193,8 +200,9 @@ def transactional(function: Function | None = None, /, *, container: str = "<con
     - `commit_on`: classes of exceptions that commit the unit, and are then raised
     - `container`: the name of the database container. Needed if the wired container contains several
 
-    Raises InvalidUse for generators, class methods and static methods, and for options that
-    contradict each other. The function raises NotWired when it is called before `container.wire()`.
+    Raises InvalidUse for generators, class methods and static methods, for options that contradict
+    each other, and for a marker in an annotation that can't be evaluated. The function raises
+    NotWired when it is called before `container.wire()`.
     """
     prepared = options_from(**options)
 
@@ -216,14 +224,19 @@ def _run_in_unit(function: Function, options: Options, container_id: str) -> Fun
             f"@transactional can't decorate {name}, which is a generator function",
             "Decorate a function or a coroutine function; a generator's body would run after its unit of work had ended",
         )
-    parameters = inspect.signature(function).parameters
-    markers = {parameter: given.default for parameter, given in parameters.items() if _is_marker(given.default)}
-    injected = _inject_checked(function, name, markers) if markers else function
-    names = [parameter for parameter, given in parameters.items() if given.kind is given.POSITIONAL_OR_KEYWORD]
+    signature = evaluated_signature(function, name)
+    markers = markers_in(signature)
+    injected = inject_checked(function, name, markers) if markers else function
+    names = [parameter for parameter, given in signature.parameters.items() if given.kind is given.POSITIONAL_OR_KEYWORD]
     first_injected = min((names.index(marker) for marker in markers if marker in names), default=sys.maxsize)
 
     def by_keyword(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[object, ...]:
         # Injection passes keywords. An argument given by position would get a second value.
+        if len(args) > len(names):
+            raise TypeError(
+                f"{name}() takes {len(names)} positional arguments at most, since {names[first_injected]!r} is injected, but "
+                f"{len(args)} were given"
+            )
         kwargs.update(zip(names[first_injected:], args[first_injected:], strict=False))
         return args[:first_injected]
 
@@ -239,24 +252,10 @@ def _run_in_unit(function: Function, options: Options, container_id: str) -> Fun
 
     # inject() sees `run` only, so that wiring does not inject the sessions before the unit has begun. update_wrapper comes
     # last: wiring looks for the function in the module of the decorated one.
-    return update_wrapper(inject(run_awaited if inspect.iscoroutinefunction(function) else run), function)
-
-
-def _is_marker(value: object) -> bool:
-    return getattr(type(value), "__IS_MARKER__", False) is True
-
-
-def _inject_checked(function: Function, name: str, markers: dict[str, Any]) -> Function:
-    """Return `function` with its markers injected. It raises NotWired if a marker was not replaced."""
-
-    @wraps(function)
-    def checked(*args: object, **kwargs: object) -> object:
-        for parameter, marker in markers.items():
-            if getattr(type(kwargs.get(parameter, marker)), "__IS_MARKER__", False) is True:
-                raise NotWired(name, function.__module__, parameter, f"{type(marker).__name__}[{marker.provider!r}]")
-        return function(*args, **kwargs)
-
-    return inject(checked)
+    decorated: Any = update_wrapper(inject(run_awaited if inspect.iscoroutinefunction(function) else run), function)
+    if markers:
+        decorated.__signature__ = callers_signature(signature, markers)
+    return cast("Function", decorated)
 
 
 _coordinators: WeakKeyDictionary[Container, ReferenceType[providers.Provider[Coordinator]]] = WeakKeyDictionary()
@@ -267,7 +266,7 @@ def _coordinator_in(container: Container, function: Function, name: str) -> Coor
     reference = _coordinators.get(container)
     provider = None if reference is None else reference()
     if provider is None:
-        if _is_marker(container):
+        if is_marker(container):
             raise NotWired(name, function.__module__)
         provider = _find_coordinator(container, name)
         _coordinators[container] = ref(provider)

@@ -289,13 +289,13 @@ def test_nested_injected_functions_share_one_session_and_commit_together(contain
 # ---- the decorated function ---------------------------------------------------------------------------------------------
 
 
-def test_a_decorated_function_keeps_signature_name_docstring_and_module() -> None:
+def test_a_decorated_function_keeps_name_docstring_module_and_the_callers_part_of_its_signature() -> None:
     def place_order(sku: str, *, amount: int = 1, session: Session = Provide[Shop.writer_session]) -> None:
         """Place an order."""
 
     for decorated in (transactional(place_order), transactional(attempts=3)(place_order)):
         assert decorated is not place_order
-        assert inspect.signature(decorated) == inspect.signature(place_order)
+        assert str(inspect.signature(decorated)) == "(sku: str, *, amount: int = 1) -> None"
         assert decorated.__name__ == "place_order"
         assert decorated.__qualname__ == place_order.__qualname__
         assert decorated.__doc__ == "Place an order."
@@ -1056,7 +1056,7 @@ def test_an_explicit_session_for_coroutines_is_respected(container: Any) -> None
 
 def test_a_coroutine_function_keeps_its_name_and_stays_one() -> None:
     assert inspect.iscoroutinefunction(insert_awaited)
-    assert list(inspect.signature(insert_awaited).parameters) == ["sku", "session"]
+    assert list(inspect.signature(insert_awaited).parameters) == ["sku"]
     assert insert_awaited.__name__ == "insert_awaited"
 
 

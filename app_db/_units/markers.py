@@ -1,0 +1,121 @@
+"""Markers of dependency-injector, `Provide[...]` and its kind, in the parameters of a function."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from inspect import Parameter, Signature
+from typing import Annotated, Any, get_args, get_origin
+
+from dependency_injector.wiring import inject
+
+from app_db.errors import InvalidUse, NotWired
+
+Function = Callable[..., Any]
+"""A function of the application."""
+
+_MENTIONS_A_MARKER = re.compile(r"\b(Provide|Provider|Closing)\[")
+
+
+def is_marker(value: object) -> bool:
+    return getattr(type(value), "__IS_MARKER__", False) is True
+
+
+def evaluated_signature(function: Function, name: str) -> Signature:
+    """Return the function's signature. Annotations that are strings are evaluated, if they can be.
+
+    Raises InvalidUse if one mentions a marker and can't be evaluated: its parameter would not be injected.
+    """
+    # dependency-injector does not evaluate the strings that `from __future__ import annotations` makes.
+    signature = inspect.signature(function)
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+
+    def evaluated(annotation: object, owner: str) -> object:
+        if not isinstance(annotation, str):
+            return annotation
+        try:
+            return eval(annotation, names)  # noqa: S307  # Python itself would evaluate it here, without the future import
+        except Exception as error:
+            if _MENTIONS_A_MARKER.search(annotation) is None:
+                return annotation
+            raise InvalidUse(
+                f"The annotation of {owner} of {name} can't be evaluated: {type(error).__name__}: {error}",
+                f"Define the names in {annotation!r} in the module, above the function and not under TYPE_CHECKING, or write "
+                "the marker as a default, `= Provide[...]`",
+            ) from error
+
+    return signature.replace(
+        parameters=[
+            parameter.replace(annotation=evaluated(parameter.annotation, f"the parameter {parameter.name!r}"))
+            for parameter in signature.parameters.values()
+        ],
+        return_annotation=evaluated(signature.return_annotation, "the result"),
+    )
+
+
+def markers_in(signature: Signature) -> dict[str, Any]:
+    """Return the markers by parameter: of defaults, and of `Annotated` metadata. Each may be in a `Depends`."""
+    found = {name: _marker_of(parameter) for name, parameter in signature.parameters.items()}
+    return {name: marker for name, marker in found.items() if marker is not None}
+
+
+def _marker_of(parameter: Parameter) -> Any:
+    metadata = get_args(parameter.annotation)[1:] if get_origin(parameter.annotation) is Annotated else ()
+    for candidate in (*metadata, parameter.default):
+        marker = candidate.dependency if _is_depends(candidate) else candidate
+        if is_marker(marker):
+            return marker
+    return None
+
+
+def _is_depends(value: Any) -> bool:
+    # By name, since FastAPI may be missing. By type, since a lazy proxy as a default must not be asked for attributes yet.
+    return any(base.__name__ in {"Depends", "Dependant"} for base in type(value).__mro__)
+
+
+def callers_signature(signature: Signature, injected: Iterable[str]) -> Signature:
+    """Return the signature without its injected parameters.
+
+    A parameter that follows an injected one can be passed by keyword only. By position, its argument
+    would be taken for the injected one's.
+    """
+    injected = set(injected)
+    parameters: list[Parameter] = []
+    follows = False
+    for name, parameter in signature.parameters.items():
+        if name in injected:
+            follows = follows or parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
+        elif not follows or parameter.kind in {Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD}:
+            parameters.append(parameter)
+        elif parameter.kind is Parameter.POSITIONAL_OR_KEYWORD:
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+    return signature.replace(parameters=parameters)
+
+
+def inject_checked(function: Function, name: str, markers: Mapping[str, Any]) -> Function:
+    """Return `function` with its markers injected. It raises NotWired if a marker was not replaced."""
+
+    def check(arguments: dict[str, object]) -> None:
+        for parameter, marker in markers.items():
+            if is_marker(arguments.get(parameter, marker)):
+                raise NotWired(name, function.__module__, parameter, f"{type(marker).__name__}[{marker.provider!r}]")
+
+    @wraps(function)
+    def checked(*args: object, **kwargs: object) -> object:
+        check(kwargs)
+        return function(*args, **kwargs)
+
+    @wraps(function)
+    async def checked_awaited(*args: object, **kwargs: object) -> object:
+        check(kwargs)
+        return await function(*args, **kwargs)
+
+    wrapper: Any = checked_awaited if inspect.iscoroutinefunction(function) else checked
+    # inject() reads the markers from here, so that every spelling is a default to it.
+    wrapper.__signature__ = Signature(
+        [Parameter(parameter, Parameter.KEYWORD_ONLY, default=marker) for parameter, marker in markers.items()]
+    )
+    injected: Function = inject(wrapper)
+    return injected
