@@ -64,7 +64,7 @@ def markers_in(signature: Signature) -> dict[str, Any]:
 def _marker_of(parameter: Parameter) -> Any:
     metadata = get_args(parameter.annotation)[1:] if get_origin(parameter.annotation) is Annotated else ()
     for candidate in (*metadata, parameter.default):
-        marker = candidate.dependency if _is_depends(candidate) else candidate
+        marker = getattr(candidate, "dependency", None) if _is_depends(candidate) else candidate
         if is_marker(marker):
             return marker
     return None

@@ -163,6 +163,7 @@ async def test_fastapi_and_plain_inject_need_depends(container: Any) -> None:
 
     def endpoint(session: Session = Provide["writer_session"]) -> None: ...
 
+    endpoint.__annotations__["session"] = Session  # some releases don't find what a string names, and look no further
     with pytest.raises(Exception, match="Invalid args for response field"):
         FastAPI().get("/")(inject(endpoint))
 
@@ -213,7 +214,10 @@ def test_typer_and_plain_inject_do_not_go_together() -> None:
     @inject
     def command(session: Session = Provide["writer_session"]) -> None: ...
 
-    assert TyperRunner().invoke(broken, []).exit_code != 0
+    try:
+        assert TyperRunner().invoke(broken, []).exit_code != 0
+    except RuntimeError as error:  # from older releases
+        assert "Type not yet supported" in str(error)  # noqa: PT017
 
 
 @click.command()
