@@ -8,6 +8,7 @@ from app_db import errors
 from app_db._compat.packaging import version_of as _version_of
 from app_db._sessions.routing import RoutingSession
 from app_db._units.manager import ContextTransactionManager, retryable
+from app_db._units.markers import Provide
 from app_db._units.options import Propagation
 from app_db._units.transactions import Transaction, transactional
 from app_db._units.unit_of_work import UnitOfWork
@@ -27,6 +28,7 @@ __all__ = [
     "DatabaseSettings",
     "PoolSettings",
     "Propagation",
+    "Provide",
     "Reflected",
     "RoutingSession",
     "SessionSettings",

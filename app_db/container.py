@@ -341,7 +341,21 @@ def _capacity(container: DatabaseContainer | None, *, threads: bool = True, coro
     return capacity_of(configured, threads=threads, coroutines=coroutines)
 
 
-class Connection(providers.Container[ConnectionContainer]):
+if TYPE_CHECKING:
+
+    class _ContainerProvider(providers.Provider[ConnectionContainer]):
+        """What Connection needs of `providers.Container`, without its `__getattr__`: that would allow misspelt names."""
+
+        def __init__(self, container_class: type[ConnectionContainer]) -> None: ...
+
+        @property
+        def container(self) -> ConnectionContainer: ...
+
+else:
+    _ContainerProvider = providers.Container
+
+
+class Connection(_ContainerProvider):
     """A named database of a container. `writer = Connection()` provides `writer.session`, which is also `writer_session`.
 
     The attribute's name is the connection's name in the settings. The providers are `engine`,

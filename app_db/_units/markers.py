@@ -7,11 +7,31 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from inspect import Parameter, Signature
-from typing import Annotated, Any, get_args, get_origin
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin, overload
 
 from dependency_injector.wiring import inject
+from sqlalchemy.orm import Session
 
 from app_db.errors import InvalidUse, NotWired
+
+if TYPE_CHECKING:
+    from dependency_injector import providers
+
+    T = TypeVar("T")
+
+    class _Provide(Protocol):
+        """dependency-injector's `Provide`, with the type that the provider returns. Its own stub says Any."""
+
+        @overload
+        def __getitem__(self, provider: providers.Provider[T], /) -> T: ...
+        @overload
+        def __getitem__(self, name: object, /) -> Any: ...
+
+    Provide: _Provide
+    """A marker for the argument that a provider returns: `session: Session = Provide[Container.writer.session]`."""
+else:
+    from dependency_injector.wiring import Provide  # noqa: F401  # app_db exports it
 
 Function = Callable[..., Any]
 """A function of the application."""
@@ -94,13 +114,58 @@ def callers_signature(signature: Signature, injected: Iterable[str]) -> Signatur
     return signature.replace(parameters=parameters)
 
 
-def inject_checked(function: Function, name: str, markers: Mapping[str, Any]) -> Function:
-    """Return `function` with its markers injected. It raises NotWired if a marker was not replaced."""
+def _wants_async(annotation: object) -> bool | None:
+    """Return whether an annotation allows an async session or a sync one, perhaps with None. Return None if it isn't clear."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    classes = get_args(annotation) if get_origin(annotation) in {Union, UnionType} else (annotation,)
+    wanted = {_is_async_class(given) for given in classes if given is not NoneType}
+    return wanted.pop() if len(wanted) == 1 else None
+
+
+def _is_async_class(given: object) -> bool | None:
+    if not isinstance(given, type):
+        return None
+    if issubclass(given, Session):
+        return False
+    # By name, because the import may need greenlet.
+    return True if "AsyncSession" in {base.__name__ for base in given.__mro__} else None
+
+
+def _is_async(session: object) -> bool | None:
+    if isinstance(session, Session):
+        return False
+    return True if isinstance(getattr(session, "sync_session", None), Session) else None
+
+
+def _other_kind(name: str, parameter: str, session: Any) -> InvalidUse:
+    given, wanted, written, right = ("sync", "async_session", "AsyncSession", "Session")
+    if _is_async(session):
+        given, wanted, written, right = ("async", "session", right, written)
+    connection = getattr(getattr(session, "config", None), "name", "NAME")
+    # The session that finds its database has this name, which no connection can have.
+    path, whose = ("", "container's ") if connection == "session" else (f"{connection}.", f"{connection!r} ")
+    return InvalidUse(
+        f"The parameter {parameter!r} of {name} is annotated with {written}, but was given the {whose}{given} session",
+        f"Write `Provide[Container.{path}{wanted}]`, or annotate it with {right}",
+    )
+
+
+def inject_checked(function: Function, name: str, signature: Signature, markers: Mapping[str, Any]) -> Function:
+    """Return `function` with its markers injected.
+
+    It raises NotWired if a marker was not replaced, and InvalidUse if a session is sync and its
+    annotation async, or the other way round.
+    """
+    wants_async = {parameter: _wants_async(signature.parameters[parameter].annotation) for parameter in markers}
 
     def check(arguments: dict[str, object]) -> None:
         for parameter, marker in markers.items():
-            if is_marker(arguments.get(parameter, marker)):
+            value, wanted = arguments.get(parameter, marker), wants_async[parameter]
+            if is_marker(value):
                 raise NotWired(name, function.__module__, parameter, f"{type(marker).__name__}[{marker.provider!r}]")
+            if wanted is not None and _is_async(value) not in {None, wanted}:
+                raise _other_kind(name, parameter, value)
 
     @wraps(function)
     def checked(*args: object, **kwargs: object) -> object:

@@ -226,7 +226,7 @@ def _run_in_unit(function: Function, options: Options, container_id: str) -> Fun
         )
     signature = evaluated_signature(function, name)
     markers = markers_in(signature)
-    injected = inject_checked(function, name, markers) if markers else function
+    injected = inject_checked(function, name, signature, markers) if markers else function
     names = [parameter for parameter, given in signature.parameters.items() if given.kind is given.POSITIONAL_OR_KEYWORD]
     first_injected = min((names.index(marker) for marker in markers if marker in names), default=sys.maxsize)
 

@@ -16,11 +16,11 @@ from itertools import count
 from typing import Any
 
 import pytest
-from dependency_injector import providers
+from dependency_injector import providers, wiring
 from sqlalchemy.orm import Session
 
-from app_db import Connection, DatabaseContainer, DatabaseSettings
-from app_db.errors import InvalidUse
+from app_db import Connection, DatabaseContainer, DatabaseSettings, Provide
+from app_db.errors import AwaitRequired, InvalidUse
 from harness.paths import ROOT
 
 DOCUMENT = ROOT / "docs" / "injection-table.md"
@@ -61,10 +61,11 @@ KINDS = ("function", "method", "staticmethod", "classmethod")
 
 HEADER = """
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 from app_db import transactional
 from dependency_injector.wiring import Closing, Provide, Provider, as_int, inject, provided
 from fastapi import Depends
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 """
 
@@ -334,6 +335,75 @@ def test_the_provider_of_a_connection_is_injected(container: Any) -> None:
     with module_of(source) as module:
         container.wire(modules=[module])
         assert isinstance(module.function(), Session)
+
+
+@pytest.mark.parametrize("future", [False, True])
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (
+            "session: AsyncSession = Provide[Container.writer.session]",
+            (
+                "'session' of {} is annotated with AsyncSession, but was given the 'writer' sync session. Write "
+                "`Provide[Container.writer.async_session]`, or annotate it with Session."
+            ),
+        ),
+        (
+            'session: Annotated[Session | None, Provide["writer_async_session"]]',
+            (
+                "'session' of {} is annotated with Session, but was given the 'writer' async session. Write "
+                "`Provide[Container.writer.session]`, or annotate it with AsyncSession."
+            ),
+        ),
+        (
+            "session: Session = Provide[Container.async_session]",
+            (
+                "'session' of {} is annotated with Session, but was given the container's async session. Write "
+                "`Provide[Container.session]`, or annotate it with AsyncSession."
+            ),
+        ),
+    ],
+)
+def test_a_sync_session_is_not_injected_for_an_async_one_nor_the_other_way_round(
+    container: Any, parameter: str, message: str, is_async: bool, future: bool
+) -> None:
+    given_async = "async_session" in parameter
+    source = source_of(parameter, ("@transactional",), is_async=is_async, future=future)
+    with module_of(source) as module:
+        container.wire(modules=[module])
+        for function in callables_in(module).values():
+            # A function that is no coroutine function can't ask for an async session at all.
+            with pytest.raises(AwaitRequired if given_async and not is_async else InvalidUse) as caught:
+                asyncio.run(function()) if is_async else function()
+            if caught.type is AwaitRequired:
+                continue
+            name = f"{module.__name__}.{function.__qualname__}"
+            assert str(caught.value) == f"The parameter {message.format(name)}"
+
+
+@pytest.mark.parametrize("annotation", ["Session", "AsyncSession", "Any", "'Missing'", "Session | AsyncSession", "object"])
+def test_what_is_no_session_of_the_other_kind_is_injected_whatever_the_annotation(container: Any, annotation: str) -> None:
+    source = f'{HEADER}\n@transactional\ndef function(session: {annotation} = Provide["writer_session"]): return session'
+    with module_of(source) as module, container.writer_session.override("a fake"):
+        container.wire(modules=[module])
+        assert module.function() == "a fake"
+
+
+def test_a_name_that_a_class_declares_for_type_checkers_is_the_connections_own(container: Any) -> None:
+    class Declared(DatabaseContainer):
+        writer = Connection()
+        writer_session: providers.Provider[Session]
+
+    assert Declared.writer_session is Declared.writer.session
+    made: Any = Declared(settings=container.settings())
+    with made.transaction():
+        assert isinstance(made.writer_session(), Session)
+    made.shutdown_resources()
+
+
+def test_provide_is_the_one_of_dependency_injector() -> None:
+    assert Provide is wiring.Provide
 
 
 # ---- resources --------------------------------------------------------------------------------------------------------

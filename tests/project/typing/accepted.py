@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
-from typing import assert_type
+from typing import Annotated, assert_type
 from unittest import IsolatedAsyncioTestCase
 
-from dependency_injector import containers, providers
-from dependency_injector.wiring import Provide, inject
+from dependency_injector import containers, providers, wiring
+from dependency_injector.wiring import inject
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import MetaData, String, Table, insert, select
@@ -34,6 +34,7 @@ from app_db import (
     DatabaseSettings,
     PoolSettings,
     Propagation,
+    Provide,
     Reflected,
     RoutingSession,
     SessionSettings,
@@ -78,6 +79,11 @@ class Shop(DatabaseContainer):
     writer = Connection()
     reader = Connection()
     audit_log = Connection()
+
+
+class DeclaredNames(DatabaseContainer):
+    writer = Connection()
+    writer_session: providers.Provider[Session]
 
 
 class OtherSettings(Shop):
@@ -180,6 +186,35 @@ def use_flat_names(container: Shop) -> None:
     maker: sessionmaker[Session] = container.audit_log_sessionmaker()
     scoped: scoped_session[Session] = container.reader_scoped_session()
     session.add(Order(sku=str((engine, maker, scoped))))
+
+
+def use_declared_names(container: DeclaredNames) -> int:
+    assert_type(container.writer_session(), Session)
+    return container.writer_session().query(Order).count()
+
+
+def return_without_any(container: Shop) -> int:
+    return container.writer.session().query(Order).count()
+
+
+def use_markers() -> None:
+    assert_type(Provide[Shop.writer.session], Session)
+    assert_type(Provide[Shop.writer.async_session], AsyncSession)
+    assert_type(Provide[Shop.writer.engine], Engine)
+    assert_type(Provide[Shop.session], RoutingSession)
+    assert_type(Provide[Shop.settings], DatabaseSettings)
+    assert_type(Provide[DeclaredNames.writer_session], Session)
+
+
+@transactional
+def annotated(
+    session: Annotated[Session, Provide[Shop.writer.session]],
+    name: str = Provide[Shop.settings.provided.application],
+    limit: int = Provide["config.limit", wiring.as_int()],
+    other: Session = wiring.Provide[Shop.writer_session],
+    shop: Shop = Provide[Shop],
+) -> int:
+    return session.query(Order).count() + limit
 
 
 def use_providers(container: Shop) -> None:
