@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dependency_injector.wiring import Provide
 from shop import services
 from shop.container import Container
 from shop.models import Order
 from shop.services import OutOfStockError, ordered, place_order, receive, stock
 from sqlalchemy.orm import Session
 
-from app_db import AppDbError, DatabaseSettings, transactional
+from app_db import AppDbError, DatabaseSettings, Provide, transactional
 
 WIDTH = 96
 TABLES = {"writer.db": "orders", "warehouse.db": "movements", "log.db": "entries"}
@@ -151,7 +150,7 @@ def show_abort() -> None:
 def take_back(
     sku: str,
     quantity: int,
-    session: Session = Provide[Container.reader_session],
+    session: Session = Provide[Container.reader.session],
 ) -> None:
     """Take goods back, by a mistake in the line above: that is the reader's session."""
     session.add(Order(sku=sku, quantity=-quantity))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from dependency_injector.wiring import Provide, inject
+from dependency_injector.wiring import inject
 from sqlalchemy.orm import Session
 
-from app_db import UnitOfWork, transactional
+from app_db import Provide, UnitOfWork, transactional
 from shop import mail
 from shop.container import Container
 from shop.models import Movement, Order
@@ -21,8 +21,8 @@ def check_out(
     sku: str,
     quantity: int,
     *,
-    session: Session = Provide[Container.writer_session],
-    warehouse: Session = Provide[Container.warehouse_session],
+    session: Session = Provide[Container.writer.session],
+    warehouse: Session = Provide[Container.warehouse.session],
     unit: UnitOfWork = Provide[Container.unit],
 ) -> int:
     """Sell to a customer, and return the number of the order."""
@@ -55,8 +55,8 @@ def check_out_what_there_is(customer: str, skus: Iterable[str], unit: UnitOfWork
 @inject
 def _sell(
     sku: str,
-    session: Session = Provide[Container.writer_session],
-    warehouse: Session = Provide[Container.warehouse_session],
+    session: Session = Provide[Container.writer.session],
+    warehouse: Session = Provide[Container.warehouse.session],
 ) -> None:
     session.add(Order(sku=sku, quantity=1))
     warehouse.add(Movement(sku=sku, quantity=-1))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dependency_injector.wiring import Provide
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app_db import transactional
+from app_db import Provide, transactional
 from shop.container import Container
 from shop.models import Entry, Movement, Order
 
@@ -16,7 +15,7 @@ class OutOfStockError(Exception):
 
 
 @transactional
-def note(text: str, log: Session = Provide[Container.log_session]) -> None:
+def note(text: str, log: Session = Provide[Container.log.session]) -> None:
     """Write a line to the log. Called by another service, it is a part of that one's unit of work."""
     log.add(Entry(text=text))
 
@@ -25,7 +24,7 @@ def note(text: str, log: Session = Provide[Container.log_session]) -> None:
 def receive(
     sku: str,
     quantity: int,
-    warehouse: Session = Provide[Container.warehouse_session],
+    warehouse: Session = Provide[Container.warehouse.session],
 ) -> None:
     """Put goods into the warehouse."""
     note(f"receive {quantity} {sku}")
@@ -36,8 +35,8 @@ def receive(
 def place_order(
     sku: str,
     quantity: int,
-    session: Session = Provide[Container.writer_session],
-    warehouse: Session = Provide[Container.warehouse_session],
+    session: Session = Provide[Container.writer.session],
+    warehouse: Session = Provide[Container.warehouse.session],
 ) -> None:
     """Take an order, and the goods out of the warehouse."""
     note(f"order {quantity} {sku}")
@@ -48,14 +47,14 @@ def place_order(
 
 
 @transactional
-def stock(sku: str, warehouse: Session = Provide[Container.warehouse_session]) -> int:
+def stock(sku: str, warehouse: Session = Provide[Container.warehouse.session]) -> int:
     """Return how many there are, counting what the unit of work under way has done."""
     total = select(func.coalesce(func.sum(Movement.quantity), 0)).where(Movement.sku == sku)
     return warehouse.scalars(total).one()
 
 
 @transactional
-def ordered(sku: str, session: Session = Provide[Container.reader_session]) -> int:
+def ordered(sku: str, session: Session = Provide[Container.reader.session]) -> int:
     """Return how many have been ordered, as the reader sees it."""
     total = select(func.coalesce(func.sum(Order.quantity), 0)).where(Order.sku == sku)
     return session.scalars(total).one()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dependency_injector.wiring import Provide
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
@@ -10,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from app_db import UnitOfWork, transactional
+from app_db import Provide, UnitOfWork, transactional
 from shop import mail
 from shop.container import Container
 from shop.models import Movement, Order
@@ -23,8 +22,8 @@ async def sell(
     sku: str,
     quantity: int,
     *,
-    session: AsyncSession = Provide[Container.writer_async_session],
-    warehouse: AsyncSession = Provide[Container.warehouse_async_session],
+    session: AsyncSession = Provide[Container.writer.async_session],
+    warehouse: AsyncSession = Provide[Container.warehouse.async_session],
     unit: UnitOfWork = Provide[Container.unit],
 ) -> int:
     """Sell to a customer, and return the number of the order."""
@@ -39,13 +38,13 @@ async def sell(
 
 
 @transactional
-async def deliver(sku: str, quantity: int, warehouse: AsyncSession = Provide[Container.warehouse_async_session]) -> None:
+async def deliver(sku: str, quantity: int, warehouse: AsyncSession = Provide[Container.warehouse.async_session]) -> None:
     """Put goods into the warehouse."""
     warehouse.add(Movement(sku=sku, quantity=quantity))
 
 
 @transactional
-async def in_stock(sku: str, warehouse: AsyncSession = Provide[Container.warehouse_async_session]) -> int:
+async def in_stock(sku: str, warehouse: AsyncSession = Provide[Container.warehouse.async_session]) -> int:
     """Return how many there are, counting what the unit of work under way has done."""
     total = select(func.coalesce(func.sum(Movement.quantity), 0)).where(Movement.sku == sku)
     return int((await warehouse.scalars(total)).one())

@@ -100,6 +100,11 @@ def by_application(session: Session = Provide[Application.db.writer_session]) ->
 
 
 @transactional
+def by_application_container(session: Session = Provide[Application.db.container.writer.session]) -> str:
+    return where(session)
+
+
+@transactional
 def by_application_path(session: Session = Provide["db.writer.session"], greeting: str = Provide["greeting"]) -> str:
     assert greeting == "hello"
     return where(session)
@@ -707,7 +712,7 @@ def application(settings: DatabaseSettings, wire: Callable[[Any], Any]) -> Any:
 
 
 def test_a_container_nested_in_an_applications_own_is_found_by_the_decorator(application: Any) -> None:
-    assert by_application() == by_application_path() == "first"
+    assert by_application() == by_application_container() == by_application_path() == "first"
     with application.db.transaction() as unit:
         assert by_application() == "first"
         assert application.db.unit().transaction is unit.transaction

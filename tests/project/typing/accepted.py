@@ -204,6 +204,7 @@ def use_markers() -> None:
     assert_type(Provide[Shop.session], RoutingSession)
     assert_type(Provide[Shop.settings], DatabaseSettings)
     assert_type(Provide[DeclaredNames.writer_session], Session)
+    assert_type(Provide[Application.db.container.writer.session], Session)
 
 
 @transactional
