@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from inspect import Parameter, Signature
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin, overload
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, Union, cast, get_args, get_origin, overload
 
-from dependency_injector.wiring import inject
+from dependency_injector.wiring import Closing, inject
 from sqlalchemy.orm import Session
 
 from app_db.errors import InvalidUse, NotWired
@@ -169,15 +169,24 @@ def inject_checked(function: Function, name: str, signature: Signature, markers:
 
     @wraps(function)
     def checked(*args: object, **kwargs: object) -> object:
+        if is_async and any(inspect.isawaitable(kwargs.get(parameter)) for parameter in markers):
+            return checked_awaited(*args, **kwargs)
         check(kwargs)
         return function(*args, **kwargs)
 
     @wraps(function)
     async def checked_awaited(*args: object, **kwargs: object) -> object:
+        for parameter in markers:
+            value = kwargs.get(parameter)
+            if inspect.isawaitable(value):  # an async provider returned it
+                kwargs[parameter] = await value
         check(kwargs)
         return await function(*args, **kwargs)
 
-    wrapper: Any = checked_awaited if inspect.iscoroutinefunction(function) else checked
+    is_async = inspect.iscoroutinefunction(function)
+    # What Closing ends must last as long as the coroutine. Elsewhere a plain function will do, and is not in every traceback.
+    closes = any(isinstance(marker, cast("type", Closing)) for marker in markers.values())
+    wrapper: Any = checked_awaited if is_async and closes else checked
     # inject() reads the markers from here, so that every spelling is a default to it.
     wrapper.__signature__ = Signature(
         [Parameter(parameter, Parameter.KEYWORD_ONLY, default=marker) for parameter, marker in markers.items()]
