@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import wraps
 from inspect import Parameter, Signature
 from types import NoneType, UnionType
@@ -132,20 +132,18 @@ def _is_async_class(given: object) -> bool | None:
     return True if "AsyncSession" in {base.__name__ for base in given.__mro__} else None
 
 
-def _is_async(session: object) -> bool | None:
-    if isinstance(session, Session):
-        return False
-    return True if isinstance(getattr(session, "sync_session", None), Session) else None
-
-
-def _other_kind(name: str, parameter: str, session: Any) -> InvalidUse:
-    given, wanted, written, right = ("sync", "async_session", "AsyncSession", "Session")
-    if _is_async(session):
-        given, wanted, written, right = ("async", "session", right, written)
+def _require_kind(name: str, parameter: str, session: Any, wants_async: bool) -> None:
+    """Raise InvalidUse for a sync session if an async one is wanted, and for an async one if a sync one is."""
+    if wants_async:
+        given, wanted, written, right = "sync", "async_session", "AsyncSession", "Session"
+    elif isinstance(getattr(session, "sync_session", None), Session):
+        given, wanted, written, right = "async", "session", "Session", "AsyncSession"
+    else:
+        return  # a fake
     connection = getattr(getattr(session, "config", None), "name", "NAME")
     # The session that finds its database has this name, which no connection can have.
     path, whose = ("", "container's ") if connection == "session" else (f"{connection}.", f"{connection!r} ")
-    return InvalidUse(
+    raise InvalidUse(
         f"The parameter {parameter!r} of {name} is annotated with {written}, but was given the {whose}{given} session",
         f"Write `Provide[Container.{path}{wanted}]`, or annotate it with {right}",
     )
@@ -159,29 +157,26 @@ def inject_checked(function: Function, name: str, signature: Signature, markers:
     """
     wants_async = {parameter: _wants_async(signature.parameters[parameter].annotation) for parameter in markers}
 
-    def check(arguments: dict[str, object]) -> None:
-        for parameter, marker in markers.items():
-            value, wanted = arguments.get(parameter, marker), wants_async[parameter]
-            if is_marker(value):
-                raise NotWired(name, function.__module__, parameter, f"{type(marker).__name__}[{marker.provider!r}]")
-            if wanted is not None and _is_async(value) not in {None, wanted}:
-                raise _other_kind(name, parameter, value)
-
     @wraps(function)
     def checked(*args: object, **kwargs: object) -> object:
-        if is_async and any(inspect.isawaitable(kwargs.get(parameter)) for parameter in markers):
-            return checked_awaited(*args, **kwargs)
-        check(kwargs)
+        for parameter, marker in markers.items():
+            value, wanted = kwargs.get(parameter, marker), wants_async[parameter]
+            # The checks are written out, because each call of a function is felt in a small unit.
+            if getattr(type(value), "__IS_MARKER__", False) is True:
+                raise NotWired(name, function.__module__, parameter, f"{type(marker).__name__}[{marker.provider!r}]")
+            if wanted is not None and isinstance(value, Session) is wanted:
+                _require_kind(name, parameter, value, wanted)
+            if is_async and inspect.isawaitable(value):  # an async provider returned it
+                return checked_awaited(*args, **kwargs)
         return function(*args, **kwargs)
 
     @wraps(function)
     async def checked_awaited(*args: object, **kwargs: object) -> object:
         for parameter in markers:
             value = kwargs.get(parameter)
-            if inspect.isawaitable(value):  # an async provider returned it
+            if inspect.isawaitable(value):
                 kwargs[parameter] = await value
-        check(kwargs)
-        return await function(*args, **kwargs)
+        return await cast("Awaitable[object]", checked(*args, **kwargs))
 
     is_async = inspect.iscoroutinefunction(function)
     # What Closing ends must last as long as the coroutine. Elsewhere a plain function will do, and is not in every traceback.
