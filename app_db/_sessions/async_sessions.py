@@ -6,12 +6,12 @@ Importing this needs greenlet, which comes with the extra `asyncio`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session
 
-from app_db._sessions.makers import UnitSessionmaker, configure, derived, not_a_maker
+from app_db._sessions.makers import UnitSessionmaker, configure, copied, derived, not_a_maker
 from app_db._sessions.registry import UnitRegistry
 from app_db._sessions.sessions import SessionConfig, UnitSession
 from app_db._units.work import Work
@@ -65,6 +65,9 @@ class ConnectionAsyncSessionmaker(async_sessionmaker[AsyncSession]):
         if self.kw["bind"] is None:
             local_kw.setdefault("bind", self._engine())
         return super().__call__(**local_kw)
+
+    def __copy__(self) -> Self:
+        return copied(self)
 
 
 def build_async_sessionmaker(

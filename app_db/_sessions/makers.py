@@ -7,7 +7,7 @@ belong to no unit of work. The sessions of units have its class and its argument
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -17,10 +17,12 @@ from app_db.errors import InvalidUse
 if TYPE_CHECKING:
     from dependency_injector import providers
     from sqlalchemy.engine import Engine
+    from sqlalchemy.ext.asyncio import async_sessionmaker
 
     from app_db.settings import ConnectionSettings, SessionSettings
 
 S = TypeVar("S")
+M = TypeVar("M", bound="sessionmaker[Any] | async_sessionmaker[Any]")
 
 
 class ConnectionSessionmaker(sessionmaker[Session]):
@@ -42,6 +44,9 @@ class ConnectionSessionmaker(sessionmaker[Session]):
             local_kw.setdefault("bind", self._engine())
         return super().__call__(**local_kw)
 
+    def __copy__(self) -> Self:
+        return copied(self)
+
 
 def build_sessionmaker(
     connection: ConnectionSettings, engine: Callable[[], Engine], session_class: type[Session] | None
@@ -49,6 +54,16 @@ def build_sessionmaker(
     """Return the sessionmaker of one connection."""
     class_ = session_class or connection.load_session_class("class", Session) or Session
     return ConnectionSessionmaker(engine, connection.session, class_=class_)
+
+
+def copied(maker: M) -> M:
+    """Return a sessionmaker with a class and arguments of its own: `configure` and listeners do not count in units.
+
+    sqladmin, for example, configures the sessionmaker that it is given with `autoflush=False`.
+    """
+    made: M = object.__new__(type(maker))
+    made.__dict__.update(maker.__dict__, kw=dict(maker.kw), class_=type(maker.class_.__name__, (maker.class_,), {}))
+    return made
 
 
 def configure(maker: Any, settings: SessionSettings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 import pytest
@@ -108,6 +109,31 @@ def test_configure_counts_for_the_maker_and_for_units(app: Application) -> None:
         assert (session.autoflush, session.info["tag"]) == (False, "configured")
     with app.unit():
         assert (app.session().autoflush, app.session().info["tag"]) == (False, "configured")
+
+
+def test_a_copy_of_the_maker_is_configured_by_itself(app: Application) -> None:
+    maker, async_maker = app.container.writer_sessionmaker(), app.container.writer_async_sessionmaker()
+    maker.configure(info={"tag": "all"})
+    copied, async_copied = copy(maker), copy(async_maker)
+    heard: list[str] = []
+    event.listen(maker, "before_flush", lambda *_: heard.append("maker"))
+    event.listen(copied, "before_flush", lambda *_: heard.append("copy"))
+    for each in (copied, async_copied):
+        each.configure(autoflush=False, expire_on_commit=False)
+    with isolated(app.container):
+        with copied.begin() as session:
+            assert (session.autoflush, session.expire_on_commit, session.info["tag"]) == (False, False, "all")
+            session.add(Item(name="by the copy"))
+        assert heard == ["maker", "copy"]
+        with maker() as session:
+            assert (session.autoflush, session.expire_on_commit) == (True, True)
+        with app.unit():
+            assert app.session().autoflush
+            assert app.session().scalars(select(Item.name)).all() == ["by the copy"]
+            app.add("in a unit")
+        assert heard == ["maker", "copy", "maker"]
+    assert (async_maker().sync_session.autoflush, async_copied().sync_session.autoflush) == (True, False)
+    assert app.names() == []
 
 
 def test_a_session_of_the_maker_is_independent_of_the_unit_around_it(postgres_url: str) -> None:
