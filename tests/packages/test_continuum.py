@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -118,6 +120,41 @@ def test_they_are_rolled_back_with_a_savepoint(models: Any, new_shop: NewShop) -
             add_beside_a_savepoint(shop.session(), models, last=3)
         assert shop.read(models.Article.name) == ["kept", "kept too"]
         assert sorted(versions(shop, models)) == [("kept", 0), ("kept too", 0)]
+        assert nothing_is_pending()
+
+
+def test_units_of_coroutines_write_versions(models: Any, new_shop: NewShop) -> None:
+    shop = new_shop(models.metadata)
+
+    async def use() -> None:
+        for name in ("a", "rolled back", "b"):
+            with contextlib.suppress(ValueError):
+                async with shop.container.transaction():
+                    session = shop.container.writer_async_session()
+                    article = await session.scalar(select(models.Article)) or models.Article()
+                    article.name = name
+                    session.add(article)
+                    await session.flush()
+                    if name == "rolled back":
+                        raise ValueError(name)
+        await shop.container.shutdown_resources()
+
+    with shop.test():
+        asyncio.run(use())
+        assert versions(shop, models) == [("a", 0), ("b", 1)]
+        assert nothing_is_pending()
+
+
+def test_sessions_of_the_sessionmaker_write_versions(models: Any, new_shop: NewShop) -> None:
+    shop = new_shop(models.metadata)
+    with shop.test():
+        with shop.container.writer_sessionmaker().begin() as session:
+            session.add(models.Article(name="a"))
+        with shop.container.writer_sessionmaker()() as session:
+            session.add(models.Article(name="rolled back"))
+            session.flush()
+            session.rollback()
+        assert versions(shop, models) == [("a", 0)]
         assert nothing_is_pending()
 
 

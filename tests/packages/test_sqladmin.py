@@ -13,6 +13,9 @@ from sqlalchemy import String, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
 
+from app_db.testing import isolated
+from harness import applications
+from harness.applications import running
 from harness.shops import NewShop, Shop
 
 
@@ -29,6 +32,10 @@ class Item(Base):
 
 class ItemAdmin(ModelView, model=Item):
     column_list = (Item.id, Item.name)
+
+
+class OtherAdmin(ModelView, model=applications.Item):
+    column_list = (applications.Item.id, applications.Item.name)
 
 
 def admin_of(maker: Any) -> Starlette:
@@ -89,3 +96,34 @@ def test_units_keep_autoflush_if_sqladmin_gets_a_copy(of_its_own: bool, new_shop
         shop.session().add(Item(name="sync"))
         assert len(shop.session().scalars(select(Item)).all()) == of_its_own
     assert asyncio.run(found()) == 1 + of_its_own
+
+
+def test_the_admin_of_a_reader_shows_and_does_not_write(postgres_url: str) -> None:
+    with running(writer=postgres_url, reader={"mirror": "writer", "read_only": True}) as app:
+        app.put("a")
+        application = Starlette()
+        Admin(application, session_maker=copy(app.container.reader_sessionmaker())).add_view(OtherAdmin)
+
+        async def use() -> None:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=application), base_url="http://shop") as browser:
+                assert "/admin/item/details/1" in (await browser.get("/admin/item/list")).text
+                refused = await browser.post("/admin/item/create", data={"name": "b", "save": "Save"})
+                assert (refused.status_code, "read-only" in refused.text) == (400, True)
+
+        asyncio.run(use())
+        assert app.names() == ["a"]
+
+
+def test_an_engine_that_was_taken_before_an_isolated_test_is_not_isolated(sqlite_url: str) -> None:
+    """Why sqladmin gets the sessionmaker: that uses the engine which the connection has, and `Admin(app, engine)` keeps one."""
+    with running(writer=sqlite_url) as app:
+        application = Starlette()
+        Admin(application, app.engine()).add_view(OtherAdmin)
+
+        async def use() -> None:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app=application), base_url="http://shop") as browser:
+                assert (await browser.post("/admin/item/create", data={"name": "a", "save": "Save"})).status_code == 302
+
+        with isolated(app.container):
+            asyncio.run(use())
+        assert app.names() == ["a"]
