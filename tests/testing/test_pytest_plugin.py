@@ -763,6 +763,52 @@ def test_the_project_in_the_documentation_works(project: Project) -> None:
     project.run().assert_outcomes(passed=6)
 
 
+PAYMENTS = """
+    from datetime import datetime
+
+    from app_db import Connection, DatabaseContainer, orm_base
+    from sqlalchemy import select
+    from sqlalchemy.orm import Mapped, mapped_column
+
+    class User(orm_base()):
+        __tablename__ = "users"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        name: Mapped[str]
+
+    class Payment(orm_base("warehouse")):
+        __tablename__ = "payments"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        amount: Mapped[int]
+        paid: Mapped[datetime] = mapped_column(default=datetime.now)
+
+    class Container(DatabaseContainer):
+        writer = Connection()
+        warehouse = Connection()
+
+    container = Container()
+
+    def pay(name, amount):
+        with container.transaction():
+            container.writer_session().add(User(name=name))
+            container.warehouse_session().add(Payment(amount=amount))
+
+    def payments():
+        with container.transaction():
+            return list(container.session().scalars(select(Payment.amount).order_by(Payment.paid)))
+"""
+
+
+def test_the_fixtures_for_those_who_come_from_pyramid_sqlalchemy_work(project: Project) -> None:
+    page = (ROOT / "docs" / "coming-from" / "pyramid-sqlalchemy.md").read_text()
+    files = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL))
+    assert sorted(files) == ["conftest.py", "test_shop.py"]
+    project.file("shop.py", PAYMENTS)
+    for name, source in files.items():
+        project.file(name, source)
+    project.run().assert_outcomes(passed=2)
+    assert not (project.path / "shop.db").exists()  # the throw-away databases were used
+
+
 # ---- what it costs those who do not use it ---------------------------------------------------------------------------------
 
 
