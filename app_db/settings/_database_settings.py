@@ -247,7 +247,8 @@ def _lending_key(own: ConnectionSettings) -> object:
     """Return a value that is equal for connections that can share a transaction."""
     url = own.sqlalchemy_url()
     memory = own.database_identity() if is_memory(url) else None  # each has its own, with the same URL
-    return url, memory, own.password_provider, own.isolation_level, own.statement_timeout
+    arguments = tuple(sorted((key, repr(value)) for key, value in own.connect_args.items()))  # they may name a role
+    return url, memory, own.password_provider, own.isolation_level, own.statement_timeout, arguments
 
 
 def _kind(connection: ConnectionSettings) -> str | None:

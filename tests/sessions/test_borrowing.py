@@ -145,6 +145,20 @@ def test_with_another_database_it_commits_by_two_phases_in_two_branches(new_post
         ({"writer": {"url": "sqlite:///a.db"}, "log": {"mirror": "writer", "read_only": True}}, {}),
         ({"writer": {"url": "postgresql://a@h/d"}, "log": {"url": "postgresql://b@h/d"}}, {}),
         ({"writer": {"url": "postgresql://a@h/d"}, "log": {"url": "postgresql://a@h/d", "statement_timeout": 1}}, {}),
+        (
+            {
+                "writer": {"url": "postgresql://a@h/d"},
+                "log": {"url": "postgresql://a@h/d", "connect_args": {"options": "-crole=b"}},
+            },
+            {},
+        ),
+        (
+            {
+                name: {"url": "postgresql://a@h/d", "connect_args": {"options": "-crole=b", "n": [1]}}
+                for name in ("writer", "log")
+            },
+            {"log": "writer"},
+        ),
     ],
 )
 def test_who_shares_whose_transaction(connections: dict[str, Any], lenders: dict[str, str]) -> None:
