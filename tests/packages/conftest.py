@@ -13,7 +13,7 @@ from app_db import Connection
 from harness.shops import NewShop, Shop
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.exhaustive)])
 def new_url(request: pytest.FixtureRequest) -> Callable[[], str]:
     name = "new_sqlite_url" if request.param == "sqlite" else "new_postgres_url"
     return cast("Callable[[], str]", request.getfixturevalue(name))

@@ -84,9 +84,12 @@ class Stage:
             await app.container.shutdown_resources()
 
 
-@pytest.fixture(
-    params=["psycopg", pytest.param("psycopg (async)", marks=pytest.mark.exhaustive), "asyncpg", "pymysql", "asyncmy"]
-)
+def drivers(*ordinary: str) -> list[Any]:
+    """The drivers. All but these are left to the exhaustive tests."""
+    return [driver if driver in ordinary else pytest.param(driver, marks=pytest.mark.exhaustive) for driver in DRIVERS]
+
+
+@pytest.fixture(params=drivers("psycopg", "asyncpg"))
 def stage(request: pytest.FixtureRequest) -> Stage:
     return Stage(request.param, request)
 
@@ -296,6 +299,7 @@ def own_server(stage: Stage, new_postgres: Any, new_mariadb: Any) -> Server:
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["connected", "not connected"])
+@pytest.mark.parametrize("stage", drivers("psycopg"), indirect=True)
 def test_a_server_that_stands_still_is_not_waited_for(warm: bool, stage: Stage, own_server: Server) -> None:
     url = stage.direct
     with running(writer=url) as app:
@@ -337,9 +341,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize(
-    "stage", ["psycopg", *(pytest.param(driver, marks=pytest.mark.exhaustive) for driver in list(DRIVERS)[1:])], indirect=True
-)
+@pytest.mark.parametrize("stage", drivers("psycopg"), indirect=True)
 def test_a_step_of_two_phase_commit_that_hangs_is_not_waited_for(step: str, stage: Stage, request: pytest.FixtureRequest) -> None:
     hangs, words, error = STEPS[step]
     postgres, new_url = request.getfixturevalue("postgres"), request.getfixturevalue("new_postgres_url")
