@@ -114,11 +114,18 @@ def is_executing(dbapi_connection: DBAPIConnection) -> bool:
 # ---- pools --------------------------------------------------------------------------------------------------------------
 
 
-def with_queue(pool_class: type[QueuePool], own: type[Any]) -> type[QueuePool]:
-    """Return a subclass of a pool whose queue has the methods of `own`, which may call those of SQLAlchemy's queue.
+OWN_TIMEOUT = "app_db_timeout"
+"""The attribute of a pool in which `with_timeout` keeps the timeout that it was made with."""
 
-    The pool's `timeout` is one for all threads. Only the queue is asked by the thread that waits.
+
+def with_timeout(pool_class: type[QueuePool], read: Callable[[Any], float]) -> type[QueuePool]:
+    """Return a subclass of a pool that waits `read(pool)` seconds for a connection, asked in the thread that waits.
+
+    A method of ours around the pool's queue would do, too, but an exception from a signal handler in it would lose the
+    connection that the queue has just given out.
     """
-    queue: type[Any] = pool_class._queue_class
-    bases: tuple[type[Any], ...] = (own, queue)
-    return type(pool_class.__name__, (pool_class,), {"_queue_class": type(queue.__name__, bases, {})})
+
+    def write(pool: Any, timeout: float) -> None:
+        vars(pool)[OWN_TIMEOUT] = timeout
+
+    return type(pool_class.__name__, (pool_class,), {"_timeout": property(read, write)})

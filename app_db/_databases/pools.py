@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool, StaticPool
-from sqlalchemy.util.queue import Empty
 
-from app_db._compat.sqlalchemy import with_queue
+from app_db._compat.sqlalchemy import OWN_TIMEOUT, with_timeout
 from app_db._databases.time_limits import limit_of_checkout
-from app_db.errors import UnitOfWorkTimeout
 
 if TYPE_CHECKING:
-    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+    from sqlalchemy.pool import PoolProxiedConnection
 
     from app_db.settings import ConnectionSettings
 
@@ -60,10 +58,15 @@ class _Named(Pool):
         """Return a connection. The error of a full pool says in a note which connection was wanted."""
         try:
             return super().connect()
-        except (PoolTimeoutError, UnitOfWorkTimeout) as error:
-            if self.note_if_full is not None and not hasattr(error, "__notes__"):  # a new connection has its own note
-                error.add_note(self.note_if_full())
-            raise
+        except PoolTimeoutError as error:
+            limit = limit_of_checkout.get()
+            overtime = None if limit is None or not limit.is_in_force() else limit.overtime()
+            shown = overtime or error
+            if self.note_if_full is not None:
+                shown.add_note(self.note_if_full())
+            if overtime is None:
+                raise
+            raise overtime from error
 
     def recreate(self) -> Pool:
         """Return a new pool with the same arguments, as `dispose()` needs it."""
@@ -72,25 +75,19 @@ class _Named(Pool):
         return new
 
 
-class _Limited:
-    """The queue of a pool: a thread or a task waits no longer for a connection than its unit may."""
+_LONGER = 0.002
+"""Seconds that are added to the wait, so that the limit has passed by any clock when it ends."""
 
-    def get(self, block: bool = True, timeout: float | None = None) -> ConnectionPoolEntry:
-        # Each `return` is one line with the call: an exception from a signal handler between two would lose the connection.
-        queue: Any = super()
-        limit = limit_of_checkout.get() if block else None
-        if limit is None or not limit.is_in_force():
-            return queue.get(block, timeout)  # type: ignore[no-any-return]
-        limit.refuse_overtime()
-        try:
-            return queue.get(True, limit.remaining() if timeout is None else min(timeout, limit.remaining()))  # type: ignore[no-any-return]
-        except Empty:
-            limit.refuse_overtime()
-            raise
+
+def _limited_timeout(pool: Pool) -> float:
+    """Return how long the unit of work in this context may wait for a connection of the pool."""
+    timeout: float = vars(pool)[OWN_TIMEOUT]
+    limit = limit_of_checkout.get()
+    return timeout if limit is None or not limit.is_in_force() else min(timeout, limit.remaining() + _LONGER)
 
 
 def _named_and_limited(pool_class: type[QueuePool]) -> type[QueuePool]:
-    bases: tuple[type[Any], ...] = (_Named, with_queue(pool_class, _Limited))
+    bases: tuple[type[Any], ...] = (_Named, with_timeout(pool_class, _limited_timeout))
     return type(pool_class.__name__, bases, {})
 
 

@@ -18,6 +18,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 from sqlalchemy.sql.elements import ColumnElement
 
 from app_db._compat.sqlalchemy import (
+    OWN_TIMEOUT,
     cache_key_of,
     hand_over,
     is_executing,
@@ -26,7 +27,7 @@ from app_db._compat.sqlalchemy import (
     prepare_to_commit,
     take_away,
     when_unmapped,
-    with_queue,
+    with_timeout,
 )
 
 
@@ -306,18 +307,17 @@ async def test_a_statement_that_has_not_ended_can_be_seen(driver: str, request: 
 # ---- pools --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_queue_of_a_pool_is_asked_by_the_thread_that_waits() -> None:
-    """Without `_queue_class`, a unit of work would wait for a full pool beyond its time limit."""
-    asked: list[float | None] = []
+def test_the_timeout_of_a_pool_is_read_by_the_thread_that_waits() -> None:
+    """Without `_timeout`, a unit of work would wait for a full pool beyond its time limit."""
+    asked: list[float] = []
 
-    class Asked:
-        def get(self, block: bool = True, timeout: float | None = None) -> Any:
-            asked.append(timeout)
-            queue: Any = super()
-            return queue.get(block, 0)
+    def limited(pool: Any) -> float:
+        asked.append(vars(pool)[OWN_TIMEOUT])
+        return 0.01
 
-    engine = create_engine("sqlite://", poolclass=with_queue(QueuePool, Asked), pool_size=1, max_overflow=0, pool_timeout=30)
+    engine = create_engine("sqlite://", poolclass=with_timeout(QueuePool, limited), pool_size=1, max_overflow=0, pool_timeout=30)
     with engine.connect(), pytest.raises(PoolTimeout):
         engine.connect()
     assert asked[-1] == 30
+    assert engine.pool.recreate().timeout() == 0.01  # type: ignore[attr-defined]  # of a QueuePool
     engine.dispose()

@@ -413,7 +413,7 @@ SETTINGS = {
 
 CONTENTS = {
     "postgresql": [
-        "SELECT relname, relacl::text, relpages FROM pg_class WHERE relnamespace <> 'information_schema'::regnamespace",
+        "SELECT relname, relacl::text FROM pg_class WHERE relnamespace <> 'information_schema'::regnamespace",
         "SELECT oid FROM pg_largeobject_metadata",
         "SELECT last_value, is_called FROM items_id_seq",
         "SELECT slot_name FROM pg_replication_slots",

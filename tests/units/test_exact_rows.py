@@ -217,7 +217,7 @@ def _fails(name: str) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.timeout(300, method="thread")  # the other method uses the same timer
+@pytest.mark.timeout(900, method="thread")  # the other method uses the same timer
 @pytest.mark.parametrize(
     ("threads", "units"), [pytest.param(8, 50, id="short"), pytest.param(32, 200, id="long", marks=pytest.mark.exhaustive)]
 )
@@ -311,7 +311,7 @@ def _is_connecting(error: BaseException) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.timeout(300, method="thread")
+@pytest.mark.timeout(900, method="thread")
 @pytest.mark.parametrize(
     ("tasks", "units"), [pytest.param(20, 20, id="short"), pytest.param(200, 50, id="long", marks=pytest.mark.exhaustive)]
 )
