@@ -435,6 +435,10 @@ class SessionIsManaged(UnitOfWorkError):
             "commit": "The unit commits it, when its block ends; session.flush() sends what is pending now.",
             "connection().commit": "The unit commits it, when its block ends, and can't commit any more after this.",
             "begin": "Its transaction begins by itself; session.begin_nested() takes a savepoint.",
+            "rollback": (
+                "To undo a part, use `with session.begin_nested():`; to undo what the unit did on this connection, "
+                f"call unit.rollback({self.connection!r}); to undo all, raise, or call unit.doom()."
+            ),
         }.get(self.method, "To undo a part, use `with session.begin_nested():`; to undo all, raise, or call unit.doom().")
         return f"session.{self.method}() was called on the {self.connection!r} session, which belongs to a unit of work. {advice}"
 

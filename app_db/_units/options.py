@@ -46,7 +46,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise InvalidUse(f"attempts={self.attempts} leaves no attempt", "Give 1 or more")
-        if self.timeout is not None and self.timeout <= 0:
+        if self.timeout is not None and not _is_time(self.timeout):
             raise InvalidUse(f"timeout={self.timeout} leaves no time", "Give seconds above 0, or None for no limit")
         if self.isolation is not None and self.isolation not in _ISOLATION_LEVELS:
             raise InvalidUse(f"There is no isolation level {self.isolation!r}", f"Use one of {', '.join(_ISOLATION_LEVELS)}")
@@ -58,6 +58,10 @@ class Options:
                 "which never begins a unit of its own",
                 "Put attempts on the outermost unit",
             )
+
+
+def _is_time(given: object) -> bool:
+    return isinstance(given, (int, float)) and given > 0
 
 
 _ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")

@@ -45,9 +45,17 @@ class OwnUnit(Role):
             work.read_only = True
         if options.isolation is not None:
             work.isolation = options.isolation
+        if self.outer is not None:
+            self._keep_to_outer_limit(self.outer)
         if options.timeout is not None:
             work.limit(options.timeout)
         return UnitOfWork(work)
+
+    def _keep_to_outer_limit(self, outer: ZopeTransaction) -> None:
+        """Give the unit no more time than the unit has that waits for it."""
+        limit = self.coordinator.work_of(outer).time_limit
+        if limit is not None:
+            self.work.set_deadline(limit.seconds, limit.deadline)
 
     def _begin_under(self, manager: TransactionManager) -> None:
         """Begin under one of zope's own managers."""

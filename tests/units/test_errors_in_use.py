@@ -278,7 +278,11 @@ MANAGED: dict[str, tuple[Callable[[Session], object], str, str]] = {
         "commit",
         "The unit commits it, when its block ends; session.flush() sends what is pending now.",
     ),
-    "rollback": (lambda s: s.rollback(), "rollback", "To undo a part, use `with session.begin_nested():`; to undo all, raise"),
+    "rollback": (
+        lambda s: s.rollback(),
+        "rollback",
+        "on this connection, call unit.rollback('writer'); to undo all, raise, or call",
+    ),
     "close": (lambda s: s.close(), "close", "To undo a part, use `with session.begin_nested():`"),
     "reset": (lambda s: s.reset(), "reset", "To undo a part, use `with session.begin_nested():`"),
     "invalidate": (lambda s: s.invalidate(), "invalidate", "To undo a part, use `with session.begin_nested():`"),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url, text
 
-from app_db.errors import CommitUnconfirmed, OutcomeUnknown, UnitOfWorkTimeout
+from app_db.errors import CommitUnconfirmed, InvalidUse, OutcomeUnknown, UnitOfWorkTimeout
 from harness.applications import Application, Item, running
 from harness.proxies import Proxy
 from harness.servers import Server
@@ -383,3 +383,38 @@ async def write_to_both_awaited(app: TwoPhaseApplication, name: str, **options: 
                 await session.flush()
     finally:
         await app.container.shutdown_resources()
+
+
+# ---- nested units ------------------------------------------------------------------------------------------------------
+
+
+def test_a_unit_of_its_own_has_no_more_time_than_the_one_that_waits_for_it(new_postgres_url: Callable[[], str]) -> None:
+    def measure() -> tuple[float, BaseException]:
+        began = time.monotonic()
+        with pytest.raises(UnitOfWorkTimeout) as caught, app.unit(timeout=LIMIT):
+            read(app.session())
+            with app.unit(propagation="requires_new", timeout=20):
+                sleep(app.session(), "postgresql")
+        return time.monotonic() - began, caught.value
+
+    with running(writer=new_postgres_url()) as app:
+        in_time(measure)
+
+
+def test_a_unit_of_its_own_does_not_wait_longer_for_a_connection(new_postgres_url: Callable[[], str]) -> None:
+    def measure() -> tuple[float, BaseException]:
+        began = time.monotonic()
+        with pytest.raises(UnitOfWorkTimeout) as caught, app.unit(timeout=LIMIT):
+            read(app.session())
+            with app.unit(propagation="requires_new"):
+                read(app.session())
+        return time.monotonic() - began, caught.value
+
+    with running(writer={"url": new_postgres_url(), "pool": {"size": 1, "max_overflow": 0}}) as app:
+        in_time(measure)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "5"])
+def test_what_is_no_time_is_refused(timeout: Any, sqlite_url: str) -> None:
+    with running(writer=sqlite_url) as app, pytest.raises(InvalidUse, match="leaves no time"):
+        app.unit(timeout=timeout)
