@@ -20,7 +20,7 @@ from app_db._databases.registry import database_of
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.recovery import GRACE, BranchInDoubt, BranchState, Settlement, UnitInDoubt
 from app_db._wording import in_one_line
-from app_db.container import DatabaseContainer, container_of
+from app_db.container import Connection, DatabaseContainer, container_of
 from app_db.errors import AppDbError
 from app_db.settings import DatabaseSettings
 
@@ -109,7 +109,7 @@ def _container(name: str | None) -> DatabaseContainer:
             found = getattr(found, part)
         except AttributeError:
             raise _NoContainer(f"there is no {part!r}. Name a container, its class, or a function: MODULE:NAME") from None
-    made = _called(found) if callable(found) else found
+    made = _called(found) if callable(found) and not isinstance(found, Connection) else found
     if not hasattr(made, "session_of"):
         raise _NoContainer("it is no database container. Name one, its class, or a function that returns it: MODULE:NAME")
     return cast("DatabaseContainer", made)
