@@ -54,12 +54,22 @@ _DURABLE = (
 except for prepared transactions."""
 
 _WHO_WROTE = """
-SELECT txid_current_if_assigned() IS NOT NULL, EXISTS (
-    SELECT FROM pg_catalog.pg_locks AS held
-    LEFT JOIN pg_catalog.pg_class AS relation ON relation.oid = held.relation
-    WHERE held.pid = pg_backend_pid() AND held.locktype = 'relation' AND held.granted
-    AND held.mode NOT IN ('AccessShareLock', 'RowShareLock') AND relation.relkind IS DISTINCT FROM 'S'
-)"""
+WITH told AS MATERIALIZED (
+    SELECT txid_current_if_assigned() IS NOT NULL AS has_id, EXISTS (
+        SELECT FROM pg_catalog.pg_locks AS held
+        LEFT JOIN pg_catalog.pg_class AS relation ON relation.oid = held.relation
+        WHERE held.pid = pg_backend_pid() AND held.locktype IN ('relation', 'object') AND held.granted
+        AND held.mode NOT IN ('AccessShareLock', 'RowShareLock') AND relation.relkind IS DISTINCT FROM 'S'
+    ) AS holds_locks
+)
+SELECT has_id, holds_locks, current_setting('track_counts') = 'on', CASE WHEN has_id AND NOT holds_locks THEN (
+    SELECT string_agg(CASE WHEN has_table_privilege(catalog.oid, 'SELECT') THEN catalog.relname ELSE '' END, ' ')
+    FROM pg_catalog.pg_class AS catalog WHERE catalog.oid < 16384 AND catalog.relkind = 'r'
+    AND catalog.relnamespace = 'pg_catalog'::regnamespace
+    AND pg_stat_get_xact_tuples_inserted(catalog.oid) + pg_stat_get_xact_tuples_updated(catalog.oid) > 0
+) END FROM told"""
+"""The last column names the system catalogs that the transaction may have inserted into or updated. An empty name stands for
+one that the user may not read."""
 
 _UNPREPARED: dict[str, object] = {
     "statement_cache_size": 0,
@@ -320,13 +330,28 @@ class PostgreSQL(Database):
     def has_written(self, connection: Connection, beginning: object, *, may_have_locked: bool) -> bool | None:
         # A transaction id is assigned by the first change, but also by a row lock, and stays when a savepoint is rolled back.
         # The locks on tables tell these apart: a row lock takes a weaker one, and ROLLBACK TO gives back what was taken since.
+        # GRANT, CREATE SCHEMA, CREATE FUNCTION and others keep no such lock, but insert into system catalogs or update them.
         try:
-            has_id, holds_locks = connection.exec_driver_sql(_WHO_WROTE).one()
+            has_id, holds_locks, has_counters, catalogs = connection.exec_driver_sql(_WHO_WROTE).one()
+            if not has_id or holds_locks or not may_have_locked or not has_counters:
+                return bool(has_id)
+            return catalogs is not None and self._has_changed(connection, catalogs.split(" "))
         except DBAPIError as error:
             if code_of(error) == "25P02":  # the transaction has failed, so the server answers nothing any more
                 return None
             raise
-        return bool(has_id and (holds_locks or not may_have_locked))
+
+    def _has_changed(self, connection: Connection, catalogs: Sequence[str]) -> bool:
+        """Return whether a row of system catalogs comes from this transaction, or may do so.
+
+        Their counters alone don't tell: they keep the changes of rolled back savepoints, and for a second those of earlier
+        transactions. A visible row with the id of this transaction or a later one is its own, or that of a later transaction
+        that has committed meanwhile.
+        """
+        if "" in catalogs:
+            return True
+        own = " OR ".join(f"EXISTS (SELECT FROM pg_catalog.{catalog} WHERE age(xmin) <= 0)" for catalog in catalogs)
+        return bool(connection.exec_driver_sql(f"SELECT {own}").scalar_one())
 
     refused_in_unit = staticmethod(_words_that_stay)
 

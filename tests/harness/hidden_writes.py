@@ -29,6 +29,9 @@ CREATE OPERATOR === (LEFTARG = integer, RIGHTARG = integer, FUNCTION = touch_bot
 CREATE VIEW looking AS SELECT touch_both(1, 2) AS seen;
 CREATE FUNCTION harmless(integer) RETURNS integer LANGUAGE sql AS $$ SELECT $1 + 1 $$;
 CREATE PROCEDURE touching() LANGUAGE plpgsql AS $$ BEGIN INSERT INTO touched (name) VALUES ('procedure'); END $$;
+CREATE TYPE mood AS ENUM ('sad');
+CREATE SCHEMA dropped;
+CREATE FUNCTION define(definition text) RETURNS integer LANGUAGE plpgsql AS $$ BEGIN EXECUTE definition; RETURN 1; END $$;
 """
 
 HIDDEN_ON_POSTGRESQL = {
@@ -58,6 +61,23 @@ LOOKING_ON_POSTGRESQL = {
     "explain": "EXPLAIN SELECT seen FROM looking",
 }
 """Statements that change nothing."""
+
+DEFINITIONS_ON_POSTGRESQL = {
+    "schema": "CREATE SCHEMA made_{number}",
+    "function": "CREATE FUNCTION made_{number}() RETURNS integer LANGUAGE sql AS 'SELECT 1'",
+    "domain": "CREATE DOMAIN made_{number} AS integer",
+    "cast": "CREATE CAST (mood AS integer) WITH INOUT",
+    "publication": "CREATE PUBLICATION made_{number}",
+    "renamed value": "ALTER TYPE mood RENAME VALUE 'sad' TO 'glad'",
+    "grant on a table": "GRANT SELECT ON items TO pg_monitor",
+    "grant on a schema": "GRANT USAGE ON SCHEMA public TO pg_monitor",
+    "default privileges": "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO pg_monitor",
+    "large object": "SELECT lo_create(0)",
+    "drop a schema": "DROP SCHEMA dropped",
+    "drop a function": "DROP FUNCTION harmless(integer)",
+    "sequence": "CREATE SEQUENCE made_{number}",
+}
+"""Statements that change system catalogs, and release their locks on tables at once."""
 
 _DEFERRED_ON_POSTGRESQL = """
 CREATE TABLE queued (id serial PRIMARY KEY);
@@ -160,6 +180,11 @@ FAIL_AT_COMMIT = "INSERT INTO children (parent) VALUES (1)"
 COUNTED = "SELECT (SELECT count(*) FROM touched), (SELECT count(*) FROM items)"
 
 
+_DEFINED = (
+    "SELECT (SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'made%%'), (SELECT count(*) FROM pg_proc), "
+    "(SELECT count(*) FROM pg_type WHERE typname LIKE 'made%%'), (SELECT count(*) FROM pg_largeobject_metadata)"
+)
+
 _TABLES = "SELECT count(*) FROM sqlite_master WHERE tbl_name NOT LIKE 'app_db%'"  # the table of decisions is app_db's own
 
 
@@ -189,6 +214,15 @@ def _sent(statement: str) -> Step:
             return session.execute(text(statement))
         database = session.connection().engine.url.database
         return session.execute(text(statement.format(number=next(_numbers), database=database)))
+
+    return step
+
+
+def _defined(definition: str) -> Step:
+    """Return a step that executes a definition of PostgreSQL's in a function."""
+
+    def step(session: Session) -> object:
+        return session.execute(text("SELECT define(:definition)"), {"definition": definition.format(number=next(_numbers))})
 
     return step
 
@@ -246,10 +280,13 @@ KINDS: Mapping[str, Kind] = {
         hidden=_steps(
             HIDDEN_ON_POSTGRESQL,
             **{"deferred trigger": _sent("SELECT seen FROM queueing"), "driver": _raw(INSERT), "driver copy": _copied},
+            **{kind: _defined(DEFINITIONS_ON_POSTGRESQL[kind]) for kind in ("schema", "function", "domain", "large object")},
             many=_raw_many,
         ),
-        looking=_steps(LOOKING_ON_POSTGRESQL, **_undone()),
-        state=(COUNTED,),
+        looking=_steps(
+            LOOKING_ON_POSTGRESQL, **_undone(), **{"undone definition": undo(_defined("CREATE SCHEMA made_{number}"))}
+        ),
+        state=(COUNTED, _DEFINED),
         fails_at_commit=True,
         invisible=frozenset({"notify", "held cursor"}),
     ),

@@ -20,6 +20,7 @@ from app_db import DatabaseSettings, container_of
 from app_db._units.coordinator import several_writable
 from app_db.errors import InvalidUse, NotAtomic, SessionIsManaged
 from harness.applications import Application, Item, running
+from harness.hidden_writes import DEFINITIONS_ON_POSTGRESQL as DEFINITIONS
 from harness.hidden_writes import HIDDEN_ON_POSTGRESQL as HIDDEN
 from harness.hidden_writes import KINDS, POSTGRESQL_SCHEMA
 from harness.hidden_writes import LOOKING_ON_POSTGRESQL as LOOKING
@@ -99,6 +100,67 @@ def test_what_only_looks_or_locks_is_no_write(kind: str, apps: Application) -> N
         app.session("writer").execute(text(LOOKING[kind]))
         app.add(f"kept {kind}", "warehouse")
     assert f"kept {kind}" in app.names("warehouse")
+
+
+def lock_a_row(session: Session) -> None:
+    session.execute(text("SELECT name FROM items FOR UPDATE"))
+
+
+def undo_a_write(session: Session) -> None:
+    savepoint = session.begin_nested()
+    session.execute(text("INSERT INTO touched (name) VALUES ('undone')"))
+    savepoint.rollback()
+
+
+def sent_by_a_function(session: Session, definition: str) -> None:
+    session.execute(text("SELECT define(:definition)"), {"definition": definition})
+
+
+def sent_by_a_cursor(session: Session, definition: str) -> None:
+    session.connection().connection.cursor().execute(definition)
+
+
+@pytest.mark.parametrize("before", [lock_a_row, undo_a_write])
+@pytest.mark.parametrize("send", [sent_by_a_function, sent_by_a_cursor])
+@pytest.mark.parametrize("kind", DEFINITIONS)
+def test_a_definition_counts_after_a_row_lock_or_an_undone_savepoint(
+    kind: str, send: Callable[[Session, str], None], before: Callable[[Session], None], apps: Application
+) -> None:
+    definition = DEFINITIONS[kind].format(number=1)
+    with pytest.raises(NotAtomic), apps.unit():
+        before(apps.session("writer"))
+        send(apps.session("writer"), definition)
+        apps.add("refused", "warehouse")
+    assert "refused" not in apps.names("warehouse")
+    with apps.unit():
+        savepoint = apps.session("writer").begin_nested()
+        send(apps.session("writer"), definition)
+        savepoint.rollback()
+        before(apps.session("writer"))
+        apps.session("warehouse").execute(text("INSERT INTO touched (name) VALUES ('kept')"))
+
+
+def test_a_row_lock_is_no_write_right_after_a_definition_by_the_same_connection(apps: Application) -> None:
+    with apps.unit():
+        sent_by_a_function(apps.session("writer"), "GRANT SELECT ON touched TO pg_monitor")
+    with apps.unit():
+        lock_a_row(apps.session("writer"))
+        apps.add("kept after a definition", "warehouse")
+    assert "kept after a definition" in apps.names("warehouse")
+
+
+@pytest.mark.parametrize("setting", ["track_counts = off", "ROLE pg_read_all_settings"])
+def test_where_the_server_does_not_tell_of_definitions_they_count(setting: str, apps: Application) -> None:
+    """Without counters, each row lock counts. Without the right to read a system catalog, an undone change of it does."""
+    with pytest.raises(NotAtomic), apps.unit():
+        session = apps.session("writer")
+        lock_a_row(session)
+        savepoint = session.begin_nested()
+        session.execute(text("SELECT define('CREATE ROLE made_and_undone')"))
+        savepoint.rollback()
+        session.execute(text(f"SET LOCAL {setting}"))
+        apps.add("refused", "warehouse")
+    assert "refused" not in apps.names("warehouse")
 
 
 def test_what_a_savepoint_has_undone_is_no_write(new_database_url: NewUrl) -> None:
