@@ -202,9 +202,18 @@ class Database:
     tells_transaction = False
     """Whether `is_in_transaction` can be asked after each statement: statements may end the transaction there."""
 
-    def is_in_transaction(self, connection: Connection, *, after_call: bool) -> bool:
-        """Return whether a transaction is open, by the last answer of the server. `after_call`: code of the server has run."""
+    def is_in_transaction(self, connection: Connection, *, after_call: bool) -> bool | None:
+        """Return whether a transaction is open, by the last answer of the server.
+
+        None: a statement has set autocommit, so none is open, and the server commits each statement that follows.
+        `after_call`: the statement was one for which `runs_code` is true.
+        """
         return True
+
+    @staticmethod
+    def runs_code(statement: str, /) -> object:  # noqa: ARG004  # of those that override it
+        """Return whether a statement runs others that its text may not show, which may end the transaction."""
+        return False
 
     def commits_by_itself(self, statement: str) -> bool:
         """Return whether the database commits before this statement."""
@@ -264,7 +273,7 @@ class Database:
         """Restore what `connect_limits` has changed for more than the attempt."""
 
     def is_left_in_the_middle(self, dbapi_connection: DBAPIConnection) -> bool:
-        """Return whether an exception from a signal handler left a connection in a state in which it can't be used again."""
+        """Return whether a connection was left in a state in which it can't be used again, as by an exception in the driver."""
         return is_executing(dbapi_connection)  # the next statement would wait without an end
 
     def hang_up(self, dbapi_connection: DBAPIConnection) -> None:

@@ -69,6 +69,9 @@ _STAYS = re.compile(
     |(?:SESSION|LOCAL)\s+TRANSACTION\b|(?:DEFAULT\s+)?ROLE\b|NAMES\b|CHAR(?:ACTER\s+SET|SET)\b))""",
     re.IGNORECASE | re.VERBOSE,
 )
+_RUNS_CODE = re.compile(
+    r"(?>\s|/\*M?!\d*|/\*.*?\*/|--\s[^\n]*|#[^\n]*)*+(?:CALL|EXECUTE|BEGIN|SET\s+STATEMENT)\b", re.IGNORECASE | re.DOTALL
+)
 _COMMENT = re.compile(r"/\*(?!M?!).*?\*/|--\s[^\n]*|#[^\n]*", re.DOTALL)
 _EXECUTED_COMMENT = re.compile(r"/\*M?!\d*|\*/")
 
@@ -150,6 +153,7 @@ class MySQL(Database):
         "ssl_ca ssl_cert ssl_key ssl_key_password ssl_disabled ssl_verify_cert ssl_verify_identity write_timeout".split()
     )
     _in_transaction = 1  # the protocol's SERVER_STATUS_IN_TRANS
+    _in_autocommit = 2  # SERVER_STATUS_AUTOCOMMIT
     _deadlock = 1213
     _lock_wait_timeout = 1205
 
@@ -293,12 +297,19 @@ class MySQL(Database):
 
     tells_transaction = True
 
-    def is_in_transaction(self, connection: Connection, *, after_call: bool) -> bool:
+    runs_code = staticmethod(_RUNS_CODE.match)
+
+    def is_in_transaction(self, connection: Connection, *, after_call: bool) -> bool | None:
         driver_connection = connection.connection.driver_connection
-        if type(driver_connection).__module__.startswith("asyncmy"):  # it does not keep a status that is 0
-            return not (after_call and self._is_mariadb(connection)) or self._asked_whether_in_transaction(connection)
         status: int | None = getattr(driver_connection, "server_status", None)
-        return status is None or bool(status & self._in_transaction)
+        if status is None:
+            return True
+        if status & self._in_autocommit and getattr(driver_connection, "autocommit_mode", None) is False:
+            return None
+        # asyncmy keeps an earlier status instead of one that is 0.
+        if after_call and type(driver_connection).__module__.startswith("asyncmy") and self._is_mariadb(connection):
+            return self._asked_whether_in_transaction(connection)
+        return bool(status & self._in_transaction)
 
     def _has_begun(self, connection: Connection) -> bool:
         """Return whether a transaction is open. Only PyMySQL knows without asking the server."""
@@ -325,6 +336,15 @@ class MySQL(Database):
         if not getattr(dbapi_connection, "open", True):
             return True  # its status is out of date; the pool finds out when the rollback fails
         return status is None or bool(status & self._in_transaction)
+
+    def is_left_in_the_middle(self, dbapi_connection: DBAPIConnection) -> bool:
+        # Code of the server may have set autocommit, which no text shows. The driver knows what was set through it, as
+        # SQLAlchemy does for an isolation level.
+        driver_connection = driver_of(dbapi_connection)
+        status: int | None = getattr(driver_connection, "server_status", None)
+        is_in_autocommit = bool(status and status & self._in_autocommit)
+        is_unwanted = is_in_autocommit and getattr(driver_connection, "autocommit_mode", None) is False
+        return is_unwanted or super().is_left_in_the_middle(dbapi_connection)
 
     def refuses_write(self, error: BaseException) -> bool:
         return bool(error.args) and error.args[0] == 1792

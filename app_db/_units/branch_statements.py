@@ -113,9 +113,10 @@ class BranchStatements:
         self.note_transaction()
         if self.has_ended_transaction:
             raise TransactionLost(self.name, ended_by_statement=True)
-        database, first_word = self.config.database, statement.partition(" ")[0].upper()
-        self._after_call = first_word in ("CALL", "EXECUTE", "BEGIN")
+        database = self.config.database
+        self._after_call = bool(database.runs_code(statement))
         if self._was_in_transaction and database.commits_by_itself(statement):
+            first_word = statement.partition(" ")[0].upper()
             raise InvalidUse(
                 f"The database of {self.name!r} would commit what the unit of work did so far before this {first_word}",
                 "Execute it before the unit, or in a unit of its own",
@@ -126,8 +127,10 @@ class BranchStatements:
         for connection in self._connections:
             if not (connection.closed or connection.invalidated):
                 is_open = self.config.database.is_in_transaction(connection, after_call=self._after_call)
-                self.has_ended_transaction = self.has_ended_transaction or (self._was_in_transaction and not is_open)
-                self._was_in_transaction = self._was_in_transaction or is_open
+                if is_open:
+                    self._was_in_transaction = True
+                elif self._was_in_transaction or is_open is None:
+                    self.has_ended_transaction = True
 
     def _note_savepoint(self) -> None:
         """Keep what is known at a savepoint, and go back to that once the savepoint was rolled back to, unless that failed."""

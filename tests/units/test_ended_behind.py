@@ -18,6 +18,7 @@ PROCEDURES = [
     "CREATE PROCEDURE commits() BEGIN COMMIT; END",
     "CREATE PROCEDURE rolls_back() BEGIN ROLLBACK; END",
     "CREATE PROCEDURE creates() BEGIN CREATE TABLE made (id int); DROP TABLE made; END",
+    "CREATE PROCEDURE commits_each() BEGIN SET autocommit = 1; END",
     "CREATE PROCEDURE harmless() BEGIN SELECT 1; END",
     "CREATE PROCEDURE writes() BEGIN INSERT INTO items (name) VALUES ('by a procedure'); END",
 ]
@@ -43,6 +44,15 @@ ENDING = {
     "procedure that creates": "CALL creates()",
     "immediate": "EXECUTE IMMEDIATE 'COMMIT'",
     "block": "BEGIN NOT ATOMIC COMMIT; END",
+    "set statement": "SET STATEMENT max_statement_time = 5 FOR COMMIT",
+    "set statement that creates": "SET STATEMENT max_statement_time = 5 FOR CREATE TABLE made (id int)",
+}
+
+AUTOCOMMIT = {
+    "immediate": ["EXECUTE IMMEDIATE 'SET autocommit = 1'"],
+    "procedure": ["CALL commits_each()"],
+    "prepared": ["PREPARE p FROM 'SET autocommit = 1'", "EXECUTE p"],
+    "block": ["BEGIN NOT ATOMIC SET autocommit = 1; END"],
 }
 
 
@@ -145,3 +155,125 @@ def test_coroutines_notice_it(app: Application) -> None:
 
     asyncio.run(main())
     assert app.names() == ["before", "later"]
+
+
+@pytest.mark.parametrize("kind", ENDING)
+def test_coroutines_notice_each_of_them_before_the_next_write(kind: str, app: Application) -> None:
+    async def main() -> None:
+        with pytest.raises((TransactionLost, InvalidUse)):
+            async with app.unit():
+                session = app.container.writer_async_session()
+                await session.execute(text("INSERT INTO items (name) VALUES ('before')"))
+                await session.execute(text(f"\n  /* a comment */ {ENDING[kind]}"))
+                await session.execute(text("INSERT INTO items (name) VALUES ('after')"))
+        await app.container.shutdown_resources()
+
+    asyncio.run(main())
+    assert "after" not in app.names()
+
+
+@pytest.mark.parametrize("kind", ["harmless", "commits"])
+def test_a_procedure_that_a_coroutine_calls_first_is_no_alarm(kind: str, app: Application) -> None:
+    async def main() -> None:
+        async with app.unit():
+            session = app.container.writer_async_session()
+            await session.execute(text(f"CALL {kind}()"))
+            await session.execute(text("INSERT INTO items (name) VALUES ('kept')"))
+        await app.container.shutdown_resources()
+
+    asyncio.run(main())
+    assert app.names() == ["kept"]
+
+
+def set_autocommit(session: Session, kind: str) -> None:
+    for statement in AUTOCOMMIT[kind]:
+        session.execute(text(statement))
+
+
+@pytest.fixture
+def one_connection(new_mariadb_url: NewUrl) -> Iterator[Application]:
+    with running(writer={"url": new_mariadb_url(), "pool": {"size": 1, "max_overflow": 0}}) as app:
+        app.run(*PROCEDURES)
+        yield app
+
+
+@pytest.mark.parametrize("kind", AUTOCOMMIT)
+@pytest.mark.parametrize("goes_on", ["writes", "raises", "ends"])
+def test_autocommit_that_no_text_shows_ends_the_transaction_and_the_connection(
+    kind: str, goes_on: str, one_connection: Application
+) -> None:
+    app = one_connection
+    with pytest.raises((TransactionLost, KeyError)), app.unit():
+        session = app.session()
+        set_autocommit(session, kind)
+        if goes_on == "writes":
+            session.execute(text("INSERT INTO items (name) VALUES ('after')"))
+        elif goes_on == "raises":
+            raise KeyError
+    assert app.names() == []
+    with pytest.raises(KeyError), app.unit():
+        assert app.session().scalar(text("SELECT @@autocommit")) == 0
+        write(app.session(), "undone")
+        raise KeyError
+    assert app.names() == []
+
+
+@pytest.mark.parametrize("kind", AUTOCOMMIT)
+def test_a_coroutines_autocommit_ends_the_transaction_and_the_connection(kind: str, one_connection: Application) -> None:
+    app = one_connection
+
+    async def main() -> None:
+        with pytest.raises(TransactionLost):
+            async with app.unit():
+                session = app.container.writer_async_session()
+                for statement in AUTOCOMMIT[kind]:
+                    await session.execute(text(statement))
+                await session.execute(text("INSERT INTO items (name) VALUES ('after')"))
+        with pytest.raises(KeyError):
+            async with app.unit():
+                session = app.container.writer_async_session()
+                assert await session.scalar(text("SELECT @@autocommit")) == 0
+                session.add(Item(name="undone"))
+                await session.flush()
+                raise KeyError
+        await app.container.shutdown_resources()
+
+    asyncio.run(main())
+    assert app.names() == []
+
+
+def test_a_connection_of_the_engine_in_autocommit_does_not_return_to_the_pool(one_connection: Application) -> None:
+    engine = one_connection.engine()
+    with engine.connect() as connection:
+        connection.exec_driver_sql("SET autocommit = 1")
+    with engine.connect() as connection:
+        number = connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar_one()
+        assert connection.exec_driver_sql("SELECT @@autocommit").scalar_one() == 0
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:  # SQLAlchemy undoes this one
+        assert connection.exec_driver_sql("SELECT @@autocommit").scalar_one() == 1
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT CONNECTION_ID()").scalar_one() == number
+
+
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+def test_a_connection_whose_isolation_level_is_autocommit_is_no_alarm(driver: str, new_mariadb_url: NewUrl) -> None:
+    reader = {"url": new_mariadb_url(), "read_only": True, "isolation_level": "AUTOCOMMIT", "pool": {"size": 1}}
+    numbers = set[int]()
+
+    async def read_by_coroutines(app: Application) -> None:
+        for _ in range(2):
+            async with app.unit():
+                session = app.container.reader_async_session()
+                numbers.add(await session.scalar(text("SELECT CONNECTION_ID()")))
+                assert await session.scalar(text("SELECT @@autocommit")) == 1
+        await app.container.shutdown_resources()
+
+    with running(writer=new_mariadb_url(), reader=reader) as app:
+        if driver == "asyncmy":
+            asyncio.run(read_by_coroutines(app))
+        else:
+            for _ in range(2):
+                with app.unit():
+                    numbers.add(app.session("reader").scalar(text("SELECT CONNECTION_ID()")))
+                    assert app.session("reader").scalar(text("SELECT @@autocommit")) == 1
+    assert len(numbers) == 1
