@@ -82,11 +82,17 @@ _POOLER = (
     "connection for each transaction, or to none if it gives out one for each client connection (session pooling)."
 )
 
+_NESTED = r"\((?:[^()]|\((?:[^()]|\([^()]*+\))*+\))*+\)"
+_ARGUMENT = rf"(?:[^(),]|{_NESTED})*+"
+
 _STAYS = re.compile(
-    r"""(?:\A|;)[\s;]*(?P<set>(?:SET\s+(?!LOCAL\b|CONSTRAINTS\b|TRANSACTION\b)(?:SESSION\s+)?|RESET\s+)\w+)
-    |\b(?P<function>set_config)\b.*,\s*(?:false|'(?:f|false|off|no|0)')\s*\)""",
+    rf"""(?:\A|;)[\s;]*(?P<set>(?:SET\s+(?!LOCAL\b|CONSTRAINTS\b|TRANSACTION\b)(?:SESSION\s+)?|RESET\s+)\w+)
+    |\bset_config\s*\((?!\s*text\s*,\s*text\s*,\s*bool(?:ean)?\s*\))  # not the types, as in GRANT
+    (?!{_ARGUMENT},{_ARGUMENT},\s*true(?:\s*::\s*bool(?:ean)?)?\s*\))
+    (?P<false>{_ARGUMENT},{_ARGUMENT},\s*false\s*\))?""",
     re.IGNORECASE | re.DOTALL | re.VERBOSE,
 )
+"""A bound parameter as the third argument of `set_config` can't be seen, so everything but the word true is refused."""
 
 
 @lru_cache(maxsize=2048)
@@ -94,7 +100,9 @@ def _words_that_stay(statement: str) -> str | None:
     found = _STAYS.search(unquoted(without_comments(statement)))
     if found is None:
         return None
-    return " ".join(found["set"].split()) if found["set"] else "set_config(…, false)"
+    if found["set"]:
+        return " ".join(found["set"].split())
+    return "set_config(…, false)" if found["false"] else "set_config(…) without the word true"
 
 
 _AMOUNT = re.compile(r"(\d+)(ms|s|min|h|d)?$")
@@ -355,7 +363,10 @@ class PostgreSQL(Database):
 
     refused_in_unit = staticmethod(_words_that_stay)
 
-    instead_in_unit = "Write SET LOCAL, or set_config(…, true), which ends with the unit"
+    instead_in_unit = (
+        "Write SET LOCAL, or set_config(…, true), which ends with the unit. true is a word in the text and no bound parameter: "
+        "func.set_config(…, sqlalchemy.true())"
+    )
 
     def has_ended_transaction(self, connection: Connection) -> bool:
         driver_connection = connection.connection.driver_connection

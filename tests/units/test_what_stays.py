@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import func, select, text, true
+from sqlalchemy.engine import make_url
 
 from app_db.errors import InvalidUse
 from harness.applications import Application, running
@@ -29,6 +30,13 @@ REFUSED = {
         "RESET search_path": "RESET search_path",
         "SELECT set_config('search_path', 'other', false)": "set_config(…, false)",
         "SELECT pg_catalog.set_config('search_path', 'other', FALSE) AS path": "set_config(…, false)",
+        "SELECT set_config('search_path', 'other', 1 = 0)": "set_config(…) without the word true",
+        "SELECT set_config('search_path', 'other', not true)": "set_config(…) without the word true",
+        "SELECT set_config('search_path', 'other', false::bool)": "set_config(…) without the word true",
+        "SELECT set_config('search_path', 'other', 'f')": "set_config(…) without the word true",
+        "SELECT set_config('a.b', 'c', true), set_config('search_path', 'a', 1 > 2)": "set_config(…) without the word true",
+        "SELECT set_config('search_path', lower('other, true)'), (1 > 2))": "set_config(…) without the word true",
+        "SELECT set_config('a.b', set_config('a.c', 'd', (SELECT false)), true)": "set_config(…) without the word true",
     },
     "mariadb": {
         "SET SESSION TRANSACTION READ ONLY": "SET SESSION TRANSACTION",
@@ -61,6 +69,11 @@ ALLOWED = {
         "SET LOCAL search_path = pg_catalog, public",
         "SET CONSTRAINTS ALL DEFERRED",
         "SELECT set_config('work_mem', '1MB', true)",
+        "SELECT pg_catalog.set_config ( 'work_mem' , concat(lower('1'), upper(trim(' MB '))) , TRUE ) AS set_config",
+        "SELECT set_config('work_mem', (SELECT setting FROM pg_settings WHERE name IN ('work_mem', 'x')), true::boolean)",
+        "SELECT set_config('a.b', set_config('a.c', 'd', true), true)",
+        "REVOKE EXECUTE ON FUNCTION set_config(text, text, boolean) FROM pg_monitor",
+        "CREATE FUNCTION g(l bool) RETURNS text LANGUAGE sql AS $$ SELECT set_config('a.b', 'c', l) $$",
         "SHOW search_path",
         "UPDATE items SET name = name",
         "SELECT 'SET search_path; SET work_mem' AS set_config",
@@ -122,3 +135,27 @@ def test_what_ends_with_the_unit_or_means_nothing_to_later_units_is_executed(giv
     for statement in ALLOWED[database]:
         with app.unit():
             app.session().connection().exec_driver_sql(statement)
+
+
+async def test_a_bound_value_can_not_be_seen_so_set_config_needs_the_word_true(postgres_url: str) -> None:
+    values = {"name": "default_transaction_read_only", "value": "on"}
+
+    for driver in ("psycopg", "asyncpg"):
+        url = make_url(postgres_url).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
+        with running(writer={"url": url, "pool": {"size": 1, "max_overflow": 0}}) as app:
+            for is_local in (False, True):
+                for statement, given in (
+                    (select(func.set_config(*values.values(), is_local)), {}),
+                    (text("SELECT set_config(:name, :value, :is_local)"), {**values, "is_local": is_local}),
+                ):
+                    async with app.unit():
+                        with pytest.raises(
+                            InvalidUse, match=r"set_config\(…\) without the word true .*SET LOCAL.*sqlalchemy\.true"
+                        ):
+                            await app.container.writer_async_session().execute(statement, given)
+            async with app.unit():
+                await app.container.writer_async_session().execute(select(func.set_config(*values.values(), true())))
+            async with app.unit():
+                shown = await app.container.writer_async_session().scalar(text("SHOW default_transaction_read_only"))
+                assert shown == "off"
+            await app.container.shutdown_resources()
