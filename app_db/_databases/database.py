@@ -18,6 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import AdaptedConnection
 
 from app_db._compat.sqlalchemy import is_executing
+from app_db._databases.readings import Syntax
 from app_db._databases.statements import transaction_verb
 from app_db.errors import CannotIsolate
 
@@ -64,6 +65,8 @@ def new_mark() -> str:
 class SharingRules:
     """The rules for sharing one connection in a transaction that is never committed, for any database."""
 
+    syntax: Syntax = "any"
+    """By which rules the database reads texts."""
     first: tuple[str, ...] = ()
     """Statements that begin the transaction, where the driver would begin it later."""
     survives_cancellation = True
@@ -73,7 +76,7 @@ class SharingRules:
 
     def refuse(self, name: str, statement: str) -> None:
         """Raise an error if a statement would end the shared transaction."""
-        verb = transaction_verb(statement)
+        verb = transaction_verb(statement, self.syntax)
         if verb is not None:
             raise CannotIsolate(name, f"A {verb.upper()} sent as SQL", "Begin and end transactions by SQLAlchemy's own methods")
 
@@ -118,6 +121,9 @@ class Database:
     """A database that app_db does not know. Only app_db itself refuses the writes of a read-only session there."""
 
     # -- engines
+
+    syntax: Syntax = "any"
+    """By which rules it reads texts."""
 
     sharing = SharingRules()
     """How units of an isolated test share one connection."""
@@ -206,16 +212,12 @@ class Database:
         """Return whether a transaction is open, by the last answer of the server.
 
         None: a statement has set autocommit, so none is open, and the server commits each statement that follows.
-        `after_call`: the statement was one for which `runs_code` is true.
+        `after_call`: the statement was one for which `calls_code` is true.
         """
         return True
 
     @staticmethod
-    def runs_code(statement: str, /) -> object:  # noqa: ARG004  # of those that override it
-        """Return whether a statement runs others that its text may not show, which may end the transaction."""
-        return False
-
-    def commits_by_itself(self, statement: str) -> bool:
+    def commits_by_itself(statement: str) -> bool:  # noqa: ARG004  # of those that override it
         """Return whether the database commits before this statement."""
         return False
 

@@ -26,7 +26,7 @@ from app_db._databases.database import (
 )
 from app_db._databases.drivers.mysql_connections import AwaitedAsyncmy, NonBlockingPyMySQL
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
-from app_db._databases.statements import Effect, effect_of
+from app_db._databases.statements import Effect, assignments, bare_texts, effect_of
 from app_db.errors import CannotIsolate, InvalidUse
 
 if TYPE_CHECKING:
@@ -59,21 +59,22 @@ _CHANGED_ROWS = (
 
 _COMMITS_BY_ITSELF = re.compile(
     r"(?:(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES?|UNLOCK\s+TABLES?|GRANT\b|REVOKE\b"
-    r"|ANALYZE\b(?!\s+(?:FORMAT|SELECT))|OPTIMIZE\b|REPAIR\b|CHECK\s+TABLE|LOAD\s+INDEX|FLUSH\b|SET\s+PASSWORD|BEGIN\b|START\b)",
+    r"|ANALYZE\b(?!\s+(?:FORMAT|SELECT))|OPTIMIZE\b|REPAIR\b|CHECK\s+TABLE|LOAD\s+INDEX|FLUSH\b|BEGIN\b|START\b)",
     re.IGNORECASE,
 )
+_SETS_PASSWORD = re.compile(r"PASSWORD\b", re.IGNORECASE)
 _STAYS = re.compile(
-    r"""(SET\b[^;]*\bAUTOCOMMIT\b|(?:UN)?LOCK\s+TABLES?\b|FLUSH\s+TABLES?\b[^;]*\b(?:FOR\s+EXPORT|READ\s+LOCK)|USE\b
-    |SET\s+(?!STATEMENT\b|GLOBAL\b)(?:[^;'"]*\b(?:(?:tx|transaction)_(?:isolation|read_only)|completion_type|sql_mode
-    |(?:foreign_key|unique|check_constraint)_checks|sql_safe_updates|time_zone)\b
-    |(?:SESSION|LOCAL)\s+TRANSACTION\b|(?:DEFAULT\s+)?ROLE\b|NAMES\b|CHAR(?:ACTER\s+SET|SET)\b))""",
+    r"""((?:UN)?LOCK\s+TABLES?\b|FLUSH\s+TABLES?\b[^;]*\b(?:FOR\s+EXPORT|READ\s+LOCK)|USE\b)""",
     re.IGNORECASE | re.VERBOSE,
 )
-_RUNS_CODE = re.compile(
-    r"(?>\s|/\*M?!\d*|/\*.*?\*/|--\s[^\n]*|#[^\n]*)*+(?:CALL|EXECUTE|BEGIN|SET\s+STATEMENT)\b", re.IGNORECASE | re.DOTALL
+_SETS_WHAT_STAYS = re.compile(
+    r"""(?:(?:SESSION\b|LOCAL\b)\s*|@@\s*(?:"?(?:SESSION|LOCAL)"?\s*\.\s*)?)?"?(?:(?:tx|transaction)_(?:isolation|read_only)
+    |completion_type|sql_mode|(?:foreign_key|unique|check_constraint)_checks|sql_safe_updates|time_zone)\b
+    |(?:(?:SESSION|LOCAL|GLOBAL)\b\s*|@@\s*(?:"?(?:SESSION|LOCAL|GLOBAL)"?\s*\.\s*)?)?"?AUTOCOMMIT\b
+    |(?:SESSION|LOCAL)\s+TRANSACTION\b|(?:DEFAULT\s+)?ROLE\b|NAMES\b|CHAR(?:ACTER\s+SET|SET)\b""",
+    re.IGNORECASE | re.VERBOSE,
 )
-_COMMENT = re.compile(r"/\*(?!M?!).*?\*/|--\s[^\n]*|#[^\n]*", re.DOTALL)
-_EXECUTED_COMMENT = re.compile(r"/\*M?!\d*|\*/")
+_FOR_ONE_STATEMENT = re.compile(r"SET\s+STATEMENT\b", re.IGNORECASE)
 
 _WITHOUT_TRANSACTIONS = """
     SELECT t.table_name, t.engine FROM information_schema.tables t JOIN information_schema.engines e ON e.engine = t.engine
@@ -84,35 +85,42 @@ _WITHOUT_TRANSACTIONS = """
 
 @lru_cache(maxsize=2048)
 def _commits_by_itself(statement: str) -> bool:
-    return _COMMITS_BY_ITSELF.match(_without_comments(statement)) is not None
+    texts = bare_texts(statement, "mysql")
+    return any(map(_COMMITS_BY_ITSELF.match, texts)) or any(
+        _SETS_PASSWORD.match(part) for bare in texts for part in assignments(bare)
+    )
 
 
 @lru_cache(maxsize=2048)
 def _words_that_stay(statement: str) -> str | None:
-    found = _STAYS.match(_without_comments(statement))
-    return None if found is None else " ".join(found[1].split())
-
-
-def _without_comments(statement: str) -> str:
-    return _EXECUTED_COMMENT.sub(" ", _COMMENT.sub(" ", statement)).lstrip(" \t\r\n;(")
+    for bare in bare_texts(statement, "mysql"):
+        found = _STAYS.match(bare)
+        if found is not None:
+            return " ".join(found[1].split())
+        if not _FOR_ONE_STATEMENT.match(bare):
+            for found in filter(None, map(_SETS_WHAT_STAYS.match, assignments(bare))):
+                return f"{bare[:3]} {' '.join(found[0].split())}"
+    return None
 
 
 class MySQLSharing(SharingRules):
     """How units of an isolated test share a connection to MariaDB or MySQL."""
 
+    syntax = "mysql"
     first = ("START TRANSACTION",)
     survives_cancellation = False
     _limit = re.compile(r"SET SESSION (max_statement_time|max_execution_time)")
     _commits = re.compile(
-        r"\s*(?:(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES|UNLOCK\s+TABLES|GRANT\b|REVOKE\b"
+        r"(?:(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES|UNLOCK\s+TABLES|GRANT\b|REVOKE\b"
         r"|ANALYZE\b|OPTIMIZE\b|REPAIR\b|LOAD\s+INDEX|FLUSH\b|SET\s+PASSWORD|SET\s+(?:SESSION\s+)?AUTOCOMMIT|XA\b)",
         re.IGNORECASE,
     )
 
     def refuse(self, name: str, statement: str) -> None:
         super().refuse(name, statement)
-        if self._commits.match(statement):
-            words = " ".join(statement.split()[:2])
+        found = next((bare for bare in bare_texts(statement, self.syntax) if self._commits.match(bare)), None)
+        if found is not None:
+            words = " ".join(found.split()[:2])
             raise CannotIsolate(
                 name,
                 f"{words} (MariaDB and MySQL commit before it, whatever comes afterwards)",
@@ -140,6 +148,7 @@ def _is_true(value: object) -> bool:
 class MySQL(Database):
     """MySQL and MariaDB."""
 
+    syntax = "mysql"
     sharing = MySQLSharing()
     creates_databases = True
 
@@ -200,7 +209,7 @@ class MySQL(Database):
         dialect = engine.dialect
 
         def before(cursor: object, statement: str, *parameters_and_context: Any) -> None:
-            if effect_of(statement) is Effect.READS:
+            if effect_of(statement, self.syntax) is Effect.READS:
                 return
             connection: Connection = parameters_and_context[-1].root_connection
             with suppress(NotImplementedError):  # the connection is not in the pool yet
@@ -297,8 +306,6 @@ class MySQL(Database):
 
     tells_transaction = True
 
-    runs_code = staticmethod(_RUNS_CODE.match)
-
     def is_in_transaction(self, connection: Connection, *, after_call: bool) -> bool | None:
         driver_connection = connection.connection.driver_connection
         status: int | None = getattr(driver_connection, "server_status", None)
@@ -326,8 +333,7 @@ class MySQL(Database):
         cursor.close()
         return bool(found and found[0])
 
-    def commits_by_itself(self, statement: str) -> bool:
-        return _commits_by_itself(statement)
+    commits_by_itself = staticmethod(_commits_by_itself)
 
     refused_in_unit = staticmethod(_words_that_stay)
 

@@ -32,7 +32,7 @@ from app_db._databases.database import (
 )
 from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
-from app_db._databases.statements import unquoted, without_comments
+from app_db._databases.statements import bare_texts
 from app_db.errors import CannotIsolate, Problem, ReadOnlyViolation, SettingsError
 
 if TYPE_CHECKING:
@@ -86,8 +86,9 @@ _NESTED = r"\((?:[^()]|\((?:[^()]|\([^()]*+\))*+\))*+\)"
 _ARGUMENT = rf"(?:[^(),]|{_NESTED})*+"
 
 _STAYS = re.compile(
-    rf"""(?:\A|;)[\s;]*(?P<set>(?:SET\s+(?!LOCAL\b|CONSTRAINTS\b|TRANSACTION\b)(?:SESSION\s+)?|RESET\s+)\w+)
-    |\bset_config\s*\((?!\s*text\s*,\s*text\s*,\s*bool(?:ean)?\s*\))  # not the types, as in GRANT
+    rf"""(?:\A|;)[\s;]*(?P<set>(?:SET(?:\s+|(?="))(?!LOCAL\b|CONSTRAINTS\b|TRANSACTION\b)(?:SESSION\b\s*)?
+    |RESET(?:\s+|(?=")))(?:\w+|"\w+"))
+    |\bset_config"?\s*\((?!\s*text\s*,\s*text\s*,\s*bool(?:ean)?\s*\))  # not the types, as in GRANT
     (?!{_ARGUMENT},{_ARGUMENT},\s*true(?:\s*::\s*bool(?:ean)?)?\s*\))
     (?P<false>{_ARGUMENT},{_ARGUMENT},\s*false\s*\))?""",
     re.IGNORECASE | re.DOTALL | re.VERBOSE,
@@ -97,12 +98,13 @@ _STAYS = re.compile(
 
 @lru_cache(maxsize=2048)
 def _words_that_stay(statement: str) -> str | None:
-    found = _STAYS.search(unquoted(without_comments(statement)))
-    if found is None:
-        return None
-    if found["set"]:
-        return " ".join(found["set"].split())
-    return "set_config(…, false)" if found["false"] else "set_config(…) without the word true"
+    for bare in bare_texts(statement, "postgresql"):
+        found = _STAYS.search(bare)
+        if found is not None:
+            if found["set"]:
+                return " ".join(found["set"].split())
+            return "set_config(…, false)" if found["false"] else "set_config(…) without the word true"
+    return None
 
 
 _AMOUNT = re.compile(r"(\d+)(ms|s|min|h|d)?$")
@@ -112,11 +114,12 @@ _SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400, None: 0.001}
 class PostgreSQLSharing(SharingRules):
     """How units of an isolated test share a connection to PostgreSQL."""
 
-    _prepares = re.compile(r"\s*PREPARE\s+TRANSACTION\b", re.IGNORECASE)
+    syntax = "postgresql"
+    _prepares = re.compile(r"PREPARE\s+TRANSACTION\b", re.IGNORECASE)
 
     def refuse(self, name: str, statement: str) -> None:
         super().refuse(name, statement)
-        if self._prepares.match(statement):
+        if any(map(self._prepares.match, bare_texts(statement, self.syntax))):
             raise CannotIsolate(
                 name, "PREPARE TRANSACTION", "Leave it to the unit of work, or take the test out of the isolation"
             )
@@ -150,6 +153,7 @@ class PostgreSQLSharing(SharingRules):
 class PostgreSQL(Database):
     """PostgreSQL, by psycopg or any other driver."""
 
+    syntax = "postgresql"
     sharing = PostgreSQLSharing()
     creates_databases = True
 

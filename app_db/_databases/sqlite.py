@@ -24,7 +24,7 @@ from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
 from app_db._databases.database import NEVER, Database, SharingRules, driver_of, execute, milliseconds, on_execute
-from app_db._databases.statements import without_comments
+from app_db._databases.statements import bare_texts
 from app_db._databases.time_limits import TIME_LIMIT, TimeLimit, limit_of_checkout
 from app_db.settings._urls import is_memory
 
@@ -56,21 +56,22 @@ _HEADER = ("schema_version", "user_version", "application_id")
 
 
 _STAYS = re.compile(
-    r"""PRAGMA\s+(?:\w+\.)?["'`\[]?(query_only|busy_timeout|case_sensitive_like|ignore_check_constraints|locking_mode
-    |read_uncommitted|recursive_triggers|trusted_schema|writable_schema)["'`\]]?\s*[=(]""",
+    r"""PRAGMA\s+(?:"?\w+"?\s*\.\s*)?"?(query_only|busy_timeout|case_sensitive_like|ignore_check_constraints|locking_mode
+    |read_uncommitted|recursive_triggers|trusted_schema|writable_schema)"?\s*[=(]""",
     re.IGNORECASE | re.VERBOSE,
 )
 
 
 @lru_cache(maxsize=2048)
 def _words_that_stay(statement: str) -> str | None:
-    found = _STAYS.match(without_comments(statement))
-    return None if found is None else f"PRAGMA {found[1]}"
+    matches = map(_STAYS.match, bare_texts(statement, "sqlite"))
+    return next((f"PRAGMA {found[1]}" for found in matches if found), None)
 
 
 class SQLiteSharing(SharingRules):
     """How units of an isolated test share a connection to SQLite."""
 
+    syntax = "sqlite"
     reads_at_once = False
     survives_cancellation = False  # aiosqlite's thread goes on with the cancelled statement, beside later ones
 
@@ -93,6 +94,7 @@ class SQLiteSharing(SharingRules):
 class SQLite(Database):
     """SQLite: WAL, foreign keys, and transactions that app_db begins instead of the driver."""
 
+    syntax = "sqlite"
     sharing = SQLiteSharing()
     creates_databases = True
     waits_for_answers = False

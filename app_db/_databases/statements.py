@@ -12,6 +12,8 @@ from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
 
+from app_db._databases.readings import Syntax, readings
+
 
 class Effect(IntEnum):
     """What a statement does to the data. The effect of a branch is the highest of its statements."""
@@ -22,17 +24,12 @@ class Effect(IntEnum):
     WRITES = 3
 
 
-# Comments, literals and quoted names that end at the same place in all databases.
-_QUOTED = re.compile(
-    r"""(?:^[ \t]*--|--(?=[\s-]|\Z))[^\n]*|/\*(?!M?!)(?:(?!/\*).)*?\*/|'(?:[^'\\]|''|\\[^'])*'"""
-    r"""|(?P<name>"(?:[^"\\]|""|\\[^"])*"|`[^`]*`)""",
-    re.DOTALL | re.MULTILINE,
-)
-# The beginning of any other comment, literal or name, which may hide something; and a second statement.
-_DOUBTFUL = re.compile(r"""['"`\\]|--|/\*|\#(?!>)|\$\w*\$|;\s*[^\s;]""")
-_STRAY_QUOTE = re.compile(r"""['"`\\]|/\*|\#(?!>)|\$\w*\$""")
+_QUOTED_NAME = re.compile(r'"\w*"')
+_SEVERAL = re.compile(r";\s*[^\s;]")
+_DOUBTFUL = re.compile(r";\s*[^\s;]|\\")
 _FIRST_WORD = re.compile(r"[\s(]*([A-Za-z]+)\b")
 _CALL = re.compile(r"((?:\.\s*)?[\w$.\]]+)\s*\(")
+_FOR = re.compile(r"\bFOR\b", re.IGNORECASE)
 _SET_STATEMENT = re.compile(r"\s*SET\s+STATEMENT\b", re.IGNORECASE)  # MariaDB's, FOR any statement
 
 _CONTROL = frozenset(
@@ -72,11 +69,6 @@ _VERB = r"""(?:(?P<commit>COMMIT\b|END\b(?!\s+(?:IF|CASE|LOOP|WHILE|REPEAT|FOR)\
     |(?:NOT\s+)?DEFERRABLE\b))))"""
 _FIRST_VERB = re.compile(_VERB, re.IGNORECASE | re.VERBOSE)
 _LATER_VERB = re.compile(r";[\s;]*" + _VERB, re.IGNORECASE | re.VERBOSE)
-_LATER_VERB_IN_QUOTES = re.compile(r";[\s;]*" + _VERB + r"\s*(?:WORK|TRANSACTION|AND\b|;|\Z)", re.IGNORECASE | re.VERBOSE)
-
-_COMMENT = re.compile(r"/\*(?!M?!)(?:(?!/\*).)*?\*/|--[^\n]*|^\s*\#[^\n]*", re.DOTALL | re.MULTILINE)
-_EXECUTED_COMMENT = re.compile(r"/\*M?!\d*|\*/")
-_DOLLAR_QUOTED = re.compile(r"\$(\w*)\$.*?\$\1\$", re.DOTALL)
 _BODY = re.compile(
     r"""\A(?:CREATE\s+(?:OR\s+REPLACE\s+)?(?:DEFINER\s*=\s*\S+\s+)?(?:TEMP(?:ORARY)?\s+|CONSTRAINT\s+|AGGREGATE\s+)*
     (?:TRIGGER|PROCEDURE|FUNCTION|EVENT|PACKAGE)\b.*?|)\bBEGIN\b.*\bEND\b""",
@@ -84,25 +76,35 @@ _BODY = re.compile(
 )
 
 
-def without_comments(statement: str) -> str:
-    """Return a text without comments, and with the content of those that MariaDB and MySQL execute."""
-    return _EXECUTED_COMMENT.sub(" ", _COMMENT.sub(" ", statement)).strip(" \t\r\n;(")
+@lru_cache(maxsize=2048)
+def bare_texts(statement: str, syntax: Syntax) -> tuple[str, ...]:
+    """Return the readings of a text from its first word on, and what MariaDB's `SET STATEMENT … FOR` executes."""
+    found = [read.strip(" \t\r\n;(") for read in readings(statement, syntax)]
+    if syntax in ("mysql", "any"):
+        found += [
+            read[clause.end() :].lstrip(" \t\r\n(")
+            for read in found
+            if _SET_STATEMENT.match(read)
+            for clause in _FOR.finditer(read)
+        ]
+    return tuple(found)
+
+
+def without_names(bare: str) -> str:
+    """Return a reading with `quoted_name` for each quoted name, so that no name in quotes looks like a word of SQL."""
+    return _QUOTED_NAME.sub(" quoted_name", bare)
 
 
 @lru_cache(maxsize=2048)
-def transaction_verb(statement: str) -> str | None:
-    """Return `commit`, `rollback`, `prepare` or `begin` if a statement of the text does that to the whole transaction.
-
-    Where a text is quoted in a way that databases read differently, the quoted parts count as well.
-    """
-    bare = without_comments(statement)
-    found = _FIRST_VERB.match(bare)
-    if found is None and ";" in bare:
-        text = _DOLLAR_QUOTED.sub(" ", bare)
-        plain = _BODY.sub(" ", _QUOTED.sub(_without_content, text))
-        is_doubtful = "\\" in text or _STRAY_QUOTE.search(plain)
-        found = _LATER_VERB.search(plain) or (_LATER_VERB_IN_QUOTES.search(_BODY.sub(" ", text)) if is_doubtful else None)
-    return found.lastgroup if found else None
+def transaction_verb(statement: str, syntax: Syntax = "any") -> str | None:
+    """Return `commit`, `rollback`, `prepare` or `begin` if a statement of the text does that to the whole transaction."""
+    for bare in bare_texts(statement, syntax):
+        found = _FIRST_VERB.match(bare)
+        if found is None and ";" in bare:
+            found = _LATER_VERB.search(_BODY.sub(" ", without_names(bare)))
+        if found is not None:
+            return found.lastgroup
+    return None
 
 
 class SavepointVerb(NamedTuple):
@@ -120,31 +122,44 @@ _SAVEPOINT = re.compile(
 
 
 @lru_cache(maxsize=2048)
-def savepoint_verb(statement: str) -> SavepointVerb | None:
+def savepoint_verb(statement: str, syntax: Syntax = "any") -> SavepointVerb | None:
     """Return which savepoint a statement takes, releases or rolls back to."""
-    found = _SAVEPOINT.match(without_comments(statement))
-    if found is None or found.lastgroup is None:
-        return None
-    return SavepointVerb(found.lastgroup, found[found.lastgroup].strip('"`;').lower())
+    for bare in bare_texts(statement, syntax):
+        found = _SAVEPOINT.match(bare)
+        if found is not None and found.lastgroup is not None:
+            return SavepointVerb(found.lastgroup, found[found.lastgroup].strip('";').lower())
+    return None
+
+
+_CALLS_CODE = re.compile(r"(?:CALL|EXECUTE|BEGIN|SET\s+STATEMENT)\b", re.IGNORECASE)
+
+
+@lru_cache(maxsize=2048)
+def calls_code(statement: str, syntax: Syntax = "any") -> bool:
+    """Return whether a statement executes code of the server, which may end the transaction."""
+    return any(map(_CALLS_CODE.match, bare_texts(statement, syntax)))
 
 
 _WRITES_UNNOTICED = re.compile(r"\bNOTIFY\b|\bpg_notify\b|\bWITH\s+HOLD\b|\bdblink", re.IGNORECASE)
 
 
 @lru_cache(maxsize=2048)
-def writes_unnoticed(statement: str) -> bool:
-    """Return whether a statement has an effect that its database does not count as a write of the transaction."""
-    return _WRITES_UNNOTICED.search(statement) is not None
+def writes_unnoticed(statement: str, syntax: Syntax = "any") -> bool:
+    """Return whether a statement has an effect that its database does not count as a write of the transaction.
+
+    The words count in literals too: one may be the body of a block.
+    """
+    return any(_WRITES_UNNOTICED.search(text) for text in (statement, *readings(statement, syntax)))
 
 
 @lru_cache(maxsize=2048)
-def locks_rows(statement: str) -> bool:
+def locks_rows(statement: str, syntax: Syntax = "any") -> bool:
     """Return whether a statement locks rows that it reads."""
-    return _LOCK_CLAUSE.search(statement) is not None
+    return any(_LOCK_CLAUSE.search(text) for text in (statement, *readings(statement, syntax)))
 
 
 _LIFTS_READ_ONLY = re.compile(r"\bREAD\s+WRITE\b|read_only\b", re.IGNORECASE)
-_SETS_BY_FUNCTION = re.compile(r"\bset_config\b", re.IGNORECASE)
+_SETS_BY_FUNCTION = re.compile(r"\bset_config\"?\s*\(", re.IGNORECASE)
 
 _READER_WORDS = frozenset(
     """
@@ -154,15 +169,19 @@ _READER_WORDS = frozenset(
 )
 """The first words of statements that only read."""
 _HARMLESS_SET = re.compile(
-    r"SET\s+(?:@\w|LOCAL\s+\w+\s*=|(?:SESSION\s+|GLOBAL\s+)?max_(?:statement|execution)_time\s*=|TRANSACTION\s+READ\s+ONLY\s*\Z)",
+    r"SET\s+(?:LOCAL\s+\w+\s*=|TRANSACTION\s+READ\s+ONLY\s*\Z)",
+    re.IGNORECASE,
+)
+_HARMLESS_ASSIGNMENT = re.compile(  # LOCAL is another word for SESSION there
+    r"""@[\w.$"']|(?:(?:SESSION|LOCAL|GLOBAL)\s+)?max_(?:statement|execution)_time\s*:?=|TRANSACTION\s+READ\s+ONLY\s*\Z""",
     re.IGNORECASE,
 )
 _LIFTS_QUERY_ONLY = re.compile(r"PRAGMA\s.*query_only.*[=(]", re.IGNORECASE | re.DOTALL)
 _ANALYZED_QUERY = re.compile(r"ANALYZE\s+(?:FORMAT\b|SELECT\b)", re.IGNORECASE)  # MariaDB's EXPLAIN ANALYZE
 _HARMLESS_PRAGMA = re.compile(
-    r"""PRAGMA\s+(?:\w+\.)?(?:
+    r"""PRAGMA\s+(?:"?\w+"?\s*\.\s*)?(?:
     (?!incremental_vacuum\b|optimize\b|shrink_memory\b|wal_checkpoint\b)\w+
-    |(?:table_(?:x?info|list)|index_(?:x?info|list)|foreign_key_(?:list|check)|(?:integrity|quick)_check)\s*\(\s*['"]?\w+['"]?\s*\)
+    |(?:table_(?:x?info|list)|index_(?:x?info|list)|foreign_key_(?:list|check)|(?:integrity|quick)_check)\s*\(\s*"?\w+"?\s*\)
     )\s*;?\s*\Z""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -172,8 +191,8 @@ _ALLOWED_TO_READERS = re.compile(
     |pg_(?:cancel|terminate)_backend|pg_reload_conf|pg_rotate_logfile|pg_switch_wal|pg_promote|pg_backup_(?:start|stop)
     |pg_create_(?:restore_point|(?:logical|physical)_replication_slot)|pg_(?:drop|copy_\w+)_replication_slot
     |pg_replication_(?:slot_advance|origin_\w+)|pg_logical_(?:emit_message|slot_get_(?:binary_)?changes)|pg_stat_reset\w*
-    |pg_import_system_collations|pg_wal_replay_(?:pause|resume))["`]?\s*\(
-    |\bINTO\s+(?:OUTFILE|DUMPFILE)\b|\bWITH\s+HOLD\b""",
+    |pg_import_system_collations|pg_wal_replay_(?:pause|resume))"?\s*\(
+    |\bU&"|\bINTO\s+(?:OUTFILE|DUMPFILE)\b|\bWITH\s+HOLD\b""",
     re.IGNORECASE | re.VERBOSE,
 )
 """What databases let a read-only session do although it does more than read, or stays on the pooled connection."""
@@ -185,50 +204,61 @@ _COPY_OUT = re.compile(r"COPY\b.*\sTO\s+STDOUT\s*(?:\(|WITH\b|;|\Z)", re.IGNOREC
 
 
 @lru_cache(maxsize=2048)
-def refused_to_readers(statement: str) -> str | None:
+def refused_to_readers(statement: str, syntax: Syntax = "any") -> str | None:
     """Return what a read-only session refuses about a statement, or None if the statement is left to the database.
 
     It refuses a statement whose first word does not only read (SET, DO, CALL, RESET, PREPARE), several statements in one text,
-    the words by which a session becomes writable, and what databases let a read-only session do although it is more than reading.
+    the words by which a session becomes writable, what databases let a read-only session do although it is more than reading,
+    and names that hide their letters: `U&"…"`.
     """
-    bare = without_comments(statement)
+    return next(filter(None, (_refused(bare, syntax) for bare in bare_texts(statement, syntax))), None)
+
+
+def _refused(bare: str, syntax: Syntax) -> str | None:
     first = _FIRST_WORD.match(bare)
     word = first.group(1).upper() if first else ""
-    if word in ("RESET", "DISCARD") or _SETS_BY_FUNCTION.search(bare):
+    if (
+        word in ("RESET", "DISCARD")
+        or _SETS_BY_FUNCTION.search(bare)
+        or (word in ("SET", "BEGIN", "START") and _LIFTS_READ_ONLY.search(_KEEPS_READ_ONLY.sub(" ", bare)))
+        or (word == "PRAGMA" and _LIFTS_QUERY_ONLY.match(bare))
+    ):
         return "Lifting the protection"
-    reads = word in _READER_WORDS and not _has_several(bare) and not _ALLOWED_TO_READERS.search(bare)
-    if word in ("SET", "BEGIN", "START"):
-        if _LIFTS_READ_ONLY.search(_KEEPS_READ_ONLY.sub(" ", bare)):
-            return "Lifting the protection"
-        reads = _HARMLESS_SET.match(bare) is not None
+    reads = word in _READER_WORDS
+    if word == "SET":
+        reads = _is_harmless_set(bare, syntax)
     elif word == "ANALYZE":
         reads = _ANALYZED_QUERY.match(bare) is not None
     elif word == "EXPLAIN":
-        reads = reads and not _EXPLAINED_WRITE.match(unquoted(bare))
+        reads = not _EXPLAINED_WRITE.match(without_names(bare))
     elif word == "COPY":
-        plain = unquoted(bare)
-        reads = reads and _COPY_OUT.match(plain) is not None and not _STRAY_QUOTE.search(plain)
+        reads = _COPY_OUT.match(without_names(bare)) is not None
     elif word == "PRAGMA":
-        if _LIFTS_QUERY_ONLY.match(bare):
-            return "Lifting the protection"
         reads = _HARMLESS_PRAGMA.match(bare) is not None
+    reads = reads and not _SEVERAL.search(bare) and not _ALLOWED_TO_READERS.search(bare)
     return None if reads else "A statement that may do more than read"
 
 
 _KEEPS_READ_ONLY = re.compile(r"TRANSACTION\s+READ\s+ONLY", re.IGNORECASE)
+_SET = re.compile(r"SET\b\s*", re.IGNORECASE)
+_IN_PARENTHESES = re.compile(r"\([^()]*\)")
 
 
-def _has_several(text: str) -> bool:
-    if ";" not in text:
-        return False
-    unquoted = _DOLLAR_QUOTED.sub(" ", text)
-    plain = _QUOTED.sub(_without_content, unquoted)
-    return re.search(r";\s*[^\s;]", unquoted if "\\" in text or _STRAY_QUOTE.search(plain) else plain) is not None
+def assignments(bare: str) -> list[str]:
+    """Return the parts of a SET statement of MariaDB or MySQL, without what is in parentheses; none for another statement."""
+    found = _SET.match(bare)
+    if found is None:
+        return []
+    outer, remaining = "", bare[found.end() :]
+    while outer != remaining:
+        outer, remaining = remaining, _IN_PARENTHESES.sub(" ", remaining)
+    return [part.strip() for part in outer.split(",")]
 
 
-def unquoted(text: str) -> str:
-    """Return a text with a space for each literal, and with `quoted_name` for each quoted name."""
-    return _QUOTED.sub(_without_content, _DOLLAR_QUOTED.sub(" ", text))
+def _is_harmless_set(bare: str, syntax: Syntax) -> bool:
+    if syntax != "mysql" and _HARMLESS_SET.match(bare):
+        return True
+    return syntax != "postgresql" and all(map(_HARMLESS_ASSIGNMENT.match, assignments(bare)))
 
 
 def is_harmless(function: str) -> bool:
@@ -237,9 +267,12 @@ def is_harmless(function: str) -> bool:
 
 
 @lru_cache(maxsize=2048)
-def effect_of(statement: str) -> Effect:
+def effect_of(statement: str, syntax: Syntax = "any") -> Effect:
     """Return what `statement` does. A query that calls an unknown function may write."""
-    text = _QUOTED.sub(_without_content, statement)
+    return max(_effect(without_names(read)) for read in readings(statement, syntax))
+
+
+def _effect(text: str) -> Effect:
     first = _FIRST_WORD.match(text)
     keyword = first.group(1).upper() if first else ""
     if keyword in _WRITE:
@@ -247,10 +280,6 @@ def effect_of(statement: str) -> Effect:
     if keyword not in _CONTROL | _QUERY or _DOUBTFUL.search(text) or _SET_STATEMENT.match(text):
         return Effect.MAY_WRITE
     return Effect.READS if keyword in _CONTROL else _effect_of_query(text)
-
-
-def _without_content(quoted: re.Match[str]) -> str:
-    return " quoted_name" if quoted["name"] else " "
 
 
 def _effect_of_query(text: str) -> Effect:

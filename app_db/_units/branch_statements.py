@@ -10,6 +10,7 @@ from app_db._databases.database import PROTECTED
 from app_db._databases.statements import (
     Effect,
     SavepointVerb,
+    calls_code,
     effect_of,
     locks_rows,
     refused_to_readers,
@@ -65,40 +66,43 @@ class BranchStatements:
         """Note the effect of a statement that is about to be sent, or raise if it is not allowed."""
         if self._rolled_back_by not in (None, get_ident()):
             raise UnitOfWorkEnded(f"The {self.name!r} session")  # another thread is aborting the unit
-        verb = transaction_verb(statement)
+        database = self.config.database
+        syntax = database.syntax
+        verb = transaction_verb(statement, syntax)
         if verb is not None and not self._work.finishing:
             raise SessionIsManaged(self.name, verb, by_text=True)
-        if self.config.database.tells_transaction and self._work.rehearsal is None:
+        if database.tells_transaction and self._work.rehearsal is None:
             self._guard_transaction(statement)
         if self._savepoint_sent is not None:
             self._note_savepoint()
-        savepoint = savepoint_verb(statement)
+        savepoint = savepoint_verb(statement, syntax)
         if savepoint is not None:
             # Count now: what a cursor of the driver changes before the next statement came after this one.
-            changes = None if self._beginning is None else self.config.database.note_beginning(self.connection)
+            changes = None if self._beginning is None else database.note_beginning(self.connection)
             self._savepoint_sent = savepoint, len(self._failures), changes
         if self.read_only:
             self._guard_reader(statement)
-        words = self.config.database.refused_in_unit(statement)
+        words = database.refused_in_unit(statement)
         if words is not None:
             raise InvalidUse(
                 f"{words} can't be executed on the connection {self.name!r} in a unit of work, because later units would get it",
-                self.config.database.instead_in_unit,
+                database.instead_in_unit,
             )
-        effect = effect_of(statement)
+        effect = effect_of(statement, syntax)
         if effect > self.effect:
             if effect is Effect.WRITES and self.read_only:
                 raise ReadOnlyViolation(self.name, "The statement", not self.config.read_only)
             self.effect = effect
         if effect is not Effect.READS:
-            self._may_have_locked = self._may_have_locked or locks_rows(statement)
-            self._writes_unnoticed = self._writes_unnoticed or writes_unnoticed(statement)
+            self._may_have_locked = self._may_have_locked or locks_rows(statement, syntax)
+            self._writes_unnoticed = self._writes_unnoticed or writes_unnoticed(statement, syntax)
         if self._work.time_limit is not None:
             self._work.time_limit.refuse_overtime()
 
     def _guard_reader(self, statement: str) -> None:
         """Refuse what may lift the protection, and close a connection whose protection is gone all the same."""
-        refused = None if effect_of(statement) is Effect.WRITES else refused_to_readers(statement)
+        syntax = self.config.database.syntax
+        refused = None if effect_of(statement, syntax) is Effect.WRITES else refused_to_readers(statement, syntax)
         if refused is not None:
             raise ReadOnlyViolation(self.name, refused, not self.config.read_only)
         for connection, info in self._connections.items():
@@ -114,11 +118,11 @@ class BranchStatements:
         if self.has_ended_transaction:
             raise TransactionLost(self.name, ended_by_statement=True)
         database = self.config.database
-        self._after_call = bool(database.runs_code(statement))
+        self._after_call = calls_code(statement, database.syntax)
         if self._was_in_transaction and database.commits_by_itself(statement):
-            first_word = statement.partition(" ")[0].upper()
             raise InvalidUse(
-                f"The database of {self.name!r} would commit what the unit of work did so far before this {first_word}",
+                f"The database of {self.name!r} would commit what the unit of work did so far before this "
+                + statement.partition(" ")[0].upper(),
                 "Execute it before the unit, or in a unit of its own",
             )
 

@@ -223,7 +223,7 @@ class SharedConnection:
                 checkout.failed = True
                 self._close_if_interrupted(error)
                 raise
-            checkout.effect = max(checkout.effect, effect_of(text))
+            checkout.effect = max(checkout.effect, effect_of(text, self.rules.syntax))
 
     def _autocommit(self, checkout: Checkout, text: str, send: Callable[[], None]) -> None:
         before, after, after_failure = self.rules.around(new_mark(), checkout.read_only)
@@ -236,7 +236,7 @@ class SharedConnection:
                 self._execute(*after_failure)
             raise
         self._execute(*after)
-        if effect_of(text) is Effect.WRITES:
+        if effect_of(text, self.rules.syntax) is Effect.WRITES:
             self.savepoints.keep({checkout.connection})
 
     def _close_if_interrupted(self, error: BaseException) -> None:

@@ -140,8 +140,8 @@ def test_the_database_refuses_what_app_db_lets_pass_with_the_same_error(
 ) -> None:
     with running(**reader_of(database_url)) as app:
         app.run("INSERT INTO items (name) VALUES ('seed')")
-        monkeypatch.setattr("app_db._units.branch_statements.effect_of", lambda statement: Effect.READS)
-        monkeypatch.setattr("app_db._units.branch_statements.refused_to_readers", lambda statement: None)
+        monkeypatch.setattr("app_db._units.branch_statements.effect_of", lambda statement, syntax: Effect.READS)
+        monkeypatch.setattr("app_db._units.branch_statements.refused_to_readers", lambda statement, syntax: None)
         with pytest.raises(ReadOnlyViolation) as caught, app.unit():
             app.session("reader").scalars(select(Item.name)).all()
             statement(app.session("reader"))
@@ -214,8 +214,8 @@ def test_the_database_enforces_a_read_only_unit_and_the_connection_is_writable_a
     with running(writer=one_connection(database_url)) as app:
         app.run("INSERT INTO items (name) VALUES ('seed')")
         with monkeypatch.context() as patch:
-            patch.setattr("app_db._units.branch_statements.effect_of", lambda statement: Effect.READS)
-            patch.setattr("app_db._units.branch_statements.refused_to_readers", lambda statement: None)
+            patch.setattr("app_db._units.branch_statements.effect_of", lambda statement, syntax: Effect.READS)
+            patch.setattr("app_db._units.branch_statements.refused_to_readers", lambda statement, syntax: None)
             for _ in range(2):
                 with pytest.raises(ReadOnlyViolation) as caught, app.unit(read_only=True):
                     app.session().execute(text("UPDATE items SET name = 'refused'"))
@@ -263,8 +263,8 @@ def test_a_read_only_unit_stays_so_with_any_isolation(
     isolation: str | None, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(writer=one_connection(database_url)) as app:
-        monkeypatch.setattr("app_db._units.branch_statements.effect_of", lambda statement: Effect.READS)
-        monkeypatch.setattr("app_db._units.branch_statements.refused_to_readers", lambda statement: None)
+        monkeypatch.setattr("app_db._units.branch_statements.effect_of", lambda statement, syntax: Effect.READS)
+        monkeypatch.setattr("app_db._units.branch_statements.refused_to_readers", lambda statement, syntax: None)
         with pytest.raises(ReadOnlyViolation), app.unit(read_only=True, isolation=isolation):
             app.session().execute(text("INSERT INTO items (name) VALUES ('refused')"))
         with app.unit(isolation=isolation):
@@ -355,8 +355,8 @@ def test_postgresql_a_reader_sees_the_latest_state_when_it_asks_for_nothing(post
 def test_a_reader_with_repeatable_reads_is_read_only_too_and_back_to_its_own_ways_afterwards(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app_db._units.branch_statements.effect_of", lambda statement: Effect.READS)
-    monkeypatch.setattr("app_db._units.branch_statements.refused_to_readers", lambda statement: None)
+    monkeypatch.setattr("app_db._units.branch_statements.effect_of", lambda statement, syntax: Effect.READS)
+    monkeypatch.setattr("app_db._units.branch_statements.refused_to_readers", lambda statement, syntax: None)
     with running(**reader_of(postgres_url)) as app:
         with pytest.raises(ReadOnlyViolation), app.unit(isolation="REPEATABLE READ"):
             app.session("reader").execute(text("INSERT INTO items (name) VALUES ('refused')"))

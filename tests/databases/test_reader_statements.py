@@ -24,6 +24,9 @@ NewUrl = Callable[[], str]
 
 INSERT = "INSERT INTO items (name) VALUES ('written')"
 
+WRITE_BESIDE = f"COMMIT; BEGIN READ WRITE; {INSERT}; COMMIT"
+"""Written in a transaction of its own, if the statements of a text are not seen."""
+
 POSTGRESQL = [
     INSERT,
     "SELECT writes()",
@@ -126,6 +129,30 @@ POSTGRESQL = [
     "SELECT pg_create_restore_point('written')",
     "SELECT pg_create_physical_replication_slot('written')",
     "SELECT pg_logical_emit_message(false, 'written', '')",
+    # The beginning of a comment in a literal or in a name hides nothing.
+    f"SELECT '--'; {WRITE_BESIDE}",
+    f"SELECT '/*'; {WRITE_BESIDE}; SELECT '*/'",
+    f'SELECT 1 AS "--"; {WRITE_BESIDE}',
+    f'SELECT 1 AS "a/*"; {WRITE_BESIDE} -- */',
+    f"SELECT $$/*$$; {WRITE_BESIDE}; SELECT $$*/$$",
+    f"SELECT $a$--$a$; {WRITE_BESIDE}",
+    f"SELECT E'\\'--'; {WRITE_BESIDE}",
+    f"SELECT E'a'\n'\\'--'; {WRITE_BESIDE}",
+    f"SELECT 1\n# 2; {WRITE_BESIDE}",
+    f"SELECT 1 AS a$$; {WRITE_BESIDE}; SELECT 1 AS b$$",
+    f"SELECT 1 AS a$1$; {WRITE_BESIDE}; SELECT 1 AS b$1$",
+    f"SELECT 1 AS ä$a$; {WRITE_BESIDE}; SELECT 1 AS b$a$",
+    f"SELECT 'a\\'; {WRITE_BESIDE}; SELECT 'b\\'",
+    "SELECT '--', pg_advisory_lock(8)",
+    "SELECT '/*', pg_advisory_lock(8), '*/'",
+    "SELECT '--', pg_notify('written', '')",
+    "SELECT '--', set_config('search_path', 'pg_catalog', false)",
+    "SELECT '--', set_config('default_transaction_read_only', 'off', false)",
+    "SELECT 1 AS a$$, pg_advisory_lock(8) AS b$$",
+    "SELECT 1 # pg_advisory_lock_shared(8)::text::int",
+    'SELECT U&"pg\\005fadvisory\\005flock"(9)',
+    "SELECT u&\"pg!005fadvisory!005flock\"(9) UESCAPE '!'",
+    "SELECT /* /* */ ' */ 1, pg_advisory_lock(8) -- '",
 ]
 
 MARIADB = [
@@ -216,6 +243,32 @@ MARIADB = [
     "RESET QUERY CACHE",
     "SIGNAL SQLSTATE '45000'",
     "PURGE BINARY LOGS BEFORE NOW()",
+    # The beginning of a comment in a literal or in a name hides nothing, nor do two hyphens without a space.
+    "SELECT 1--GET_LOCK('written', 0)",
+    "SELECT 1 --1 INTO OUTFILE '{file}'",
+    "SELECT '/*', GET_LOCK('written', 0), '*/'",
+    "SELECT '-- ', GET_LOCK('written', 0)",
+    "SELECT '#', GET_LOCK('written', 0)",
+    'SELECT "#", GET_LOCK("written", 0)',
+    "SELECT 1 AS `#`, GET_LOCK('written', 0)",
+    "SELECT 1 AS `-- `, GET_LOCK('written', 0)",
+    "SELECT '\\'#', GET_LOCK('written', 0)",
+    "SELECT '\\'/*', GET_LOCK('written', 0), '*/'",
+    'SELECT "\\"#", GET_LOCK("written", 0)',
+    "SELECT '/*!', GET_LOCK('written', 0), '*/'",
+    "SELECT /*! GET_LOCK */ ('written', 0)",
+    "SELECT 1 /*!, '*/', GET_LOCK('written', 0) */",
+    "SELECT 1 /*!999999 ' */, GET_LOCK('written', 0) -- '",
+    "SELECT 1 /*!999999 ' *//*M!100100 , GET_LOCK('written', 0) */ -- '",
+    "SELECT 1 */*'*/ GET_LOCK('written', 0) -- '",
+    "SELECT /* /* */ GET_LOCK('written', 0) -- */",
+    "SET @a = GET_LOCK('written', 0)",
+    "SET @a = '-- ', autocommit = 0",
+    "SET @a = '#', SESSION tx_read_only = 0",
+    "SET @a = 'x', SESSION sql_mode = ''",
+    "SET @a = 'x', GLOBAL max_connections = 300",
+    "SET @a = CONCAT('x', ','), NAMES latin1",
+    "SET LOCAL sql_mode = ''",
 ]
 
 SQLITE = [
@@ -297,6 +350,14 @@ SQLITE = [
     "WITH one(name) AS (VALUES ('written')) INSERT INTO items (name) SELECT name FROM one RETURNING name",
     "WITH one AS (SELECT 1) DELETE FROM items",
     "WITH RECURSIVE one AS (SELECT 1) UPDATE items SET name = 'written'",
+    "PRAGMA 'query_only' = 0",
+    "PRAGMA main.'query_only' = 0",
+    'PRAGMA "main" . query_only = 0',
+    "SELECT '--', load_extension('written')",
+    "SELECT '/*', load_extension('written'), '*/'",
+    "SELECT 1 AS \"--\", load_extension('written')",
+    "SELECT 1 AS [--], load_extension('written')",
+    "SELECT 1 AS `/*`, load_extension('written') -- */",
 ]
 
 
@@ -567,6 +628,13 @@ READS = {
         "SET LOCAL work_mem = '2MB'",
         "SHOW search_path",
         "SELECT name AS into_outfile FROM items",
+        "SELECT 'pg_notify('",
+        "SELECT 'set_config'",
+        "SELECT 'WITH HOLD'",
+        r"SELECT 'C:\dir; x y'",
+        "SELECT 'x; y', $$; z '$$, 1 AS \"a; b\"",
+        "SELECT E'\\'; COMMIT; SELECT \\''",
+        "SELECT name /* ; /* ' */ x; y */ FROM items -- it's; so",
     ],
     "mariadb": [
         "SELECT name INTO @x FROM items",
@@ -576,12 +644,21 @@ READS = {
         "SHOW TABLES",
         "DESCRIBE items",
         "SELECT /*! STRAIGHT_JOIN */ name FROM items",
+        "SELECT 'GET_LOCK(', \"INTO OUTFILE\"",
+        "SELECT name /* ; ' x */ FROM items # it's; so",
+        "SELECT name FROM items -- it's; GET_LOCK('a', 0)",
+        "SET @x = 'a, SESSION sql_mode = b', @y = CONCAT(@x, ',')",
+        "SET @sql_mode = 1",
+        "SET TRANSACTION READ ONLY",
     ],
     "sqlite": [
         "PRAGMA table_info(items)",
         "PRAGMA main.index_list('items')",
         "PRAGMA foreign_keys",
         "EXPLAIN QUERY PLAN SELECT 1",
+        "SELECT 'load_extension('",
+        r"SELECT 'C:\dir; x y', 1 AS [a; b]",
+        "SELECT name /* ; ' /* x */ FROM items -- it's; so",
     ],
 }
 

@@ -89,6 +89,12 @@ def test_what_ends_the_transaction_is_noticed(kind: str, goes_on: str, app: Appl
         "/*!COMMIT*/",
         "/*M! COMMIT */",
         "# c\nCOMMIT",
+        "--\tc\nCOMMIT",
+        "SET STATEMENT max_statement_time=1 FOR COMMIT",
+        "SET STATEMENT max_statement_time=1 FOR ALTER TABLE items ADD other int",
+        "SET @a=1, PASSWORD=PASSWORD('p@ss:w/rd %25#?')",
+        "/* ' */ TRUNCATE TABLE items -- '",
+        "/*!999999 ' */ TRUNCATE TABLE items -- '",
     ],
 )
 def test_what_would_commit_by_itself_is_refused_before_it_is_sent(statement: str, app: Application) -> None:
@@ -108,6 +114,12 @@ def test_what_would_commit_by_itself_is_refused_before_it_is_sent(statement: str
         "LOCK TABLES items WRITE",
         "FLUSH TABLES items FOR EXPORT",
         "SET /* x */ AUTOCOMMIT=1",
+        "SET @a='-- ', autocommit=1",
+        "SET @a='#', autocommit=1",
+        "SET @a='/*', autocommit=1, @b='*/'",
+        "SET @a='x', SESSION sql_mode=''",
+        "SET @a=(SELECT 1), @@autocommit=1",
+        "SET STATEMENT max_statement_time=1 FOR SET SESSION sql_mode=''",
     ],
 )
 def test_what_stays_on_the_connection_is_refused(statement: str, app: Application) -> None:

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import func, select, text, true
 from sqlalchemy.engine import make_url
 
-from app_db.errors import InvalidUse
+from app_db.errors import InvalidUse, SessionIsManaged
 from harness.applications import Application, running
 
 REFUSED = {
@@ -37,6 +37,11 @@ REFUSED = {
         "SELECT set_config('a.b', 'c', true), set_config('search_path', 'a', 1 > 2)": "set_config(…) without the word true",
         "SELECT set_config('search_path', lower('other, true)'), (1 > 2))": "set_config(…) without the word true",
         "SELECT set_config('a.b', set_config('a.c', 'd', (SELECT false)), true)": "set_config(…) without the word true",
+        "SELECT set_config('search_path', 'other', 'off')": "set_config(…) without the word true",
+        "SELECT '--', set_config('search_path', 'other', false)": "set_config(…, false)",
+        "SELECT '/*'; SET work_mem = '1MB'; SELECT '*/'": "SET work_mem",
+        "SELECT 1 AS a$$; SET work_mem = '1MB'; SELECT 1 AS b$$": "SET work_mem",
+        'SET "search_path" = other': 'SET "search_path"',
     },
     "mariadb": {
         "SET SESSION TRANSACTION READ ONLY": "SET SESSION TRANSACTION",
@@ -50,6 +55,13 @@ REFUSED = {
         "SET/**/time_zone = '+01:00'": "SET time_zone",
         "SET NAMES latin1": "SET NAMES",
         "SET ROLE NONE": "SET ROLE",
+        "SET @a = 'x', SESSION sql_mode = ''": "SET SESSION sql_mode",
+        "SET @a = '-- ', sql_mode = ''": "SET sql_mode",
+        "SET @a = CONCAT('#', ','), @@session.time_zone = '+01:00'": "SET @@session.time_zone",
+        "SET @a = '/*', foreign_key_checks = 0, @b = '*/'": "SET foreign_key_checks",
+        "SET @a = 1, autocommit = 1": "SET autocommit",
+        "SET @a = '-- ', autocommit = 1": "SET autocommit",
+        'SET @a = "it\'s", NAMES latin1': "SET NAMES",
         "USE mysql": "USE",
         "FLUSH TABLES WITH READ LOCK": "FLUSH TABLES WITH READ LOCK",
     },
@@ -61,6 +73,8 @@ REFUSED = {
         "PRAGMA locking_mode = EXCLUSIVE": "PRAGMA locking_mode",
         "PRAGMA read_uncommitted = 1": "PRAGMA read_uncommitted",
         "PRAGMA recursive_triggers = 1": "PRAGMA recursive_triggers",
+        "PRAGMA 'busy_timeout' = 1": "PRAGMA busy_timeout",
+        'PRAGMA "main" . [locking_mode] = EXCLUSIVE': "PRAGMA locking_mode",
     },
 }
 
@@ -78,12 +92,19 @@ ALLOWED = {
         "UPDATE items SET name = name",
         "SELECT 'SET search_path; SET work_mem' AS set_config",
         "SELECT '; SET work_mem = 1'",
+        r"SELECT 'a\b; SET work_mem = 1'",
+        r"SELECT 'a\b; COMMIT;'",
+        "SELECT E'\\'; COMMIT; SELECT \\''",
+        "SELECT set_config('work_mem', '1MB', true), coalesce('a', '')",
         "CREATE FUNCTION f() RETURNS int LANGUAGE sql SET search_path = public AS $$ SELECT 1; SELECT 2 $$",
     ],
     "mariadb": [
         "SET STATEMENT sql_mode = '' FOR SELECT 1",
         "SET @sql_modes = 1",
         "SET @note = 'time_zone'",
+        "SET @note = 'a, time_zone = b', @autocommit = @@autocommit",
+        r"SELECT 'a\b; COMMIT;'",
+        r"SELECT 'it\'s'",
         "SET SESSION lock_wait_timeout = 10",
         "SELECT @@sql_mode",
         "UPDATE items SET name = name",
@@ -159,3 +180,30 @@ async def test_a_bound_value_can_not_be_seen_so_set_config_needs_the_word_true(p
                 shown = await app.container.writer_async_session().scalar(text("SHOW default_transaction_read_only"))
                 assert shown == "off"
             await app.container.shutdown_resources()
+
+
+HIDDEN = {
+    "postgresql": [
+        "SELECT '--'; COMMIT",
+        "SELECT '/*'; COMMIT; SELECT '*/'",
+        'SELECT 1 AS "--"; COMMIT',
+        "SELECT $$/*$$; COMMIT; SELECT $$*/$$",
+        "SELECT 1 AS a$$; COMMIT; SELECT 1 AS b$$",
+        "SELECT 1\n# 2; COMMIT",
+        "SELECT E'\\'--'; COMMIT",
+        "SELECT E'a' -- '\n'\\'--'; COMMIT",
+        "SELECT U&'\\0027'; COMMIT; SELECT '--'",
+    ],
+    "mariadb": ["SELECT '#'; COMMIT", "SELECT '/*'; COMMIT; SELECT '*/'", "SELECT 1 --1; COMMIT", r"SELECT '\'#'; COMMIT"],
+    "sqlite": ["SELECT '--'; COMMIT"],
+}
+
+
+def test_a_text_that_hides_a_commit_leaves_no_rows(given: tuple[str, Application]) -> None:
+    database, app = given
+    for statement in HIDDEN[database]:
+        with pytest.raises(SessionIsManaged, match="COMMIT"), app.unit():
+            app.add("written")
+            app.session().flush()
+            app.session().connection().exec_driver_sql(f"INSERT INTO items (name) VALUES ('hidden'); {statement}")
+        assert app.names() == [], statement
