@@ -44,7 +44,6 @@ ENDING = {
     "procedure that creates": "CALL creates()",
     "immediate": "EXECUTE IMMEDIATE 'COMMIT'",
     "block": "BEGIN NOT ATOMIC COMMIT; END",
-    "set statement": "SET STATEMENT max_statement_time = 5 FOR COMMIT",
     "set statement that creates": "SET STATEMENT max_statement_time = 5 FOR CREATE TABLE made (id int)",
 }
 
