@@ -130,7 +130,11 @@ def is_memory(url: URL) -> bool:
 # ---- showing ----------------------------------------------------------------------------------------------------
 
 MASK = "***"
-_SECRET_KEY = re.compile(r"pass|pwd|secret|token|credential|dsn|conninfo|odbc_connect|^options$", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"pass|pwd|secret|token|credential|authorization|dsn|conninfo|odbc_connect|^options$|^init_command$"
+    r"|(api|access|private|client|server)[-_]?key$",
+    re.IGNORECASE,
+)
 
 
 def is_secret(key: str) -> bool:

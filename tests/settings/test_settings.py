@@ -291,7 +291,22 @@ def test_a_url_object_is_as_good_as_its_text() -> None:
     assert SECRET not in f"{settings!r}{settings.origins()}"
 
 
-@pytest.mark.parametrize("key", ["password", "sslpassword", "api_token", "client_secret", "passwd", "PWD"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "password",
+        "sslpassword",
+        "api_token",
+        "client_secret",
+        "passwd",
+        "PWD",
+        "api_key",
+        "access-key",
+        "scram_client_key",
+        "init_command",
+        "Authorization",
+    ],
+)
 def test_secrets_in_the_query_of_a_url_are_masked(key: str) -> None:
     connection = ConnectionSettings(url=f"postgresql://h/db?{key}={SECRET}&zone=1")
     assert connection.masked_url == f"postgresql+psycopg://h/db?{key}=***&zone=1"
