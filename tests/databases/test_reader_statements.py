@@ -562,7 +562,7 @@ def changed(before: dict[object, object], after: dict[object, object]) -> dict[o
     return {key: (before.get(key), after.get(key)) for key in {*before, *after} if before.get(key) != after.get(key)}
 
 
-@pytest.mark.parametrize("way", ["read-only connection", "read-only unit"])
+@pytest.mark.parametrize("way", ["read-only connection", pytest.param("read-only unit", marks=pytest.mark.exhaustive)])
 def test_nothing_is_written_and_the_pooled_connection_is_as_it_was(way: str, prepared: Prepared) -> None:
     app, unit_only = prepared.app, way == "read-only unit"
     name = "writer" if unit_only else "reader"
@@ -694,7 +694,9 @@ async def send_async(app: Application, statement: str) -> None:
                     await connection.run_sync(lambda sync: sync.connection.cursor().execute(INSERT))
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "asyncpg", "asyncmy", "aiosqlite"])
+@pytest.mark.parametrize(
+    "driver", ["psycopg", *(pytest.param(other, marks=pytest.mark.exhaustive) for other in ("asyncpg", "asyncmy", "aiosqlite"))]
+)
 def test_a_coroutines_reader_writes_nothing(driver: str, request: pytest.FixtureRequest) -> None:
     database = {"psycopg": "postgresql", "asyncpg": "postgresql", "asyncmy": "mariadb"}.get(driver, "sqlite")
     plain = make_url(request.getfixturevalue(FACTORIES[database])())

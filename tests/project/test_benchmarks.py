@@ -78,6 +78,7 @@ def test_a_benchmark_prints_whole_tables(name: str, postgres: object) -> None:
     check_tables(run(name), at_least=TABLES.get(name, 1))
 
 
+@pytest.mark.exhaustive
 def test_units_print_whole_tables_and_count_functions(postgres: object) -> None:
     """An INSERT calls more of app_db than a SELECT, and a SELECT more than a unit that leaves its
     session alone.

@@ -47,7 +47,16 @@ def collected(directory: Path, source: str, *arguments: str) -> subprocess.Compl
     )
 
 
-@pytest.mark.parametrize(("arguments", "count"), [((), 4), (("-m", ""), 9), (("-m", "exhaustive"), 4), (("-m", "soak"), 1)])
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ((), 4),
+        *(
+            pytest.param(*each, marks=pytest.mark.exhaustive)
+            for each in ((("-m", ""), 9), (("-m", "exhaustive"), 4), (("-m", "soak"), 1))
+        ),
+    ],
+)
 def test_a_plain_pytest_runs_the_representatives_and_an_empty_expression_all(
     arguments: tuple[str, ...], count: int, tmp_path: Path
 ) -> None:

@@ -313,7 +313,7 @@ def _is_connecting(error: BaseException) -> bool:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(900, method="thread")
 @pytest.mark.parametrize(
-    ("tasks", "units"), [pytest.param(20, 20, id="short"), pytest.param(200, 50, id="long", marks=pytest.mark.exhaustive)]
+    ("tasks", "units"), [pytest.param(10, 10, id="short"), pytest.param(200, 50, id="long", marks=pytest.mark.exhaustive)]
 )
 def test_tasks_leave_exactly_the_rows_of_their_units(new_postgres: Callable[..., PostgresServer], tasks: int, units: int) -> None:
     server = new_postgres(settings={"max_connections": 500, "authentication_timeout": "60s"})

@@ -89,7 +89,7 @@ def drivers(*ordinary: str) -> list[Any]:
     return [driver if driver in ordinary else pytest.param(driver, marks=pytest.mark.exhaustive) for driver in DRIVERS]
 
 
-@pytest.fixture(params=drivers("psycopg", "asyncpg"))
+@pytest.fixture(params=drivers("psycopg"))
 def stage(request: pytest.FixtureRequest) -> Stage:
     return Stage(request.param, request)
 
@@ -127,6 +127,7 @@ def test_a_slow_statement_is_stopped(stage: Stage) -> None:
         in_time(lambda: stage.seconds(app, lambda session: sleep(session, stage.kind)))
 
 
+@pytest.mark.parametrize("stage", drivers("psycopg", "asyncpg"), indirect=True)
 def test_a_statement_that_is_never_answered_is_stopped(stage: Stage) -> None:
     with stage.application() as (app, proxy):
 
