@@ -575,8 +575,8 @@ class PartialCommit(CommitError):
 class TransactionLost(CommitError):
     """The database ended a transaction, and the unit of work did not know.
 
-    Nothing was committed, unless `ended_by_statement` is true: then a statement ended the transaction, by a procedure that
-    commits, for example.
+    Nothing was committed, unless `ended_by_statement` is true: then the transaction ended behind the unit, by a procedure that
+    commits, for example, or by the driver's own `commit()`.
     """
 
     def __init__(self, connection: str, ended_by_statement: bool = False) -> None:
@@ -587,9 +587,9 @@ class TransactionLost(CommitError):
     def __str__(self) -> str:
         if self.ended_by_statement:
             return (
-                f"A statement ended the transaction of the connection {self.connection!r}, a procedure for example. "
-                "What the unit had done there by then may be committed, and nothing later is. Leave the end of the transaction "
-                "to the unit of work."
+                f"The transaction of the connection {self.connection!r} ended behind the unit of work: by a procedure, for "
+                "example, or by commit() or rollback() of the driver. What the unit had done there by then may be committed, "
+                "and nothing later is. Leave the end of the transaction to the unit, or use an autonomous session."
             )
         return (
             f"Nothing was committed: the connection {self.connection!r} has lost its transaction. Either a statement failed, the "

@@ -208,12 +208,21 @@ class Database:
     tells_transaction = False
     """Whether `is_in_transaction` can be asked after each statement: statements may end the transaction there."""
 
-    def is_in_transaction(self, connection: Connection, *, after_call: bool) -> bool | None:
+    begins_with_first_statement = False
+    """Whether a transaction is certainly open after a statement that did not fail."""
+
+    def is_in_transaction(self, connection: Connection) -> bool | None:
         """Return whether a transaction is open, by the last answer of the server.
 
         None: a statement has set autocommit, so none is open, and the server commits each statement that follows.
-        `after_call`: the statement was one for which `calls_code` is true.
         """
+        return True
+
+    def mark_transaction(self, connection: Connection) -> None:
+        """Mark the transaction before a statement for which `calls_code` is true."""
+
+    def has_kept_mark(self, connection: Connection) -> bool:
+        """Return whether the transaction is still the one that was marked, and take the mark away."""
         return True
 
     @staticmethod

@@ -49,6 +49,9 @@ _BEGIN_READ_ONLY = "START TRANSACTION READ ONLY"
 _PROTECT = "SET SESSION TRANSACTION READ ONLY"
 _END_AND_PROTECT = "BEGIN NOT ATOMIC {end}; SET SESSION TRANSACTION READ ONLY; END"  # one round trip, on MariaDB
 
+_MARK = "app_db_call"
+"""The savepoint that is taken before a procedure is called."""
+
 _LONGEST_WAIT = 3600
 """Seconds to wait for another process that creates tables."""
 
@@ -165,6 +168,7 @@ class MySQL(Database):
     _in_autocommit = 2  # SERVER_STATUS_AUTOCOMMIT
     _deadlock = 1213
     _lock_wait_timeout = 1205
+    _no_such_savepoint = 1305
 
     def password(self, driver: str, password: str) -> str | bytes:
         # These drivers would encode a str in latin-1, which fails for most alphabets.
@@ -306,17 +310,28 @@ class MySQL(Database):
 
     tells_transaction = True
 
-    def is_in_transaction(self, connection: Connection, *, after_call: bool) -> bool | None:
+    def is_in_transaction(self, connection: Connection) -> bool | None:
         driver_connection = connection.connection.driver_connection
         status: int | None = getattr(driver_connection, "server_status", None)
         if status is None:
             return True
         if status & self._in_autocommit and getattr(driver_connection, "autocommit_mode", None) is False:
             return None
-        # asyncmy keeps an earlier status instead of one that is 0.
-        if after_call and type(driver_connection).__module__.startswith("asyncmy") and self._is_mariadb(connection):
-            return self._asked_whether_in_transaction(connection)
         return bool(status & self._in_transaction)
+
+    # A procedure may commit, and begin again: the server's status does not show that, but a savepoint does not outlive it.
+
+    def mark_transaction(self, connection: Connection) -> None:
+        execute(connection.connection, f"SAVEPOINT {_MARK}")
+
+    def has_kept_mark(self, connection: Connection) -> bool:
+        try:
+            execute(connection.connection, f"RELEASE SAVEPOINT {_MARK}")
+        except connection.dialect.loaded_dbapi.Error as error:
+            if code_of(error) == self._no_such_savepoint:
+                return False
+            raise
+        return True
 
     def _has_begun(self, connection: Connection) -> bool:
         """Return whether a transaction is open. Only PyMySQL knows without asking the server."""

@@ -60,16 +60,19 @@ WITH told AS MATERIALIZED (
         LEFT JOIN pg_catalog.pg_class AS relation ON relation.oid = held.relation
         WHERE held.pid = pg_backend_pid() AND held.locktype IN ('relation', 'object') AND held.granted
         AND held.mode NOT IN ('AccessShareLock', 'RowShareLock') AND relation.relkind IS DISTINCT FROM 'S'
-    ) AS holds_locks
+    ) AS holds_locks, EXISTS (
+        SELECT FROM pg_catalog.pg_locks AS held JOIN pg_catalog.pg_class AS relation ON relation.oid = held.relation
+        WHERE held.pid = pg_backend_pid() AND held.mode = 'RowExclusiveLock' AND held.granted AND relation.relkind = 'f'
+    ) AS writes_elsewhere
 )
-SELECT has_id, holds_locks, current_setting('track_counts') = 'on', CASE WHEN has_id AND NOT holds_locks THEN (
+SELECT has_id, holds_locks, writes_elsewhere, current_setting('track_counts') = 'on', CASE WHEN has_id AND NOT holds_locks THEN (
     SELECT string_agg(CASE WHEN has_table_privilege(catalog.oid, 'SELECT') THEN catalog.relname ELSE '' END, ' ')
     FROM pg_catalog.pg_class AS catalog WHERE catalog.oid < 16384 AND catalog.relkind = 'r'
     AND catalog.relnamespace = 'pg_catalog'::regnamespace
     AND pg_stat_get_xact_tuples_inserted(catalog.oid) + pg_stat_get_xact_tuples_updated(catalog.oid) > 0
 ) END FROM told"""
-"""The last column names the system catalogs that the transaction may have inserted into or updated. An empty name stands for
-one that the user may not read."""
+"""A write to a foreign table takes no transaction id here: it is another server's. The last column names the system catalogs that
+the transaction may have inserted into or updated. An empty name stands for one that the user may not read."""
 
 _UNPREPARED: dict[str, object] = {
     "statement_cache_size": 0,
@@ -344,9 +347,9 @@ class PostgreSQL(Database):
         # The locks on tables tell these apart: a row lock takes a weaker one, and ROLLBACK TO gives back what was taken since.
         # GRANT, CREATE SCHEMA, CREATE FUNCTION and others keep no such lock, but insert into system catalogs or update them.
         try:
-            has_id, holds_locks, has_counters, catalogs = connection.exec_driver_sql(_WHO_WROTE).one()
-            if not has_id or holds_locks or not may_have_locked or not has_counters:
-                return bool(has_id)
+            has_id, holds_locks, writes_elsewhere, has_counters, catalogs = connection.exec_driver_sql(_WHO_WROTE).one()
+            if writes_elsewhere or not has_id or holds_locks or not may_have_locked or not has_counters:
+                return bool(writes_elsewhere or has_id)
             return catalogs is not None and self._has_changed(connection, catalogs.split(" "))
         except DBAPIError as error:
             if code_of(error) == "25P02":  # the transaction has failed, so the server answers nothing any more
@@ -371,6 +374,12 @@ class PostgreSQL(Database):
         "Write SET LOCAL, or set_config(…, true), which ends with the unit. true is a word in the text and no bound parameter: "
         "func.set_config(…, sqlalchemy.true())"
     )
+
+    tells_transaction = True
+    begins_with_first_statement = True
+
+    def is_in_transaction(self, connection: Connection) -> bool:
+        return not self._is_idle(connection.connection.driver_connection)
 
     def has_ended_transaction(self, connection: Connection) -> bool:
         driver_connection = connection.connection.driver_connection

@@ -183,6 +183,9 @@ class SQLite(Database):
         # SQLite rolls back by itself, for example if the disk is full. Each later statement would then commit by itself.
         return not getattr(connection.connection.driver_connection, "in_transaction", True)
 
+    def has_ended_transaction(self, connection: Connection) -> bool:
+        return self.has_lost_transaction(connection, ())
+
     def note_beginning(self, connection: Connection) -> object:
         return getattr(connection.connection.driver_connection, "total_changes", None)
 

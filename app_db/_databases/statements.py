@@ -69,11 +69,25 @@ _VERB = r"""(?:(?P<commit>COMMIT\b|END\b(?!\s+(?:IF|CASE|LOOP|WHILE|REPEAT|FOR)\
     |(?:NOT\s+)?DEFERRABLE\b))))"""
 _FIRST_VERB = re.compile(_VERB, re.IGNORECASE | re.VERBOSE)
 _LATER_VERB = re.compile(r";[\s;]*" + _VERB, re.IGNORECASE | re.VERBOSE)
-_BODY = re.compile(
+_BEFORE_BODY = re.compile(
     r"""\A(?:CREATE\s+(?:OR\s+REPLACE\s+)?(?:DEFINER\s*=\s*\S+\s+)?(?:TEMP(?:ORARY)?\s+|CONSTRAINT\s+|AGGREGATE\s+)*
-    (?:TRIGGER|PROCEDURE|FUNCTION|EVENT|PACKAGE)\b.*?|)\bBEGIN\b.*\bEND\b""",
-    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+    (?:TRIGGER|PROCEDURE|FUNCTION|EVENT|PACKAGE)\b[^;]*?|)\b(?=BEGIN\b)""",
+    re.IGNORECASE | re.VERBOSE,
 )
+_BODY_EDGE = re.compile(r"\b(?:(?P<begin>BEGIN|CASE)|END(?!\s+(?:IF|LOOP|WHILE|REPEAT|FOR)\b)(?:\s+CASE)?)\b", re.IGNORECASE)
+
+
+def _without_body(bare: str) -> str:
+    """Return a reading without the body of the routine or block that it begins with, from BEGIN to the END of that BEGIN."""
+    start = _BEFORE_BODY.match(bare)
+    if start is None:
+        return bare
+    is_open = 0
+    for edge in _BODY_EDGE.finditer(bare, start.end()):
+        is_open += 1 if edge["begin"] else -1
+        if is_open == 0:
+            return f"{bare[: start.end()]} {bare[edge.end() :]}"
+    return bare
 
 
 @lru_cache(maxsize=2048)
@@ -101,7 +115,7 @@ def transaction_verb(statement: str, syntax: Syntax = "any") -> str | None:
     for bare in bare_texts(statement, syntax):
         found = _FIRST_VERB.match(bare)
         if found is None and ";" in bare:
-            found = _LATER_VERB.search(_BODY.sub(" ", without_names(bare)))
+            found = _LATER_VERB.search(_without_body(without_names(bare)))
         if found is not None:
             return found.lastgroup
     return None

@@ -38,7 +38,8 @@ class BranchStatements:
     _writes_unnoticed = False
     _beginning: object = None
     _was_in_transaction = False
-    _after_call = False
+    _has_sent = False
+    _is_marked = False
     _savepoints: tuple[tuple[str, Effect, bool], ...] = ()
     """By the order in which they were taken: name, effect by then, and whether nothing had changed."""
     _savepoint_sent: tuple[SavepointVerb, int, object] | None = None
@@ -98,6 +99,7 @@ class BranchStatements:
             self._writes_unnoticed = self._writes_unnoticed or writes_unnoticed(statement, syntax)
         if self._work.time_limit is not None:
             self._work.time_limit.refuse_overtime()
+        self._has_sent = not (self.read_only or self.config.autonomous)  # others may be in autocommit
 
     def _guard_reader(self, statement: str) -> None:
         """Refuse what may lift the protection, and close a connection whose protection is gone all the same."""
@@ -113,28 +115,37 @@ class BranchStatements:
                 raise ReadOnlyViolation(self.name, "A statement after one that lifted the protection", False)
 
     def _guard_transaction(self, statement: str) -> None:
-        """Refuse what would end the transaction, and notice that an earlier statement has ended it."""
+        """Refuse what would end the transaction, and notice that it has ended behind the unit."""
         self.note_transaction()
         if self.has_ended_transaction:
             raise TransactionLost(self.name, ended_by_statement=True)
         database = self.config.database
-        self._after_call = calls_code(statement, database.syntax)
         if self._was_in_transaction and database.commits_by_itself(statement):
             raise InvalidUse(
                 f"The database of {self.name!r} would commit what the unit of work did so far before this "
                 + statement.partition(" ")[0].upper(),
                 "Execute it before the unit, or in a unit of its own",
             )
+        if not self.config.autonomous and calls_code(statement, database.syntax):
+            self._is_marked = True
+            for connection in self._connections:
+                database.mark_transaction(connection)
 
     def note_transaction(self) -> None:
-        """Note whether the transaction is open, by the last answer of the server, if the driver keeps that."""
+        """Note whether the transaction is open: by the last answer of the server, and by its mark after a call of code."""
+        database = self.config.database
+        is_marked, self._is_marked = self._is_marked, False
+        if self._has_sent and database.begins_with_first_statement and not self._failures:
+            self._was_in_transaction = True
         for connection in self._connections:
-            if not (connection.closed or connection.invalidated):
-                is_open = self.config.database.is_in_transaction(connection, after_call=self._after_call)
-                if is_open:
-                    self._was_in_transaction = True
-                elif self._was_in_transaction or is_open is None:
-                    self.has_ended_transaction = True
+            if connection.closed or connection.invalidated:
+                continue
+            is_open = database.is_in_transaction(connection)
+            has_ended = is_open is None or (self._was_in_transaction and not is_open)
+            if has_ended or (is_marked and not database.has_kept_mark(connection)):
+                self.has_ended_transaction = True
+            elif is_open:
+                self._was_in_transaction = True
 
     def _note_savepoint(self) -> None:
         """Keep what is known at a savepoint, and go back to that once the savepoint was rolled back to, unless that failed."""
@@ -157,12 +168,15 @@ class BranchStatements:
                 self._beginning = changes
         self._savepoints = self._savepoints[: places[-1] + (verb == "undo")]
 
-    def ask_whether_it_wrote(self) -> None:
-        """Ask the database whether the transaction has changed anything, unless the text of a statement says so for certain."""
+    def ask_whether_it_wrote(self, *, also_if_certain: bool = False) -> None:
+        """Ask the database whether the transaction has changed anything.
+
+        With `also_if_certain` it is asked as well where the text of a statement says so: an UPDATE may have found no row.
+        """
         if self.read_only or self.config.autonomous or self._writes_unnoticed or len(self._connections) != 1:
             return
         self._note_savepoint()
-        if self.effect is Effect.WRITES or self._work.rehearsal is not None:
+        if self._work.rehearsal is not None or (self.effect is Effect.WRITES and not also_if_certain):
             return
         known = self.effect  # which the question itself may change
         wrote = self.config.database.has_written(self.connection, self._beginning, may_have_locked=self._may_have_locked)

@@ -35,8 +35,8 @@ class BranchOffLoop(Branch):
     def has_lost_transaction(self) -> bool:
         return off_loop(super().has_lost_transaction)
 
-    def ask_whether_it_wrote(self) -> None:
-        off_loop(super().ask_whether_it_wrote)
+    def ask_whether_it_wrote(self, *, also_if_certain: bool = False) -> None:
+        off_loop(super().ask_whether_it_wrote, also_if_certain=also_if_certain)
 
     def check_commit(self, rehearsal: Rehearsal) -> None:
         off_loop(super().check_commit, rehearsal)

@@ -468,11 +468,18 @@ class Work:
             for branch in may_have_written:
                 branch.ask_whether_it_wrote()
 
+    def _that_wrote_alone(self) -> list[Branch]:
+        return [branch for branch in unpreparable(self.branches) if branch.wrote]
+
     def _refuse_partial_commit(self) -> None:
         if len(self.branches) < 2:
             return
         self._ask_who_wrote()
-        alone = [branch for branch in unpreparable(self.branches) if branch.wrote]
+        alone = self._that_wrote_alone()
+        if len(alone) > 1 and self._coordinator.atomicity() == "strict":
+            for branch in alone:
+                branch.ask_whether_it_wrote(also_if_certain=True)
+            alone = self._that_wrote_alone()
         if len(alone) > 1 and self._coordinator.atomicity() == "strict":
             by_threads = {branch.name for branch in alone if not branch.config.asynchronous}
             raise NotAtomic(

@@ -167,6 +167,9 @@ LOOKING_ON_SQLITE = {
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
 
+OF_NO_ROW = ("UPDATE touched SET name = 'x' WHERE name = 'absent'", "DELETE FROM touched WHERE name = 'absent'")
+"""Writes that find no row to write to."""
+
 INSERT = "INSERT INTO touched (name) VALUES ('said')"
 
 _UNCERTAIN = (

@@ -1,4 +1,4 @@
-"""On MariaDB a statement may end the unit's transaction: it is refused, or noticed by the server's own answer."""
+"""A statement may end the unit's transaction, or the driver's own methods: it is refused or noticed, where that can be known."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from app_db.errors import InvalidUse, SessionIsManaged, TransactionLost
@@ -17,6 +18,7 @@ NewUrl = Callable[[], str]
 PROCEDURES = [
     "CREATE PROCEDURE commits() BEGIN COMMIT; END",
     "CREATE PROCEDURE rolls_back() BEGIN ROLLBACK; END",
+    "CREATE PROCEDURE begins_again() BEGIN COMMIT; INSERT INTO items (name) VALUES ('by a procedure'); END",
     "CREATE PROCEDURE creates() BEGIN CREATE TABLE made (id int); DROP TABLE made; END",
     "CREATE PROCEDURE commits_each() BEGIN SET autocommit = 1; END",
     "CREATE PROCEDURE harmless() BEGIN SELECT 1; END",
@@ -41,6 +43,7 @@ def write(session: Session, name: str) -> None:
 ENDING = {
     "procedure that commits": "CALL commits()",
     "procedure that rolls back": "CALL rolls_back()",
+    "procedure that begins again": "CALL begins_again()",
     "procedure that creates": "CALL creates()",
     "immediate": "EXECUTE IMMEDIATE 'COMMIT'",
     "block": "BEGIN NOT ATOMIC COMMIT; END",
@@ -154,7 +157,7 @@ def test_what_does_not_end_the_transaction_is_no_alarm(app: Application) -> None
 
 def test_coroutines_notice_it(app: Application) -> None:
     async def main() -> None:
-        with pytest.raises(TransactionLost, match="ended the transaction"):
+        with pytest.raises(TransactionLost, match="ended behind the unit of work"):
             async with app.unit():
                 session = app.container.writer_async_session()
                 session.add(Item(name="before"))
@@ -183,17 +186,62 @@ def test_coroutines_notice_each_of_them_before_the_next_write(kind: str, app: Ap
     assert "after" not in app.names()
 
 
-@pytest.mark.parametrize("kind", ["harmless", "commits"])
-def test_a_procedure_that_a_coroutine_calls_first_is_no_alarm(kind: str, app: Application) -> None:
+@pytest.mark.parametrize("procedure", ["commits", "rolls_back", "begins_again", "creates"])
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+def test_it_is_noticed_of_the_first_statement_of_a_unit(driver: str, procedure: str, app: Application) -> None:
+    def call() -> None:
+        with app.unit():
+            app.session().execute(text(f"CALL {procedure}()"))
+            write(app.session(), "after")
+
+    async def call_in_coroutine() -> None:
+        async with app.unit():
+            session = app.container.writer_async_session()
+            await session.execute(text(f"CALL {procedure}()"))
+            await session.execute(text("INSERT INTO items (name) VALUES ('after')"))
+
+    async def main() -> None:
+        try:
+            await call_in_coroutine()
+        finally:
+            await app.container.shutdown_resources()
+
+    with pytest.raises(TransactionLost, match="ended behind the unit of work"):
+        call() if driver == "pymysql" else asyncio.run(main())
+    assert app.names() == []
+
+
+def test_a_procedure_that_a_coroutine_calls_first_is_no_alarm(app: Application) -> None:
     async def main() -> None:
         async with app.unit():
             session = app.container.writer_async_session()
-            await session.execute(text(f"CALL {kind}()"))
+            await session.execute(text("CALL harmless()"))
             await session.execute(text("INSERT INTO items (name) VALUES ('kept')"))
         await app.container.shutdown_resources()
 
     asyncio.run(main())
     assert app.names() == ["kept"]
+
+
+def test_a_procedure_that_fails_is_no_alarm(app: Application) -> None:
+    app.run("CREATE PROCEDURE fails() BEGIN SIGNAL SQLSTATE '45000'; END")
+    with app.unit():
+        write(app.session(), "before")
+        with pytest.raises(DBAPIError, match="1644"):
+            app.session().execute(text("CALL fails()"))
+        write(app.session(), "after")
+    assert app.names() == ["after", "before"]
+
+
+def test_an_autonomous_session_may_call_what_commits(new_mariadb_url: NewUrl) -> None:
+    log = {"url": new_mariadb_url(), "transactional": False}
+    with running(writer=new_mariadb_url(), log=log) as app:
+        with app.engine("log").begin() as connection:
+            for procedure in PROCEDURES:
+                connection.exec_driver_sql(procedure)
+        with app.unit():
+            app.session("log").execute(text("CALL begins_again()"))
+        assert app.names("log") == ["by a procedure"]
 
 
 def set_autocommit(session: Session, kind: str) -> None:
@@ -288,3 +336,60 @@ def test_a_connection_whose_isolation_level_is_autocommit_is_no_alarm(driver: st
                     numbers.add(app.session("reader").scalar(text("SELECT CONNECTION_ID()")))
                     assert app.session("reader").scalar(text("SELECT @@autocommit")) == 1
     assert len(numbers) == 1
+
+
+# ---- PostgreSQL -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+@pytest.mark.parametrize("through", ["driver", "cursor"])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_the_end_of_a_transaction_by_the_driver_is_noticed_on_postgresql(
+    goes_on: bool, through: str, end: str, new_postgres_url: NewUrl
+) -> None:
+    with running(writer=new_postgres_url()) as app:
+        with pytest.raises(TransactionLost, match="ended behind the unit of work"), app.unit():
+            write(app.session(), "before")
+            driver = app.session().connection().connection.driver_connection
+            assert driver is not None
+            getattr(driver, end)() if through == "driver" else driver.cursor().execute(end)
+            if goes_on:
+                write(app.session(), "after")
+        assert app.names() == (["before"] if end == "commit" else [])
+
+
+@pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
+def test_coroutines_notice_it_on_postgresql(end: str, new_postgres_url: NewUrl) -> None:
+    async def main(app: Application) -> None:
+        with pytest.raises(TransactionLost, match="ended behind the unit of work"):
+            async with app.unit():
+                session = app.container.writer_async_session()
+                await session.execute(text("INSERT INTO items (name) VALUES ('before')"))
+                connection = await (await session.connection()).get_raw_connection()
+                assert connection.driver_connection is not None
+                await connection.driver_connection.execute(end)
+                await session.execute(text("INSERT INTO items (name) VALUES ('after')"))
+        await app.container.shutdown_resources()
+
+    with running(writer=new_postgres_url().replace("postgresql+psycopg", "postgresql+asyncpg")) as app:
+        asyncio.run(main(app))
+        assert "after" not in app.names()
+
+
+def test_a_first_statement_that_fails_is_no_alarm_on_postgresql(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        with app.unit():
+            with pytest.raises(DBAPIError), app.session().begin_nested():
+                app.session().execute(text("SELECT * FROM missing"))
+            write(app.session(), "kept")
+        assert app.names() == ["kept"]
+
+
+def test_a_rollback_by_the_driver_at_the_end_of_a_unit_is_noticed_on_sqlite(new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url()) as app:
+        with pytest.raises(TransactionLost, match="ended behind the unit of work"), app.unit():
+            write(app.session(), "lost")
+            driver = app.session().connection().connection.driver_connection
+            assert driver is not None
+            driver.rollback()
+        assert app.names() == []

@@ -22,7 +22,7 @@ from app_db.errors import InvalidUse, NotAtomic, SessionIsManaged
 from harness.applications import Application, Item, running
 from harness.hidden_writes import DEFINITIONS_ON_POSTGRESQL as DEFINITIONS
 from harness.hidden_writes import HIDDEN_ON_POSTGRESQL as HIDDEN
-from harness.hidden_writes import KINDS, POSTGRESQL_SCHEMA
+from harness.hidden_writes import KINDS, OF_NO_ROW, POSTGRESQL_SCHEMA
 from harness.hidden_writes import LOOKING_ON_POSTGRESQL as LOOKING
 from harness.servers import MariaDBServer, PostgresServer
 
@@ -100,6 +100,27 @@ def test_what_only_looks_or_locks_is_no_write(kind: str, apps: Application) -> N
         app.session("writer").execute(text(LOOKING[kind]))
         app.add(f"kept {kind}", "warehouse")
     assert f"kept {kind}" in app.names("warehouse")
+
+
+@pytest.mark.parametrize("statement", OF_NO_ROW)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_write_that_finds_no_row_is_no_write(kind: str, statement: str, request: pytest.FixtureRequest) -> None:
+    new: NewUrl = request.getfixturevalue(f"new_{kind.replace('postgresql', 'postgres')}_url")
+    with running(writer=new(), warehouse=new()) as app:
+        for name in app.connections:
+            app.run("CREATE TABLE touched (name varchar(20))", on=name)
+        with app.unit():
+            app.session("writer").execute(text(statement))
+            app.add("kept", "warehouse")
+        with pytest.raises(NotAtomic), app.unit():
+            app.session("writer").execute(text(statement))
+            app.session("writer").execute(text("INSERT INTO touched VALUES ('refused')"))
+            app.add("refused", "warehouse")
+        with pytest.raises(NotAtomic), app.unit():
+            app.run("INSERT INTO touched VALUES ('absent')", on="writer")
+            app.session("writer").execute(text(statement))
+            app.add("refused", "warehouse")
+        assert (app.names("writer"), app.names("warehouse")) == ([], ["kept"])
 
 
 def lock_a_row(session: Session) -> None:
@@ -284,7 +305,7 @@ def test_a_coroutine_is_told_by_mariadb(mariadb_apps: Application) -> None:
         with pytest.raises(NotAtomic):
             async with app.unit():
                 await app.container.writer_async_session().execute(text("SELECT seen FROM looking"))
-                await app.container.warehouse_async_session().execute(text("DELETE FROM touched"))
+                await app.container.warehouse_async_session().execute(text("INSERT INTO touched (name) VALUES ('refused')"))
         async with app.unit():
             await app.container.writer_async_session().execute(text("SELECT harmless(1)"))
             await app.container.warehouse_async_session().execute(text("DELETE FROM touched WHERE name = 'absent'"))
@@ -341,7 +362,7 @@ def test_a_write_of_a_coroutine_that_the_text_hides_is_refused_with_another(driv
         with pytest.raises(NotAtomic):
             async with app.unit():
                 await app.container.writer_async_session().execute(text(HIDDEN["view"]))
-                await app.container.warehouse_async_session().execute(text("DELETE FROM touched"))
+                await app.container.warehouse_async_session().execute(text("INSERT INTO touched (name) VALUES ('refused')"))
         async with app.unit():
             await app.container.writer_async_session().execute(text(LOOKING["lock"]))
             await app.container.warehouse_async_session().execute(text("DELETE FROM touched WHERE name = 'nobody'"))
@@ -417,6 +438,8 @@ def test_a_second_engine_in_a_session_is_refused_before_it_is_used(new_sqlite_ur
         ("END; SELECT 1", "commit"),
         ("CREATE TABLE event (id int); INSERT INTO event VALUES (1); COMMIT", "commit"),
         ("CREATE FUNCTION body() RETURNS int LANGUAGE sql AS $$ SELECT 1 $$; COMMIT", "commit"),
+        ("CREATE FUNCTION body() RETURNS int LANGUAGE sql AS 'SELECT 1'; COMMIT; BEGIN; SELECT 1; END", "commit"),
+        ("CREATE FUNCTION b() RETURNS int BEGIN ATOMIC SELECT CASE WHEN true THEN 1 END; END; COMMIT; SELECT 1; END", "commit"),
         ("PREPARE TRANSACTION 'x'", "prepare"),
         ("SELECT 1; BEGIN; COMMIT; END", "begin"),
     ],
@@ -436,6 +459,7 @@ def test_a_text_that_ends_the_transaction_is_refused_before_it_is_sent(statement
         "SELECT 1; ROLLBACK TO SAVEPOINT a",
         "CREATE FUNCTION body() RETURNS integer LANGUAGE plpgsql AS $$ BEGIN RETURN 1; END; $$",
         "DO $$ BEGIN PERFORM 1; END; $$",
+        "CREATE FUNCTION body() RETURNS int BEGIN ATOMIC SELECT 1; SELECT CASE WHEN true THEN 1 END; END; SELECT 1",
         "SELECT 'C:\\dir; end of line'",
         "/* c */ SELECT 1",
     ],
