@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from sqlalchemy.orm.exc import DetachedInstanceError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.sql.cache_key import HasCacheKey
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine, RootTransaction, Transaction
     from sqlalchemy.engine.interfaces import DBAPIConnection
-    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.orm import Mapper, Session, SessionTransaction
 
 # ---- sessions and their transactions ------------------------------------------------------------------------------------
 
@@ -100,6 +101,35 @@ def when_unmapped(base: Any, refuse: Callable[[type[object]], NoReturn]) -> None
     Otherwise SQLAlchemy raises UnmappedClassError, whose message names methods that users of app_db do not call.
     """
     base._sa_raise_deferred_config = classmethod(refuse)
+
+
+class _Noted:
+    """Loads an attribute as SQLAlchemy does, and adds a note to the error of an object that no session holds any more."""
+
+    def __init__(self, load: Callable[..., Any], note: Callable[[str | None], str], key: str | None) -> None:
+        self._load, self._note, self._key = load, note, key
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            return self._load(*arguments)
+        except DetachedInstanceError as error:
+            error.add_note(self._note(self._key))
+            raise
+
+
+def note_detached(mapper: Mapper[Any], note: Callable[[str | None], str]) -> None:
+    """Make the DetachedInstanceError of a model's attribute that is not loaded say what `note` returns for the attribute.
+
+    For an attribute that has expired it is called with None. SQLAlchemy has no event for reading an attribute.
+    """
+    manager: Any = mapper.class_manager
+    for key, attribute in manager.items():
+        load = getattr(attribute.impl, "callable_", None)
+        if load is not None and not isinstance(load, _Noted):
+            attribute.impl.callable_ = _Noted(load, note, key)
+    expired = manager.expired_attribute_loader
+    if not isinstance(expired, _Noted):
+        manager.expired_attribute_loader = _Noted(expired, note, None)
 
 
 # ---- async connections --------------------------------------------------------------------------------------------------

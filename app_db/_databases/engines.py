@@ -21,7 +21,7 @@ from app_db._databases.database import PROTECTED, Database, driver_of
 from app_db._databases.disposal import retired, settle
 from app_db._databases.pools import name_pool, pool_arguments
 from app_db._databases.registry import database_of
-from app_db._databases.time_limits import TIME_LIMIT, TimeLimit, limit_of_checkout
+from app_db._databases.time_limits import TIME_LIMIT, TimedConnects, TimeLimit, limit_of_checkout
 from app_db.errors import Problem, SettingsError
 from app_db.settings._urls import URL_PARTS, dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
 
@@ -40,6 +40,9 @@ _PLACE = ("url", *(part for part in URL_PARTS if part != "driver"), "password_pr
 """The settings that say where a database is and how to log in."""
 
 _IDLE_SINCE = "app_db_idle_since"
+
+_LEAST_TO_CONNECT = 2.0
+"""Seconds after which an attempt to connect ends by itself, at the soonest: a later unit may wait for it."""
 
 _setups: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
 _checked_out: dict[int, Any] = {}
@@ -113,6 +116,7 @@ class _Setup:
         self._is_async = engine.dialect.is_async
         self._done = False
         self._lock = Lock()
+        self._timed = TimedConnects()
         self._connect = database.connector(engine.dialect, connection)
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
         name_pool(engine.pool, self._note_if_full)
@@ -136,12 +140,12 @@ class _Setup:
         if not database.waits_for_answers:
             limit.refuse_overtime()
             return self._new_connection(*arguments, **parameters)
-        own = database.connect_limits(self._driver, limit.remaining(), parameters)
+        own = database.connect_limits(self._driver, max(limit.remaining(), _LEAST_TO_CONNECT), parameters)
         connect = partial(self._new_connection, *arguments, **{**parameters, **own})
         if self._is_async:
             connection: DBAPIConnection = await_only(limit.await_in_time(greenlet_spawn(connect)))
         else:
-            connection = limit.connect_in_time(connect)
+            connection = self._timed.connect(limit, connect)
         if own:
             database.lift_connect_limits(connection, parameters)
         limit.cover(database, connection)
@@ -183,8 +187,10 @@ class _Setup:
                 self._set_up()
 
     def forget_other_threads(self) -> None:
-        """Replace the lock in a forked child: the thread that held it may be gone."""
+        """Replace in a forked child what belongs to threads of the parent: the lock, and what they connect."""
         self._lock = Lock()
+        _of_parent_process.append(self._timed)
+        self._timed = TimedConnects()
 
     def _set_up(self) -> None:
         engine = self._engine()

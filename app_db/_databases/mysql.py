@@ -27,7 +27,7 @@ from app_db._databases.database import (
 from app_db._databases.drivers.mysql_connections import AwaitedAsyncmy, NonBlockingPyMySQL
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._databases.statements import Effect, assignments, bare_texts, effect_of
-from app_db.errors import CannotIsolate, InvalidUse
+from app_db.errors import CannotIsolate, InvalidUse, Problem, SettingsError
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -162,7 +162,10 @@ class MySQL(Database):
     _gone = frozenset({1153, 2006, 2013})
     _large = 2**20  # no server's max_allowed_packet is set lower
     _pymysql_only = frozenset(
-        "ssl_ca ssl_cert ssl_key ssl_key_password ssl_disabled ssl_verify_cert ssl_verify_identity write_timeout".split()
+        """
+        ssl_ca ssl_cert ssl_key ssl_key_password ssl_disabled ssl_verify_cert ssl_verify_identity
+        write_timeout collation bind_address defer_connect
+        """.split()
     )
     _in_transaction = 1  # the protocol's SERVER_STATUS_IN_TRANS
     _in_autocommit = 2  # SERVER_STATUS_AUTOCOMMIT
@@ -182,6 +185,9 @@ class MySQL(Database):
         if url.get_driver_name() != "asyncmy":
             return {**own, **settings.connect_args}
         said = {key: value for key, value in url.query.items() if key in self._pymysql_only} | settings.connect_args
+        if said.get("bind_address"):
+            message = "has bind_address, which asyncmy does not know. Leave it out, or give coroutines a connection of their own."
+            raise SettingsError([Problem(settings.variable("url" if "bind_address" in url.query else "connect_args"), message)])
         return {**own, **{key: value for key, value in said.items() if key not in self._pymysql_only}, **_tls_of_asyncmy(said)}
 
     def tables_without_transactions(self, engine: Engine) -> Rows:
@@ -189,9 +195,13 @@ class MySQL(Database):
             return [tuple(row) for row in connection.execute(text(_WITHOUT_TRANSACTIONS))]
 
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+        names = self._collating(settings) if engine.dialect.driver in ("pymysql", "asyncmy") else None
+
         @event.listens_for(engine, "connect")
         def set_up(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
             cursor = dbapi_connection.cursor()
+            if names is not None:
+                cursor.execute(names)
             if settings.read_only:
                 cursor.execute(_PROTECT)
                 record.info[PROTECTED] = True
@@ -203,6 +213,12 @@ class MySQL(Database):
 
         if settings.read_only:
             self._protect_from_functions(engine)
+
+    def _collating(self, settings: ConnectionSettings) -> str | None:
+        """Return the statement for PyMySQL's argument `collation`: asyncmy does not have it, and SQLAlchemy undoes it."""
+        said = {**settings.sqlalchemy_url().query, **settings.connect_args}
+        collation, charset = str(said.get("collation", "")), str(said.get("charset", "utf8mb4"))
+        return f"SET NAMES {charset} COLLATE {collation}" if collation.isidentifier() and charset.isidentifier() else None
 
     def _protect_from_functions(self, engine: Engine) -> None:
         """Have a read-only connection stay so if a function lifts the protection by `SET SESSION TRANSACTION READ WRITE`.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
@@ -71,24 +72,6 @@ class TimeLimit:
 
     # -- a new connection
 
-    def connect_in_time(self, connect: Callable[[], DBAPIConnection]) -> DBAPIConnection:
-        """Return what `connect` returns. Wait for it no longer than the limit allows.
-
-        Drivers limit only parts of that, and some in whole seconds. So it runs in a thread, which closes a late connection.
-        """
-        self.refuse_overtime()
-        done: Future[DBAPIConnection] = Future()
-        Thread(target=copy_context().run, args=(_connect_for, connect, done), name="app_db-connect", daemon=True).start()
-        try:
-            wait((done,), self.remaining())
-            if done.cancel():
-                raise UnitOfWorkTimeout(self.seconds)
-            return done.result()
-        except BaseException:
-            if not done.cancel() and done.exception() is None:
-                done.result().close()  # an exception from a signal handler came between
-            raise
-
     async def await_in_time(self, connection: Awaitable[R]) -> R:
         """Return what an awaitable returns. Wait for it no longer than the limit allows."""
         try:
@@ -114,17 +97,80 @@ class TimeLimit:
         return watched is not None and watched.is_shut
 
 
-def _connect_for(connect: Callable[[], DBAPIConnection], done: Future[DBAPIConnection]) -> None:
-    try:
-        connection = connect()
-    except BaseException as error:  # noqa: BLE001  # raised in the thread that waits
-        with suppress(InvalidStateError):
-            done.set_exception(error)
-        return
-    try:
-        done.set_result(connection)
-    except InvalidStateError:  # the limit has passed
-        connection.close()
+class TimedConnects:
+    """Opens the connections of an engine for units of work that have a limit.
+
+    Drivers limit only parts of that, and some in whole seconds. So each attempt runs in a thread. An attempt that takes too long
+    for its unit is left to the next one, which waits for it instead of beginning another: units whose limit is shorter than it
+    takes to connect would otherwise leave one thread each, and never get a connection.
+    """
+
+    def __init__(self) -> None:
+        self._late: deque[_Attempt] = deque()
+
+    def connect(self, limit: TimeLimit, connect: Callable[[], DBAPIConnection]) -> DBAPIConnection:
+        """Return what `connect` returns, now or for an earlier unit. Wait for it no longer than the limit allows."""
+        limit.refuse_overtime()
+        connection: DBAPIConnection | None = None
+        while connection is None:
+            late = self._next_late()
+            attempt = _Attempt(connect) if late is None else late
+            try:
+                wait((attempt.made,), limit.remaining())
+                if not attempt.made.done():
+                    raise UnitOfWorkTimeout(limit.seconds)
+                if late is None or attempt.made.exception() is None:  # an earlier unit's error says nothing about now
+                    connection = attempt.take()
+            except BaseException:
+                if attempt.taken.done():
+                    attempt.made.result().close()  # an exception from a signal handler came between
+                elif not attempt.made.done():
+                    self._late.append(attempt)
+                raise
+        return connection
+
+    def _next_late(self) -> _Attempt | None:
+        """Return the oldest attempt that was left, and that does not hang."""
+        with suppress(IndexError):
+            while True:
+                attempt = self._late.popleft()
+                if time.monotonic() < attempt.began + _KEPT:
+                    return attempt
+        return None
+
+
+_KEPT = 5.0
+"""Seconds for which a late connection is kept, and an attempt is waited for by other units."""
+
+
+class _Attempt:
+    """An attempt to connect, in a thread. The thread closes a connection that nobody takes."""
+
+    def __init__(self, connect: Callable[[], DBAPIConnection]) -> None:
+        self.began = time.monotonic()
+        self.made: Future[DBAPIConnection] = Future()
+        self.taken: Future[None] = Future()
+        Thread(target=copy_context().run, args=(self._run, connect), name="app_db-connect", daemon=True).start()
+
+    def take(self) -> DBAPIConnection | None:
+        """Return the connection, or None if it was closed because it was not taken in time. Raises the error of a failure."""
+        connection = self.made.result()
+        try:
+            self.taken.set_result(None)
+        except InvalidStateError:
+            return None
+        return connection
+
+    def _run(self, connect: Callable[[], DBAPIConnection]) -> None:
+        try:
+            connection = connect()
+        except BaseException as error:  # noqa: BLE001  # raised in the thread that waits
+            self.made.set_exception(error)
+            return
+        self.made.set_result(connection)
+        wait((self.taken,), _KEPT)
+        if self.taken.cancel():
+            connection.close()
 
 
 class _Watched:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import event
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapper, Session
 from transaction.interfaces import NoTransaction
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
-from app_db._compat.sqlalchemy import hand_over, is_flushing, prepare_to_commit
+from app_db._compat.sqlalchemy import hand_over, is_flushing, note_detached, prepare_to_commit
 from app_db._databases.engines import next_checkout
 from app_db._databases.registry import database_of
 from app_db._databases.time_limits import limit_of_checkout
@@ -381,6 +381,19 @@ def _refuse_foreign_commit(session: UnitSession) -> None:
     work = session._work
     if work is not None and not work.finishing and not session.in_nested_transaction():
         session._refuse("commit")
+
+
+@event.listens_for(Mapper, "mapper_configured")
+def _say_how_to_load(mapper: Mapper[Any], model: type[object]) -> None:
+    def note(key: str | None) -> str:
+        if key is None or key not in mapper.relationships:
+            return f"app_db: read what you need of {model.__name__} before its unit of work, or its session, ends."
+        return (
+            f"app_db: load {model.__name__}.{key} before its unit of work, or its session, ends: "
+            f"select({model.__name__}).options(selectinload({model.__name__}.{key}))."
+        )
+
+    note_detached(mapper, note)
 
 
 OF_TRANSACTIONS: dict[str, list[object]] = {

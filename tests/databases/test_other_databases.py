@@ -23,7 +23,7 @@ from app_db import DatabaseSettings, container_of
 from app_db._databases.database import Database
 from app_db._databases.registry import database_of
 from app_db._databases.sqlite import _use_wal
-from app_db.errors import ReadOnlyViolation, UnitOfWorkTimeout
+from app_db.errors import ReadOnlyViolation, SettingsError, UnitOfWorkTimeout
 from app_db.settings._urls import for_coroutines
 from harness.applications import Application, running
 
@@ -144,6 +144,7 @@ FILES = {"ca": "/ca.pem", "cert": "/cert.pem", "key": "/key.pem"}
         ({**TLS, "ssl_disabled": "true"}, {}),
         ({"write_timeout": 3, "read_timeout": 4}, {"read_timeout": 4}),
         ({"ssl_verify_cert": False}, {}),
+        ({"collation": "utf8mb4_bin", "defer_connect": False}, {}),
     ],
 )
 @pytest.mark.parametrize("by_url", [False, True], ids=["connect_args", "URL"])
@@ -179,4 +180,31 @@ def test_asyncmy_connects_with_the_arguments_of_pymysql(new_mariadb_url: Callabl
     assert asyncio.run(main()) == 42
     with container.transaction():
         assert container.writer_session().scalar(text("SELECT 42")) == 42
+    container.shutdown_resources()
+
+
+def test_the_collation_of_a_url_is_used_by_both_drivers(new_mariadb_url: Callable[[], str]) -> None:
+    given = {"url": f"{new_mariadb_url()}?charset=utf8mb4&collation=utf8mb4_estonian_ci"}
+    container = container_of("writer")(settings=DatabaseSettings(_env_file=None, connections={"writer": given}))
+    ask = text("SELECT @@collation_connection")
+
+    async def main() -> str:
+        async with container.transaction():
+            answer = await container.writer_async_session().scalar(ask)
+        await container.shutdown_resources()
+        return str(answer)
+
+    assert asyncio.run(main()) == "utf8mb4_estonian_ci"
+    with container.transaction():
+        assert container.writer_session().scalar(ask) == "utf8mb4_estonian_ci"
+    container.shutdown_resources()
+
+
+def test_an_address_that_asyncmy_cannot_bind_to_is_refused(new_mariadb_url: Callable[[], str]) -> None:
+    given = {"url": new_mariadb_url(), "connect_args": {"bind_address": "127.0.0.1"}}
+    container = container_of("writer")(settings=DatabaseSettings(_env_file=None, connections={"writer": given}))
+    with container.transaction():
+        assert container.writer_session().scalar(text("SELECT 42")) == 42
+    with pytest.raises(SettingsError, match=r"WRITER__CONNECT_ARGS: has bind_address, which asyncmy does not know"):
+        container.writer_async_engine()
     container.shutdown_resources()

@@ -7,9 +7,11 @@ import os
 import signal
 import socket
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,72 @@ def silent_application(url: str) -> Iterator[Application]:
 def test_a_slow_authentication_is_not_waited_for(stage: Stage) -> None:
     with Proxy(stage.server, rtt=700) as slow, silent_application(slow.url(stage.direct)) as app:
         in_time(lambda: stage.seconds(app, read, warm=False))
+
+
+@contextmanager
+def slow_to_connect(stage: Stage) -> Iterator[Application]:
+    """An application whose driver takes half a second to connect."""
+    driver: Any = import_module(stage.driver)
+
+    def connect(*arguments: Any, connect: Callable[..., Any] = driver.connect, **parameters: Any) -> Any:
+        time.sleep(0.5)
+        return connect(*arguments, **parameters)
+
+    with running(writer=stage.direct) as app, pytest.MonkeyPatch.context() as patched:
+        app.engine().dispose()
+        patched.setattr(driver, "connect", connect)
+        yield app
+
+
+def connecting() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "app_db-connect"]
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "pymysql"])
+def test_a_connection_that_comes_too_late_for_one_unit_is_for_the_next(driver: str, request: pytest.FixtureRequest) -> None:
+    stage = Stage(driver, request)
+    with slow_to_connect(stage) as app:
+        refused = 0
+        for _ in range(20):
+            try:
+                with app.unit(timeout=0.2):
+                    app.session().connection()
+            except UnitOfWorkTimeout:
+                refused += 1
+                assert len(connecting()) <= 1
+            else:
+                break
+        assert 0 < refused < 20
+        assert connecting() == []
+
+
+def test_attempts_that_come_to_nothing_do_not_pile_up_and_do_not_outlive_the_fault(request: pytest.FixtureRequest) -> None:
+    stage = Stage("psycopg", request)
+    with stage.application() as (app, proxy):
+        fault = proxy.lose("request", to=b"", then="stall")
+        for _ in range(8):
+            with pytest.raises(UnitOfWorkTimeout), app.unit(timeout=0.1):
+                app.session().connection()
+        assert fault.happened
+        assert len(connecting()) == 1
+        proxy.cut()
+        with app.unit(timeout=5):
+            assert app.session().scalar(text("SELECT 1")) == 1
+        assert connecting() == []
+
+
+def test_a_connection_that_nobody_takes_is_closed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr("app_db._databases.time_limits._KEPT", 0.2)
+    stage = Stage("psycopg", request)
+    with slow_to_connect(stage) as app:
+        with pytest.raises(UnitOfWorkTimeout), app.unit(timeout=0.2):
+            app.session().connection()
+        give_up = time.monotonic() + 10
+        while connecting() and time.monotonic() < give_up:
+            time.sleep(0.02)
+        assert connecting() == []
+        with app.unit():
+            assert app.session().scalar(text("SELECT 1")) == 1
 
 
 def test_a_full_pool_is_not_waited_for(stage: Stage) -> None:
