@@ -1,8 +1,8 @@
 """All errors of app_db.
 
 The attributes of an error say what it is about. Printed, an error says what is wrong, and then what
-to do. `args` are the arguments of the constructor, so that errors can be pickled. Each class has a
-page in the documentation, which `page` names.
+to do, and where to read more. `args` are the arguments of the constructor, so that errors can be
+pickled. Each class has a page in the documentation, which `page` names.
 
     AppDbError
      ├── SettingsError
@@ -119,9 +119,28 @@ class AppDbError(Exception):
     page: ClassVar[str] = "errors/app-db-error"
     """The page of the documentation about errors of this class."""
 
+    pages_at: ClassVar[str] = "https://app-db.readthedocs.io/en/stable"
+    """Where the pages are. Set it to your own copy of the documentation, or to "" for messages without an address."""
+
+    def __str__(self) -> str:
+        return f"{self.message}\nSee {self.pages_at}/{self.page}.html" if self.pages_at else self.message
+
+    @property
+    def message(self) -> str:
+        """What is wrong, and what to do, without the address."""
+        return self._text()
+
+    def _text(self) -> str:
+        return super().__str__()
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.page = "errors/" + re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+        if cls.__module__ == __name__:  # an application's own error keeps the page of its base
+            cls.page = "errors/" + re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+
+def _without_address(error: BaseException) -> str:
+    return error.message if isinstance(error, AppDbError) else str(error)
 
 
 # ---- settings ---------------------------------------------------------------------------------------------------
@@ -149,7 +168,7 @@ class SettingsError(AppDbError):
         super().__init__(problems)
         self.problems = tuple(problems)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         count = len(self.problems)
         head = "The database settings have a problem:" if count == 1 else f"The database settings have {count} problems:"
         return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
@@ -182,7 +201,7 @@ class UnknownConnection(AppDbError, AttributeError):
         self.name = name
         self.known = tuple(known)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         connections = [name for name in self.known if f"{name}_session" in self.known]
         return (
             f"The container has no {self.name!r}.{did_you_mean(str(self.name), self.known)} Declare `NAME = Connection()` "
@@ -200,7 +219,7 @@ class ConnectionNotConfigured(AppDbError, LookupError):
         self.variable = variable or f"APP_DB_CONNECTIONS__{name.upper()}__URL"
         """The environment variable that configures the connection."""
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"The connection {self.name!r} has no database.{did_you_mean(self.name, self.configured)} Set {self.variable}, "
             f"for example to sqlite:///{self.name}.db. Configured are: {_listed(self.configured)}."
@@ -216,7 +235,7 @@ class UnknownModel(AppDbError, LookupError):
         self.known = tuple(known)
         self.connection = connection
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         if self.connection is None:
             return (
                 f"No connection is known for {self.subject}. Derive the model from `orm_base('NAME')`, or put the table into "
@@ -236,7 +255,7 @@ class SpansDatabases(AppDbError):
         super().__init__(places)
         self.places = tuple(places)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         tables = " and ".join(f"the table {table!r} of {connection!r}" for table, connection in self.places)
         return (
             f"One statement can't reach several databases, and this statement names {tables}. Send a statement to each database, "
@@ -252,7 +271,7 @@ class NotReflected(AppDbError, AttributeError):
         self.model = model
         self.connection = connection
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"The model {self.model} has no columns yet: it gets them from the database of {self.connection!r}. Call "
             "`container.reflect()` once at start-up, after the modules of the models were imported."
@@ -279,7 +298,7 @@ class CannotReflect(AppDbError):
         super().__init__(models)
         self.models = tuple(models)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         count = len(self.models)
         head = "A model can't be reflected:" if count == 1 else f"{count} models can't be reflected:"
         return "\n".join([head, *(f"  {model}" for model in self.models)])
@@ -294,7 +313,7 @@ class UnknownTable(AppDbError, AttributeError, KeyError):
         self.connection = connection
         self.known = tuple(known)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"The schema that was read from {self.connection!r} has no table {self.table!r}."
             f"{did_you_mean(self.table, self.known)} It has: {_listed(self.known)}. If the table is new, call "
@@ -312,7 +331,7 @@ class NotWired(AppDbError):
         self.parameter = parameter
         self.marker = marker
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         if self.parameter is None:
             return (
                 f"{self.function} was called before a container was wired to its module. Call "
@@ -339,7 +358,7 @@ class NoUnitOfWork(UnitOfWorkError, NoTransaction):  # type: ignore[misc]  # tra
         super().__init__(subject)
         self.subject = subject
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"{self.subject} was used outside a unit of work. Put the code in `with container.transaction():` or in a function "
             "decorated with @transactional."
@@ -353,7 +372,7 @@ class UnitOfWorkEnded(UnitOfWorkError):
         super().__init__(subject)
         self.subject = subject
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"{self.subject} was used after its unit of work had ended. Don't keep a session between units: ask for it again "
             "(injected, or from the container) inside the next unit."
@@ -369,7 +388,7 @@ class ForeignUnitOfWork(UnitOfWorkError):
         self.owner = owner
         self.user = user
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return f"{self.subject} belongs to {self.owner} and was used from {self.user}. {self._advice()}"
 
     def _advice(self) -> str:
@@ -393,7 +412,7 @@ class UnitOfWorkInUse(UnitOfWorkError):
         self.user = user
         self.other = other
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"{self.user} can't take part in the unit of work, because {self.other} is in a block of it. Sessions serve one "
             "thread at a time: let the threads follow each other, or give the function `propagation='requires_new'` for a unit "
@@ -408,7 +427,7 @@ class AlreadyInUnitOfWork(UnitOfWorkError, AlreadyInTransaction):  # type: ignor
         super().__init__(wanted)
         self.wanted = wanted
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"{self.wanted} was called while a unit of work is under way. Use `with container.transaction():`, which joins it, "
             "or `transaction(propagation='requires_new')` for a unit of its own."
@@ -425,7 +444,7 @@ class SessionIsManaged(UnitOfWorkError):
         self.by_text = by_text
         """Whether the text of a statement says so, and not a method."""
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         if self.by_text:
             return (
                 f"A statement has a {self.method.upper()} in it, and the {self.connection!r} session belongs to a unit of work. "
@@ -451,7 +470,7 @@ class AwaitRequired(UnitOfWorkError):
         self.subject = subject
         self.advice = advice
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return f"{self.subject} has to be awaited. {self.advice}."
 
 
@@ -462,7 +481,7 @@ class UnitOfWorkDoomed(UnitOfWorkError, DoomedTransaction):  # type: ignore[misc
         super().__init__(reason)
         self.reason = reason
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"Nothing was committed, because the unit of work was doomed: {self.reason}. Let the error reach the outermost unit, "
             "or give the inner block propagation='nested' or 'requires_new' if the outer one may go on without it."
@@ -476,7 +495,7 @@ class UnitOfWorkTimeout(UnitOfWorkError, TimeoutError):
         super().__init__(timeout)
         self.timeout = timeout
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"The unit of work took longer than its timeout of {self.timeout:g} s and was stopped. "
             "Do less in it, or raise `timeout`."
@@ -491,7 +510,7 @@ class ReplicaUnavailable(UnitOfWorkError, TransientError):  # type: ignore[misc]
         self.connection = connection
         self.replica_of = replica_of
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"The connection {self.connection!r}, a replica of {self.replica_of!r}, could not be reached; the cause says why. "
             f"Start its server; or read from {self.replica_of!r}, in a block of `session.using({self.replica_of!r})` or, in all "
@@ -507,7 +526,7 @@ class InvalidUse(AppDbError):
         self.problem = problem
         self.advice = advice
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return f"{self.problem}. {self.advice}."
 
 
@@ -520,7 +539,7 @@ class ReadOnlyViolation(UnitOfWorkError):
         self.what = what
         self.whole_unit = whole_unit
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         if self.whole_unit:
             return (
                 f"{self.what} was refused: the unit of work is read-only, and so is its {self.connection!r} session. "
@@ -545,7 +564,7 @@ class NotAtomic(CommitError):
         super().__init__(connections)
         self.connections = tuple(connections)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         both_ways = ""
         if any(f"{name} (async)" in self.connections for name in self.connections):
             both_ways = "A session and an async session are two transactions, even of one connection. "
@@ -565,7 +584,7 @@ class PartialCommit(CommitError):
         self.failed = failed
         self.rolled_back = tuple(rolled_back)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"Only a part was committed. Committed: {_listed(self.committed)}. Failed: {self.failed!r}. Rolled back: "
             f"{_listed(self.rolled_back)}. Repair the data by hand. The cause above says why {self.failed!r} failed."
@@ -584,7 +603,7 @@ class TransactionLost(CommitError):
         self.connection = connection
         self.ended_by_statement = ended_by_statement
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         if self.ended_by_statement:
             return (
                 f"The transaction of the connection {self.connection!r} ended behind the unit of work: by a procedure, for "
@@ -610,7 +629,7 @@ class OutcomeUnknown(CommitError):
         self.committed = tuple(committed)
         self.prepared = tuple(prepared)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         if self.prepared:
             return (
                 f"The decision to commit was sent, and no answer came: {self.connection} can't be reached. "
@@ -631,7 +650,7 @@ class CommitUnconfirmed(CommitError):
         super().__init__(connections)
         self.connections = tuple(connections)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"The unit of work was committed, but {_listed(self.connections)} did not confirm it. Don't repeat the unit: "
             "`python -m app_db recover` commits what is prepared there as soon as the database can be reached. Until then "
@@ -646,7 +665,7 @@ class AbortedByRecovery(CommitError, TransientError):  # type: ignore[misc]  # t
         super().__init__(unit)
         self.unit = unit
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"Nothing was committed: a recovery took the process of the unit of work {self.unit} for dead, and rolled it back. "
             "Repeat the unit (`attempts=2` does), or give recovery a longer grace."
@@ -660,8 +679,8 @@ class HookFailed(CommitError):
         super().__init__(errors)
         self.errors = tuple(errors)
 
-    def __str__(self) -> str:
-        causes = "; ".join(f"{type(error).__name__}: {error}" for error in self.errors)
+    def _text(self) -> str:
+        causes = "; ".join(f"{type(error).__name__}: {_without_address(error)}" for error in self.errors)
         return (
             f"The unit of work was committed, and then {len(self.errors)} of its hooks failed ({causes}). "
             "Don't repeat the unit; do the work of these hooks in another way."
@@ -684,7 +703,7 @@ class CannotIsolate(IsolationError):
         self.subject = subject
         self.advice = advice
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         where = f" on {self.connection!r}" if self.connection else ""
         return f"{self.subject} can't be isolated{where}, and was not done. {self.advice}."
 
@@ -698,7 +717,7 @@ class IsolationTimeout(IsolationError):
         self.holders = tuple(holders)
         self.seconds = seconds
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         what = f"the connection {self.connection!r}" if self.connection else "a connection"
         return (
             f"Timed out after {self.seconds:g} s waiting for {what}: the units of an isolated test run one after the other, and "
@@ -714,7 +733,7 @@ class IsolationBroken(IsolationError):
         super().__init__(problems)
         self.problems = tuple(problems)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         head = "The isolated test left something open, or could not be isolated completely:"
         return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
 
@@ -728,7 +747,7 @@ class CannotMakeDatabase(AppDbError):
         self.database = database
         self.reason = reason
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"The database {self.database!r} could not be created for the connection {self.connection!r} ({self.reason}). Each "
             "worker needs its own. Allow the user of that connection to create databases, or create it beforehand, or give each "
@@ -749,7 +768,7 @@ class DecisionFileUnusable(AppDbError):
         self.remedy = remedy
         self.undecided = undecided
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return f"The decision file {self.path} can't be used: {self.problem}. {self.remedy}."
 
 

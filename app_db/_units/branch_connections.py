@@ -168,6 +168,7 @@ class BranchConnection(BranchStatements):
 
     def send_rollback(self, dbapi_connection: PoolProxiedConnection, plainly: Callable[[PoolProxiedConnection], None]) -> None:
         """Send ROLLBACK in the form in which the transaction began, or nothing if its xid ends it."""
+        self.was_rolled_back = not self._work.finishing
         if not self._begun_by_xid:
             plainly(dbapi_connection)
         elif self.stage is Stage.ACTIVE:

@@ -33,6 +33,8 @@ class BranchStatements:
     """The strongest effect of its statements, judged by their text, or by the database once that was asked."""
     has_ended_transaction = False
     """Whether a statement has ended the transaction."""
+    was_rolled_back = False
+    """Whether code has rolled it back by SQLAlchemy, so that nothing of it can be committed."""
     _rolled_back_by: int | None = None  # a thread
     _may_have_locked = False
     _writes_unnoticed = False
@@ -118,7 +120,7 @@ class BranchStatements:
         """Refuse what would end the transaction, and notice that it has ended behind the unit."""
         self.note_transaction()
         if self.has_ended_transaction:
-            raise TransactionLost(self.name, ended_by_statement=True)
+            raise self.lost()
         database = self.config.database
         if self._was_in_transaction and database.commits_by_itself(statement):
             raise InvalidUse(
@@ -130,6 +132,10 @@ class BranchStatements:
             self._is_marked = True
             for connection in self._connections:
                 database.mark_transaction(connection)
+
+    def lost(self) -> TransactionLost:
+        """Return the error of a transaction that is lost."""
+        return TransactionLost(self.name, ended_by_statement=self.has_ended_transaction and not self.was_rolled_back)
 
     def note_transaction(self) -> None:
         """Note whether the transaction is open: by the last answer of the server, and by its mark after a call of code."""

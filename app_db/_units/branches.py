@@ -38,6 +38,7 @@ class BranchSession(TakingPart, Protocol):
     @property
     def config(self) -> BranchConfig: ...
     def connection(self) -> Connection: ...
+    def close(self) -> None: ...
     def invalidate(self) -> None: ...
     def take_over(self, branch: Branch, connection: Connection, transaction: RootTransaction) -> None: ...
     def take_part(self) -> None: ...
@@ -254,10 +255,20 @@ class Branch(BranchConnection):
     def _close_session(self) -> None:
         """Close the session, or the connection if there is no session. The connection returns to its pool."""
         if self._data_manager is not None:
-            self._data_manager.abort(self._work.transaction)
+            self._abort_data_manager(self._data_manager)
         elif self._own_connection is not None:
             connection, self._own_connection, self._has_ended = self._own_connection, None, True
             connection.close()
+
+    def _abort_data_manager(self, data_manager: SessionDataManager) -> None:
+        try:
+            data_manager.abort(self._work.transaction)
+        except KeyError:
+            if data_manager.tx is None:  # it is a listener's
+                raise
+            # An exception from outside came between two lines of zope.sqlalchemy, which did not note the session.
+            session, data_manager.tx = data_manager.session, None
+            session.close()
 
     def _roll_back_transaction(self) -> None:
         # Another thread may be in the session, such as the worker of a cancelled coroutine. If the session were closed now,

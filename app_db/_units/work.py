@@ -454,7 +454,7 @@ class Work:
         for part in list(chain[Overlay | Branch](self.overlays, self.branches)):
             if part.has_lost_transaction():
                 if not (isinstance(part, Branch) and part.lost_nothing):
-                    raise TransactionLost(part.name, isinstance(part, Branch) and part.has_ended_transaction)
+                    raise part.lost() if isinstance(part, Branch) else TransactionLost(part.name)
                 self.roll_back(part)
 
     def may_write_to_several(self) -> bool:

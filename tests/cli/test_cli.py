@@ -229,8 +229,9 @@ def test_a_check_that_fails_prints_a_line_for_each_problem(new_postgres: Callabl
     }
     done = app_db("check", environment=variables(given))
     assert (done.code, done.out) == (2, "")
-    head, *problems = done.err.splitlines()
+    head, *problems, address = done.err.splitlines()
     assert head == "The database settings have 3 problems:"
+    assert address.startswith("See https://")
     assert [problem.split(":")[0].strip() for problem in problems] == [
         "APP_DB_CONNECTIONS__AUDIT__TWO_PHASE",
         "APP_DB_CONNECTIONS__WRITER__TWO_PHASE",

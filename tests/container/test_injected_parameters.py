@@ -379,7 +379,7 @@ def test_a_sync_session_is_not_injected_for_an_async_one_nor_the_other_way_round
             if caught.type is AwaitRequired:
                 continue
             name = f"{module.__name__}.{function.__qualname__}"
-            assert str(caught.value) == f"The parameter {message.format(name)}"
+            assert caught.value.message == f"The parameter {message.format(name)}"
 
 
 @pytest.mark.parametrize("annotation", ["Session", "AsyncSession", "Any", "'Missing'", "Session | AsyncSession", "object"])

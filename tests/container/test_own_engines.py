@@ -133,7 +133,7 @@ def test_an_engine_for_another_database_than_the_settings_say_is_refused(monkeyp
     container = container_with(writer=create_engine(f"postgresql+psycopg://shop:{SECRET}@db/other"))
     with pytest.raises(SettingsError) as caught:
         container.settings()
-    assert str(caught.value) == (
+    assert caught.value.message == (
         "The database settings have a problem:\n"
         f"  {variable}: names postgresql+psycopg://shop:***@db/shop, but Connection(engine=…) of 'writer' was given an engine "
         "for postgresql+psycopg://shop:***@db/other. Remove one of them. In a test, override the engine"

@@ -28,7 +28,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPo
 from app_db import ConnectionSettings, Container, DatabaseSettings, PoolSettings
 from app_db._databases.disposal import begin_to_retire, wait_outside
 from app_db._databases.engines import build_async_engine, build_engine
-from app_db.errors import InvalidUse, SettingsError
+from app_db.errors import AppDbError, InvalidUse, SettingsError
 from app_db.settings._urls import for_coroutines, for_threads
 from harness.choosing import mostly
 from harness.paths import ROOT
@@ -219,7 +219,10 @@ container.shutdown_resources()
 def test_without_greenlet_threads_work_and_coroutines_are_told_what_to_install() -> None:
     done = run_program(WITHOUT_GREENLET)
     assert done.returncode == 0, done.stderr
-    assert set(done.stdout.splitlines()) == {"Coroutines need greenlet, which is not installed. pip install 'app-db[asyncio]'."}
+    assert set(done.stdout.splitlines()) == {
+        "Coroutines need greenlet, which is not installed. pip install 'app-db[asyncio]'.",
+        f"See {AppDbError.pages_at}/errors/invalid-use.html",
+    }
 
 
 def run_program(source: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -146,9 +146,26 @@ def test_every_error_has_an_example_here() -> None:
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
 def test_an_error_prints_whole_sentences(error: AppDbError) -> None:
-    text = str(error)
+    text = error.message
     assert not re.search(r"[{}]|\bNone\b|<class|\bobject at 0x", text), text
     assert text[-1] in ".)" or isinstance(error, (errors.SettingsError, errors.IsolationBroken))
+    assert str(error) == f"{text}\nSee https://app-db.readthedocs.io/en/stable/{error.page}.html"
+
+
+def test_the_address_is_configurable_and_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = errors.HookFailed([errors.UnitOfWorkTimeout(2.5)])
+    assert str(both).count("See https://") == 1
+    monkeypatch.setattr(AppDbError, "pages_at", "https://docs.example.com")
+    assert str(both).endswith("\nSee https://docs.example.com/errors/hook-failed.html")
+    monkeypatch.setattr(AppDbError, "pages_at", "")
+    assert str(both) == both.message
+
+
+def test_an_applications_own_error_has_the_page_of_its_base() -> None:
+    class Refused(errors.InvalidUse):
+        pass
+
+    assert Refused.page == errors.InvalidUse.page
 
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)

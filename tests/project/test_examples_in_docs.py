@@ -35,6 +35,7 @@ from typing import Any
 
 import pytest
 
+from app_db.errors import AppDbError
 from app_db.models import _bases as models
 from harness.paths import ROOT
 
@@ -145,6 +146,7 @@ def module_of(page: Path) -> Iterator[types.ModuleType]:
     module.__file__ = str(page)
     environment, known, metadata = dict(os.environ), set(sys.modules), dict(models._metadata)
     unreflected = set(models._unreflected)
+    pages_at, AppDbError.pages_at = AppDbError.pages_at, ""  # as docs/errors/index.md says
     models._metadata.clear()  # each page is a process of its own, as far as it knows
     models._unreflected.clear()
     sys.modules[name] = module
@@ -164,6 +166,7 @@ def module_of(page: Path) -> Iterator[types.ModuleType]:
         models._metadata.update(metadata)
         models._unreflected.clear()
         models._unreflected.update(unreflected)
+        AppDbError.pages_at = pages_at
 
 
 def _shut_down(value: Any) -> None:

@@ -443,7 +443,7 @@ def test_nothing_configured_names_the_variable_and_gives_a_line_to_paste() -> No
 def test_the_line_to_paste_works(environment: Set) -> None:
     with pytest.raises(NothingConfigured) as caught:
         DatabaseSettings()
-    Path(".env").write_text(str(caught.value).split()[-1])
+    Path(".env").write_text(caught.value.message.split()[-1])
     assert DatabaseSettings().connections["writer"].masked_url == "sqlite:///writer.db"
 
 

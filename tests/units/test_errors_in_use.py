@@ -252,7 +252,7 @@ def test_a_session_used_from_another_thread_is_refused(
         assert isinstance(error, ForeignUnitOfWork)
         assert (error.owner, error.user) == ("thread 'MainThread'", "thread 'worker'")
         assert str(error).startswith("The 'writer' session belongs to ")
-        assert str(error).endswith(
+        assert error.message.endswith(
             "Begin a unit of work there (`with container.transaction():`) and ask for a session inside it."
         )
     assert skus(local) == ["A-0"]

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 from dependency_injector.wiring import Provide
@@ -18,9 +19,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from transaction.interfaces import IDataManager, ISynchronizer, TransientError
 from zope.interface import implementer
+from zope.sqlalchemy import datamanager
 
 from app_db import DatabaseSettings, container_of, transactional
-from harness.applications import Application, Base, Item, Settings
+from harness.applications import Application, Base, Item, Settings, running
 from harness.interrupting import Boom, Ground, Halt, Holding, Interruption, Mode, Scenario, Stage, try_every_point
 from harness.two_phasing import TwoPhaseApplication, without
 
@@ -273,6 +275,31 @@ def test_no_later_unit_is_lost_inside_sqlalchemy(files: Callable[[], Ground], sc
 
 
 # ---- inside another unit -----------------------------------------------------------------------------------------------
+
+
+class InterruptedOnce(WeakKeyDictionary[Any, Any]):
+    """Stands for zope.sqlalchemy's dictionary of sessions. The first assignment is interrupted."""
+
+    is_due = True
+
+    def __setitem__(self, key: object, value: object) -> None:
+        if self.is_due:
+            self.is_due = False
+            raise Boom
+        super().__setitem__(key, value)
+
+
+def test_a_session_that_zope_has_joined_and_not_noted_is_closed(
+    monkeypatch: pytest.MonkeyPatch, new_sqlite_url: Callable[[], str]
+) -> None:
+    with running(writer=new_sqlite_url()) as app:
+        monkeypatch.setattr(datamanager, "_SESSION_STATE", InterruptedOnce())
+        with pytest.raises(Boom), app.unit():
+            app.add("lost")
+        assert app.engine().pool.checkedout() == 0  # type: ignore[attr-defined]
+        with app.unit():
+            app.add("kept")
+        assert app.names() == ["kept"]
 
 
 class Changed(Exception):
