@@ -505,16 +505,17 @@ class UnitOfWorkTimeout(UnitOfWorkError, TimeoutError):
 class ReplicaUnavailable(UnitOfWorkError, TransientError):  # type: ignore[misc]  # transaction has no type hints
     """A replica could not be reached. The read was not sent to the connection of which it is a replica."""
 
-    def __init__(self, connection: str, replica_of: str) -> None:
-        super().__init__(connection, replica_of)
+    def __init__(self, connection: str, replica_of: str, variable: str | None = None) -> None:
+        super().__init__(connection, replica_of, variable)
         self.connection = connection
         self.replica_of = replica_of
+        self.variable = variable or f"APP_DB_CONNECTIONS__{connection.upper()}__REPLICA_OF"
 
     def _text(self) -> str:
         return (
             f"The connection {self.connection!r}, a replica of {self.replica_of!r}, could not be reached; the cause says why. "
             f"Start its server; or read from {self.replica_of!r}, in a block of `session.using({self.replica_of!r})` or, in all "
-            f"units, by setting APP_DB_CONNECTIONS__{self.connection.upper()}__REPLICA_OF to nothing."
+            f"units, by setting {self.variable} to nothing."
         )
 
 
@@ -560,18 +561,25 @@ class CommitError(AppDbError):
 class NotAtomic(CommitError):
     """A unit of work wrote to several connections that can't commit together. Nothing was committed."""
 
-    def __init__(self, connections: Sequence[str]) -> None:
-        super().__init__(connections)
+    def __init__(
+        self,
+        connections: Sequence[str],
+        two_phase: str = "APP_DB_CONNECTIONS__NAME__TWO_PHASE",
+        atomicity: str = "APP_DB_ATOMICITY",
+    ) -> None:
+        super().__init__(connections, two_phase, atomicity)
         self.connections = tuple(connections)
+        self.variables = (two_phase, atomicity)
 
     def _text(self) -> str:
+        two_phase, atomicity = self.variables
         both_ways = ""
         if any(f"{name} (async)" in self.connections for name in self.connections):
             both_ways = "A session and an async session are two transactions, even of one connection. "
         return (
             f"Nothing was committed: the unit of work wrote to {_listed(self.connections)}, which can't commit together. "
-            f"{both_ways}Write to one of them only, set APP_DB_CONNECTIONS__NAME__TWO_PHASE=true for all of them but one, or set "
-            "APP_DB_ATOMICITY=best_effort and accept that some of them may commit and others not."
+            f"{both_ways}Write to one of them only, set {two_phase}=true for all of them but one, or set "
+            f"{atomicity}=best_effort and accept that some of them may commit and others not."
         )
 
 

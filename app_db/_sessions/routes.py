@@ -40,6 +40,7 @@ class Routes:
 
     def __init__(self, settings: DatabaseSettings, names: Sequence[str]) -> None:
         self._names = names
+        self._variable = settings.variable
         self._owners = {replica: owner for replica, owner in settings.replicas().items() if replica in names}
         self._replicas = {
             owner: [name for name in names if self._owners.get(name) == owner] for owner in set(self._owners.values())
@@ -73,6 +74,10 @@ class Routes:
     def require(self, name: str) -> None:
         if name not in self._names:
             raise InvalidUse(f"There is no connection {name!r}", f"Use one of {', '.join(map(repr, self._names))}")
+
+    def variable(self, name: str, setting: str) -> str:
+        """Return the environment variable of a connection's setting."""
+        return self._variable("connections", name, setting)
 
     def owner(self, name: str) -> str:
         """Return the connection of which `name` is a replica, or `name` itself."""

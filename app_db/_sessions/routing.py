@@ -272,7 +272,7 @@ class RoutingSession(UnitSession):
         except (DBAPIError, OSError) as error:  # UnitOfWorkTimeout is an OSError too
             routes: Routes = self.config.routes
             if routes.is_replica(name) and not isinstance(error, AppDbError):
-                raise ReplicaUnavailable(name, routes.owner(name)) from error
+                raise ReplicaUnavailable(name, routes.owner(name), routes.variable(name, "replica_of")) from error
             raise
         self._use(connection, holder)
         self._in_use[name] = _InUse(connection, holder, holder.current_transaction, self.current_transaction)

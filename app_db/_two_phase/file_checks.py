@@ -65,7 +65,7 @@ def require_usable(path: Path) -> None:
         raise DecisionFileUnusable(
             str(path),
             f"it is on {mount.kind}, a file system of the network, where SQLite's locks and shared memory don't work",
-            "Put it on a disk of this host, or keep decisions in a table: set APP_DB_DECISION_LOG to the name of a connection",
+            "Put it on a disk of this host, or keep decisions in a table: set DECISION_LOG to the name of a connection",
         )
     if mount is not None and mount.point == str(path):
         problem = "it is mounted without its directory, so that other processes would use another -wal"

@@ -486,5 +486,7 @@ class Work:
                 sorted(
                     f"{branch.name} (async)" if branch.config.asynchronous and branch.name in by_threads else branch.name
                     for branch in alone
-                )
+                ),
+                self.places.variable("connections", "name", "two_phase"),
+                self.places.variable("atomicity"),
             )

@@ -266,7 +266,7 @@ def _check(container: DatabaseContainer, options: argparse.Namespace) -> int:
     if names:
         print(f"{', '.join(names)} can be prepared. Decisions are written to {places.configured.place}.")
     else:
-        print("No connection is two-phase, so there is nothing to check. APP_DB_TWO_PHASE=true makes them so.")
+        print(f"No connection is two-phase, so there is nothing to check. {settings.variable('two_phase')}=true makes them so.")
     without_transactions = [*_tables_without_transactions(container)]
     for line in without_transactions:
         print(line)

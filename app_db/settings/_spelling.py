@@ -30,8 +30,3 @@ class Spelling:
             return (self.places[keys[0]] + ".".join(keys[1:])).rstrip(".")
         name = self.delimiter.join([self.roots.get(root, self.prefix + root), *keys])
         return name.upper() if self.upper else name
-
-
-def variable_for(path: Iterable[object]) -> str:
-    """Return the environment variable of a setting, by its usual name."""
-    return Spelling().variable(path)

@@ -14,7 +14,7 @@ from app_db._wording import did_you_mean
 from app_db.container import KINDS, Connection, DatabaseContainer
 from app_db.errors import InvalidUse, NothingConfigured, Problem, SettingsError
 from app_db.settings import ConnectionSettings, DatabaseSettings
-from app_db.settings._spelling import variable_for
+from app_db.settings._spelling import Spelling
 from app_db.settings._urls import UNREADABLE_URL, URL_PARTS, parse_url
 
 _Provider = providers.Provider[Any]
@@ -127,7 +127,12 @@ def settings_with_urls(container: DatabaseContainer, urls: Mapping[str, str]) ->
     """Return the settings of a container with other URLs for some connections. Raises SettingsError, which lists all problems."""
     settings = settings_of(container)
     known = names_of(container, settings)
-    problems = [problem for name, url in urls.items() if (problem := _problem_of(name, url, known)) is not None]
+
+    def variable(name: str) -> str:
+        path = ("connections", name, "url")
+        return Spelling().variable(path) if settings is None else settings.variable(*path)
+
+    problems = [problem for name, url in urls.items() if (problem := _problem_of(variable(name), name, url, known)) is not None]
     if problems:
         raise SettingsError(problems)
     replaced = {name: with_url(declared(settings, name), str(url)) for name, url in urls.items()}
@@ -136,8 +141,7 @@ def settings_with_urls(container: DatabaseContainer, urls: Mapping[str, str]) ->
     return settings.with_connections({**settings.connections, **replaced})
 
 
-def _problem_of(name: str, url: object, known: list[str]) -> Problem | None:
-    variable = variable_for(("connections", name, "url"))
+def _problem_of(variable: str, name: str, url: object, known: list[str]) -> Problem | None:
     if name not in known:
         listed = ", ".join(map(repr, known))
         return Problem(variable, f"is for no connection of the container.{did_you_mean(name, known)} There are: {listed}.")
