@@ -41,14 +41,18 @@ def test_a_unit_that_is_not_atomic_names_them(container: DatabaseContainer) -> N
 
 
 def test_a_replica_that_is_away_names_its_variable(container: DatabaseContainer) -> None:
-    with container.transaction(), pytest.raises(ReplicaUnavailable) as refused:
-        container.session().execute(text("SELECT 1"))
+    session = container.session
+    with container.transaction(), session().using("reader"), pytest.raises(ReplicaUnavailable) as refused:
+        session().execute(text("SELECT 1"))
     assert "SHOP_CONNECTIONS__READER__REPLICA_OF" in refused.value.message
 
 
 def test_an_override_for_no_connection_names_the_variable(container: DatabaseContainer) -> None:
-    with pytest.raises(SettingsError, match="SHOP_CONNECTIONS__WRITR__URL: is for no connection"):
-        overridden(container, {"writr": "sqlite://"})
+    with (
+        pytest.raises(SettingsError, match="SHOP_CONNECTIONS__WRITR__URL: is for no connection"),
+        overridden(container, {"writr": "sqlite://"}),
+    ):
+        pass
 
 
 def test_errors_with_variables_survive_pickling() -> None:
