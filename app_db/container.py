@@ -406,6 +406,9 @@ class Connection(_ContainerProvider):
         container: Any = self.container  # None before the connection has a name
         return "<Connection>" if container is None else f"<Connection {container.name()!r}>"
 
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *KINDS})
+
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         """Raise InvalidUse. Injection calls the connection for `Provide[Container.writer]`."""
         name = self.container.name()

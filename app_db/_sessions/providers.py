@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from dependency_injector import providers
 
@@ -39,6 +39,11 @@ class Held(providers.Callable[T]):
         """
         self._ask(State.forget)
         return providers.SingletonResetContext(self)
+
+    def __repr__(self) -> str:
+        _, kind, name, *_ = cast("tuple[Any, ...]", self.args)
+        of = name() if isinstance(name, providers.Object) else name
+        return f"<Provider of the {kind}{f' of {of!r}' if of else ''}>"
 
     @property
     def is_built(self) -> bool:

@@ -115,9 +115,7 @@ class OwnUnit(Role):
         if work is not None:
             work.abandon()
         if self.transaction is not None and not self._is_over():
-            log.warning(
-                "A unit of work is aborted: its block was never left (an exception from a signal handler?)"
-            )
+            log.warning("A unit of work is aborted: its block was never left (an exception from a signal handler?)")
             self._end_torn(work)
         self._take_up_outer()
 

@@ -11,6 +11,7 @@ import pytest
 
 import app_db
 from app_db import Connection, DatabaseContainer, DatabaseSettings
+from app_db.container import KINDS
 from app_db.errors import InvalidUse, UnknownConnection
 
 SECRET = "s3cr3t-pa55"
@@ -75,6 +76,13 @@ def test_dir_shows_what_users_use(shop: Any) -> None:
     for name in shown:
         getattr(shop, name)
     assert {"engine", "session", "async_session"} <= set(dir(shop.writer.container)) - {"holder", "name", "session_class"}
+    assert set(KINDS) <= set(dir(shop.writer)) & set(dir(Shop.writer)), "what a shell completes"
+
+
+def test_a_provider_shows_what_it_provides(shop: Any) -> None:
+    assert repr(shop.writer.engine) == repr(shop.writer_engine) == "<Provider of the engine of 'writer'>"
+    assert repr(Shop.log.async_sessionmaker) == "<Provider of the async_sessionmaker of 'log'>"
+    assert repr(shop.settings) == "<Provider of the settings>"
 
 
 def test_signatures_show_what_to_pass(shop: Any) -> None:
