@@ -238,6 +238,7 @@ print(container.first.initialized, container.second.initialized)
 """
 
 
+@pytest.mark.representative("PlainResources-sync")
 @pytest.mark.parametrize("awaited", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("make", ["PlainResources", "ShopResources"])
 def test_shutting_down_a_circle_is_refused(make: str, awaited: bool) -> None:

@@ -85,6 +85,7 @@ def test_every_module_can_be_imported_and_sqlite_used_without(what: str) -> None
     assert run_without(what, IMPORT_EVERYTHING + USE_SQLITE) == "['kept']\n"
 
 
+@pytest.mark.representative("fcntl", "greenlet")
 @pytest.mark.parametrize("what", WITHOUT)
 def test_a_decision_file_can_be_used_without(what: str) -> None:
     assert run_without(what, USE_A_DECISION_FILE) == "commit\n"

@@ -543,7 +543,7 @@ def test_a_file_system_of_the_network_is_refused_by_name(
         f"23 21 0:41 / {tmp_path}/decision rw - ext4 /dev/sdb1 rw\n"  # which is not the same
     )
     monkeypatch.setattr(file_checks, "_MOUNT_TABLE", table)
-    with pytest.raises(DecisionFileUnusable, match=rf"it is on {kind}, .*set APP_DB_DECISION_LOG to the name of a connection"):
+    with pytest.raises(DecisionFileUnusable, match=rf"it is on {kind}, .*set DECISION_LOG to the name of a connection"):
         _ = FileLog(path).id
     assert not path.exists()
     assert FileLog(path.parent.parent / f"{tmp_path.name}.{kind}").id, "beside it there is room"

@@ -89,7 +89,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.representative("postgresql postgresql-a-True")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("kinds", "log", "first"), [*((*layout, False) for layout in LAYOUTS[::2]), (*LAYOUTS[0], True), (*LAYOUTS[2], True)]
 )

@@ -53,7 +53,7 @@ def test_parent_and_child_commit_side_by_side(database_url: str) -> None:
     assert seen["parent"] == seen["child"] == 1  # one connection each, all the time
 
 
-@pytest.mark.representative("postgresql-at once", "sqlite-in order")
+@pytest.mark.representative("postgresql-at once")
 @pytest.mark.parametrize("ends", ["at once", "in order"])
 def test_a_child_forked_in_a_unit_is_refused_there_and_works_in_one_of_its_own(database_url: str, ends: str) -> None:
     seen = run("in_a_unit", database_url, ends)

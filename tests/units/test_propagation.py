@@ -120,7 +120,10 @@ def test_the_table_has_every_propagation() -> None:
     assert len(TABLE) == 2 * len(Propagation)
 
 
-@pytest.fixture(params=["sqlite", "postgresql", "sqlite, zope's manager", *mostly(DRIVERS, exhaustive="psycopg")])
+LEFT_TO_ALL = [pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("postgresql", "psycopg", "aiosqlite")]
+
+
+@pytest.fixture(params=["sqlite", "sqlite, zope's manager", "asyncpg", *LEFT_TO_ALL])
 def two_blocks(request: pytest.FixtureRequest) -> Iterator[Either]:
     """Databases, with another one that the inner block writes to where it is SQLite, which has one writer at a time."""
     kind, _, manager = request.param.partition(",")
