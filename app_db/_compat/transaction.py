@@ -32,6 +32,10 @@ class Transaction(transaction.Transaction):  # type: ignore[misc]  # transaction
         self._manager = manager
         self.log.debug("new transaction")
 
+    def tell(self, synchronizers: object) -> None:
+        """Tell other synchronizers of its end."""
+        self._synchronizers = synchronizers
+
     def before_rollback_to(self, savepoint: transaction.Savepoint) -> None:
         """Raise an error if the transaction can't be rolled back to a savepoint here."""
 

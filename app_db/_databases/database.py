@@ -303,6 +303,10 @@ class Database:
         """Return whether `error` says that the transaction is read-only."""
         return False
 
+    def denies(self, error: BaseException) -> bool:
+        """Return whether `error` says that the user lacks a privilege, or that a statement came after such an error."""
+        return False
+
     def is_transient(self, error: BaseException) -> bool:
         """Return whether `error` is of a driver of this database, and may not occur when the unit of work is run again."""
         return False

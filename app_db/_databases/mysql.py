@@ -60,9 +60,12 @@ _CHANGED_ROWS = (
     "SHOW SESSION STATUS WHERE Variable_name IN ('Handler_write', 'Handler_update', 'Handler_delete')"  # the cheapest way to ask
 )
 
+_DEFINES = r"(?:CREATE|DROP)\s++(?!(?:OR\s++REPLACE\s++)?TEMPORARY\b)"
+
 _COMMITS_BY_ITSELF = re.compile(
-    r"(?:(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES?|UNLOCK\s+TABLES?|GRANT\b|REVOKE\b"
-    r"|ANALYZE\b(?!\s+(?:FORMAT|SELECT))|OPTIMIZE\b|REPAIR\b|CHECK\s+TABLE|LOAD\s+INDEX|FLUSH\b|BEGIN\b|START\b)",
+    rf"(?:{_DEFINES}|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES?|UNLOCK\s+TABLES?|GRANT\b|REVOKE\b"
+    r"|ANALYZE\b(?!\s+(?:FORMAT|SELECT))|OPTIMIZE\b|REPAIR\b|CHECK\s+TABLE|(?:LOAD|CACHE)\s+INDEX|FLUSH\b"
+    r"|BEGIN\b(?!\s+NOT\s+ATOMIC)|START\b|STOP\b|(?:UN)?INSTALL\b|CHANGE\s+MASTER|RESET\b|BACKUP\b)",
     re.IGNORECASE,
 )
 _SETS_PASSWORD = re.compile(r"PASSWORD\b", re.IGNORECASE)
@@ -114,7 +117,7 @@ class MySQLSharing(SharingRules):
     survives_cancellation = False
     _limit = re.compile(r"SET SESSION (max_statement_time|max_execution_time)")
     _commits = re.compile(
-        r"(?:(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES|UNLOCK\s+TABLES|GRANT\b|REVOKE\b"
+        rf"(?:{_DEFINES}|ALTER\b|RENAME\b|TRUNCATE\b|LOCK\s+TABLES|UNLOCK\s+TABLES|GRANT\b|REVOKE\b"
         r"|ANALYZE\b|OPTIMIZE\b|REPAIR\b|LOAD\s+INDEX|FLUSH\b|SET\s+PASSWORD|SET\s+(?:SESSION\s+)?AUTOCOMMIT|XA\b)",
         re.IGNORECASE,
     )
@@ -171,6 +174,8 @@ class MySQL(Database):
     _in_autocommit = 2  # SERVER_STATUS_AUTOCOMMIT
     _deadlock = 1213
     _lock_wait_timeout = 1205
+    _denied = frozenset({1044, 1142, 1143, 1227, 1370})
+    """Access denied to a database, a table, a column, an operation, a routine."""
     _no_such_savepoint = 1305
 
     def password(self, driver: str, password: str) -> str | bytes:
@@ -393,6 +398,9 @@ class MySQL(Database):
         if is_mariadb:
             return f"SET SESSION max_statement_time = {0 if seconds == NEVER else seconds:.6f}"
         return f"SET SESSION max_execution_time = {milliseconds(seconds)}"
+
+    def denies(self, error: BaseException) -> bool:
+        return code_of(error) in self._denied
 
     def is_transient(self, error: BaseException) -> bool:
         # Some drivers add a SQLSTATE, but after a lock wait timeout it does not begin with 40.

@@ -85,6 +85,11 @@ _POOLER = (
     "connection for each transaction, or to none if it gives out one for each client connection (session pooling)."
 )
 
+_NO_AUTOCOMMIT = (
+    "can't be AUTOCOMMIT on a reader behind a transaction pooler, where only BEGIN can make it read-only. Unset it, or set "
+    "another level."
+)
+
 _NESTED = r"\((?:[^()]|\((?:[^()]|\([^()]*+\))*+\))*+\)"
 _ARGUMENT = rf"(?:[^(),]|{_NESTED})*+"
 
@@ -163,6 +168,7 @@ class PostgreSQL(Database):
     _idle = 0  # libpq's PQTRANS_IDLE
     _active = 1  # libpq's PQTRANS_ACTIVE
     _failed = 3  # libpq's PQTRANS_INERROR
+    _with_read_only = ("psycopg", "psycopg2", "asyncpg")  # drivers whose connections have an attribute for it
 
     _words = {"sslmode": "ssl", "connect_timeout": "timeout"}  # noqa: RUF012  # names of libpq, and asyncpg's for the same
     _asyncpg_alone = frozenset(
@@ -211,7 +217,10 @@ class PostgreSQL(Database):
 
     def isolation_level(self, settings: ConnectionSettings) -> str | None:
         # A read takes one round trip in autocommit, and three with BEGIN and COMMIT.
-        alone = settings.read_only and settings.pooler != "transaction"  # behind a pooler, READ ONLY goes with BEGIN
+        pooled = settings.pooler == "transaction"
+        if settings.read_only and pooled and settings.isolation_level == "AUTOCOMMIT":
+            raise SettingsError([Problem(settings.variable("isolation_level"), _NO_AUTOCOMMIT)])
+        alone = settings.read_only and not pooled  # behind a pooler, READ ONLY goes with BEGIN
         return settings.isolation_level or ("AUTOCOMMIT" if alone else None)
 
     def engine_options(self, settings: ConnectionSettings) -> dict[str, object]:
@@ -233,6 +242,7 @@ class PostgreSQL(Database):
     def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
         if self.isolation_level(settings) == "AUTOCOMMIT":
             engine.dialect.supports_server_side_cursors = False  # they need a transaction; `yield_per` fetches everything without
+        self._keep_read_only(engine, settings)
         if settings.pooler == "transaction":
             self._limit_each_transaction(engine, settings)
             return
@@ -258,6 +268,30 @@ class PostgreSQL(Database):
 
         if settings.read_only:
             self._close_what_is_lifted(engine, settings.database_identity().name)
+
+    def _keep_read_only(self, engine: Engine, settings: ConnectionSettings) -> None:
+        """Have execution options not make a connection writable that the session, or BEGIN, makes read-only.
+
+        SQLAlchemy ends the option `postgresql_readonly` by False, and psycopg then begins with READ WRITE. None leaves it to the
+        session. Behind a pooler a reader is read-only by BEGIN alone, so it needs one.
+        """
+        dialect: Any = engine.dialect
+        if dialect.driver not in self._with_read_only:
+            return
+        set_read_only, set_level = dialect.set_readonly, dialect.set_isolation_level
+        by_begin = settings.read_only and settings.pooler == "transaction"
+
+        def keep_read_only(dbapi_connection: DBAPIConnection, value: object) -> None:
+            set_read_only(dbapi_connection, True if by_begin else value or None)
+
+        def refuse_autocommit(dbapi_connection: DBAPIConnection, level: str) -> None:
+            if level == "AUTOCOMMIT":
+                raise ReadOnlyViolation(settings.database_identity().name, "The isolation level AUTOCOMMIT behind a pooler")
+            set_level(dbapi_connection, level)
+
+        dialect.set_readonly = keep_read_only
+        if by_begin:
+            dialect.set_isolation_level = refuse_autocommit
 
     def _close_what_is_lifted(self, engine: Engine, name: str) -> None:
         """Look after each statement whether it has lifted the protection, as a function can, and close the connection then.
@@ -380,6 +414,9 @@ class PostgreSQL(Database):
 
     def is_in_transaction(self, connection: Connection) -> bool:
         return not self._is_idle(connection.connection.driver_connection)
+
+    def denies(self, error: BaseException) -> bool:
+        return code_of(error) in ("42501", "25P02")
 
     def has_ended_transaction(self, connection: Connection) -> bool:
         driver_connection = connection.connection.driver_connection

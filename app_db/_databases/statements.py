@@ -145,7 +145,7 @@ def savepoint_verb(statement: str, syntax: Syntax = "any") -> SavepointVerb | No
     return None
 
 
-_CALLS_CODE = re.compile(r"(?:CALL|EXECUTE|BEGIN|SET\s+STATEMENT)\b", re.IGNORECASE)
+_CALLS_CODE = re.compile(r"(?:CALL|EXECUTE|BEGIN|SET\s+STATEMENT|IF|CASE|FOR|LOOP|REPEAT|WHILE)\b", re.IGNORECASE)
 
 
 @lru_cache(maxsize=2048)

@@ -9,14 +9,17 @@ with an error that says what to do instead.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import event
 from sqlalchemy.orm import Mapper, Session
 from transaction.interfaces import NoTransaction
+from zope.sqlalchemy import datamanager
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
+from app_db._compat.frames import frame_at
 from app_db._compat.sqlalchemy import hand_over, is_flushing, note_detached, prepare_to_commit
 from app_db._databases.engines import next_checkout
 from app_db._databases.registry import database_of
@@ -69,7 +72,7 @@ class SessionConfig:
         self.read_only = settings.read_only
         self.autonomous = not settings.transactional
         self.two_phase = settings.two_phase
-        self.may_keep_decisions = self.database.has_one_writer
+        self.may_keep_decisions = self._locks_others_out()
         """Whether the table of decisions may be in this database, and must be made before a unit locks the database."""
         self.watched: Dialect | None = None
         """The dialect of the last connection that was passed to `watch`."""
@@ -83,7 +86,7 @@ class SessionConfig:
         engine = self.engine()
         if engine.dialect.name != self._dialect:  # overridden, by an engine for another kind of database
             self._dialect, self.database = engine.dialect.name, database_of(engine.dialect.name)
-            self.may_keep_decisions = self.database.has_one_writer
+            self.may_keep_decisions = self._locks_others_out()
             self.verbs = self.database.prepare_verbs(engine.url.get_driver_name())
         if not (work.read_only or work.timed or work.isolation):
             return engine
@@ -92,6 +95,10 @@ class SessionConfig:
         if work.rehearsal is not None:
             return work.rehearsal.engine_for_unit(engine, work)
         return self.database.engine_for_unit(engine, self.settings, work)
+
+    def _locks_others_out(self) -> bool:
+        """Return whether units may keep all other connections from the database: by a lock, or because a pooler has no more."""
+        return self.database.has_one_writer or self.settings.pooler == "transaction"
 
     def note_next_checkout(self, work: BranchedWork) -> None:
         """Tell the unit of the next connection that is taken from the pool. An isolated test shares its connection instead."""
@@ -247,10 +254,29 @@ class UnitSession(Session):
                 f"The {self.config.name!r} session can't be in autocommit, because its unit of work could not be rolled back",
                 "Use the engine for what must be committed at once, or a connection with transactional=false",
             )
+        if execution_options:
+            self._refuse_to_lift(execution_options)
         bind = (bind_arguments or {}).get("bind")
         if bind is not None and bind is not self._engine:
             self._refuse_other_engine(bind)
         return super().connection(bind_arguments, execution_options)
+
+    def _refuse_to_lift(self, options: Mapping[str, object]) -> None:
+        """Refuse execution options that would make a read-only session writable."""
+        if not self.is_read_only:
+            return
+        if not options.get("postgresql_readonly", True):
+            raise ReadOnlyViolation(self.config.name, "postgresql_readonly=False", not self.config.read_only)
+        if "isolation_level" in options and not self.config.read_only:
+            raise InvalidUse(
+                f"The isolation level of the {self.config.name!r} session can't be changed in a read-only unit of work",
+                "Give it to the unit: container.transaction(read_only=True, isolation=…)",
+            )
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the connection, or the unit of work, is read-only."""
+        return self.config.read_only or (self._work is not None and self._work.read_only)
 
     def commit(self) -> None:
         """Commit the transaction of an autonomous connection. In a unit of work, other sessions refuse this."""
@@ -273,6 +299,11 @@ class UnitSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:
         self.require_unit()
         if not nested:
+            if frame_at(1).f_globals.get("__name__") == datamanager.__name__:
+                raise InvalidUse(
+                    f"zope.sqlalchemy.mark_changed() came before the first use of the {self.config.name!r} session",
+                    "Leave it out: a unit of work commits each session that it has used",
+                )
             self._refuse("begin")
         else:
             self._refuse_savepoint()
@@ -300,7 +331,7 @@ class UnitSession(Session):
             self.require_unit()
             self._end_by_itself(super().rollback)
             return
-        if self.config.read_only and self._work is not None and not self._work.finishing and self._work.is_under_way():
+        if self.is_read_only and self._work is not None and not self._work.finishing and self._work.is_under_way():
             self.require_unit()
             self.expunge_all()
             if self.branch is not None:
@@ -316,7 +347,8 @@ class UnitSession(Session):
     def forget_changes(self) -> None:
         """Take from the session what a flush would send: new and deleted objects leave it, and changed ones are read again."""
         for instance in [*self.new, *self.deleted]:
-            self.expunge(instance)
+            if instance in self:  # a cascade may have taken it along
+                self.expunge(instance)
         for instance in list(self.dirty):
             self.expire(instance)
 
@@ -337,16 +369,26 @@ class UnitSession(Session):
         # Check here: an error inside a bulk method would roll back the owner's transaction.
 
         def bulk_save_objects(self, *args, **arguments):
-            self.require_unit()
-            super().bulk_save_objects(*args, **arguments)
+            with self._bulk():
+                super().bulk_save_objects(*args, **arguments)
 
         def bulk_insert_mappings(self, *args, **arguments):
-            self.require_unit()
-            super().bulk_insert_mappings(*args, **arguments)
+            with self._bulk():
+                super().bulk_insert_mappings(*args, **arguments)
 
         def bulk_update_mappings(self, *args, **arguments):
-            self.require_unit()
-            super().bulk_update_mappings(*args, **arguments)
+            with self._bulk():
+                super().bulk_update_mappings(*args, **arguments)
+
+    @contextmanager
+    def _bulk(self) -> Generator[None]:
+        """Call a bulk method in this block. A denied one leaves its transaction unusable, so a reader begins anew."""
+        self.require_unit()
+        try:
+            yield
+        except ReadOnlyViolation:
+            self.rollback()
+            raise
 
 
 # ---- listeners -----------------------------------------------------------------------------------------------------
@@ -369,9 +411,7 @@ def _join_with_connection(session: UnitSession, transaction: SessionTransaction,
 @event.listens_for(UnitSession, "before_flush")
 def _check_flush(session: UnitSession, context: object, instances: object) -> None:
     session.require_unit()  # here, because an error later in the flush rolls back the owner's transaction
-    work = session._work
-    read_only = session.config.read_only or (work is not None and work.read_only)
-    if read_only and session.has_unflushed:
+    if session.is_read_only and session.has_unflushed:
         session.forget_changes()
         raise ReadOnlyViolation(session.config.name, "Flushing changed objects", not session.config.read_only)
 

@@ -135,11 +135,6 @@ class BranchConnection(BranchStatements):
             for connection in self._connections
         )
 
-    @property
-    def lost_nothing(self) -> bool:
-        """Whether it may be rolled back alone, because nothing can have been written on its connection."""
-        return self.config.read_only
-
     def better_error(self, statement: str, error: BaseException) -> BaseException:
         """Return a driver's error as SQLAlchemy would raise it. Close the connection if it was lost."""
         connection, dialect = self.connection, self.connection.dialect

@@ -47,6 +47,10 @@ class BranchStatements:
     _savepoint_sent: tuple[SavepointVerb, int, object] | None = None
     """The last statement about a savepoint, how many statements had failed before it, and what was changed by then."""
     _failures: Sequence[BaseException] = ()
+    _done = Effect.READS
+    """The strongest effect of the statements that did not fail, without the last one."""
+    _last = Effect.READS
+    """The effect of the last statement, unless it failed."""
 
     def __init__(self, work: BranchedWork, config: BranchConfig) -> None:
         self._work = work
@@ -59,6 +63,13 @@ class BranchStatements:
     def wrote(self) -> bool:
         """Whether it has written, and so takes part in an atomic commit."""
         return self.effect >= Effect.MAY_WRITE and not self.read_only and not self.config.autonomous
+
+    @property
+    def lost_nothing(self) -> bool:
+        """Whether it may be rolled back alone: it is a reader, or its user was denied each statement that would have written."""
+        if self.config.read_only:
+            return True
+        return max(self._done, self._last) <= Effect.LOCKS and all(map(self.config.database.denies, self._failures))
 
     @property
     def connection(self) -> Connection:
@@ -92,6 +103,7 @@ class BranchStatements:
                 database.instead_in_unit,
             )
         effect = effect_of(statement, syntax)
+        self._done, self._last = max(self._done, self._last), effect
         if effect > self.effect:
             if effect is Effect.WRITES and self.read_only:
                 raise ReadOnlyViolation(self.name, "The statement", not self.config.read_only)
@@ -194,6 +206,7 @@ class BranchStatements:
     def statement_failed(self, error: BaseException) -> BaseException | None:
         """Note that the database refused a statement. Return a clearer error, or None."""
         self._failures = [*self._failures, error]
+        self._last = Effect.READS
         if self.read_only and self.config.database.refuses_write(error):
             return ReadOnlyViolation(self.name, "The statement", not self.config.read_only)
         limit = self._work.time_limit

@@ -170,10 +170,14 @@ class ContextTransactionManager(HookedManager):
 
     def begin_block(self, transaction: OwnedTransaction) -> None:
         """Make the transaction of a block the current one of this context. An outer transaction waits."""
-        outer = self._current.get()
-        self._current.set(_Entry(ref(transaction), None if outer is None else self._standing()))
-        if self.synchronizers.are_used:
+        outer = None if self._current.get() is None else self._standing()
+        self._current.set(_Entry(ref(transaction), outer))
+        if not self.synchronizers.are_used:
+            return
+        if outer is None:
             self._announce(transaction)
+        else:
+            transaction.tell(self.synchronizers.apart(transaction.owner))
 
     def _announce(self, transaction: OwnedTransaction) -> None:
         try:

@@ -47,7 +47,9 @@ class Options:
         if self.attempts < 1:
             raise InvalidUse(f"attempts={self.attempts} leaves no attempt", "Give 1 or more")
         if self.timeout is not None and not _is_time(self.timeout):
-            raise InvalidUse(f"timeout={self.timeout} leaves no time", "Give seconds above 0, or None for no limit")
+            raise InvalidUse(
+                f"timeout={self.timeout} is no time limit", f"Give seconds above 0 and up to {_LONGEST:,}, or None for no limit"
+            )
         if self.isolation is not None and self.isolation not in _ISOLATION_LEVELS:
             raise InvalidUse(f"There is no isolation level {self.isolation!r}", f"Use one of {', '.join(_ISOLATION_LEVELS)}")
         if self.backoff < 0:
@@ -61,8 +63,11 @@ class Options:
 
 
 def _is_time(given: object) -> bool:
-    return isinstance(given, (int, float)) and given > 0
+    return isinstance(given, (int, float)) and 0 < given <= _LONGEST
 
+
+_LONGEST = 2_000_000
+"""23 days. PostgreSQL counts milliseconds in 31 bits."""
 
 _ISOLATION_LEVELS = ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 _MAY_BEGIN_A_UNIT = frozenset({Propagation.REQUIRED, Propagation.REQUIRES_NEW, Propagation.NESTED})

@@ -46,7 +46,29 @@ class Synchronizers:
 
         self.of(transaction.owner).map(tell)
 
+    def apart(self, owner: Owner) -> SynchronizersApart:
+        """Return the synchronizers that a thread or task will have beside those of now: of a unit while another one waits."""
+        return SynchronizersApart(self.of(owner))
+
     def map(self, function: Callable[[Any], object]) -> None:
         """Call a function with each synchronizer of the calling task or thread, or of the task that it acts for."""
         if self.are_used:
             self.of(Owner.acting()).map(function)
+
+
+class SynchronizersApart:
+    """The synchronizers that are added to a set from now on. The others serve the unit that waits, and keep their snapshot."""
+
+    def __init__(self, synchronizers: WeakSet) -> None:
+        self._all = synchronizers
+        self._before = WeakSet()
+        synchronizers.map(self._before.add)
+
+    def map(self, function: Callable[[Any], object]) -> None:
+        """Call a function with each of them."""
+
+        def call(synchronizer: Any) -> None:
+            if synchronizer not in self._before:
+                function(synchronizer)
+
+        self._all.map(call)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from sqlalchemy.exc import PendingRollbackError
 from transaction.interfaces import IRetryDataManager, ISavepointDataManager
@@ -445,7 +445,7 @@ class Work:
             try:
                 part.flush()
             except PendingRollbackError as error:  # an earlier flush failed, and its error was swallowed
-                if not (isinstance(part, Branch) and part.lost_nothing):
+                if not self._may_be_rolled_back_alone(part):
                     raise TransactionLost(part.name) from error
 
     def _refuse_what_cannot_commit(self) -> None:
@@ -453,9 +453,13 @@ class Work:
             self.time_limit.refuse_overtime()
         for part in list(chain[Overlay | Branch](self.overlays, self.branches)):
             if part.has_lost_transaction():
-                if not (isinstance(part, Branch) and part.lost_nothing):
+                if not self._may_be_rolled_back_alone(part):
                     raise part.lost() if isinstance(part, Branch) else TransactionLost(part.name)
                 self.roll_back(part)
+
+    def _may_be_rolled_back_alone(self, part: Overlay | Branch) -> TypeGuard[Branch]:
+        """Return whether a lost transaction does not doom the unit: nothing of it is lost, and others go on."""
+        return isinstance(part, Branch) and part.lost_nothing and (part.config.read_only or len(self.branches) > 1)
 
     def may_write_to_several(self) -> bool:
         """Return whether a unit may write to several databases that have to commit together."""

@@ -21,6 +21,7 @@ from app_db.settings._spelling import Spelling
 from app_db.settings._urls import (
     UNREADABLE_URL,
     URL_PARTS,
+    Secretive,
     SecretiveURL,
     dialect_of,
     dumped,
@@ -65,8 +66,8 @@ _IsolationLevel = Annotated[
 ]
 _Url = Annotated[SecretStr, BeforeValidator(revealed)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Query = Annotated[dict[str, str], BeforeValidator(revealed), PlainSerializer(dumped)]
-_ConnectArgs = Annotated[dict[str, Any], BeforeValidator(revealed), PlainSerializer(dumped)]
+_Query = Annotated[dict[str, str], BeforeValidator(revealed), AfterValidator(Secretive), PlainSerializer(dumped)]
+_ConnectArgs = Annotated[dict[str, Any], BeforeValidator(revealed), AfterValidator(Secretive), PlainSerializer(dumped)]
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from pydantic import SecretStr, SerializationInfo
 from sqlalchemy.engine import URL, Dialect, make_url
@@ -131,7 +131,7 @@ def is_memory(url: URL) -> bool:
 
 MASK = "***"
 _SECRET_KEY = re.compile(
-    r"pass|pwd|secret|token|credential|authorization|dsn|conninfo|odbc_connect|^options$|^init_command$"
+    r"pass|pwd|secret|token|credential|authorization|dsn|conninfo|odbc_connect|^options$|^server_settings$|^init_command$"
     r"|(api|access|private|client|server)[-_]?key$",
     re.IGNORECASE,
 )
@@ -191,6 +191,13 @@ def masked(url: URL) -> str:
 def dumped(value: dict[str, object], info: SerializationInfo) -> object:
     """Serialize a mapping that may hold secrets: masked for JSON, and with SecretStr for Python, which `revealed` undoes."""
     return shown("", value) if info.mode == "json" else _concealed(value)
+
+
+class Secretive(dict[str, Any]):
+    """A mapping that does not show the secrets in it."""
+
+    def __repr__(self) -> str:
+        return repr(shown("", dict(self)))
 
 
 def _concealed(value: object, secret: bool = False) -> object:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
+from app_db import DatabaseSettings, container_of
 from app_db.cli import main
 from app_db.errors import ReadOnlyViolation, SettingsError, UnitOfWorkTimeout
 from app_db.testing import isolated
@@ -84,6 +87,64 @@ def test_a_reader_is_refused_by_the_server(app: Application) -> None:
     with app.unit():
         app.session("writer").execute(text(HIDDEN_WRITE))
     assert app.names("writer") == ["denied"]
+
+
+OPTIONS: list[dict[str, Any]] = [{"isolation_level": "AUTOCOMMIT"}, {"postgresql_readonly": False}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_no_execution_option_makes_a_reader_writable(options: dict[str, Any], app: Application) -> None:
+    with pytest.raises(ReadOnlyViolation), app.unit():
+        app.session("reader").connection(execution_options=options)
+        app.session("reader").execute(text(HIDDEN_WRITE))
+    with (
+        pytest.raises((ReadOnlyViolation, DBAPIError)),
+        app.engine("reader").execution_options(**options).connect() as connection,
+    ):
+        connection.execute(text(HIDDEN_WRITE))
+    with pytest.raises(ReadOnlyViolation), app.unit():
+        app.session("reader").execute(text(HIDDEN_WRITE))
+
+    async def main() -> None:
+        with pytest.raises(ReadOnlyViolation):
+            async with app.unit():
+                session = app.container.reader_async_session()
+                await session.connection(execution_options=options)
+                await session.execute(text(HIDDEN_WRITE))
+        await finished(app)
+
+    asyncio.run(main())
+    assert app.names("writer") == []
+
+
+def test_a_reader_in_autocommit_is_refused(pooler: PgBouncer, database: str) -> None:
+    reader = {"url": pooler.url(database), "pooler": "transaction", "read_only": True, "isolation_level": "AUTOCOMMIT"}
+    settings = DatabaseSettings(_env_file=None, connections={"writer": {"url": "sqlite://"}, "reader": reader})
+    container = container_of("writer", "reader")(settings=settings)
+    with pytest.raises(
+        SettingsError, match="READER__ISOLATION_LEVEL: can't be AUTOCOMMIT on a reader behind a transaction pooler"
+    ):
+        container.connection("reader").engine()
+    container.shutdown_resources()
+
+
+def test_the_first_two_phase_units_do_not_wait_for_each_other(pooler: PgBouncer, postgres: PostgresServer) -> None:
+    """Each unit has all server connections that the pooler gives it, so that the decision log can't have one of its own."""
+    with postgres.lend_database() as one, postgres.lend_database() as other:
+        pooled = {name: {"url": pooler.url(name), "pooler": "transaction", "two_phase": True} for name in (one, other)}
+        with running(writer=pooled[one], warehouse=pooled[other]) as app:
+            for number in range(2):
+                started = Barrier(2)
+
+                def write(item: str, started: Barrier = started) -> None:
+                    with app.unit(timeout=10):
+                        app.add(item, "writer")
+                        started.wait()
+                        app.add(item, "warehouse")
+
+                with ThreadPoolExecutor(2) as threads:
+                    list(threads.map(write, [f"{number}a", f"{number}b"]))
+            assert app.names("writer") == app.names("warehouse") == ["0a", "0b", "1a", "1b"]
 
 
 def test_coroutines_read_and_write(app: Application) -> None:

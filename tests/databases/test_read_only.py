@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event, func, insert, make_url, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from app_db._databases.statements import Effect
@@ -411,3 +412,53 @@ def test_a_reader_in_autocommit_says_that_it_has_no_savepoints(postgres_url: str
             assert app.session("reader").scalars(select(Item)).all() == []
         with app.unit(isolation="REPEATABLE READ"), app.session("reader").begin_nested():
             assert app.session("reader").scalars(select(Item)).all() == []
+
+
+# ---- execution options ------------------------------------------------------------------------------------------------------
+
+
+HIDDEN = "CREATE FUNCTION write_hidden() RETURNS integer LANGUAGE sql AS $$ INSERT INTO items (name) VALUES ('x') RETURNING 1 $$"
+WRITE_HIDDEN = text("SELECT write_hidden()")
+
+
+@pytest.mark.parametrize("options", [{"timeout": 30}, {"isolation": "SERIALIZABLE"}])
+def test_an_execution_option_makes_no_later_unit_writable(options: dict[str, Any], new_postgres_url: Callable[[], str]) -> None:
+    url = new_postgres_url()
+    one = {"pool": {"size": 1, "max_overflow": 0}}
+    with running(writer={"url": url, **one}, reader={"url": url, "read_only": True, **one}) as app:
+        app.run(HIDDEN, on="writer")
+        with app.unit():
+            app.session("reader").connection(execution_options={"postgresql_readonly": True}).exec_driver_sql("SELECT 1")
+        with pytest.raises(ReadOnlyViolation), app.unit(**options):
+            app.session("reader").execute(WRITE_HIDDEN)
+        assert app.names("writer") == []
+
+
+def test_a_read_only_unit_leaves_a_servers_default_as_it_was(new_postgres_url: Callable[[], str]) -> None:
+    url = new_postgres_url()
+    guarded = {"url": f"{url}?options=-c%20default_transaction_read_only%3Don", "pool": {"size": 1, "max_overflow": 0}}
+    with running(writer=url, guarded=guarded) as app:
+        with app.unit(read_only=True):
+            app.session("guarded").execute(text("SELECT 1"))
+        with pytest.raises(DBAPIError, match="read-only transaction"), app.unit():
+            app.session("guarded").execute(text("INSERT INTO items (name) VALUES ('x')"))
+        assert app.names("guarded") == []
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["read-only unit", "reader"])
+def test_an_execution_option_that_would_lift_the_protection_is_refused(whole: bool, new_postgres_url: Callable[[], str]) -> None:
+    url = new_postgres_url()
+    lifting = {"postgresql_readonly": False}
+    with running(writer=url, reader={"url": url, "read_only": True}) as app, app.unit(read_only=whole):
+        session = app.session("writer" if whole else "reader")
+        with pytest.raises(ReadOnlyViolation, match="postgresql_readonly=False"):
+            session.connection(execution_options=lifting)
+
+
+def test_the_isolation_of_a_read_only_unit_is_given_to_the_unit(new_database_url: Callable[[], str]) -> None:
+    with running(writer=new_database_url()) as app:
+        with app.unit(read_only=True), pytest.raises(InvalidUse, match="Give it to the unit"):
+            app.session().connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        with app.unit(read_only=True, isolation="SERIALIZABLE"), pytest.raises(ReadOnlyViolation):
+            app.session().execute(text("INSERT INTO items (name) VALUES ('x')"))
+        assert app.names() == []

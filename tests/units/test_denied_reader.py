@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import ForeignKey, String, inspect, select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from app_db.errors import ReadOnlyViolation, SessionIsManaged, TransactionLost
 from harness.applications import Application, Item, running
 from harness.servers import PostgresServer
+from harness.two_phasing import two_phasing
 
 NewUrl = Callable[[], str]
 
@@ -100,6 +101,63 @@ def test_coroutines_roll_a_reader_back(app: Application) -> None:
     assert (app.names("writer"), app.names("reader")) == (["a"], ["there"])
 
 
+class FamilyBase(DeclarativeBase):
+    pass
+
+
+class Parent(FamilyBase):
+    __tablename__ = "items"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(50))
+    children: Mapped[list[Child]] = relationship(cascade="all, delete-orphan", back_populates="parent")
+
+
+class Child(FamilyBase):
+    __tablename__ = "children"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    item: Mapped[int] = mapped_column(ForeignKey("items.id"))
+    parent: Mapped[Parent] = relationship(back_populates="children")
+
+
+@pytest.mark.parametrize("attempt", ["add", "delete"])
+def test_a_reader_forgets_what_a_cascade_has_added(attempt: str, app: Application) -> None:
+    app.run("CREATE TABLE children (id integer PRIMARY KEY, item integer)", "INSERT INTO children VALUES (1, 1)", on="reader")
+    with app.unit():
+        app.add("a", "writer")
+        reader = app.session("reader")
+        if attempt == "add":
+            reader.add(Parent(name="denied", children=[Child(), Child()]))
+        else:
+            reader.delete(reader.scalars(select(Parent)).one())
+        with pytest.raises(ReadOnlyViolation):
+            reader.flush()
+        assert [item.name for item in reader.scalars(select(Item))] == ["there"]
+    assert (app.names("writer"), app.names("reader")) == (["a"], ["there"])
+
+
+BULK: dict[str, Callable[[Session], object]] = {
+    "save": lambda session: session.bulk_save_objects([Item(name="denied")]),
+    "insert": lambda session: session.bulk_insert_mappings(inspect(Item), [{"name": "denied"}]),
+    "update": lambda session: session.bulk_update_mappings(inspect(Item), [{"id": 1, "name": "denied"}]),
+}
+
+
+@pytest.mark.parametrize("method", BULK)
+@pytest.mark.parametrize("whole", [True, False], ids=["read-only unit", "reader"])
+def test_a_reader_goes_on_after_a_bulk_method(whole: bool, method: str, app: Application) -> None:
+    name = "writer" if whole else "reader"
+    with app.unit(read_only=whole):
+        session = app.session(name)
+        with pytest.raises(ReadOnlyViolation):
+            BULK[method](session)
+        assert len(session.scalars(select(Item)).all()) == (0 if whole else 1)
+        session.rollback()
+        assert len(session.scalars(select(Item)).all()) == (0 if whole else 1)
+    assert (app.names("writer"), app.names("reader")) == ([], ["there"])
+
+
 # ---- denied by the database's own role -------------------------------------------------------------------------------
 
 
@@ -138,18 +196,56 @@ def test_a_read_that_a_role_denies_dooms_nothing(limited: Application) -> None:
     assert app.names("writer") == ["a"]
 
 
-def test_a_write_that_a_role_denies_dooms_the_unit(limited: Application) -> None:
-    """Its transaction is lost, and only the text of its statements could say whether it had written: that is not enough."""
+@pytest.mark.parametrize("by", ["flush", "statement", "statement after a read", "flush after a lock"])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_write_that_a_role_denies_dooms_nothing(goes_on: bool, by: str, limited: Application) -> None:
     app = limited
-    for by_flush in (False, True):
-        with pytest.raises(TransactionLost), app.unit():
-            app.add("a", "writer")
-            session = as_looker(app)
-            if by_flush:
-                add(session)
+    with app.unit():
+        app.add("a", "writer")
+        session = as_looker(app)
+        if "after" in by:
+            session.execute(text("SELECT name FROM own" + (" FOR UPDATE" if "lock" in by else "")))
+        if "flush" in by:
+            add(session)
+        with pytest.raises(DBAPIError, match="permission denied"):
+            session.flush() if "flush" in by else session.execute(text("INSERT INTO items (name) VALUES ('denied')"))
+        if goes_on:
+            app.add("b", "writer")
+    assert (app.names("writer"), app.names("other")) == (["a", "b"] if goes_on else ["a"], [])
+
+
+def test_a_write_that_a_role_denies_dooms_nothing_under_two_phase(postgres: PostgresServer, limited: Application) -> None:
+    app = limited
+    urls = {name: app.engine(name).url.render_as_string(hide_password=False) for name in ("writer", "other")}
+    with two_phasing(**{name: {"url": url, "two_phase": True} for name, url in urls.items()}) as both:
+        with both.unit():
+            both.add("kept", "writer")
+            session = both.session("other")
+            session.execute(text("SET LOCAL ROLE looker"))
             with pytest.raises(DBAPIError, match="permission denied"):
-                session.flush() if by_flush else session.execute(text("INSERT INTO items (name) VALUES ('denied')"))
-    assert (app.names("writer"), app.names("other")) == ([], [])
+                session.execute(text("INSERT INTO items (name) VALUES ('denied')"))
+        assert (both.names("writer"), both.names("other")) == (["kept"], [])
+
+
+def test_a_coroutines_write_that_a_role_denies_dooms_nothing(limited: Application) -> None:
+    app = limited
+
+    async def main() -> None:
+        async with app.unit():
+            app.container.writer_async_session().add(Item(name="a"))
+            session = app.container.connection("other").async_session()
+            await session.execute(text("SET LOCAL ROLE looker"))
+            with pytest.raises(DBAPIError, match="permission denied"):
+                await session.execute(text("INSERT INTO items (name) VALUES ('denied')"))
+        await app.container.shutdown_resources()
+
+    asyncio.run(main())
+    assert (app.names("writer"), app.names("other")) == (["a"], [])
+
+
+def test_the_only_write_of_a_unit_that_a_role_denies_is_told(limited: Application) -> None:
+    with pytest.raises(TransactionLost), limited.unit(), pytest.raises(DBAPIError, match="permission denied"):
+        as_looker(limited).execute(text("INSERT INTO items (name) VALUES ('denied')"))
 
 
 def test_a_denial_after_a_savepoint_loses_no_later_write(limited: Application) -> None:

@@ -47,6 +47,10 @@ ENDING = {
     "procedure that creates": "CALL creates()",
     "immediate": "EXECUTE IMMEDIATE 'COMMIT'",
     "block": "BEGIN NOT ATOMIC COMMIT; END",
+    "condition": "IF 1 THEN CALL begins_again(); END IF",
+    "case": "CASE 1 WHEN 1 THEN CALL begins_again(); END CASE",
+    "loop": "FOR number IN 1..1 DO CALL begins_again(); END FOR",
+    "repetition": "REPEAT CALL begins_again(); UNTIL 1 END REPEAT",
     "set statement that creates": "SET STATEMENT max_statement_time = 5 FOR CREATE TABLE made (id int)",
 }
 
@@ -85,6 +89,8 @@ def test_what_ends_the_transaction_is_noticed(kind: str, goes_on: str, app: Appl
         "ANALYZE TABLE items",
         "CHECK TABLE items",
         "FLUSH STATUS",
+        "INSTALL SONAME 'absent'",
+        "RESET QUERY CACHE",
         "# a comment\nALTER TABLE items ADD other int",
         "/*!50000 TRUNCATE */ TABLE items",
         "BEGIN/**/",
@@ -139,9 +145,11 @@ def test_what_does_not_end_the_transaction_is_no_alarm(app: Application) -> None
         session.execute(text("SELECT SLEEP(0)"))
         session.execute(text("CALL writes()"))
         session.execute(text("SET @mine = 1"))
-        session.execute(text("CREATE TEMPORARY TABLE passing (id int)"))
+        session.execute(text("BEGIN NOT ATOMIC SELECT 1; END"))
+        session.execute(text("CREATE  TEMPORARY\nTABLE passing (id int)"))
+        session.execute(text("CREATE OR  REPLACE TEMPORARY TABLE passing (id int)"))
         session.execute(text("INSERT INTO passing VALUES (1)"))
-        session.execute(text("DROP TEMPORARY TABLE passing"))
+        session.execute(text("DROP /* a comment */ TEMPORARY TABLE passing"))
         savepoint = unit.savepoint()
         write(session, "undone")
         savepoint.rollback()

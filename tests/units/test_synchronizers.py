@@ -15,7 +15,7 @@ import pytest
 import transaction as zope
 from transaction.tests import test__manager as zopes
 
-from app_db import ContextTransactionManager
+from app_db import ContextTransactionManager, DatabaseSettings, container_of
 from app_db._liveness import always
 from app_db._units.manager import _Entry
 from app_db._units.owned_transactions import Process
@@ -272,6 +272,57 @@ def test_two_tasks_that_count_in_a_zodb_lose_nothing(manager: ContextTransaction
         attempts = asyncio.run(main(database))
         assert value_in(database) == 200
         assert attempts > 200, "nothing was in conflict"
+
+
+@pytest.mark.parametrize("between", ["requires_new", "not_supported", "nested, then requires_new"])
+def test_a_unit_inside_another_one_leaves_the_outer_one_its_snapshot(between: str, new_sqlite_url: Callable[[], str]) -> None:
+    container: Any = container_of("writer")(
+        settings=DatabaseSettings(_env_file=None, connections={"writer": {"url": new_sqlite_url()}})
+    )
+    manager = container.transaction_manager()
+
+    def count_elsewhere() -> None:
+        with container.transaction():
+            other = database.open(transaction_manager=manager)
+            other.root()["counter"]["value"] += 100
+        other.close()
+
+    with zodb() as database:
+        connection = database.open(transaction_manager=manager)
+        from ZODB.POSException import ConflictError
+
+        with pytest.raises(ConflictError), container.transaction():
+            seen = connection.root()["counter"]["value"]
+            thread = threading.Thread(target=count_elsewhere)
+            thread.start()
+            thread.join()
+            for propagation in between.split(", then "):
+                with container.transaction(propagation=propagation):
+                    pass
+            connection.root()["counter"]["value"] = seen + 1
+        connection.close()
+        assert value_in(database) == 100
+    container.shutdown_resources()
+
+
+def test_a_connection_that_an_inner_unit_opens_is_told_of_its_end(new_sqlite_url: Callable[[], str]) -> None:
+    container: Any = container_of("writer")(
+        settings=DatabaseSettings(_env_file=None, connections={"writer": {"url": new_sqlite_url()}})
+    )
+    manager = container.transaction_manager()
+    with zodb() as database:
+        outer = database.open(transaction_manager=manager)
+        with container.transaction():
+            assert outer.root()["counter"]["value"] == 0
+            with container.transaction(propagation="requires_new"):
+                inner = database.open(transaction_manager=manager)
+                inner.root()["counter"]["value"] += 1
+            assert outer.root()["counter"]["value"] == 0
+        with container.transaction():
+            assert (outer.root()["counter"]["value"], inner.root()["counter"]["value"]) == (1, 1)
+        inner.close()
+        outer.close()
+    container.shutdown_resources()
 
 
 def value_in(database: Any) -> int:

@@ -485,5 +485,5 @@ def test_a_unit_of_its_own_does_not_wait_longer_for_a_connection(new_postgres_ur
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), "5"])
 def test_what_is_no_time_is_refused(timeout: Any, sqlite_url: str) -> None:
-    with running(writer=sqlite_url) as app, pytest.raises(InvalidUse, match="leaves no time"):
+    with running(writer=sqlite_url) as app, pytest.raises(InvalidUse, match="is no time limit"):
         app.unit(timeout=timeout)
