@@ -4,6 +4,8 @@ Settings describe the connections. A container provides an engine and sessions f
 work commits what was written to all of them, or nothing.
 """
 
+import typing as _typing
+
 from app_db import errors
 from app_db._compat.packaging import version_of as _version_of
 from app_db._sessions.routing import RoutingSession
@@ -44,7 +46,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> str:
-    if name != "__version__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _version_of("app-db")
+if _typing.TYPE_CHECKING:
+    __version__: str
+else:  # hidden from checkers, which would take any name of the module for a str
+
+    def __getattr__(name):
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _version_of("app-db")

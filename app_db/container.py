@@ -12,13 +12,13 @@ from dependency_injector import containers, providers
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from app_db._databases.capacity import Capacity, capacity_of
+from app_db._databases.capacity import Capacity, most_by_settings, most_of
 from app_db._databases.engines import build_async_engine, build_engine
 from app_db._sessions.borrowing import BorrowingConfig
 from app_db._sessions.described import METHODS, SignedCallable, SignedFactory, described_connection, provided
 from app_db._sessions.makers import UnitSessionmaker, build_sessionmaker, unit_class
 from app_db._sessions.own_engines import settings_with
-from app_db._sessions.providers import Held, HolderProvider, Lasting, Lifecycle, resources_in_circle
+from app_db._sessions.providers import Current, Held, HolderProvider, Lasting, Lifecycle, resources_in_circle
 from app_db._sessions.registry import UnitRegistry, build_scoped_session
 from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession
 from app_db._sessions.sessions import SessionConfig, UnitSession
@@ -75,6 +75,15 @@ class _Instance(containers.DynamicContainer):
 
     def __getattr__(self, name: str) -> NoReturn:
         raise _unknown(name, self.__dict__.get("providers", ()))
+
+
+class _ConnectionInstance(_Instance):
+    """The providers of one connection."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UnknownConnection(name, KINDS, self.__dict__["providers"]["name"]())
 
 
 class _DatabaseInstance(_Instance):
@@ -257,7 +266,7 @@ class ConnectionContainer(containers.DeclarativeContainer):
     and so on.
     """
 
-    instance_type = _Instance
+    instance_type = _ConnectionInstance
 
     name: providers.Object[str] = providers.Object("")
     holder: providers.Callable[StateHolder] = providers.Callable()
@@ -272,7 +281,7 @@ class ConnectionContainer(containers.DeclarativeContainer):
     scoped_session = Held(
         StateHolder.get, holder, "scoped_session", name, _build_scoped_session, sessionmaker.provider, engine.provider
     )
-    session = providers.Callable(_current_session, scoped_session)
+    session = Current(_current_session, scoped_session)
 
     async_engine = Held(StateHolder.get_for_loop, holder, "async_engine", name, _build_async_engine)
     async_sessionmaker = Held(
@@ -294,7 +303,7 @@ class ConnectionContainer(containers.DeclarativeContainer):
         async_sessionmaker.provider,
         async_engine.provider,
     )
-    async_session = providers.Callable(_current_session, async_scoped_session)
+    async_session = Current(_current_session, async_scoped_session)
 
 
 # ---- what a model names ---------------------------------------------------------------------------------------------
@@ -333,17 +342,31 @@ def _connection(container: DatabaseContainer | None, name: str) -> Connection:
 def _capacity(container: DatabaseContainer | None, *, threads: bool = True, coroutines: bool = True) -> Capacity:
     """Return the most connections that one process can open, by `threads`, by `coroutines` of one event loop, or by both."""
     container = _require_instance(container, "capacity")
-    settings = container.settings()
-    configured = []
+    counted = {}
     for name in _names_in(container):
         with suppress(ConnectionNotConfigured):
-            configured.append((name, settings.connection(name)))
-    return capacity_of(configured, threads=threads, coroutines=coroutines)
+            counted[name] = _most_of(container, name, threads=threads, coroutines=coroutines)
+    return Capacity(counted)
+
+
+def _most_of(container: DatabaseContainer, name: str, *, threads: bool, coroutines: bool) -> float:
+    """Return the most connections of one name. An engine of the application's own has its own pool."""
+    most = most_by_settings(container.settings().connection(name))
+    own = _own_engine(container.connection(name))
+    by_threads = most_of(own.pool) if isinstance(own, Engine) and most else most
+    by_coroutines = most_of(own.pool) if own is not None and not isinstance(own, Engine) and most else most
+    return (by_threads if threads else 0) + (by_coroutines if coroutines else 0)
 
 
 if TYPE_CHECKING:
+    from typing import Generic
 
-    class _ContainerProvider(providers.Provider[ConnectionContainer]):
+    from typing_extensions import TypeVar
+
+    S_co = TypeVar("S_co", bound=Session, default=Session, covariant=True)
+    A_co = TypeVar("A_co", bound=AsyncSession, default=AsyncSession, covariant=True)
+
+    class _ContainerProvider(providers.Provider[ConnectionContainer], Generic[S_co, A_co]):
         """What Connection needs of `providers.Container`, without its `__getattr__`: that would allow misspelt names."""
 
         def __init__(self, container_class: type[ConnectionContainer]) -> None: ...
@@ -352,10 +375,14 @@ if TYPE_CHECKING:
         def container(self) -> ConnectionContainer: ...
 
 else:
-    _ContainerProvider = providers.Container
+    S_co = A_co = None
+
+    class _ContainerProvider(providers.Container):
+        def __class_getitem__(cls, classes):
+            return cls
 
 
-class Connection(_ContainerProvider):
+class Connection(_ContainerProvider[S_co, A_co]):
     """A named database of a container. `writer = Connection()` provides `writer.session`, which is also `writer_session`.
 
     The attribute's name is the connection's name in the settings. The providers are `engine`,
@@ -372,27 +399,27 @@ class Connection(_ContainerProvider):
 
     if TYPE_CHECKING:
         engine: Held[Engine]
-        sessionmaker: providers.Provider[sessionmaker[Session]]
-        scoped_session: providers.Provider[scoped_session[Session]]
-        session: providers.Provider[Session]
+        sessionmaker: providers.Provider[sessionmaker[S_co]]
+        scoped_session: providers.Provider[scoped_session[S_co]]
+        session: providers.Provider[S_co]
         async_engine: Held[AsyncEngine]
-        async_sessionmaker: providers.Provider[async_sessionmaker[AsyncSession]]
-        async_scoped_session: providers.Provider[async_scoped_session[AsyncSession]]
-        async_session: providers.Provider[AsyncSession]
+        async_sessionmaker: providers.Provider[async_sessionmaker[A_co]]
+        async_scoped_session: providers.Provider[async_scoped_session[A_co]]
+        async_session: providers.Provider[A_co]
         _given: tuple[Engine | AsyncEngine | None, type[Session] | None, type[AsyncSession] | None]
 
         def __init__(
             self,
             *,
             engine: Engine | AsyncEngine | None = None,
-            session_class: type[Session] | None = None,
-            async_session_class: type[AsyncSession] | None = None,
+            session_class: type[S_co] | None = None,
+            async_session_class: type[A_co] | None = None,
         ) -> None: ...
 
     else:
 
         def __init__(self, *, engine=None, session_class=None, async_session_class=None):
-            super().__init__()
+            super().__init__(ConnectionContainer)
             _require_engine(engine)
             _require_session_class(session_class, "session_class", Session)
             if async_session_class is not None:
@@ -403,8 +430,8 @@ class Connection(_ContainerProvider):
             self._given = engine, session_class, async_session_class
 
     def __repr__(self) -> str:
-        container: Any = self.container  # None before the connection has a name
-        return "<Connection>" if container is None else f"<Connection {container.name()!r}>"
+        name = self.container.name()
+        return f"<Connection {name!r}>" if name else "<Connection>"
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *KINDS})
@@ -420,7 +447,6 @@ class Connection(_ContainerProvider):
 
     def __set_name__(self, owner: type[DatabaseContainer], name: str) -> None:
         engine, *classes = self._given
-        super().__init__(ConnectionContainer)
         self.container.name.set_provides(name)
         self.container.session_class.set_provides(classes[0])
         self.container.async_session_class.set_provides(classes[1])
@@ -436,14 +462,21 @@ class Connection(_ContainerProvider):
 
 def _require_engine(given: object) -> None:
     if given is not None and not isinstance(getattr(given, "sync_engine", given), Engine):
-        raise InvalidUse(f"Connection(engine={given!r}) is given no engine", "Pass what create_engine() returns")
+        raise InvalidUse(
+            f"Connection(engine=…) is given a {type(given).__name__}, and no engine", "Pass what create_engine() returns"
+        )
 
 
 def _require_session_class(given: object, argument: str, base: type) -> None:
     if given is not None and not (isinstance(given, type) and issubclass(given, base)):
         raise InvalidUse(
-            f"Connection({argument}={given!r}) is given no session class", f"Pass a subclass of {base.__module__}.{base.__name__}"
+            f"Connection({argument}=…) is given {_kind_of(given)}, and no session class",
+            f"Pass a subclass of {base.__module__}.{base.__name__}",
         )
+
+
+def _kind_of(given: object) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
 
 
 def _refuse_taken_names(name: str, bases: Iterable[type], attributes: Iterable[str]) -> None:
@@ -580,8 +613,8 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     drop_all: providers.Provider[None] = SignedCallable(drop_all, core.database_container)
     bootstrap: providers.Provider[bool] = SignedCallable(bootstrap, core.database_container)
     async_bootstrap: providers.Provider[Awaitable[bool]] = SignedCallable(async_bootstrap, core.database_container)
-    session: providers.Provider[RoutingSession] = providers.Callable(_current_session, core.routing)
-    async_session: providers.Provider[AsyncRoutingSession] = providers.Callable(_current_session, core.async_routing)
+    session: providers.Provider[RoutingSession] = Current(_current_session, core.routing)
+    async_session: providers.Provider[AsyncRoutingSession] = Current(_current_session, core.async_routing)
 
     if TYPE_CHECKING:
 

@@ -123,7 +123,8 @@ class AppDbError(Exception):
     """Where the pages are. Set it to your own copy of the documentation, or to "" for messages without an address."""
 
     def __str__(self) -> str:
-        return f"{self.message}\nSee {self.pages_at}/{self.page}.html" if self.pages_at else self.message
+        place = self.pages_at.rstrip("/")
+        return f"{self.message}\nSee {place}/{self.page}.html" if place else self.message
 
     @property
     def message(self) -> str:
@@ -196,12 +197,18 @@ class TwoPhaseUnavailable(SettingsError):
 class UnknownConnection(AppDbError, AttributeError):
     """A container was asked for a connection, or for a provider of one, that it does not declare."""
 
-    def __init__(self, name: str, known: Sequence[str]) -> None:
-        super().__init__(name, known)
+    def __init__(self, name: str, known: Sequence[str], connection: str | None = None) -> None:
+        super().__init__(name, known, connection)
         self.name = name
         self.known = tuple(known)
+        self.connection = connection
 
     def _text(self) -> str:
+        if self.connection is not None:
+            return (
+                f"The connection {self.connection!r} has no {self.name!r}.{did_you_mean(str(self.name), self.known)} "
+                f"It provides {_listed(self.known)}."
+            )
         connections = [name for name in self.known if f"{name}_session" in self.known]
         return (
             f"The container has no {self.name!r}.{did_you_mean(str(self.name), self.known)} Declare `NAME = Connection()` "

@@ -144,6 +144,11 @@ def is_executing(dbapi_connection: DBAPIConnection) -> bool:
 # ---- pools --------------------------------------------------------------------------------------------------------------
 
 
+def max_overflow_of(pool: QueuePool) -> int:
+    """Return how many connections a pool opens beside those that it keeps. `status()` tells it only in a sentence."""
+    return pool._max_overflow
+
+
 OWN_TIMEOUT = "app_db_timeout"
 """The attribute of a pool in which `with_timeout` keeps the timeout that it was made with."""
 

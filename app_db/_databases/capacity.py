@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
-from sqlalchemy.pool import QueuePool, StaticPool
+from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool, StaticPool
 
+from app_db._compat.sqlalchemy import max_overflow_of
 from app_db._databases.pools import pool_class_of
 from app_db._databases.registry import database_of
+from app_db.errors import InvalidUse
 from app_db.settings import ConnectionSettings
 
 
@@ -34,6 +36,8 @@ class Capacity:
 
     def for_workers(self, processes: int) -> float:
         """Return the sum for so many processes. Compare it with `max_connections` of the server."""
+        if processes < 1:
+            raise InvalidUse(f"{processes!r} is no number of processes", "Give a whole number from 1 on")
         return self.total * processes
 
     def __str__(self) -> str:
@@ -41,12 +45,15 @@ class Capacity:
         return "\n".join([*lines, f"total: {self.total}"])
 
 
-def capacity_of(connections: Iterable[tuple[str, ConnectionSettings]], *, threads: bool, coroutines: bool) -> Capacity:
-    return Capacity({name: _most(settings) * (threads + coroutines) for name, settings in connections})
+def most_of(pool: Pool) -> float:
+    """Return how many connections a pool can open."""
+    if isinstance(pool, QueuePool):
+        return inf if (extra := max_overflow_of(pool)) < 0 else pool.size() + extra
+    return 1 if isinstance(pool, (StaticPool, SingletonThreadPool)) else inf
 
 
-def _most(connection: ConnectionSettings) -> float:
-    """Return how many connections one engine can open."""
+def most_by_settings(connection: ConnectionSettings) -> float:
+    """Return how many connections an engine can open that is made from settings."""
     if not database_of(connection.sqlalchemy_url().get_backend_name()).waits_for_answers:
         return 0
     pool_class, pool = pool_class_of(connection.pool.class_), connection.pool

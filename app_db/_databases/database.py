@@ -205,6 +205,13 @@ class Database:
         """Return whether the transaction of `connection` can't commit after statements failed with `failures`."""
         return False
 
+    def is_in_autocommit(self, connection: Connection) -> bool:
+        """Return whether the driver commits each statement, as far as that is known without asking the server."""
+        return False
+
+    def begin_now(self, connection: Connection) -> None:
+        """Begin the transaction of `connection`, if the driver would begin it only before some of its statements."""
+
     tells_transaction = False
     """Whether `is_in_transaction` can be asked after each statement: statements may end the transaction there."""
 

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import InvalidatePoolError
@@ -27,7 +27,7 @@ from app_db.settings._urls import URL_PARTS, dialect_of, for_coroutines, for_thr
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
-    from sqlalchemy.engine import Engine, ExceptionContext
+    from sqlalchemy.engine import Dialect, Engine, ExceptionContext
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
@@ -45,6 +45,9 @@ _LEAST_TO_CONNECT = 2.0
 """Seconds after which an attempt to connect ends by itself, at the soonest: a later unit may wait for it."""
 
 _setups: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
+built: WeakSet[Dialect] = WeakSet()
+"""The dialects of the engines that were built here. An engine of the application's own has another one."""
+
 _checked_out: dict[int, Any] = {}
 """The pool entries of connections that are in use, by `id()`. A forked child must not close them."""
 
@@ -118,6 +121,7 @@ class _Setup:
         self._lock = Lock()
         self._timed = TimedConnects()
         self._connect = database.connector(engine.dialect, connection)
+        built.add(engine.dialect)
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
         name_pool(engine.pool, self._note_if_full)
 

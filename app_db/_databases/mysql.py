@@ -329,6 +329,9 @@ class MySQL(Database):
     def has_written(self, connection: Connection, beginning: object, *, may_have_locked: bool) -> bool | None:
         return None if beginning is None else self.note_beginning(connection) != beginning
 
+    def is_in_autocommit(self, connection: Connection) -> bool:
+        return getattr(connection.connection.driver_connection, "autocommit_mode", None) is True
+
     tells_transaction = True
 
     def is_in_transaction(self, connection: Connection) -> bool | None:

@@ -409,6 +409,9 @@ class PostgreSQL(Database):
         "func.set_config(…, sqlalchemy.true())"
     )
 
+    def is_in_autocommit(self, connection: Connection) -> bool:
+        return getattr(connection.connection.dbapi_connection, "autocommit", None) is True
+
     tells_transaction = True
     begins_with_first_statement = True
 

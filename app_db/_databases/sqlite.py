@@ -183,6 +183,11 @@ class SQLite(Database):
         # SQLite rolls back by itself, for example if the disk is full. Each later statement would then commit by itself.
         return not getattr(connection.connection.driver_connection, "in_transaction", True)
 
+    def begin_now(self, connection: Connection) -> None:
+        # sqlite3 itself begins before a statement that changes rows, and not before DDL, which would be committed at once.
+        if not getattr(connection.connection.driver_connection, "in_transaction", True):
+            execute(connection.connection, "BEGIN")
+
     def has_ended_transaction(self, connection: Connection) -> bool:
         return self.has_lost_transaction(connection, ())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from app_db.errors import NothingConfigured, Problem, SettingsError
+from app_db.errors import Problem, SettingsError
 from app_db.settings import DatabaseSettings
 from app_db.settings._urls import masked
 
@@ -21,7 +21,7 @@ def settings_with(own: Mapping[str, URL], declared: Mapping[str, URL]) -> Databa
     """
     try:
         settings = DatabaseSettings()
-    except NothingConfigured:
+    except SettingsError:  # there are none, or none that say where: READ_ONLY alone, for example
         if not own:
             raise
         return DatabaseSettings(connections=_urls(own))

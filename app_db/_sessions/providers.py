@@ -61,6 +61,14 @@ class Held(providers.Callable[T]):
         return answer
 
 
+class Current(providers.Callable[T]):
+    """A provider of the current unit's session, from the provider of its scoped session."""
+
+    def __repr__(self) -> str:
+        (scoped,) = cast("tuple[Held[Any]]", self.args)
+        return repr(scoped).replace("the scoped_session", "the session").replace("the async_scoped_session", "the async session")
+
+
 class Lifecycle(providers.Resource[None]):
     """The resource behind `init_resources()` and `shutdown_resources()`.
 

@@ -21,7 +21,7 @@ from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
 from app_db._compat.frames import frame_at
 from app_db._compat.sqlalchemy import hand_over, is_flushing, note_detached, prepare_to_commit
-from app_db._databases.engines import next_checkout
+from app_db._databases.engines import built, next_checkout
 from app_db._databases.registry import database_of
 from app_db._databases.time_limits import limit_of_checkout
 from app_db._units.branches import Branch
@@ -74,6 +74,8 @@ class SessionConfig:
         self.two_phase = settings.two_phase
         self.may_keep_decisions = self._locks_others_out()
         """Whether the table of decisions may be in this database, and must be made before a unit locks the database."""
+        self.has_own_engine = False
+        """Whether its engine is the application's own, which app_db has not tuned."""
         self.watched: Dialect | None = None
         """The dialect of the last connection that was passed to `watch`."""
 
@@ -111,6 +113,7 @@ class SessionConfig:
     def watch(self, connection: Connection) -> None:
         watch(connection.engine)
         self.watched = connection.dialect
+        self.has_own_engine = connection.dialect not in built
 
     def make_log(self) -> None:
         """Make the table of decisions, if it may be in this database, before the unit locks the database."""
@@ -243,8 +246,12 @@ class UnitSession(Session):
         return ForeignUnitOfWork(self._subject, self._work.owner(), str(Owner()))
 
     def _refuse(self, method: str) -> None:
-        if self._work is not None and not self._work.finishing and self._work.is_under_way():
+        if self._is_managed:
             raise SessionIsManaged(self.config.name, method)
+
+    @property
+    def _is_managed(self) -> bool:
+        return self._work is not None and not self._work.finishing and self._work.is_under_way()
 
     def connection(self, bind_arguments: Any = None, execution_options: Mapping[str, object] | None = None) -> Connection:
         """Return the connection that the session uses. Raises InvalidUse for the isolation level AUTOCOMMIT."""
@@ -299,7 +306,7 @@ class UnitSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:
         self.require_unit()
         if not nested:
-            if frame_at(1).f_globals.get("__name__") == datamanager.__name__:
+            if self._is_managed and frame_at(1).f_globals.get("__name__") == datamanager.__name__:
                 raise InvalidUse(
                     f"zope.sqlalchemy.mark_changed() came before the first use of the {self.config.name!r} session",
                     "Leave it out: a unit of work commits each session that it has used",
@@ -411,7 +418,8 @@ def _join_with_connection(session: UnitSession, transaction: SessionTransaction,
 @event.listens_for(UnitSession, "before_flush")
 def _check_flush(session: UnitSession, context: object, instances: object) -> None:
     session.require_unit()  # here, because an error later in the flush rolls back the owner's transaction
-    if session.is_read_only and session.has_unflushed:
+    work = session._work
+    if (session.config.read_only or (work is not None and work.read_only)) and session.has_unflushed:
         session.forget_changes()
         raise ReadOnlyViolation(session.config.name, "Flushing changed objects", not session.config.read_only)
 

@@ -93,11 +93,25 @@ class BranchConnection(BranchStatements):
         info = self._connections[connection] = connection.info
         if self.config.two_phase and not self.read_only and self._work.rehearsal is None:
             self._begin_by_xid(connection)
+        if self.config.has_own_engine:
+            self._require_transaction(connection)
         info[BRANCH] = self
         if not self.config.database.asks_beginning or self._may_have_to_tell():
             self._beginning = self.config.database.note_beginning(connection)
         if self._work.timed:
             self.apply_time_limit()
+
+    def _require_transaction(self, connection: Connection) -> None:
+        """Refuse an engine of the application's own that commits each statement. One that begins late begins now."""
+        database = self.config.database
+        if self.read_only or self.config.autonomous or self._work.rehearsal is not None:
+            return
+        if database.is_in_autocommit(connection):
+            raise InvalidUse(
+                f"The engine of {self.name!r} is in autocommit, so that a unit of work there could not be rolled back",
+                "Create it without isolation_level='AUTOCOMMIT', or set TRANSACTIONAL=false",
+            )
+        database.begin_now(connection)
 
     def _may_have_to_tell(self) -> bool:
         """Return whether the unit may ask at its end if this branch wrote."""

@@ -65,7 +65,8 @@ def read_mapping(
     """Read the keys that begin with `prefix`, and for each connection in `prefixes` those that begin with its prefix."""
     placed = {key: found for key in mapping if (found := _place_of(key, prefixes))}
     others = {key: value for key, value in mapping.items() if key not in placed}
-    spellings = [_spelling(each) for each in ([PREFIX, _DOTTED] if prefix is None else [prefix])]
+    own_prefix = str(model.model_config.get("env_prefix") or PREFIX)
+    spellings = [_spelling(each) for each in ([own_prefix, _DOTTED] if prefix is None else [prefix])]
     used = [spelling for spelling in spellings if any(key.lower().startswith(spelling.prefix.lower()) for key in others)]
     places = {name: _whole(each) for name, each in prefixes.items()}
     reading = Reading(model, replace((used or spellings)[0], places=places))

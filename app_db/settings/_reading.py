@@ -192,6 +192,8 @@ class Reading:
         for error in invalid.errors(include_url=False, include_input=False):
             keys = [str(key) for key in error["loc"] if key != "[key]"]
             path = (*map(self.field_of, keys[:1]), *keys[1:])
+            if error["type"] == "missing" and self.has_refused(path):
+                continue
             self.refuse(path)
             if error["type"] == "extra_forbidden":
                 self.unknown(self.name_of(path), path)
@@ -354,4 +356,14 @@ PLAIN_WORDS = {
     "model_type": "must be a JSON object.",
     "model_attributes_type": "must be a JSON object.",
     "value_error": "{error}.",
+    "missing": "is not set.",
+    "string_too_short": "must have at least {min_length} characters.",
+    "string_too_long": "must have at most {max_length} characters.",
+    "string_pattern_mismatch": "must match {pattern}.",
+    "enum": "must be {expected}.",
+    "date_from_datetime_parsing": "must be a date.",
+    "date_parsing": "must be a date.",
+    "datetime_parsing": "must be a date and time.",
+    "url_parsing": "must be a URL.",
+    "less_than": "must be less than {lt}.",
 }

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from copy import deepcopy
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dependency_injector import providers
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool, StaticPool
 
 from app_db import Connection, Container, DatabaseContainer
-from app_db.errors import ConnectionNotConfigured, InvalidUse, NothingConfigured, SettingsError
+from app_db.errors import (
+    ConnectionNotConfigured,
+    InvalidUse,
+    NothingConfigured,
+    ReadOnlyViolation,
+    SettingsError,
+    UnknownConnection,
+)
 from app_db.testing import isolated
+from harness.servers import PostgresServer
 
 SECRET = "s3cr3t-pa55"
 
@@ -159,5 +171,118 @@ def test_a_connection_without_engine_and_settings_is_named(engine: Engine) -> No
 
 
 def test_what_is_no_engine_is_refused_at_once() -> None:
-    with pytest.raises(InvalidUse, match=r"Connection\(engine='sqlite://'\) is given no engine.*create_engine"):
+    with pytest.raises(InvalidUse, match=r"Connection\(engine=…\) is given a str, and no engine.*create_engine"):
         Connection(engine="sqlite://")  # type: ignore[arg-type]  # it is none
+
+
+# ---- what an engine of one's own does not do by itself --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["argument", "override", "async"])
+def test_ddl_on_an_own_sqlite_engine_is_rolled_back_and_committed(how: str, tmp_path: Path) -> None:
+    """sqlite3 itself commits DDL at once, unless a transaction has begun."""
+    url = f"sqlite:///{tmp_path}/own.db"
+    engine: Any = create_async_engine(url.replace("sqlite", "sqlite+aiosqlite", 1)) if how == "async" else create_engine(url)
+    container = container_with(writer=None if how == "override" else engine)
+    if how == "override":
+        container.writer_engine.override(engine)
+
+    async def create(table: str) -> None:
+        async with container.transaction():
+            await container.writer_async_session().execute(text(f"CREATE TABLE {table} (n integer)"))
+            if table == "lost":
+                raise KeyError
+
+    for table in ("lost", "kept"):
+        with pytest.raises(KeyError) if table == "lost" else nullcontext():
+            if how == "async":
+                asyncio.run(create(table))
+            else:
+                with container.transaction():
+                    container.writer_session().execute(text(f"CREATE TABLE {table} (n integer)"))
+                    if table == "lost":
+                        raise KeyError
+    with closing(sqlite3.connect(tmp_path / "own.db")) as plain:
+        assert [name for (name,) in plain.execute("SELECT name FROM sqlite_master")] == ["kept"]
+    if how == "async":
+        asyncio.run(engine.dispose())
+    else:
+        engine.dispose()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg", "pymysql"])
+def test_an_own_engine_in_autocommit_is_refused_before_it_writes(driver: str, request: pytest.FixtureRequest) -> None:
+    new = request.getfixturevalue("new_mariadb_url" if driver == "pymysql" else "new_postgres_url")
+    url = make_url(new())
+    plain = create_engine(url)
+    with plain.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE written (n integer)")
+    given = url.set(drivername="postgresql+asyncpg") if driver == "asyncpg" else url
+    engine: Any = (create_async_engine if driver == "asyncpg" else create_engine)(given, isolation_level="AUTOCOMMIT")
+    container = container_with(writer=engine)
+
+    async def write() -> None:
+        async with container.transaction():
+            await container.writer_async_session().execute(text("INSERT INTO written VALUES (1)"))
+        await engine.dispose()
+
+    with pytest.raises(InvalidUse, match="engine of 'writer' is in autocommit"):
+        if driver == "asyncpg":
+            asyncio.run(write())
+        else:
+            with container.transaction():
+                container.writer_session().execute(text("INSERT INTO written VALUES (1)"))
+    if driver != "asyncpg":
+        engine.dispose()
+    with plain.connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM written").scalar() == 0
+    plain.dispose()
+
+
+def test_a_setting_of_how_an_own_engine_is_used_needs_no_url(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__READ_ONLY", "true")
+    container = container_with(writer=engine)
+    with pytest.raises(ReadOnlyViolation), container.transaction():
+        container.writer_session().execute(text("CREATE TABLE refused (n integer)"))
+
+
+def test_the_capacity_of_an_own_engine_is_that_of_its_pool(postgres: PostgresServer) -> None:
+    url = postgres.url("postgres")
+    for arguments, most in (
+        ({"pool_size": 2, "max_overflow": 1}, 3),
+        ({"poolclass": NullPool}, inf),
+        ({"poolclass": StaticPool}, 1),
+    ):
+        engine = create_engine(url, **arguments)
+        container = container_with(writer=engine)
+        assert container.capacity(coroutines=False).connections["writer"] == most
+        assert container.capacity(threads=False).connections["writer"] == 15, "the pool of coroutines is app_db's"
+    with pytest.raises(InvalidUse, match="-1 is no number of processes"):
+        container.capacity().for_workers(-1)
+
+
+def test_no_error_shows_the_secret_of_what_is_no_engine() -> None:
+    with pytest.raises(InvalidUse) as refused:
+        Connection(engine=f"postgresql://shop:{SECRET}@db/shop")  # type: ignore[arg-type]
+    assert SECRET not in str(refused.value)
+
+
+def test_a_provider_of_a_connection_is_used_in_the_body_of_its_class(engine: Engine) -> None:
+    class Repository:
+        def __init__(self, session: Session) -> None:
+            self.session = session
+
+    class Shop(DatabaseContainer):
+        writer = Connection(engine=engine)
+        repository = providers.Factory(Repository, session=writer.session)
+
+    container = Shop()
+    with container.transaction():
+        assert container.repository().session is container.writer_session()
+
+
+def test_a_misspelt_provider_of_a_connection_is_told_what_there_is(engine: Engine) -> None:
+    container: Any = container_with(writer=engine)
+    with pytest.raises(UnknownConnection, match=r"connection 'writer' has no 'sesion'\. Did you mean 'session'") as refused:
+        container.writer.sesion()
+    assert "given_engine" not in str(refused.value)

@@ -157,6 +157,8 @@ def test_the_address_is_configurable_and_shown_once(monkeypatch: pytest.MonkeyPa
     assert str(both).count("See https://") == 1
     monkeypatch.setattr(AppDbError, "pages_at", "https://docs.example.com")
     assert str(both).endswith("\nSee https://docs.example.com/errors/hook-failed.html")
+    monkeypatch.setattr(AppDbError, "pages_at", "https://docs.example.com/")
+    assert str(both).endswith("\nSee https://docs.example.com/errors/hook-failed.html")
     monkeypatch.setattr(AppDbError, "pages_at", "")
     assert str(both) == both.message
 

@@ -296,6 +296,6 @@ def test_a_class_that_is_no_session_is_refused_by_its_variable(url: str) -> None
         with container.transaction(), pytest.raises(SettingsError, match=f"(?s)WRITER__SESSION__CLASS.*{says}"):
             container.writer_session()
     with pytest.raises(InvalidUse, match="session_class"):
-        Connection(session_class=AsyncTagged)  # type: ignore[arg-type]  # it is none
+        Connection(session_class=AsyncTagged)  # type: ignore[type-var]  # it is none
     with pytest.raises(InvalidUse, match="async_session_class"):
-        Connection(async_session_class=Tagged)  # type: ignore[arg-type]  # it is none
+        Connection(async_session_class=Tagged)  # type: ignore[type-var]  # it is none

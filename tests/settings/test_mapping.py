@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 from sqlalchemy import engine_from_config
 from sqlalchemy.pool import AssertionPool, NullPool, QueuePool, StaticPool
 
@@ -272,3 +273,13 @@ def test_a_subclass_reads_its_own_fields_too() -> None:
     settings = Ours.from_mapping({"app_db.tags": '["a"]', "app_db.connections.writer.url": "sqlite://"})
     assert isinstance(settings, Ours)
     assert settings.tags == ["a"]
+
+
+def test_the_prefix_of_a_class_is_that_of_its_mappings() -> None:
+    class ShopSettings(DatabaseSettings):
+        model_config = SettingsConfigDict(env_prefix="SHOP_DB_")
+
+    settings = ShopSettings.from_mapping({"SHOP_DB_CONNECTIONS__WRITER__URL": "sqlite:///w.db"})
+    assert settings.connections["writer"].masked_url == "sqlite:///w.db"
+    with pytest.raises(NothingConfigured, match="SHOP_DB_CONNECTIONS__WRITER__URL: is not set"):
+        ShopSettings.from_mapping({})

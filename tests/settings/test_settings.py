@@ -1042,3 +1042,12 @@ def test_drivers_get_the_secrets_of_a_url_that_does_not_show_them() -> None:
     assert url.query["password"] == SECRET
     assert SECRET in url.render_as_string(hide_password=False)
     assert create_engine(url).url == url
+
+
+def test_secrets_in_driver_arguments_are_masked_in_every_form() -> None:
+    arguments = {"password": SECRET, "server_settings": {"app.key": SECRET}, "n": 1}
+    connection = ConnectionSettings(url="postgresql://h/db", connect_args=arguments)
+    shown = [repr(connection), dict(connection), connection.model_dump(), connection.model_dump_json(), connection.connect_args]
+    assert not [form for form in shown if SECRET in str(form)]
+    assert connection.connect_args == arguments
+    assert ConnectionSettings(**connection.model_dump()).connect_args == arguments

@@ -15,7 +15,7 @@ from typing import Any
 
 import pydantic_settings
 import pytest
-from pydantic import AliasChoices, AliasPath, BaseModel, Field, model_validator
+from pydantic import AliasChoices, AliasPath, BaseModel, Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -757,3 +757,21 @@ def test_the_cost_grows_with_the_number_of_connections_and_not_faster() -> None:
     ten, hundred, thousand = calls(10), calls(100), calls(1000)
     each = (hundred - ten) / 90
     assert (thousand - hundred) / 900 == pytest.approx(each, rel=0.05)
+
+
+def test_a_field_of_the_applications_own_that_is_missing_or_wrong_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shop(DatabaseSettings):
+        api_key: SecretStr
+        workers: int
+        code: str = Field(pattern="^[a-z]+$")
+
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", "sqlite:///w.db")
+    monkeypatch.setenv("APP_DB_WORKERS", "many")
+    monkeypatch.setenv("APP_DB_CODE", "1")
+    with pytest.raises(SettingsError) as refused:
+        Shop()  # type: ignore[call-arg]
+    assert [str(problem) for problem in refused.value.problems] == [
+        "APP_DB_API_KEY: is not set.",
+        "APP_DB_CODE: must match ^[a-z]+$.",
+        "APP_DB_WORKERS: must be a whole number.",
+    ]

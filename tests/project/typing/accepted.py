@@ -541,6 +541,36 @@ class TestShopAsync(IsolatedTestCase, IsolatedAsyncioTestCase):
         assert_type(self.isolation.names, Sequence[str])
 
 
+# ---- session classes of one's own -----------------------------------------------------------------------------------------
+
+
+class ShopSession(Session):
+    def orders(self) -> int:
+        return 1
+
+
+class AsyncShopSession(AsyncSession):
+    pass
+
+
+class ShopWithClasses(DatabaseContainer):
+    writer = Connection(session_class=ShopSession, async_session_class=AsyncShopSession)
+    reader = Connection()
+
+
+@transactional
+def count_own_orders(session: ShopSession = Provide[ShopWithClasses.writer.session]) -> int:
+    return session.orders()
+
+
+def use_own_classes(container: ShopWithClasses) -> None:
+    assert_type(container.writer.session(), ShopSession)
+    assert_type(container.writer.async_session(), AsyncShopSession)
+    assert_type(container.writer.sessionmaker(), sessionmaker[ShopSession])
+    assert_type(container.reader.session(), Session)
+    assert_type(container.connection("reader").session(), Session)
+
+
 # ---- errors --------------------------------------------------------------------------------------------------------------
 
 
