@@ -19,7 +19,7 @@ from transaction.interfaces import NoTransaction
 from zope.sqlalchemy import datamanager
 from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 
-from app_db._compat.frames import frame_at
+from app_db._compat.frames import caller_of, frame_at
 from app_db._compat.sqlalchemy import hand_over, is_flushing, note_detached, prepare_to_commit
 from app_db._databases.engines import built, next_checkout
 from app_db._databases.registry import database_of
@@ -306,7 +306,7 @@ class UnitSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:
         self.require_unit()
         if not nested:
-            if self._is_managed and frame_at(1).f_globals.get("__name__") == datamanager.__name__:
+            if self._is_managed and caller_of(frame_at(0)) == datamanager.__name__:
                 raise InvalidUse(
                     f"zope.sqlalchemy.mark_changed() came before the first use of the {self.config.name!r} session",
                     "Leave it out: a unit of work commits each session that it has used",

@@ -222,9 +222,11 @@ def test_an_own_engine_in_autocommit_is_refused_before_it_writes(driver: str, re
     container = container_with(writer=engine)
 
     async def write() -> None:
-        async with container.transaction():
-            await container.writer_async_session().execute(text("INSERT INTO written VALUES (1)"))
-        await engine.dispose()
+        try:
+            async with container.transaction():
+                await container.writer_async_session().execute(text("INSERT INTO written VALUES (1)"))
+        finally:
+            await engine.dispose()
 
     with pytest.raises(InvalidUse, match="engine of 'writer' is in autocommit"):
         if driver == "asyncpg":

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from dependency_injector.wiring import Provide, inject
-from sqlalchemy import String, event, insert, select, text
+from sqlalchemy import String, event, insert, inspect, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from transaction.interfaces import AlreadyInTransaction, NoTransaction
+from zope.sqlalchemy import mark_changed
 
 from app_db import AppDbError, ConnectionSettings, Container, DatabaseSettings, container_of, retryable, transactional
 from app_db.errors import (
@@ -29,6 +30,7 @@ from app_db.errors import (
     DecisionFileDamaged,
     ForeignUnitOfWork,
     HookFailed,
+    InvalidUse,
     NotAtomic,
     NothingConfigured,
     NotWired,
@@ -806,3 +808,16 @@ def test_the_refusals_do_not_need_assert_statements(tmp_path: Path) -> None:
     command, environment = [sys.executable, "-O", str(script), str(tmp_path)], {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=100, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "all refused"), done.stdout + done.stderr
+
+
+def test_a_session_that_is_marked_before_its_first_use_says_that_this_is_not_needed(sqlite_url: str) -> None:
+    container = container_of("writer")(settings=DatabaseSettings(_env_file=None, connections={"writer": {"url": sqlite_url}}))
+    with container.transaction():
+        with pytest.raises(
+            InvalidUse, match=r"mark_changed\(\) came before the first use of the 'writer' session\. Leave it out"
+        ):
+            mark_changed(container.writer_session())
+        container.writer_session().execute(text("CREATE TABLE kept (n integer)"))
+        mark_changed(container.writer_session())
+    assert inspect(container.writer_engine()).get_table_names() == ["kept"]
+    container.shutdown_resources()
