@@ -9,6 +9,7 @@ import typing as _typing
 from app_db import errors
 from app_db._compat.packaging import version_of as _version_of
 from app_db._sessions.routing import RoutingSession
+from app_db._units.deferred import DeferredUnit
 from app_db._units.manager import ContextTransactionManager, retryable
 from app_db._units.markers import Provide
 from app_db._units.options import Propagation
@@ -28,6 +29,7 @@ __all__ = [
     "ContextTransactionManager",
     "DatabaseContainer",
     "DatabaseSettings",
+    "DeferredUnit",
     "PoolSettings",
     "Propagation",
     "Provide",

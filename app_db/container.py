@@ -27,6 +27,7 @@ from app_db._two_phase.checks import check
 from app_db._two_phase.decision_logs import DecisionLogs
 from app_db._two_phase.recovery import Recovery, build_recovery
 from app_db._units.coordinator import build_coordinator
+from app_db._units.deferred import DeferredUnit, build_deferred_unit
 from app_db._units.manager import ContextTransactionManager
 from app_db._units.transactions import Transaction, build_transaction, build_unit
 from app_db._units.unit_of_work import Done, UnitOfWork
@@ -580,6 +581,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
 
     - `settings`: the DatabaseSettings, from the environment unless the instance is given others
     - `transaction`: a Transaction, for `with`. It takes the options of `transactional`
+    - `deferred_unit`: a unit that begins when it is first asked for, as that of a request
     - `unit`: the current UnitOfWork. Raises NoUnitOfWork if there is none
     - `session_of(Model)`, `async_session_of(Model)`: the unit's session for the connection of a model, table or statement
     - `session`, `async_session`: the unit's session that finds the connection of each statement
@@ -602,6 +604,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     recovery: providers.Provider[Recovery] = SignedFactory(build_recovery, core.database_container, core.decision_logs)
     check: providers.Provider[None] = SignedCallable(check, core.decision_logs)
     transaction: providers.Provider[Transaction] = SignedFactory(build_transaction, core.coordinator)
+    deferred_unit: providers.Provider[DeferredUnit] = SignedFactory(build_deferred_unit, core.coordinator)
     unit: providers.Provider[UnitOfWork] = SignedFactory(build_unit, core.coordinator)
     capacity: providers.Provider[Capacity] = SignedCallable(_capacity, core.database_container)
     connection: providers.Provider[Connection] = SignedCallable(_connection, core.database_container)

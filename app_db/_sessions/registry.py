@@ -29,8 +29,8 @@ class UnitRegistry(ScopedRegistry[Any]):
     def __call__(self) -> Any:
         try:
             work = self._config.coordinator.get()
-        except (NoTransaction, UnitOfWorkEnded):
-            raise NoUnitOfWork(f"The {self._config.name!r} session") from None
+        except (NoTransaction, UnitOfWorkEnded) as error:
+            raise self._no_unit(error) from None
         found = work.sessions.get(self._key)
         if found is not None:
             return found
@@ -91,11 +91,14 @@ class UnitRegistry(ScopedRegistry[Any]):
         if self.has():
             self._work().sessions.pop(self._key, None)
 
+    def _no_unit(self, error: Exception) -> NoUnitOfWork:
+        return NoUnitOfWork(f"The {self._config.name!r} session", getattr(error, "after_response", False))
+
     def _work(self) -> Work:
         try:
             return self._config.coordinator.get()
-        except (NoTransaction, UnitOfWorkEnded):
-            raise NoUnitOfWork(f"The {self._config.name!r} session") from None
+        except (NoTransaction, UnitOfWorkEnded) as error:
+            raise self._no_unit(error) from None
 
 
 def build_scoped_session(maker: UnitSessionmaker) -> scoped_session[Any]:

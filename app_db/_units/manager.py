@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, NoReturn, Protocol, cast
 from weakref import ref
 
 from sqlalchemy.exc import DBAPIError
@@ -65,6 +65,20 @@ class _Entry(NamedTuple):
     outer: _Entry | None
 
 
+class Deferred(Protocol):
+    """A unit of work that begins when it is first asked for."""
+
+    is_over: bool
+
+    def transaction(self) -> OwnedTransaction:
+        """Return its transaction, which the first call begins. Raises ForeignUnitOfWork if it belongs to another task."""
+        ...
+
+    def begun(self) -> OwnedTransaction | None:
+        """Return its transaction if it has begun, and the calling code may use it."""
+        ...
+
+
 class ContextTransactionManager(HookedManager):
     """A zope transaction manager (`ITransactionManager`) that keeps its current transaction in a ContextVar.
 
@@ -77,16 +91,20 @@ class ContextTransactionManager(HookedManager):
         super().__init__()
         self.synchronizers = Synchronizers()
         self._current: ContextVar[_Entry | None] = ContextVar("app_db.current_transaction", default=None)
+        self.deferred: ContextVar[Deferred | None] = ContextVar("app_db.deferred_unit", default=None)
+        """The unit of work that begins when one is asked for, and there is none."""
 
     def current(self) -> OwnedTransaction | None:
         """Return the transaction of this context that the calling code may use, or None. It begins none."""
         entry = self._current.get()
         if entry is None:
-            return None
+            return self._begun_before()
         found = entry.find()
         if found is None or not found.is_usable():  # a block inside it may have been torn down
             entry = self._standing()
-            found = None if entry is None else entry.find()
+            if entry is None:
+                return self._begun_before()
+            found = entry.find()
             if found is None or not found.is_usable():
                 return None
         return cast("OwnedTransaction", found)
@@ -94,6 +112,11 @@ class ContextTransactionManager(HookedManager):
     def is_current(self, transaction: OwnedTransaction) -> bool:
         entry = self._current.get()
         return entry is not None and entry.find() is transaction and transaction.is_usable()
+
+    def may_lead_to_unit(self) -> bool:
+        """Return whether code of this context may use, or begin, a unit although none is current."""
+        deferred = self.deferred.get()
+        return (deferred is not None and not deferred.is_over) or self.inherited() is not None
 
     def inherited(self) -> OwnedTransaction | None:
         """Return the open transaction of another task from which this context was copied, or None."""
@@ -104,19 +127,34 @@ class ContextTransactionManager(HookedManager):
     def current_or_refuse(self) -> OwnedTransaction | None:
         """Return the current transaction, or None. Raises ForeignUnitOfWork if it belongs to the calling task's parent."""
         if self._current.get() is None:
-            return None
+            deferred = self.deferred.get()
+            return None if deferred is None or deferred.is_over else deferred.transaction()
         found = self.current()
         if found is None:
+            if self._standing() is None:
+                return self._begun_now()
             inherited = self.inherited()
             if inherited is not None:
                 raise inherited.refusal()
         return found
 
+    def _begun_now(self) -> OwnedTransaction | None:
+        """Return the transaction of this context's deferred unit, which begins by that; None if there is no such unit."""
+        deferred = self.deferred.get()
+        return None if deferred is None or deferred.is_over else deferred.transaction()
+
+    def _begun_before(self) -> OwnedTransaction | None:
+        deferred = self.deferred.get()
+        return None if deferred is None or deferred.is_over else deferred.begun()
+
+    def _refuse(self) -> NoReturn:
+        raise NoUnitOfWork(after_response=self.deferred.get() is not None)
+
     def get(self) -> OwnedTransaction:
         """Return the current transaction. Raises NoUnitOfWork, UnitOfWorkEnded or ForeignUnitOfWork if there is none."""
         entry = self._current.get()
         if entry is None:
-            raise NoUnitOfWork
+            return self._begun_now() or self._refuse()
         found = entry.find()
         if found is None or found.ended or found.process != Process.generation or found.liveness() is None:
             return self._get_outer(entry)
@@ -124,8 +162,10 @@ class ContextTransactionManager(HookedManager):
         return cast("OwnedTransaction", found) if running_loop() is None or found.is_usable() else self._get_outer(entry)
 
     def _get_outer(self, inner: _Entry) -> OwnedTransaction:
-        entry = self._standing() or inner
-        found = entry.find()
+        standing = self._standing()
+        if standing is None and self.deferred.get() is not None:
+            return self._begun_now() or self._refuse()
+        found = (standing or inner).find()
         if found is None:
             raise UnitOfWorkEnded("The block of a unit of work")
         if isinstance(found, _Suspension):

@@ -86,7 +86,7 @@ class OutsideUnits(Role):
 
     def enter(self) -> UnitOfWork:
         manager = self.coordinator.manager
-        if self.outer is not None or (isinstance(manager, ContextTransactionManager) and manager.inherited() is not None):
+        if self.outer is not None or (isinstance(manager, ContextTransactionManager) and manager.may_lead_to_unit()):
             self._resume = suspend(manager, self.is_alive)
         return UnitOfWork(None)
 

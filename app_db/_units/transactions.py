@@ -99,7 +99,7 @@ def run_in_unit(
         except Exception:
             if attempt >= options.attempts or not block.may_pass:
                 raise
-        time.sleep(_pause_after(attempt, options))
+        time.sleep(pause_after(attempt, options))
         attempt += 1
 
 
@@ -120,11 +120,12 @@ async def run_awaited_in_unit(
         except Exception:
             if attempt >= options.attempts or not block.may_pass:
                 raise
-        await asyncio.sleep(_pause_after(attempt, options))
+        await asyncio.sleep(pause_after(attempt, options))
         attempt += 1
 
 
-def _pause_after(attempt: int, options: Options) -> float:
+def pause_after(attempt: int, options: Options) -> float:
+    """Return how many seconds to wait before another attempt."""
     return random.uniform(0, min(1.0, options.backoff * 2 ** (attempt - 1)))  # noqa: S311  # no secret
 
 

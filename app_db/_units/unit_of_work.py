@@ -101,7 +101,9 @@ class UnitOfWork:
 
     def doom(self, reason: str = "unit.doom() was called") -> None:
         """Make sure that the unit is not committed. A block that ends without an exception then raises UnitOfWorkDoomed."""
-        self._work_under_way().doom(reason)
+        work = self._work_under_way()
+        work.is_vetoed = True
+        work.doom(reason)
 
     @property
     def is_doomed(self) -> bool:

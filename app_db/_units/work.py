@@ -69,6 +69,8 @@ class Work:
     decided = False
     """Whether the unit commits in all its databases, even if this process stops now."""
     _doomed_by: BaseException | str | None = None
+    is_vetoed = False
+    """Whether `unit.doom()` was called."""
     _joined = False
     _committing = False
     ended = False
