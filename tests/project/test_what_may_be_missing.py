@@ -9,7 +9,7 @@ import pytest
 
 from harness.paths import run_python
 
-PACKAGES = ["aiosqlite", "anyio", "asyncmy", "asyncpg", "greenlet", "psycopg", "pymysql", "pytest"]
+PACKAGES = ["aiosqlite", "anyio", "asyncmy", "asyncpg", "fastapi", "greenlet", "psycopg", "pymysql", "pytest", "starlette"]
 """What may not be installed."""
 
 OF_UNIX = ["fchmod", "fchown", "fork", "getuid", "geteuid", "pread", "pwrite", "register_at_fork"]
@@ -39,6 +39,10 @@ left_out = {"app_db.__main__", "app_db._databases.drivers.begin_along"}  # a pro
 if "greenlet" in modules:
     # SQLAlchemy's own asyncio needs greenlet.
     left_out |= {"app_db._sessions.async_routing", "app_db._sessions.async_sessions", "app_db.asyncio"}
+if {"anyio", "starlette"} & set(modules):
+    left_out |= {"app_db.integrations.starlette"}
+if {"anyio", "starlette", "fastapi"} & set(modules):
+    left_out |= {"app_db.integrations.fastapi"}
 for module in pkgutil.walk_packages(app_db.__path__, "app_db."):
     if module.name not in left_out:
         import_module(module.name)

@@ -1,0 +1,236 @@
+"""A unit of work for each request of an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+from app_db import DatabaseContainer, DeferredUnit
+from app_db.integrations._rule import CommitRule, commit_rule
+
+__all__ = ["Application", "Message", "Receive", "Scope", "Send", "UnitOfWorkMiddleware"]
+
+_log = logging.getLogger("app_db")
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class UnitOfWorkMiddleware:
+    """Gives each HTTP request a unit of work. It begins when a session is first asked for, and ends before the response begins.
+
+    A response below 400 commits; see `commit_rule`. If the commit fails, the response is not sent, and the error is raised
+    instead. Whatever runs after the response has begun has no unit: streams, background tasks. Web sockets have none either.
+
+    - `attempts`: how often a request may be answered anew if its unit fails with an error that `retryable` accepts
+    - `body_limit`: the bytes of a request's body that are kept for that. A request with a larger one is not repeated
+    - `read_only_methods`: methods whose units are read-only, `("GET", "HEAD")` for example
+    - `rule`: a function to use in place of `commit_rule`
+    - `isolation`, `timeout`: how units run, as in `container.transaction()`
+
+    >>> from app_db import Container
+    >>> from app_db.integrations.asgi import UnitOfWorkMiddleware
+    >>> async def application(scope, receive, send):
+    ...     ...
+    >>> application = UnitOfWorkMiddleware(application, Container())
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        container: DatabaseContainer,
+        *,
+        attempts: int = 1,
+        body_limit: int = 2**20,
+        read_only_methods: Iterable[str] = (),
+        rule: CommitRule = commit_rule,
+        isolation: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self.app = app
+        self.container = container
+        self._attempts = attempts
+        self._body_limit = body_limit
+        self._rule = rule
+        self._options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout}
+        self._read_only_methods = frozenset(method.upper() for method in read_only_methods)
+        container.deferred_unit(awaited=True, **self._options)  # raises the error of wrong options now
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body = _Body(receive, self._body_limit if self._attempts > 1 else 0)
+        attempt = 1
+        while (pause := await self._answer(scope, body, send, attempt)) is not None:
+            await asyncio.sleep(pause)
+            body.rewind()
+            attempt += 1
+
+    async def _answer(self, scope: Scope, body: _Body, send: Send, attempt: int) -> float | None:
+        """Answer a request. If it failed and can be answered anew, return how many seconds to wait before that."""
+        read_only = scope["method"] in self._read_only_methods
+        unit = self.container.deferred_unit(awaited=True, read_only=read_only, **self._options)
+        if unit.is_one_too_many:
+            await self.app(scope, body.receive, send)
+            return None
+        with unit:
+            response = _Response(unit, body, send, self._rule)
+            try:
+                await self.app(_copy_of(scope), body.receive, response.send)
+                await response.close()
+            except BaseException as error:
+                failure = await response.fail(error)
+                if attempt < self._attempts and response.may_be_repeated and _may_be_repeated(body, failure):
+                    return unit.pause_after(attempt)
+                if failure is error:
+                    raise
+                if isinstance(failure, Exception) and not response.has_begun:
+                    was_answered = await self.respond(scope, body.receive, response.send, failure)
+                    if was_answered:
+                        return None
+                raise failure from failure.__cause__  # a framework may have raised another one because of it
+        return None
+
+    async def respond(self, scope: Scope, receive: Receive, send: Send, failure: Exception) -> bool:
+        """Respond to a request that could not commit. Return False to have the error raised."""
+        return False
+
+
+def _copy_of(scope: Scope) -> Scope:
+    """Return a scope for one attempt: applications write to it."""
+    copy = {**scope}
+    if isinstance(state := scope.get("state"), dict):
+        copy["state"] = {**state}
+    return copy
+
+
+def _may_be_repeated(body: _Body, failure: BaseException) -> bool:
+    if body.is_whole:
+        _log.info("A request is answered anew after %s", type(failure).__name__)
+    else:
+        _log.warning("A request is not answered anew after %s: its body is too large to be kept", type(failure).__name__)
+    return body.is_whole
+
+
+class _Body:
+    """The messages of a request. They are kept, up to a limit, for another attempt."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._limit = limit
+        self._kept: list[Message] = []
+        self._size = 0
+        self._next = 0
+        self._is_waiting = False
+        self.is_whole = True
+        """Whether all messages so far are kept."""
+        self.client_has_gone = False
+
+    def rewind(self) -> None:
+        """Begin anew with the first message."""
+        self._next = 0
+
+    async def receive(self) -> Message:
+        """Return the next message."""
+        if self._next < len(self._kept):
+            self._next += 1
+            return self._kept[self._next - 1]
+        self._is_waiting = True
+        try:
+            message = await self._receive()
+        finally:
+            self._is_waiting = False
+        self._note(message)
+        self._next = len(self._kept)
+        return message
+
+    def _note(self, message: Message, *, unread: bool = False) -> None:
+        if message["type"] == "http.disconnect":
+            self.client_has_gone = True
+            return
+        self._size += len(message.get("body", b""))
+        if unread or (self.is_whole and self._size <= self._limit):
+            self._kept.append(message)
+        else:
+            self.is_whole = False
+            self._kept.clear()
+
+    async def look_for_client(self) -> bool:
+        """Return whether the client is still there, as far as the server knows by now."""
+        if not (self.client_has_gone or self._is_waiting):
+            looking = asyncio.ensure_future(self._receive())
+            await asyncio.sleep(0)
+            if looking.done():
+                self._note(looking.result(), unread=True)
+            else:
+                looking.cancel()
+                await asyncio.wait((looking,))
+        return not self.client_has_gone
+
+
+class _Response:
+    """The response of one attempt. Its beginning is the end of the unit."""
+
+    def __init__(self, unit: DeferredUnit, body: _Body, send: Send, rule: CommitRule) -> None:
+        self._unit = unit
+        self._body = body
+        self._send = send
+        self._rule = rule
+        self._failure: BaseException | None = None
+        self._may_pass = False
+        self.has_begun = False
+        """Whether anything was sent."""
+
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether nothing has been sent, and the unit failed with an error that may pass."""
+        return self._may_pass and not self.has_begun
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on. End the unit before the first one."""
+        if message["type"] == "http.response.start" and not self.has_begun:
+            await self._end_unit(message)
+            self.has_begun = True
+        await self._send(message)
+
+    async def _end_unit(self, start: Message) -> None:
+        if not self._unit.has_begun:
+            self._unit.is_over = True
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in start.get("headers", ())}
+        commits = (
+            self._failure is None
+            and not self._unit.is_doomed
+            and self._rule(start["status"], headers, None)
+            and await self._body.look_for_client()
+        )
+        try:
+            await self._unit.end_awaited(commit=commits)
+        except Exception as error:
+            if self._unit.has_committed:  # and then a hook failed, for example: the client must hear that it is done
+                _log.exception("A request has committed, and then something failed")
+                return
+            self._failure, self._may_pass = error, self._unit.may_pass
+            self._unit.renew()  # an error handler may ask for a session
+            raise
+
+    async def close(self) -> None:
+        """Abort the unit of an application that has returned without a response. Raise the error of its commit again."""
+        if not self.has_begun:
+            await self._unit.end_awaited(commit=False)
+            if self._failure is not None:
+                raise self._failure
+
+    async def fail(self, error: BaseException) -> BaseException:
+        """Abort the unit. Return the error to raise: what the commit raised comes before what a framework made of it."""
+        if not self._unit.is_over:
+            await self._unit.end_awaited(error)
+            self._may_pass = self._may_pass or self._unit.may_pass
+        return error if self._failure is None else self._failure

@@ -1,0 +1,53 @@
+"""FastAPI: sessions as dependencies, a unit of work for each request, and the container's resources for the lifespan.
+
+>>> from typing import Annotated
+>>> from fastapi import FastAPI
+>>> from sqlalchemy.ext.asyncio import AsyncSession
+>>> from app_db import Container
+>>> from app_db.integrations.fastapi import UnitOfWorkMiddleware, lifespan, provided
+>>> container = Container()
+>>> Writer = Annotated[AsyncSession, provided(container.writer.async_session)]
+>>> app = FastAPI(lifespan=lifespan(container))
+>>> app.add_middleware(UnitOfWorkMiddleware, container=container)
+>>> @app.post("/orders", status_code=201)
+... async def place_order(sku: str, session: Writer) -> None:
+...     ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from inspect import isawaitable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from dependency_injector.providers import Provider
+from fastapi import Depends
+
+from app_db.integrations.starlette import UnitOfWorkMiddleware, lifespan
+
+__all__ = ["UnitOfWorkMiddleware", "dependency_of", "lifespan", "provided"]
+
+_dependencies: WeakKeyDictionary[Provider[Any], Callable[[], Awaitable[Any]]] = WeakKeyDictionary()
+
+
+def provided(provider: Provider[Any]) -> Any:
+    """Return a dependency on what a provider of the container provides. Nothing has to be wired.
+
+    `Annotated[Session, provided(container.writer.session)]` is the session of the request's unit.
+    """
+    return Depends(dependency_of(provider))
+
+
+def dependency_of(provider: Provider[Any]) -> Callable[[], Awaitable[Any]]:
+    """Return the key of a provider in `app.dependency_overrides`."""
+    known = _dependencies.get(provider)
+    if known is not None:
+        return known
+
+    async def dependency() -> Any:  # a coroutine, because FastAPI calls functions in threads, where no async session can be made
+        made = provider()
+        return await made if isawaitable(made) else made
+
+    _dependencies[provider] = dependency
+    return dependency

@@ -1,0 +1,204 @@
+"""A unit of work for each request of a WSGI application."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from app_db import DatabaseContainer, DeferredUnit
+from app_db.integrations._rule import CommitRule, commit_rule
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = ["UnitOfWorkMiddleware"]
+
+_log = logging.getLogger("app_db")
+
+
+class UnitOfWorkMiddleware:
+    """Gives each request a unit of work. It begins when a session is first asked for, and ends before the response begins.
+
+    A response below 400 commits; see `commit_rule`. If the commit fails, the response is not sent, and the error is raised
+    instead. A body that is generated while it is sent has no unit.
+
+    - `attempts`: how often a request may be answered anew if its unit fails with an error that `retryable` accepts
+    - `body_limit`: the bytes of a request's body that are kept for that. A request with a larger one is not repeated
+    - `read_only_methods`: methods whose units are read-only, `("GET", "HEAD")` for example
+    - `rule`: a function to use in place of `commit_rule`
+    - `isolation`, `timeout`: how units run, as in `container.transaction()`
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        container: DatabaseContainer,
+        *,
+        attempts: int = 1,
+        body_limit: int = 2**20,
+        read_only_methods: Iterable[str] = (),
+        rule: CommitRule = commit_rule,
+        isolation: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self.app = app
+        self.container = container
+        self._attempts = attempts
+        self._body_limit = body_limit
+        self._rule = rule
+        self._options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout}
+        self._read_only_methods = frozenset(method.upper() for method in read_only_methods)
+        container.deferred_unit(**self._options)  # raises the error of wrong options now
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request."""
+        body = _Body(environ, self._body_limit) if self._attempts > 1 else None
+        attempt = 1
+        while True:
+            try:
+                return self._answer(environ if body is None else body.environ(), start_response, attempt, body)
+            except _Again as again:
+                time.sleep(again.pause)
+            attempt += 1
+
+    def _answer(
+        self, environ: WSGIEnvironment, start_response: StartResponse, attempt: int, body: _Body | None
+    ) -> Iterable[bytes]:
+        """Answer a request. Raise _Again if it failed and can be answered anew."""
+        unit = self.container.deferred_unit(read_only=environ["REQUEST_METHOD"] in self._read_only_methods, **self._options)
+        if unit.is_one_too_many:
+            return self.app(environ, start_response)
+        with unit:
+            response = _Response(unit, start_response, self._rule)
+            try:
+                return response.begun(self.app(environ, response.start))
+            except BaseException as error:
+                if not unit.is_over:
+                    unit.end(error)
+                if attempt == self._attempts or response.has_begun or not unit.may_pass:
+                    raise
+                if body is None or not body.is_whole:
+                    _log.warning(
+                        "A request is not answered anew after %s: its body is too large to be kept", type(error).__name__
+                    )
+                    raise
+                _log.info("A request is answered anew after %s", type(error).__name__)
+                raise _Again(unit.pause_after(attempt)) from error
+
+
+class _Again(Exception):  # it is no error
+    """A request can be answered anew, after a pause."""
+
+    def __init__(self, pause: float) -> None:
+        self.pause = pause
+
+
+class _Body:
+    """The body of a request, which is kept for other attempts if it is small enough."""
+
+    def __init__(self, environ: WSGIEnvironment, limit: int) -> None:
+        self._environ = environ
+        length = environ.get("CONTENT_LENGTH") or "0"
+        self.is_whole = length.isdigit() and int(length) <= limit and "HTTP_TRANSFER_ENCODING" not in environ
+        self._kept = environ["wsgi.input"].read(int(length)) if self.is_whole else b""
+
+    def environ(self) -> WSGIEnvironment:
+        """Return the environment of an attempt: applications write to it."""
+        copy = dict(self._environ)
+        if self.is_whole:
+            copy["wsgi.input"] = BytesIO(self._kept)
+        return copy
+
+
+class _Response:
+    """The response of one attempt. Its beginning is the end of the unit."""
+
+    def __init__(self, unit: DeferredUnit, start_response: StartResponse, rule: CommitRule) -> None:
+        self._unit = unit
+        self._start_response = start_response
+        self._rule = rule
+        self._head: tuple[str, list[tuple[str, str]], Any] | None = None
+        self._write: Callable[[bytes], object] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was sent."""
+        return self._write is not None
+
+    def start(
+        self,
+        status: str,
+        headers: list[tuple[str, str]],
+        exc_info: tuple[type[BaseException], BaseException, TracebackType] | tuple[None, None, None] | None = None,
+        /,
+    ) -> Callable[[bytes], object]:
+        """Note the head of the response: WSGI's `start_response`. A later head takes its place until something is sent."""
+        if self._write is not None:
+            return self._start_response(status, headers, exc_info)  # raises exc_info
+        if self._head is not None and exc_info is None:
+            raise AssertionError("start_response() was called a second time without exc_info")
+        self._head = status, headers, exc_info
+        return self._end_and_write
+
+    def _end_and_write(self, data: bytes) -> None:
+        self._end()(data)
+
+    def _end(self) -> Callable[[bytes], object]:
+        """End the unit, and begin the response."""
+        if self._write is None:
+            if self._head is None:
+                raise AssertionError("start_response() was not called before the first byte of the response")
+            status, headers, exc_info = self._head
+            if not self._unit.is_over:
+                self._end_unit(status, {name.lower(): value for name, value in headers}, exc_info[1] if exc_info else None)
+            self._write = self._start_response(status, headers, exc_info)
+        return self._write
+
+    def _end_unit(self, status: str, headers: dict[str, str], error: BaseException | None) -> None:
+        commits = not self._unit.is_doomed and self._rule(int(status.split(maxsplit=1)[0]), headers, error)
+        try:
+            self._unit.end(commit=commits)
+        except Exception:
+            if not self._unit.has_committed:
+                raise
+            _log.exception("A request has committed, and then something failed")  # the client must hear that it is done
+
+    def begun(self, body: Iterable[bytes]) -> Iterable[bytes]:
+        """Begin the response, and return its body. A generator calls `start_response` when it is asked for its first part."""
+        whole = body
+        try:
+            if self._head is None:
+                parts = iter(body)
+                first = list(islice(parts, 1))
+                whole = _Rest(chain(first, parts), body)
+            self._end()
+        except BaseException:
+            _close(body)
+            raise
+        return whole
+
+
+class _Rest:
+    """A body of which a part was asked for already."""
+
+    def __init__(self, parts: Iterator[bytes], whole: Iterable[bytes]) -> None:
+        self._parts = parts
+        self._whole = whole
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._parts
+
+    def close(self) -> None:
+        """Close the body."""
+        _close(self._whole)
+
+
+def _close(body: Iterable[bytes]) -> None:
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()
