@@ -88,7 +88,10 @@ class _ConnectionInstance(_Instance):
 
 
 class _DatabaseInstance(_Instance):
-    """An instance of a database container. Its `core` has a reference to it, `database_container`."""
+    """The databases of an application: `container.writer.session()` is a session, `container.transaction()` a unit of work.
+
+    `dir(container)` lists what it provides. `help(DatabaseContainer)` says what each of that is.
+    """
 
     def shutdown_resources(self, resource_type: type[providers.BaseResource[Any]] = providers.BaseResource) -> Awaitable[None]:
         """Dispose all engines. Await the result if the running loop has engines; elsewhere awaiting is optional."""
@@ -111,8 +114,9 @@ class _DatabaseInstance(_Instance):
     def __repr__(self) -> str:
         provider: Any = self.settings
         settings = provider() if provider.overridden or provider.is_built else None
-        names = [name for name, provider in self.providers.items() if isinstance(provider, Connection)]
-        listed = ", ".join(described_connection(name, settings) for name in names) or "no connections"
+        found = [(name, provider) for name, provider in self.providers.items() if isinstance(provider, Connection)]
+        own = {name: provider.container.given_engine() for name, provider in found}
+        listed = ", ".join(described_connection(name, settings, engine) for name, engine in own.items()) or "no connections"
         return f"<{getattr(self.declarative_parent, '__name__', 'Container')}: {listed}>"
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -145,6 +149,13 @@ def _build_settings(container: DatabaseContainer | None, name: str) -> DatabaseS
     return settings_with(own, {each: engine.url for each, engine in given.items() if engine is not None})
 
 
+def _settings_of(container: DatabaseContainer | None, name: str) -> DatabaseSettings:
+    settings = _require_instance(container, name).settings()
+    if not hasattr(settings, "connection"):
+        raise InvalidUse(f"The container has a {type(settings).__name__} as its settings", "Give it DatabaseSettings(…)")
+    return settings
+
+
 def _own_engine(connection: Connection) -> Engine | AsyncEngine | None:
     """Return the engine that overrides app_db's, if there is one."""
     for provider in (connection.engine, connection.async_engine):
@@ -156,17 +167,17 @@ def _own_engine(connection: Connection) -> Engine | AsyncEngine | None:
 
 
 def _build_engine(container: DatabaseContainer | None, name: str) -> Engine:
-    return build_engine(name, _require_instance(container, name).settings())
+    return build_engine(name, _settings_of(container, name))
 
 
 def _build_async_engine(container: DatabaseContainer | None, name: str) -> AsyncEngine:
-    return build_async_engine(name, _require_instance(container, name).settings())
+    return build_async_engine(name, _settings_of(container, name))
 
 
 def _build_sessionmaker(
     container: DatabaseContainer | None, name: str, engine: Callable[[], Engine], session_class: type[Session] | None
 ) -> sessionmaker[Session]:
-    return build_sessionmaker(_require_instance(container, name).settings().connection(name), engine, session_class)
+    return build_sessionmaker(_settings_of(container, name).connection(name), engine, session_class)
 
 
 def _build_async_sessionmaker(

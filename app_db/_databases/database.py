@@ -165,8 +165,8 @@ class Database:
         """Return the names and storage engines of the tables whose rows survive a rollback."""
         return []
 
-    def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
-        """Register the listeners that set up every connection of `engine`."""
+    def tune(self, engine: Engine, settings: ConnectionSettings, name: str) -> None:
+        """Register the listeners that set up every connection of `engine`, that of the connection `name`."""
 
     def clean_up(self, dbapi_connection: DBAPIConnection, info: Info) -> None:
         """Undo what a unit of work has set on a connection that returns to its pool. No transaction is open."""

@@ -201,7 +201,7 @@ class _Setup:
         if engine is None or self._done:
             return
         event.listen(engine, "handle_error", self._explain)
-        self._database.tune(engine, self._connection)
+        self._database.tune(engine, self._connection, self._name)
         _watch_pool(engine, self._connection, self._database)
         _clean_up_what_is_returned(engine, self._database)
         self._done = True

@@ -199,7 +199,7 @@ class MySQL(Database):
         with engine.connect() as connection:
             return [tuple(row) for row in connection.execute(text(_WITHOUT_TRANSACTIONS))]
 
-    def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+    def tune(self, engine: Engine, settings: ConnectionSettings, name: str) -> None:
         names = self._collating(settings) if engine.dialect.driver in ("pymysql", "asyncmy") else None
 
         @event.listens_for(engine, "connect")

@@ -239,10 +239,10 @@ class PostgreSQL(Database):
             return partial(dialect.connect, async_creator_fn=begin_along.connect_async)
         return begin_along.connect
 
-    def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+    def tune(self, engine: Engine, settings: ConnectionSettings, name: str) -> None:
         if self.isolation_level(settings) == "AUTOCOMMIT":
             engine.dialect.supports_server_side_cursors = False  # they need a transaction; `yield_per` fetches everything without
-        self._keep_read_only(engine, settings)
+        self._keep_read_only(engine, settings, name)
         if settings.pooler == "transaction":
             self._limit_each_transaction(engine, settings)
             return
@@ -267,9 +267,9 @@ class PostgreSQL(Database):
                 record.info[PROTECTED] = True
 
         if settings.read_only:
-            self._close_what_is_lifted(engine, settings.database_identity().name)
+            self._close_what_is_lifted(engine, name)
 
-    def _keep_read_only(self, engine: Engine, settings: ConnectionSettings) -> None:
+    def _keep_read_only(self, engine: Engine, settings: ConnectionSettings, name: str) -> None:
         """Have execution options not make a connection writable that the session, or BEGIN, makes read-only.
 
         SQLAlchemy ends the option `postgresql_readonly` by False, and psycopg then begins with READ WRITE. None leaves it to the
@@ -286,7 +286,7 @@ class PostgreSQL(Database):
 
         def refuse_autocommit(dbapi_connection: DBAPIConnection, level: str) -> None:
             if level == "AUTOCOMMIT":
-                raise ReadOnlyViolation(settings.database_identity().name, "The isolation level AUTOCOMMIT behind a pooler")
+                raise ReadOnlyViolation(name, "The isolation level AUTOCOMMIT behind a pooler")
             set_level(dbapi_connection, level)
 
         dialect.set_readonly = keep_read_only

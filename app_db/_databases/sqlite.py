@@ -107,7 +107,7 @@ class SQLite(Database):
             return configured
         return configured.set(database=str(_memory_file(settings.database_identity())), query={})
 
-    def tune(self, engine: Engine, settings: ConnectionSettings) -> None:
+    def tune(self, engine: Engine, settings: ConnectionSettings, name: str) -> None:
         self._set_up_connections(engine, settings)
         self._begin_ourselves(engine, "BEGIN" if settings.read_only else "BEGIN IMMEDIATE")
         if settings.statement_timeout is not None:

@@ -11,6 +11,10 @@ from dependency_injector import providers
 from app_db.errors import AppDbError
 
 if TYPE_CHECKING:
+    from sqlalchemy import URL
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
     from app_db.settings import ConnectionSettings, DatabaseSettings
 
 T = TypeVar("T")
@@ -30,14 +34,21 @@ def provided(providers_of_container: Iterable[str]) -> list[str]:
     return sorted(set(providers_of_container) - _PLUMBING)
 
 
-def described_connection(name: str, settings: DatabaseSettings | None) -> str:
-    """Return `writer (postgresql, shop@db)`; only the name if the settings are not known yet."""
+def described_connection(name: str, settings: DatabaseSettings | None, own: Engine | AsyncEngine | None = None) -> str:
+    """Return `writer (postgresql, shop@db)`; only the name if the settings are not known yet. `own` is an engine of its own."""
+    if own is not None:
+        return f"{name} ({_place_of(own.url)}, an engine of its own)"
     if settings is None:
         return name
     try:
         return f"{name} ({_database_of(settings.connection(name))})"
     except AppDbError:
         return f"{name} (not configured)"
+
+
+def _place_of(url: URL) -> str:
+    where = str(url.database or "")
+    return f"{url.get_backend_name()}, {f'{where}@{url.host}' if url.host else where}"
 
 
 def _database_of(connection: ConnectionSettings) -> str:
@@ -60,13 +71,24 @@ def _signature_of(provider: Any) -> Signature:
     return whole.replace(parameters=[each for each in own if each.name not in provider.kwargs])
 
 
+def _shown(provider: Any) -> str:
+    name = provider.provides.__name__.removeprefix("build").lstrip("_")
+    return f"<Provider {name}{_signature_of(provider)}>"
+
+
 class SignedFactory(providers.Factory[T]):
     """A factory whose `inspect.signature()` shows what it is called with."""
 
     __signature__ = property(_signature_of)
+
+    def __repr__(self) -> str:
+        return _shown(self)
 
 
 class SignedCallable(providers.Callable[T]):
     """A callable whose `inspect.signature()` shows what it is called with."""
 
     __signature__ = property(_signature_of)
+
+    def __repr__(self) -> str:
+        return _shown(self)

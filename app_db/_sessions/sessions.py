@@ -86,6 +86,11 @@ class SessionConfig:
         once.
         """
         engine = self.engine()
+        if not hasattr(engine, "dialect") or hasattr(engine, "sync_engine"):
+            raise InvalidUse(
+                f"The engine of {self.name!r} was overridden with a {type(engine).__name__}",
+                "Override it with what create_engine() returns, or for coroutines create_async_engine()",
+            )
         if engine.dialect.name != self._dialect:  # overridden, by an engine for another kind of database
             self._dialect, self.database = engine.dialect.name, database_of(engine.dialect.name)
             self.may_keep_decisions = self._locks_others_out()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine
 
 import app_db
 from app_db import Connection, DatabaseContainer, DatabaseSettings
@@ -83,6 +84,29 @@ def test_a_provider_shows_what_it_provides(shop: Any) -> None:
     assert repr(shop.writer.engine) == repr(shop.writer_engine) == "<Provider of the engine of 'writer'>"
     assert repr(Shop.log.async_sessionmaker) == "<Provider of the async_sessionmaker of 'log'>"
     assert repr(shop.settings) == "<Provider of the settings>"
+    assert repr(shop.writer_session) == "<Provider of the session of 'writer'>"
+    assert repr(shop.writer_async_session) == "<Provider of the async session of 'writer'>"
+    assert repr(shop.connection) == "<Provider connection(name: 'str') -> 'Connection'>"
+
+
+def test_a_connection_with_an_engine_of_its_own_shows_that_one(tmp_path: Path) -> None:
+    class Given(DatabaseContainer):
+        writer = Connection()
+        reader = Connection(engine=create_engine(f"sqlite:///{tmp_path}/r.db"))
+
+    given = Given(settings=DatabaseSettings(connections={"writer": {"url": "sqlite:///w.db"}}))
+    given.settings()
+    assert repr(given) == f"<Given: writer (sqlite, w.db), reader (sqlite, {tmp_path}/r.db, an engine of its own)>"
+
+
+def test_what_is_no_engine_and_what_are_no_settings_is_told(sqlite_url: str) -> None:
+    container: Any = app_db.Container(settings=DatabaseSettings(connections={"writer": {"url": sqlite_url}}))
+    override = container.writer_engine.override("sqlite://")
+    with override, container.transaction(), pytest.raises(InvalidUse, match="engine of 'writer' was overridden with a str"):
+        container.writer_session()
+    wrong: Any = app_db.Container(settings={"connections": {}})
+    with pytest.raises(InvalidUse, match=r"has a dict as its settings\. Give it DatabaseSettings"):
+        wrong.writer_engine()
 
 
 def test_signatures_show_what_to_pass(shop: Any) -> None:
