@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from types import TracebackType
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-__all__ = ["UnitOfWorkMiddleware"]
+__all__ = ["UNIT", "UnitOfWorkMiddleware"]
 
 _log = logging.getLogger("app_db")
+
+
+UNIT = "app_db.unit"
+"""Key in the environment of a request. The value is its DeferredUnit."""
 
 
 class UnitOfWorkMiddleware:
@@ -73,6 +77,7 @@ class UnitOfWorkMiddleware:
         unit = self.container.deferred_unit(read_only=environ["REQUEST_METHOD"] in self._read_only_methods, **self._options)
         if unit.is_one_too_many:
             return self.app(environ, start_response)
+        environ[UNIT] = unit
         with unit:
             response = _Response(unit, start_response, self._rule)
             try:

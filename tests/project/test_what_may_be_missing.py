@@ -9,7 +9,19 @@ import pytest
 
 from harness.paths import run_python
 
-PACKAGES = ["aiosqlite", "anyio", "asyncmy", "asyncpg", "fastapi", "greenlet", "psycopg", "pymysql", "pytest", "starlette"]
+PACKAGES = [
+    "aiosqlite",
+    "anyio",
+    "asyncmy",
+    "asyncpg",
+    "fastapi",
+    "flask",
+    "greenlet",
+    "psycopg",
+    "pymysql",
+    "pytest",
+    "starlette",
+]
 """What may not be installed."""
 
 OF_UNIX = ["fchmod", "fchown", "fork", "getuid", "geteuid", "pread", "pwrite", "register_at_fork"]
@@ -43,6 +55,8 @@ if {"anyio", "starlette"} & set(modules):
     left_out |= {"app_db.integrations.starlette"}
 if {"anyio", "starlette", "fastapi"} & set(modules):
     left_out |= {"app_db.integrations.fastapi"}
+if "flask" in modules:
+    left_out |= {"app_db.integrations.flask"}
 for module in pkgutil.walk_packages(app_db.__path__, "app_db."):
     if module.name not in left_out:
         import_module(module.name)
