@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from contextvars import Token
 from threading import Lock
 from typing import Any, Self, cast
@@ -62,9 +63,14 @@ class DeferredUnit(WithBlock):
         self._token = self._manager.deferred.set(self)
         return self
 
+    def anew(self) -> DeferredUnit:
+        """Return another unit with the same options, that has not begun."""
+        return DeferredUnit(self._coordinator, self._options, awaited=self._awaited)
+
     def _leave(self, error: BaseException | None) -> None:
         if self._token is not None:
-            self._manager.deferred.reset(self._token)
+            with suppress(ValueError):  # a coroutine that is closed in another context than it ran in
+                self._manager.deferred.reset(self._token)
         self.is_over = True
         self.liveness.torn = None
         if self._role is not None:

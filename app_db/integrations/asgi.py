@@ -57,9 +57,10 @@ class UnitOfWorkMiddleware:
         self._attempts = attempts
         self._body_limit = body_limit
         self._rule = rule
-        self._options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout}
+        options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout, "awaited": True}
         self._read_only_methods = frozenset(method.upper() for method in read_only_methods)
-        container.deferred_unit(awaited=True, **self._options)  # raises the error of wrong options now
+        self._unit = container.deferred_unit(**options)
+        self._read_only_unit = container.deferred_unit(read_only=True, **options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -75,8 +76,7 @@ class UnitOfWorkMiddleware:
 
     async def _answer(self, scope: Scope, body: _Body, send: Send, attempt: int) -> float | None:
         """Answer a request. If it failed and can be answered anew, return how many seconds to wait before that."""
-        read_only = scope["method"] in self._read_only_methods
-        unit = self.container.deferred_unit(awaited=True, read_only=read_only, **self._options)
+        unit = (self._read_only_unit if scope["method"] in self._read_only_methods else self._unit).anew()
         if unit.is_one_too_many:
             await self.app(scope, body.receive, send)
             return None
@@ -92,6 +92,7 @@ class UnitOfWorkMiddleware:
                 if failure is error:
                     raise
                 if isinstance(failure, Exception) and not response.has_begun:
+                    unit.renew()  # the one that answers may ask for a session
                     was_answered = await self.respond(scope, body.receive, response.send, failure)
                     if was_answered:
                         return None
@@ -167,11 +168,13 @@ class _Body:
         if not (self.client_has_gone or self._is_waiting):
             looking = asyncio.ensure_future(self._receive())
             await asyncio.sleep(0)
-            if looking.done():
-                self._note(looking.result(), unread=True)
-            else:
+            if not looking.done():
                 looking.cancel()
                 await asyncio.wait((looking,))
+            elif looking.exception() is not None:
+                self.client_has_gone = True
+            else:
+                self._note(looking.result(), unread=True)
         return not self.client_has_gone
 
 
@@ -204,7 +207,8 @@ class _Response:
         if not self._unit.has_begun:
             self._unit.is_over = True
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in start.get("headers", ())}
+        start["headers"] = pairs = [*start.get("headers", ())]
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in pairs}
         commits = (
             self._failure is None
             and not self._unit.is_doomed

@@ -55,9 +55,10 @@ class UnitOfWorkMiddleware:
         self._attempts = attempts
         self._body_limit = body_limit
         self._rule = rule
-        self._options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout}
+        options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout}
         self._read_only_methods = frozenset(method.upper() for method in read_only_methods)
-        container.deferred_unit(**self._options)  # raises the error of wrong options now
+        self._unit = container.deferred_unit(**options)
+        self._read_only_unit = container.deferred_unit(read_only=True, **options)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request."""
@@ -74,7 +75,7 @@ class UnitOfWorkMiddleware:
         self, environ: WSGIEnvironment, start_response: StartResponse, attempt: int, body: _Body | None
     ) -> Iterable[bytes]:
         """Answer a request. Raise _Again if it failed and can be answered anew."""
-        unit = self.container.deferred_unit(read_only=environ["REQUEST_METHOD"] in self._read_only_methods, **self._options)
+        unit = (self._read_only_unit if environ["REQUEST_METHOD"] in self._read_only_methods else self._unit).anew()
         if unit.is_one_too_many:
             return self.app(environ, start_response)
         environ[UNIT] = unit

@@ -24,7 +24,7 @@ from app_db.integrations import commit_rule
 from app_db.integrations.asgi import UnitOfWorkMiddleware
 from app_db.integrations.fastapi import dependency_of, lifespan
 from app_db.testing import isolated
-from harness.applications import Application, Item, running
+from harness.applications import DEFER_UNIQUENESS, Application, Item, running
 from harness.web_applications import FRAMEWORKS, PLACES, Seen, Site, fastapi_app, placed, site, starlette_app
 from harness.webs import post, serving
 
@@ -71,6 +71,38 @@ def test_a_commit_that_fails_is_a_500_and_leaves_no_row(path: str, web: Site) ->
     assert [type(error) for error in web.seen.handled] == [IntegrityError], "the handler gets the original error"
     assert web.post("add", name="next").status_code == 201
     assert web.names == ["next"]
+
+
+@pytest.mark.parametrize("is_coroutine", [True, False])
+def test_a_handler_for_the_errors_own_class_answers_for_a_commit_and_may_read(
+    is_coroutine: bool, new_postgres_url: NewUrl
+) -> None:
+    with running(writer=new_postgres_url()) as app:
+        app.run(*DEFER_UNIQUENESS)
+
+        async def add(request: Request) -> Response:
+            app.container.writer_async_session().add(Item(name="taken"))
+            return JSONResponse({}, 201)
+
+        async def awaited(request: Request, error: Exception) -> Response:
+            return answer((await app.container.writer_async_session().scalars(select(Item.name))).all())
+
+        def called(request: Request, error: Exception) -> Response:
+            return answer(app.container.writer_session().scalars(select(Item.name)).all())
+
+        def answer(names: object) -> Response:
+            return JSONResponse({"there is": names}, 409)
+
+        whole = Starlette(
+            routes=[Route("/", add, methods=["POST"])],
+            middleware=placed(app, "alone"),
+            exception_handlers={IntegrityError: awaited if is_coroutine else called},
+            lifespan=lifespan(app.container),
+        )
+        with serving(whole) as address:
+            answered_by_handler = post(address)
+            assert (answered_by_handler.status_code, answered_by_handler.json()) == (409, {"there is": ["taken"]})
+        assert app.names() == ["taken"]
 
 
 def test_a_handler_may_read_in_the_unit_that_will_abort(web: Site) -> None:

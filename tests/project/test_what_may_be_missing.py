@@ -19,6 +19,7 @@ PACKAGES = [
     "greenlet",
     "psycopg",
     "pymysql",
+    "pyramid",
     "pytest",
     "starlette",
 ]
@@ -55,8 +56,9 @@ if {"anyio", "starlette"} & set(modules):
     left_out |= {"app_db.integrations.starlette"}
 if {"anyio", "starlette", "fastapi"} & set(modules):
     left_out |= {"app_db.integrations.fastapi"}
-if "flask" in modules:
-    left_out |= {"app_db.integrations.flask"}
+for framework in ("flask", "pyramid"):
+    if framework in modules:
+        left_out |= {f"app_db.integrations.{framework}"}
 for module in pkgutil.walk_packages(app_db.__path__, "app_db."):
     if module.name not in left_out:
         import_module(module.name)

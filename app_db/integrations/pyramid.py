@@ -1,0 +1,129 @@
+"""Pyramid: `config.include("app_db.integrations.pyramid")`.
+
+The container comes from `config.set_app_db(container)`, or is made from the settings of the ini file, whose keys are
+`app_db.connections.writer.url` and so on. With pyramid_tm, its transaction is the request's unit of work; without it a tween of
+this module begins and ends the unit.
+
+>>> from pyramid.config import Configurator
+>>> with Configurator(settings={"app_db.connections.writer.url": "sqlite://"}) as config:
+...     config.include("app_db.integrations.pyramid")
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pyramid.events import ApplicationCreated
+from pyramid.exceptions import NotFound
+from pyramid.tweens import EXCVIEW
+
+from app_db import DatabaseContainer, DatabaseSettings, UnitOfWork, container_of
+from app_db.errors import InvalidUse
+from app_db.integrations._rule import commit_rule
+
+if TYPE_CHECKING:
+    from pyramid.request import Request
+    from pyramid.response import Response
+    from sqlalchemy.orm import Session
+
+__all__ = ["commit_veto", "includeme", "manager_of", "tween_factory"]
+
+_log = logging.getLogger("app_db")
+_KEY = "app_db.container"
+_PREFIX = "app_db."
+
+
+def includeme(config: Any) -> None:
+    """Give requests `unit`, `dbsession` and `session_of`, and have pyramid_tm use the container's transaction manager."""
+    config.add_directive("set_app_db", _set_container)
+    config.add_directive("enable_sql_two_phase_commit", _enable_two_phase)
+    settings = config.get_settings()
+    settings.setdefault("tm.manager_hook", manager_of)
+    settings.setdefault("tm.commit_veto", commit_veto)
+    config.add_request_method(_unit_of, "unit", property=True)
+    config.add_request_method(_writer_of, "dbsession", property=True)
+    config.add_request_method(_session_of, "session_of")
+    config.add_tween(f"{__name__}.tween_factory", over=EXCVIEW)
+    config.add_subscriber(_require_container, ApplicationCreated)
+
+
+def _set_container(config: Any, container: DatabaseContainer) -> None:
+    config.registry[_KEY] = container
+
+
+def _enable_two_phase(config: Any, enable: bool = True) -> None:
+    """Prepare all connections that are made from the ini file: pyramid_sqlalchemy's name for it."""
+    config.get_settings()[f"{_PREFIX}two_phase"] = enable
+
+
+def _require_container(event: Any) -> None:
+    """Make the container from the settings of the ini file, unless the application has given one."""
+    registry = event.app.registry
+    if _KEY not in registry:
+        given = {key: value for key, value in registry.settings.items() if key.startswith(_PREFIX)}
+        settings = DatabaseSettings.from_mapping(given)
+        registry[_KEY] = container_of(*settings.connections)(settings=settings)
+
+
+def _container_of(request: Request) -> DatabaseContainer:
+    container: DatabaseContainer | None = request.registry.get(_KEY)
+    if container is None:
+        raise InvalidUse("There is no container", "Call config.make_wsgi_app(), or config.set_app_db(container) before")
+    return container
+
+
+def _unit_of(request: Request) -> UnitOfWork:
+    return _container_of(request).unit()
+
+
+def _writer_of(request: Request) -> Session:
+    return _container_of(request).connection("writer").session()
+
+
+def _session_of(request: Request, subject: object) -> Session:
+    return _container_of(request).session_of(subject)
+
+
+def manager_of(request: Request) -> Any:
+    """Return the transaction manager of a request's container: pyramid_tm's `tm.manager_hook`."""
+    return _container_of(request).transaction_manager()
+
+
+def commit_veto(request: Request, response: Response) -> bool:
+    """Return whether a response must not commit: pyramid_tm's `tm.commit_veto`. Its rule is `commit_rule`."""
+    return not commit_rule(response.status_int, _lower(response.headers))
+
+
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def tween_factory(handler: Callable[[Request], Response], registry: Any) -> Callable[[Request], Response]:
+    """Return a tween that gives each request a unit of work. It does nothing if pyramid_tm does that."""
+
+    def tween(request: Request) -> Response:
+        if hasattr(request, "tm"):  # pyramid_tm's
+            return handler(request)
+        with _container_of(request).deferred_unit() as unit:
+            try:
+                response = handler(request)
+            except BaseException as error:
+                unit.end(error)
+                raise
+            try:
+                unit.end(commit=not unit.is_doomed and not commit_veto(request, response))
+            except Exception as error:  # noqa: BLE001  # raised, unless a view answers
+                if unit.has_committed:
+                    _log.exception("A request has committed, and then something failed")
+                    return response
+                unit.renew()  # an exception view may ask for a session
+                try:
+                    response = request.invoke_exception_view(sys.exc_info())
+                except NotFound:
+                    raise error from None
+            return response
+
+    return tween
