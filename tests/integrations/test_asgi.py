@@ -31,7 +31,11 @@ from harness.webs import post, serving
 NewUrl = Callable[[], str]
 
 
-@pytest.fixture(params=[f"{framework}, {place}" for framework in FRAMEWORKS for place in PLACES])
+ORDINARY = ("starlette, outside", "fastapi, alone", "fastapi, inside")
+SITES = [f"{framework}, {place}" for framework in FRAMEWORKS for place in PLACES]
+
+
+@pytest.fixture(params=[each if each in ORDINARY else pytest.param(each, marks=pytest.mark.exhaustive) for each in SITES])
 def web(request: pytest.FixtureRequest, new_postgres_url: NewUrl) -> Iterator[Site]:
     framework, place = request.param.split(", ")
     with site(framework, place, new_postgres_url()) as opened:
@@ -339,6 +343,7 @@ async def many_requests(address: str, number: int) -> list[str]:
     return sorted(acknowledged)
 
 
+@pytest.mark.representative("fastapi")
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_many_requests_at_once_leave_what_was_acknowledged(framework: str, new_postgres_url: NewUrl) -> None:
     with site(framework, "outside", new_postgres_url()) as web:

@@ -139,7 +139,7 @@ def test_the_container_is_made_from_the_ini_file(new_sqlite_url: NewUrl) -> None
     container.shutdown_resources()
 
 
-class OwnBase(orm_base("writer")):  # type: ignore[misc]  # it is made at run time
+class OwnBase(orm_base("notebook")):  # type: ignore[misc]  # it is made at run time
     __abstract__ = True
 
 
@@ -150,10 +150,10 @@ class Note(OwnBase):
 
 def test_a_request_has_the_session_of_a_model(new_sqlite_url: NewUrl) -> None:
     def count(request: Any) -> Response:
-        assert request.session_of(Note) is request.dbsession
+        assert request.session_of(Note) is request.registry["app_db.container"].notebook_session()
         return Response("the same")
 
-    config = Configurator(settings={"app_db.connections.writer.url": new_sqlite_url()})
+    config = Configurator(settings={"app_db.connections.notebook.url": new_sqlite_url()})
     config.include("app_db.integrations.pyramid")
     config.add_route("count", "/")
     config.add_view(count, route_name="count")

@@ -223,7 +223,7 @@ def test_the_databases_agree_wherever_a_client_was_killed_whose_session_finds_it
         scene.check_after_recovery(application, outcomes)
 
 
-@pytest.mark.representative("postgresql-sqlite-log-in-a")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", [Layout("postgresql other", "a"), Layout("postgresql sqlite", "a")], ids=str)
 def test_the_databases_agree_wherever_the_first_commit_of_all_was_killed(
     layout: Layout, zygote: Zygote, servers: Servers, tmp_path: Path
@@ -361,7 +361,7 @@ def kill(servers: Sequence[Server], back: str) -> Callable[[], None]:
 # ---- nobody is killed, and recovery takes those that commit for dead ------------------------------------------------------
 
 
-@pytest.mark.representative("postgresql-other-log-in-a-which is not the first")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("layout", "first"),
     [

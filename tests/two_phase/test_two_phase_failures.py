@@ -886,7 +886,7 @@ def test_many_units_at_once_on_two_clusters_are_all_or_nothing(
         assert app.decisions() == []
 
 
-@pytest.mark.representative("writer")
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("log", ["writer", "journal", "file", "lite"])
 def test_recoveries_without_any_grace_never_roll_back_what_has_committed(

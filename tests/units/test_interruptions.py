@@ -241,7 +241,7 @@ LEAVING_A_STACK = (
 KEPT = ("with", "with, the body raises", "with, the block in a variable", "transactional, injected", "nested inside")
 
 
-@pytest.mark.representative("with, the block in a variable")
+@pytest.mark.exhaustive
 @scenarios(*(scenario for scenario in PLAIN if scenario.name in KEPT), *STACKED)
 def test_no_later_unit_is_lost_while_the_exception_is_kept(files: Callable[[], Ground], scenario: Scenario) -> None:
     tried = try_every_point(scenario, files, *IN_TURN, holding=Holding.EXCEPTION, documented=LEAVING_A_STACK)
@@ -258,7 +258,7 @@ def test_no_later_unit_is_lost_in_memory(kind: type[BaseException]) -> None:
 OPCODES = ("with", "with, the body raises", "transactional, injected", "with, nothing done", "ExitStack", "nested inside")
 
 
-@pytest.mark.representative("with, nothing done")
+@pytest.mark.exhaustive
 @scenarios(*(scenario for scenario in (*PLAIN, *STACKED) if scenario.name in OPCODES))
 def test_no_later_unit_is_lost_at_any_opcode(files: Callable[[], Ground], scenario: Scenario) -> None:
     tried = try_every_point(scenario, files, *IN_TURN, mode=Mode.OPCODES)

@@ -315,7 +315,7 @@ def expected_of(cell: str, unit: str) -> Seen:
     return Seen(cell.strip("`"), NO_ROW, OUTER_ROW)
 
 
-@pytest.mark.representative("*-required", "*-requires_new", "await-*", "asyncio.to_thread-*")
+@pytest.mark.representative("*-required", "await-*", "asyncio.to_thread-*")
 @pytest.mark.parametrize(("way", "unit", "propagation"), CASES)
 def test_the_table(two_databases: AwaitedDatabases, way: Way, unit: str, propagation: str) -> None:
     blocks, rows = [], []

@@ -291,6 +291,7 @@ def notes_of(error: BaseException | None) -> str:
     return notes
 
 
+@pytest.mark.representative("asyncpg")
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
 def test_a_slow_commit_is_unknown(driver: str, request: pytest.FixtureRequest) -> None:
     """A trigger that runs at COMMIT, where PostgreSQL's `statement_timeout` does not count."""
@@ -414,6 +415,7 @@ STEPS = {
 """By step: the connection that hangs, what it does not answer, and the error."""
 
 
+@pytest.mark.representative("psycopg-prepare")
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("stage", drivers("psycopg"), indirect=True)
 def test_a_step_of_two_phase_commit_that_hangs_is_not_waited_for(step: str, stage: Stage, request: pytest.FixtureRequest) -> None:
