@@ -351,7 +351,7 @@ def test_processes_that_bootstrap_at_once_do_it_once(database_url: str) -> None:
             tell("drop_all")
 
 
-@pytest.mark.representative("postgresql")
+@pytest.mark.exhaustive
 def test_a_process_that_is_killed_while_it_bootstraps_leaves_that_to_another(database_url: str) -> None:
     with processes(database_url, 2) as tell, start(database_url, "slow") as victim:
         assert said(victim) == "ready"

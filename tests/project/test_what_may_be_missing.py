@@ -99,13 +99,13 @@ def run_without(what: str, program: str) -> str:
     return run_python("-c", TAKE_AWAY.format(functions=functions, modules=modules) + program).stdout
 
 
-@pytest.mark.representative("forks", "fcntl", "greenlet", "all of these")
+@pytest.mark.representative("greenlet", "all of these")
 @pytest.mark.parametrize("what", WITHOUT)
 def test_every_module_can_be_imported_and_sqlite_used_without(what: str) -> None:
     assert run_without(what, IMPORT_EVERYTHING + USE_SQLITE) == "['kept']\n"
 
 
-@pytest.mark.representative("fcntl", "greenlet")
+@pytest.mark.representative("greenlet")
 @pytest.mark.parametrize("what", WITHOUT)
 def test_a_decision_file_can_be_used_without(what: str) -> None:
     assert run_without(what, USE_A_DECISION_FILE) == "commit\n"

@@ -27,7 +27,7 @@ def _needs_postgresql(postgres: object) -> None:
     assert "not found" not in available()["postgresql"]
 
 
-@pytest.mark.representative("--kills 30 *")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -109,7 +109,7 @@ def test_a_recovery_on_another_host_takes_nothing_apart_at_any_step_of_a_commit(
         assert left_in(list(here.sites.values())) == []
 
 
-@pytest.mark.representative("postgresql-file")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("kinds", "log"), LAYOUTS)
 def test_what_died_at_any_step_of_a_commit_is_settled_on_its_own_host(
     kinds: str, log: str, zygotes: list[Zygote], servers: Servers, tmp_path: Path
