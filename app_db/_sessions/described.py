@@ -47,16 +47,17 @@ def described_connection(name: str, settings: DatabaseSettings | None, own: Engi
 
 
 def _place_of(url: URL) -> str:
-    where = str(url.database or "")
-    return f"{url.get_backend_name()}, {f'{where}@{url.host}' if url.host else where}"
+    return f"{url.get_backend_name()}, {_where(url)}"
+
+
+def _where(url: URL) -> str:
+    database = str(url.database or "")
+    return f"{database}@{url.host}" if url.host else database
 
 
 def _database_of(connection: ConnectionSettings) -> str:
     url = connection.sqlalchemy_url()
-    where = str(url.database or "")
-    if url.host:
-        where = f"{where}@{url.host}"
-    parts = [f"mirror of {connection.mirror}" if connection.mirror else url.get_backend_name(), where]
+    parts = [f"mirror of {connection.mirror}" if connection.mirror else url.get_backend_name(), _where(url)]
     parts += ["read-only"] if connection.read_only else []
     parts += [f"replica of {connection.replica_of}"] if connection.replica_of else []
     parts += ["two-phase"] if connection.two_phase else []

@@ -343,7 +343,7 @@ class UnitSession(Session):
             self.require_unit()
             self._end_by_itself(super().rollback)
             return
-        if self.is_read_only and self._work is not None and not self._work.finishing and self._work.is_under_way():
+        if self.is_read_only and self._work is not None and self._is_managed:
             self.require_unit()
             self.expunge_all()
             if self.branch is not None:

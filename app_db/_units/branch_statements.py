@@ -69,7 +69,9 @@ class BranchStatements:
         """Whether it may be rolled back alone: it is a reader, or its user was denied each statement that would have written."""
         if self.config.read_only:
             return True
-        return max(self._done, self._last) <= Effect.LOCKS and all(map(self.config.database.denies, self._failures))
+        if not self._failures or max(self._done, self._last) > Effect.LOCKS:
+            return False
+        return all(map(self.config.database.denies, self._failures))
 
     @property
     def connection(self) -> Connection:

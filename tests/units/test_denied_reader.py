@@ -284,3 +284,14 @@ def test_an_error_that_is_no_denial_still_dooms(limited: Application) -> None:
         with pytest.raises(DBAPIError):
             app.session("other").execute(text("INSERT INTO items (id) VALUES ('no number')"))
     assert app.names("writer") == []
+
+
+def test_what_the_driver_has_rolled_back_dooms_the_others(limited: Application) -> None:
+    app = limited
+    with pytest.raises(TransactionLost), app.unit():
+        app.add("a", "writer")
+        connection = app.session("other").connection().connection
+        app.session("other").execute(text("SELECT name FROM items FOR UPDATE"))
+        connection.cursor().execute("INSERT INTO own (name) VALUES ('lost')")
+        connection.rollback()
+    assert app.names("writer") == []
