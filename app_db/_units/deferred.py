@@ -18,8 +18,8 @@ from app_db._units.transactions import pause_after
 from app_db.errors import InvalidUse
 
 
-class _NotCommitted(Exception):  # nobody catches it: it tells a unit to abort
-    """Somebody has decided that a unit of work must not commit, and there was no error."""
+class _NotCommitted(Exception):  # it is never raised: it tells a unit to abort
+    """The reason why a unit of work aborts that must not commit, where there was no error."""
 
 
 class DeferredUnit(WithBlock):
