@@ -7,6 +7,8 @@
 | `new_postgres`, `new_mariadb` | starts servers of the test's own, to be stopped and killed at will |
 | `postgres_url`, `mariadb_url`, `sqlite_url` | the URL of an empty database, which is the test's own |
 | `new_postgres_url`, `new_mariadb_url`, `new_sqlite_url` | as many of those as the test asks for |
+| `redis`, `broker` | a Redis that all tests share, and its URL when it is empty |
+| `browser` | a headless Chromium |
 | `database_url`, `new_database_url` | runs the test three times: on SQLite, PostgreSQL and MariaDB |
 
 A server that this machine doesn't have skips its tests, and the report says so at its end. With APP_DB_TEST_REQUIRE_SERVERS=1
@@ -30,15 +32,40 @@ from contextlib import AsyncExitStack, ExitStack
 from fnmatch import fnmatchcase
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from harness.brokers import RedisServer
 from harness.coroutines import Awaited, InThreads, driven
 from harness.installing import install
-from harness.requiring import started
-from harness.servers import MariaDBServer, PostgresServer, PostgresStandby, Server, Setting, available, quick_tempdir
+from harness.requiring import made, started
+from harness.servers import (
+    MariaDBServer,
+    PostgresServer,
+    PostgresStandby,
+    Server,
+    Setting,
+    available,
+    chromium_program,
+    quick_tempdir,
+)
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 DATABASES = ("sqlite", "postgresql", "mariadb")
+
+QUIET = (
+    "--no-sandbox",  # tests run as root, too
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--no-proxy-server",
+)
+"""Arguments of Chromium: it asks nothing of the network but what a test visits."""
 
 _numbers = count(1)
 
@@ -210,6 +237,30 @@ def new_mariadb() -> Iterator[Callable[..., MariaDBServer]]:
             return server
 
         yield new
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[RedisServer]:
+    server = made(RedisServer)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def broker(redis: RedisServer) -> str:
+    """The URL of an empty Redis."""
+    redis.flush()
+    return redis.url()
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    """A headless Chromium, driven by Playwright, whose event loop runs in this thread until the test has ended."""
+    program = made(chromium_program)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=program, args=list(QUIET))
 
 
 # ---- the wheel ------------------------------------------------------------------------------------------------------

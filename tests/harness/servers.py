@@ -54,6 +54,8 @@ UNWANTED = tuple(name.strip().lower() for name in os.environ.get(WITHOUT, "").sp
 
 INSTALL_MARIADB = "Install its server (Debian and Ubuntu: apt-get install mariadb-server)."
 INSTALL_PGBOUNCER = "Install it (Debian and Ubuntu: apt-get install pgbouncer)."
+INSTALL_REDIS = "Install it (Debian and Ubuntu: apt-get install redis-server)."
+INSTALL_CHROMIUM = "Install it (Debian and Ubuntu: apt-get install chromium)."
 INSTALL_POSTGRESQL = "Install the group `test` (pip install --group test)."
 
 START_TIMEOUT = 30.0
@@ -110,7 +112,7 @@ class Server(ABC):
     def __init__(self, *, settings: Mapping[str, Setting] | None = None) -> None:
         self.settings: dict[str, Setting] = dict(settings or {})
         self.host = "127.0.0.1"
-        self.port = _free_port()
+        self.port = free_port()
         self.owner = unprivileged()
         self.directory = Path(tempfile.mkdtemp(prefix=f"app_db-{self.name}-", dir=quick_tempdir(self.owner)))
         self.directory.chmod(0o700)
@@ -147,13 +149,7 @@ class Server(ABC):
                 self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self._as_owner()
             )
         signal_name = self.signals["immediate"].name.removeprefix("SIG")
-        self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", GUARD, "guard", signal_name, str(self.pid), self.directory, *_copies],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._guard = guarded(self.pid, self.directory, *_copies, signal_name=signal_name)
         self._wait_until_it_answers()
         return self
 
@@ -649,6 +645,24 @@ def pgbouncer_program() -> Path:
     return program
 
 
+def redis_program() -> Path:
+    """The server's program; raises ServerMissing."""
+    program = find_program("redis-server")
+    if program is None:
+        raise ServerMissing("Redis", "no redis-server on PATH", INSTALL_REDIS)
+    refuse_if_unwanted("Redis")
+    return program
+
+
+def chromium_program() -> Path:
+    """The browser's program; raises ServerMissing."""
+    program = find_program("chromium", "chromium-browser")
+    if program is None:
+        raise ServerMissing("Chromium", "no chromium on PATH", INSTALL_CHROMIUM)
+    refuse_if_unwanted("Chromium")
+    return program
+
+
 def refuse_if_unwanted(server: str) -> None:
     if server.lower() in UNWANTED:
         raise ServerMissing(server, f"{WITHOUT}={','.join(UNWANTED)} hides it", f"Unset {WITHOUT}.")
@@ -660,6 +674,8 @@ def available() -> dict[str, str]:
         PostgresServer.name: _availability(lambda: postgres_programs() / "postgres"),
         MariaDBServer.name: _availability(mariadb_program),
         "pgbouncer": _availability(pgbouncer_program),
+        "redis": _availability(redis_program),
+        "chromium": _availability(chromium_program),
     }
 
 
@@ -680,6 +696,17 @@ def find_program(*names: str) -> Path | None:
 
 def _version_line(program: Path) -> str:
     return subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def guarded(pid: int, *directories: Path, signal_name: str = "KILL") -> subprocess.Popen[bytes]:
+    """Start a guard: it ends a server and deletes its directories if this process dies without telling it "done"."""
+    return subprocess.Popen(
+        ["/bin/sh", "-c", GUARD, "guard", signal_name, str(pid), *directories],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 # ---- users and places ------------------------------------------------------------------------------------------------
@@ -741,7 +768,7 @@ def _directory_until_exit(what: str, place: Path) -> Path:
     return directory
 
 
-def _free_port() -> int:
+def free_port() -> int:
     # Below the range from which the kernel takes clients' ports: none of those may sit here while a server is down.
     for port in random.SystemRandom().sample(range(15000, 32000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
