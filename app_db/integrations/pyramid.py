@@ -20,9 +20,14 @@ from pyramid.events import ApplicationCreated
 from pyramid.exceptions import NotFound
 from pyramid.tweens import EXCVIEW
 
-from app_db import DatabaseContainer, DatabaseSettings, UnitOfWork, container_of
+from app_db import DatabaseContainer, DatabaseSettings, UnitOfWork, container_of, retryable
 from app_db.errors import InvalidUse
 from app_db.integrations._rule import commit_rule
+
+try:
+    from pyramid_retry import mark_error_retryable
+except ImportError:  # it is optional
+    mark_error_retryable = None
 
 if TYPE_CHECKING:
     from pyramid.request import Request
@@ -46,7 +51,7 @@ def includeme(config: Any) -> None:
     config.add_request_method(_unit_of, "unit", property=True)
     config.add_request_method(_writer_of, "dbsession", property=True)
     config.add_request_method(_session_of, "session_of")
-    config.add_tween(f"{__name__}.tween_factory", over=EXCVIEW)
+    config.add_tween(f"{__name__}.tween_factory", over=("pyramid_tm.tm_tween_factory", EXCVIEW))
     config.add_subscriber(_require_container, ApplicationCreated)
 
 
@@ -102,28 +107,49 @@ def _lower(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def tween_factory(handler: Callable[[Request], Response], registry: Any) -> Callable[[Request], Response]:
-    """Return a tween that gives each request a unit of work. It does nothing if pyramid_tm does that."""
+    """Return a tween that gives each request a unit of work, unless pyramid_tm does that with the container's manager.
+
+    In both cases it marks the errors that pyramid_retry may repeat, also those that an exception view has answered.
+    """
 
     def tween(request: Request) -> Response:
-        if hasattr(request, "tm"):  # pyramid_tm's
-            return handler(request)
-        with _container_of(request).deferred_unit() as unit:
-            try:
-                response = handler(request)
-            except BaseException as error:
-                unit.end(error)
-                raise
-            try:
-                unit.end(commit=not unit.is_doomed and not commit_veto(request, response))
-            except Exception as error:  # noqa: BLE001  # raised, unless a view answers
-                if unit.has_committed:
-                    _log.exception("A request has committed, and then something failed")
-                    return response
-                unit.renew()  # an exception view may ask for a session
-                try:
-                    response = request.invoke_exception_view(sys.exc_info())
-                except NotFound:
-                    raise error from None
-            return response
+        try:
+            response = handler(request) if _has_tm(request) else _in_unit(handler, request)
+        except Exception as error:
+            _mark(error)
+            raise
+        _mark(getattr(request, "exception", None))
+        return response
 
     return tween
+
+
+def _has_tm(request: Request) -> bool:
+    """Return whether pyramid_tm begins the units of the container. In an application inside another, it may be the other's."""
+    return getattr(request, "tm", None) is _container_of(request).transaction_manager()
+
+
+def _in_unit(handler: Callable[[Request], Response], request: Request) -> Response:
+    with _container_of(request).deferred_unit() as unit:
+        try:
+            response = handler(request)
+        except BaseException as error:
+            unit.end(error)
+            raise
+        try:
+            unit.end(commit=not unit.is_doomed and not commit_veto(request, response))
+        except Exception as error:  # noqa: BLE001  # raised, unless a view answers
+            if unit.has_committed:
+                _log.exception("A request has committed, and then something failed")
+                return response
+            unit.renew()  # an exception view may ask for a session
+            try:
+                response = request.invoke_exception_view(sys.exc_info())
+            except NotFound:
+                raise error from None
+        return response
+
+
+def _mark(error: BaseException | None) -> None:
+    if mark_error_retryable is not None and error is not None and retryable(error):
+        mark_error_retryable(error)

@@ -1,0 +1,301 @@
+"""One list of cases for all web frameworks, on real servers: what the client hears is what the database holds.
+
+`PYTHONPATH=tests python -m integrations.test_every_framework` prints the list and the frameworks, and writes them into
+docs/every-framework.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from harness.frameworks import COMMIT_LOCK, FRAMEWORKS, LOCK
+from harness.paths import ROOT
+from harness.served import Site, served
+from harness.servers import PostgresServer
+
+NewUrl = Callable[[], str]
+Case = Callable[[Site], None]
+
+DOCUMENT = ROOT / "docs" / "every-framework.md"
+CASES: dict[str, tuple[str, Case]] = {}
+"""By name: what is right, and the test of it."""
+
+
+def case(name: str, right: str) -> Callable[[Case], Case]:
+    def note(function: Case) -> Case:
+        CASES[name] = right, function
+        return function
+
+    return note
+
+
+def add_path(site: Site) -> str:
+    """Return a route that adds an item, in the framework's own way."""
+    return "add-async" if site.framework.interface == "asgi" else "add-sync"
+
+
+def check(site: Site, path: str, heard: int, /, *, is_kept: bool, **query: Any) -> httpx.Response:
+    """Send a request. Look at the answer, and at the databases as soon as it is there."""
+    name = f"item {random.randrange(10**12)}"
+    answer = site.post(path, name=name, **query)
+    assert (path, query, answer.status_code, answer.text) == (path, query, heard, answer.text)
+    for connection in site.app.connections:
+        assert (path, query, name in site.names_in(site.app, connection)) == (path, query, is_kept)
+    return answer
+
+
+# ---- the list -----------------------------------------------------------------------------------------------------------------
+
+
+@case("a request without a session", "opens no connection and no transaction")
+def nothing_is_opened(site: Site) -> None:  # the first case: nothing is connected yet
+    before = site.activity()
+    assert site.client.get("/nothing").status_code == 200
+    assert site.activity() == before
+    check(site, add_path(site), 201, is_kept=True)
+    site.settled()
+    before = site.activity()
+    assert site.client.get("/nothing").status_code == 200
+    assert site.activity() == before
+
+
+@case("success", "commits before the client hears it")
+def success(site: Site) -> None:
+    with site.client.stream("POST", "/stream", params={"name": "streamed"}) as answer:
+        assert (answer.status_code, "streamed" in site.names) == (200, True)
+    check(site, add_path(site), 201, is_kept=True)
+
+
+@case("COMMIT fails", "500, no row; the handler gets the error")
+def commit_fails(site: Site) -> None:
+    for path in (add_path(site), "stream", "redirect", "in-background"):
+        before = site.names
+        answer = site.post(path, name="taken")
+        assert (path, answer.status_code, answer.json()) == (path, 500, {"handled": "IntegrityError"})
+        assert site.names == before
+    check(site, add_path(site), 201, is_kept=True)
+
+
+@case("4xx returned", "aborts")
+def refused(site: Site) -> None:
+    check(site, add_path(site), 409, is_kept=False, status=409)
+
+
+@case("4xx by the framework's own exception", "aborts")
+def aborted(site: Site) -> None:
+    check(site, "fail", 409, is_kept=False, kind="http")
+
+
+@case("an exception with a handler, which reads", "reads what the unit wrote; a 4xx aborts")
+def handled(site: Site) -> None:
+    answer = check(site, "fail", 409, is_kept=False, kind="handled")
+    assert any(name.startswith("item ") for name in set(answer.json()["names"]) - set(site.names))
+
+
+@case("raised", "aborts")
+def raised(site: Site) -> None:
+    assert check(site, "fail", 500, is_kept=False, kind="boom").json() == {"handled": "Boom"}
+
+
+@case("5xx returned", "aborts")
+def failed(site: Site) -> None:
+    check(site, add_path(site), 503, is_kept=False, status=503)
+
+
+@case("redirect", "commits")
+def redirected(site: Site) -> None:
+    check(site, "redirect", 303, is_kept=True)
+
+
+@case("veto by the header X-Tm", "of the response; that of a request has no effect")
+def veto_by_header(site: Site) -> None:
+    path = add_path(site)
+    check(site, path, 409, is_kept=True, status=409, tm="commit")
+    check(site, path, 201, is_kept=False, tm="abort")
+    check(site, path, 201, is_kept=True, tm="something else")
+    answer = site.client.post(f"/{path}", params={"name": "by request"}, headers={"X-Tm": "abort"})
+    assert (answer.status_code, "by request" in site.names) == (201, True)
+
+
+@case("veto by the route", "aborts")
+def veto_by_route(site: Site) -> None:
+    check(site, "doom", 200, is_kept=False)
+
+
+@case("sync endpoint", "commits, or aborts")
+def sync_endpoint(site: Site) -> None:
+    check(site, "add-sync", 201, is_kept=True)
+    check(site, "add-sync", 404, is_kept=False, status=404)
+    assert site.post("add-sync", name="taken").status_code == 500
+
+
+@case("async endpoint", "commits, or aborts")
+def async_endpoint(site: Site) -> None:
+    check(site, "add-async", 201, is_kept=True)
+    check(site, "add-async", 404, is_kept=False, status=404)
+    assert site.post("add-async", name="taken").status_code == 500
+
+
+@case("stream", "commits before it begins; a session asked for in it is refused")
+def stream(site: Site) -> None:
+    said = check(site, "stream", 200, is_kept=True).text
+    assert said.startswith("first;The 'writer' session was used")
+    assert "with container.transaction():" in said
+
+
+@case("work after the response", "has no unit, is told how to begin one, and does")
+def background(site: Site) -> None:
+    name = f"task {random.randrange(10**9)}"
+    assert site.post("in-background", name=name).status_code == 200
+    eventually(lambda: f"after {name}: begin another" in site.names)
+
+
+@case("web socket", "has no unit, is told how to begin one, and does")
+def web_socket(site: Site) -> None:
+    with connect(f"{site.address.replace('http', 'ws')}/socket", proxy=None) as socket:
+        assert "with container.transaction():" in str(socket.recv())
+    eventually(lambda: "by the socket" in site.names)
+
+
+@case("the client goes during the request", "aborts")
+def client_goes(site: Site) -> None:
+    with site.locked(LOCK) as is_waited_for:
+        with site.request("slow", name="for nobody"):
+            eventually(is_waited_for)
+        assert site.client.get("/nothing").status_code == 200  # by now the server has noticed
+    site.settled()
+    assert "for nobody" not in site.names
+
+
+@case("the client goes during COMMIT", "the COMMIT goes on")
+def client_goes_in_commit(site: Site) -> None:
+    name = f"waits {random.randrange(10**9)}"
+    with site.locked(COMMIT_LOCK) as is_waited_for, site.request(add_path(site), name=name):
+        eventually(is_waited_for)
+    eventually(lambda: name in site.names)
+    site.settled()
+
+
+@case("a serialization failure", "is repeated, with the request's body")
+def repeated(site: Site) -> None:
+    name = f"again {random.randrange(10**9)}"
+    answer = site.post("count", b"x" * 100_000, name=name)
+    assert (answer.status_code, answer.text) == (200, answer.text)
+    assert answer.json() == {"attempts": 2, "bytes": 100_000}
+    assert site.names.count(name) == 1
+
+
+@case("two containers", "both commit, or both abort")
+def two_containers(site: Site) -> None:
+    for name, status in (("both", 201), ("neither", 409)):
+        assert site.post("two", name=name, status=status).status_code == status
+        kept = status == 201
+        assert (name in site.names, name in site.names_in(site.others[0])) == (kept, kept)
+
+
+@case("an application inside another", "has the units of its own container")
+def inside(site: Site) -> None:
+    path = f"inner/{add_path(site)}"
+    for name, status in (("inner", 201), ("inner lost", 409)):
+        assert site.post(path, name=name, status=status).status_code == status
+        assert (name in site.names, name in site.names_in(site.others[1])) == (False, status == 201)
+
+
+@case("500 requests of all kinds, 20 at once", "rows are those acknowledged; nothing is left open")
+def many(site: Site) -> None:
+    before = set(site.names)
+    acknowledged = asyncio.run(many_requests(site, 500))
+    site.settled()
+    eventually(lambda: sorted(set(site.names) - before) == sorted(acknowledged))
+    assert site.prepared() == []
+
+
+KINDS: list[tuple[str, dict[str, Any], bool]] = [
+    ("add", {}, True),
+    ("add", {"status": 409}, False),
+    ("add-sync", {}, True),
+    ("add-async", {"status": 503}, False),
+    ("fail", {"kind": "boom"}, False),
+    ("fail", {"kind": "handled"}, False),
+    ("fail", {"kind": "http"}, False),
+    ("stream", {}, True),
+    ("redirect", {}, True),
+    ("doom", {}, False),
+    ("add", {"name": "taken"}, False),
+    ("count", {}, True),
+    ("nothing", {}, False),
+    ("add", {"tm": "abort"}, False),
+]
+"""A route, its query, and whether an answer below 400 means that there is a row."""
+
+
+async def many_requests(site: Site, number: int) -> list[str]:
+    """Send requests of all kinds, 20 at once. Return the names of the items that were acknowledged."""
+    acknowledged: list[str] = []
+    at_once = asyncio.Semaphore(20)
+
+    async def one(number: int, client: httpx.AsyncClient) -> None:
+        path, query, writes = KINDS[number % len(KINDS)]
+        asked = {"name": f"many {number}", **query}
+        async with at_once:
+            answer = await client.post(f"/{add_path(site) if path == 'add' else path}", params=asked)
+        if answer.status_code < 400 and writes:
+            acknowledged.append(asked["name"])
+
+    limits = httpx.Limits(max_keepalive_connections=0)  # uvicorn closes the connection of a request whose application raised
+    async with httpx.AsyncClient(base_url=site.address, timeout=60, trust_env=False, limits=limits) as client:
+        await asyncio.gather(*(one(each, client) for each in range(number)))
+    return acknowledged
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    give_up = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def mark_unless(is_ordinary: bool, each: str) -> Any:
+    return each if is_ordinary else pytest.param(each, marks=pytest.mark.exhaustive)
+
+
+# ---- who is tried -------------------------------------------------------------------------------------------------------------
+
+
+SERVER = {"asgi": "uvicorn", "wsgi": "waitress"}
+ORDINARY = ("FastAPI", "Flask")
+"""Frameworks that `make test` tries. `make test-all` tries all."""
+
+
+@pytest.fixture(scope="module", params=[mark_unless(each in ORDINARY, each) for each in FRAMEWORKS])
+def site(request: pytest.FixtureRequest, postgres: PostgresServer) -> Iterator[Site]:
+    with opened(request.param, SERVER[FRAMEWORKS[request.param].interface], postgres, 3) as opened_site:
+        yield opened_site
+
+
+@contextmanager
+def opened(framework: str, server: str, postgres: PostgresServer, containers: int, **options: Any) -> Iterator[Site]:
+    """Serve one of the frameworks, with a database for each of its containers."""
+    with ExitStack() as stack:
+        urls = [{"writer": postgres.url(stack.enter_context(postgres.lend_database()))} for _ in range(containers)]
+        yield stack.enter_context(served(framework, server, postgres, *urls, **options))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_client_hears_is_what_the_database_holds(name: str, site: Site) -> None:
+    if name in site.framework.lacks:
+        with pytest.raises((AssertionError, InvalidStatus)):  # or else the page is wrong
+            CASES[name][1](site)
+    else:
+        CASES[name][1](site)
