@@ -198,10 +198,24 @@ def served(
     settings: dict[str, Any] = {"two_phase": True} if two_phase else {}
     described = [{name: {"url": url, **settings} for name, url in each.items()} for each in containers]
     with ExitStack() as stack:
-        apps = [stack.enter_context(running(**each)) for each in described]
+        apps = [stack.enter_context(running("strict", **each)) for each in described]
         for app in apps:
             for name in app.connections:
                 app.run(*SET_UP, on=name)
+        yield stack.enter_context(served_again(framework, server, databases, apps, described, **options))
+
+
+@contextmanager
+def served_again(
+    framework: str,
+    server: str,
+    databases: PostgresServer,
+    apps: Sequence[Application],
+    described: Sequence[Mapping[str, Any]],
+    **options: Any,
+) -> Iterator[Site]:
+    """Serve an application on databases that are set up. `described` are the connections of `apps`."""
+    with ExitStack() as stack:
         given = {"framework": framework, "databases": described, "options": options}
         process, address = _started(server, given, stack)
         site = Site(FRAMEWORKS[framework], databases, apps, address, process)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any
 
 import httpx
@@ -18,10 +21,14 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from harness.frameworks import COMMIT_LOCK, FRAMEWORKS, LOCK
+from harness.applications import running
+from harness.commands import app_db
+from harness.crashing import variables
+from harness.frameworks import COMMIT_LOCK, FRAMEWORKS, LOCK, SET_UP, THERE
 from harness.paths import ROOT
-from harness.served import Site, served
+from harness.served import Site, served, served_again
 from harness.servers import PostgresServer
+from harness.webs import client
 
 NewUrl = Callable[[], str]
 Case = Callable[[Site], None]
@@ -29,6 +36,9 @@ Case = Callable[[Site], None]
 DOCUMENT = ROOT / "docs" / "every-framework.md"
 CASES: dict[str, tuple[str, Case]] = {}
 """By name: what is right, and the test of it."""
+
+
+MANY = "500 requests of all kinds, 20 at once"
 
 
 def case(name: str, right: str) -> Callable[[Case], Case]:
@@ -211,12 +221,13 @@ def inside(site: Site) -> None:
         assert (name in site.names, name in site.names_in(site.others[1])) == (False, status == 201)
 
 
-@case("500 requests of all kinds, 20 at once", "rows are those acknowledged; nothing is left open")
+@case(MANY, "rows are those acknowledged; nothing is left open")
 def many(site: Site) -> None:
     before = set(site.names)
     acknowledged = asyncio.run(many_requests(site, 500))
     site.settled()
-    eventually(lambda: sorted(set(site.names) - before) == sorted(acknowledged))
+    for connection in site.app.connections:
+        eventually(lambda: sorted(set(site.names_in(site.app, connection)) - before) == sorted(acknowledged))  # noqa: B023
     assert site.prepared() == []
 
 
@@ -292,10 +303,125 @@ def opened(framework: str, server: str, postgres: PostgresServer, containers: in
         yield stack.enter_context(served(framework, server, postgres, *urls, **options))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [mark_unless(each != MANY, each) for each in CASES])
 def test_what_the_client_hears_is_what_the_database_holds(name: str, site: Site) -> None:
     if name in site.framework.lacks:
         with pytest.raises((AssertionError, InvalidStatus)):  # or else the page is wrong
             CASES[name][1](site)
     else:
         CASES[name][1](site)
+
+
+# ---- on every server, with two databases --------------------------------------------------------------------------------------
+
+
+SERVERS = {
+    "uvicorn": "FastAPI",
+    "hypercorn": "Starlette",
+    "gunicorn": "Flask",
+    "gunicorn --preload": "Flask",
+    "waitress": "Pyramid",
+    "pserve": "Pyramid with pyramid_tm",
+}
+SHORT_LIST = ("success", "COMMIT fails", "4xx returned", "raised", "redirect", "stream", "a serialization failure", MANY)
+
+
+@contextmanager
+def with_two_databases(server: str, postgres: PostgresServer) -> Iterator[Site]:
+    """Serve an application whose items go into two databases, by two-phase commit."""
+    with ExitStack() as stack:
+        names = {name: postgres.url(stack.enter_context(postgres.lend_database())) for name in ("writer", "warehouse")}
+        yield stack.enter_context(served(SERVERS[server], server, postgres, names, two_phase=True))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("server", SERVERS)
+def test_two_databases_under_two_phase_commit_on_every_server(server: str, postgres: PostgresServer) -> None:
+    with with_two_databases(server, postgres) as site:
+        for name in SHORT_LIST:
+            if name not in site.framework.lacks:
+                CASES[name][1](site)
+        assert site.names_in(site.app, "writer") == site.names_in(site.app, "warehouse")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("server", ["uvicorn", "gunicorn"])
+def test_a_server_that_is_killed_under_load_leaves_what_clients_have_heard(server: str, postgres: PostgresServer) -> None:
+    """kill -9, three times, while 8 clients send requests. Then recovery, and both databases have the same rows."""
+    heard: set[str] = set()
+    asked: set[str] = set()
+    with ExitStack() as stack:
+        names = {name: stack.enter_context(postgres.lend_database()) for name in ("writer", "warehouse")}
+        settings = {name: {"url": postgres.url(database), "two_phase": True} for name, database in names.items()}
+        app = stack.enter_context(running("strict", **settings))
+        for name in names:
+            app.run(*SET_UP, on=name)
+        for turn in range(3):
+            with served_again(SERVERS[server], server, postgres, [app], [settings]) as site:
+                under_load_until_killed(site, f"turn {turn}", asked, heard)
+        app_db("recover", "--grace", "0", environment=variables({"connections": settings}))
+        rows, others = (set(app.names(name)) - set(THERE) for name in names)
+        assert rows == others
+        assert heard <= rows <= asked
+        assert len(heard) >= 300
+        assert [postgres.prepared_transactions(database) for database in names.values()] == [[], []]
+
+
+def under_load_until_killed(site: Site, label: str, asked: set[str], heard: set[str]) -> None:
+    """Send requests by 8 threads, kill the server once 100 were answered, and note what was asked and acknowledged."""
+    enough = threading.Event()
+    before = len(heard)
+
+    def keep_asking(thread: int) -> None:
+        with client(site.address) as asking:
+            for number in count():
+                name = f"{label} {thread} {number}"
+                asked.add(name)
+                try:
+                    answer = asking.post(f"/{add_path(site)}", params={"name": name})
+                except httpx.HTTPError:
+                    return  # the server is gone
+                assert answer.status_code == 201
+                heard.add(name)
+                if len(heard) - before >= 100:
+                    enough.set()
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(keep_asking, each) for each in range(8)]
+        assert enough.wait(60)
+        site.kill()
+        for each in asking:
+            each.result()
+
+
+# ---- the page -----------------------------------------------------------------------------------------------------------------
+
+
+def table() -> str:
+    """Return the list of cases and frameworks in Markdown."""
+    columns = [name.replace(" BaseHTTPMiddleware", "¹") for name in FRAMEWORKS]
+    lines = [f"| case | what is right | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    why: list[str] = []
+    for name, (right, _) in CASES.items():
+        cells = []
+        for framework in FRAMEWORKS.values():
+            reason = framework.lacks.get(name)
+            if reason is not None and reason not in why:
+                why.append(reason)
+            cells.append("✓" if reason is None else f"no, {chr(ord('a') + why.index(reason))}")
+        lines.append(f"| {name} | {right} | {' | '.join(cells)} |")
+    notes = [f"{chr(ord('a') + number)}: {reason}." for number, reason in enumerate(why)]
+    return "\n".join([*lines, "", "¹ a BaseHTTPMiddleware, which runs the application in a task of its own.", *notes, ""])
+
+
+def page() -> str:
+    return DOCUMENT.read_text().partition("| case |")[0] + table()
+
+
+def test_the_page_has_the_list() -> None:
+    assert DOCUMENT.read_text() == page()
+
+
+if __name__ == "__main__":
+    print(table())
+    DOCUMENT.write_text(page())

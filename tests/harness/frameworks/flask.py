@@ -99,6 +99,6 @@ def application(  # noqa: C901  # one function for each route
 
     AppDb(doings.container, **options).init_app(flask)
     if inner is not None:
-        mounts = {"/inner": application(inner)}
+        mounts: dict[str, Any] = {"/inner": application(inner)}
         flask.wsgi_app = DispatcherMiddleware(flask.wsgi_app, mounts)  # type: ignore[method-assign]
     return flask

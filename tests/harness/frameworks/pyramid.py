@@ -49,7 +49,12 @@ def application(  # noqa: C901  # one function for each route
     def in_background(request: Any) -> Any:
         add_sync(request)
         name = request.params["name"]
-        request.add_finished_callback(lambda request: request.exception is None and doings.work_afterwards(name))
+
+        def afterwards(request: Any) -> None:
+            if request.exception is None:  # Pyramid calls this also if COMMIT has failed
+                doings.work_afterwards(name)
+
+        request.add_finished_callback(afterwards)
         return Response(json={})
 
     def count(request: Any) -> Any:
