@@ -10,6 +10,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 SOAK ?=
 BENCH ?=
+COMPARE ?=
 WORKERS ?= 2
 
 VENV := .venv
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all soak check lint format types layers docs coverage bench clean
+.PHONY: help demo test test-all soak check lint format types layers docs coverage bench compare clean
 
 help:  ## say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -95,6 +96,9 @@ coverage: $(INSTALLED_DEV)  ## run the tests and print which lines and branches 
 
 bench: $(INSTALLED_DEV)  ## measure the cost over bare SQLAlchemy, and print it in Markdown; BENCH names one benchmark
 	@$(BIN)/python benchmarks/run.py $(BENCH)
+
+compare: $(INSTALLED_DEV)  ## ask other libraries the same requests, and print what was committed; COMPARE names programs, or --write
+	@$(BIN)/python benchmarks/peers/run.py $(COMPARE)
 
 clean:  ## delete what the other targets made, .venv included
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .tox .coverage*
