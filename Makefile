@@ -1,8 +1,9 @@
 # `make demo` and `make test` need Python 3.11 or newer, git and make; everything else they install into .venv.
 #
 #   make demo       show what app_db does
-#   make test       run the tests: on SQLite, on a real PostgreSQL, and on MariaDB and PgBouncer where they are installed
-#   make test-all   run every test, on every server: MariaDB and PgBouncer must be installed
+#   make test       run the tests: on SQLite, on a real PostgreSQL, and on MariaDB, PgBouncer, Redis and Chromium where they are
+#                   installed
+#   make test-all   run every test: MariaDB, PgBouncer, Redis and Chromium must be installed
 #   make check      lint, types, layers, docs, test
 #   make help       all of the targets
 

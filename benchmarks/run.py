@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the tests' servers 
 from databases import Databases
 from measuring import Effort, pin_client, pinning
 
-NAMES = ("units", "async_units", "threads", "readers", "routing", "two_phase", "isolation", "imports", "building")
+NAMES = ("units", "async_units", "threads", "readers", "routing", "two_phase", "isolation", "imports", "building", "web")
 LIBRARIES = (
     "SQLAlchemy",
     "zope.sqlalchemy",
@@ -31,6 +31,11 @@ LIBRARIES = (
     "aiosqlite",
     "PyMySQL",
     "asyncmy",
+    "starlette",
+    "fastapi",
+    "flask",
+    "uvicorn",
+    "waitress",
 )
 
 

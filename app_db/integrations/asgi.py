@@ -87,7 +87,7 @@ class UnitOfWorkMiddleware:
         with unit:
             response = _Response(unit, body, send, self._rule)
             try:
-                await self.app(_copy_of(scope), body.receive, response.send)
+                await self.app(_copy_of(scope) if self._attempts > 1 else scope, body.receive, response.send)
                 await response.close()
             except BaseException as error:
                 failure = await response.fail(error)
