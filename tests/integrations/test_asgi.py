@@ -6,12 +6,15 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,7 +23,7 @@ from starlette.routing import Route
 from app_db.errors import InvalidUse, NoUnitOfWork
 from app_db.integrations import commit_rule
 from app_db.integrations.asgi import UnitOfWorkMiddleware
-from app_db.integrations.fastapi import dependency_of, lifespan
+from app_db.integrations.fastapi import dependency_of, lifespan, provided
 from app_db.testing import isolated
 from harness.applications import DEFER_UNIQUENESS, Application, Item, running
 from harness.frameworks import SET_UP, THERE, Doings, fastapi, starlette
@@ -329,3 +332,41 @@ def test_requests_are_isolated_as_units_are(framework: Any, path: str, new_postg
 
         asyncio.run(main())
         assert app.names() == []
+
+
+# ---- what an endpoint returns --------------------------------------------------------------------------------------------------
+
+
+def test_fastapi_reads_a_model_for_its_response_while_there_is_the_unit(new_postgres_url: NewUrl) -> None:
+    """Its attributes load, those that the database makes are there after a flush, and it is committed afterwards."""
+    with running(writer=new_postgres_url()) as app:
+        api = FastAPI(lifespan=lifespan(app.container))
+        api.add_middleware(UnitOfWorkMiddleware, container=app.container)
+
+        async def add(session: Any, name: str) -> Item:
+            item = Item(name=name)
+            session.add(item)
+            await session.flush()
+            session.expire(item, ["name"])
+            await session.refresh(item)
+            return item
+
+        async def listed(session: Any) -> list[Item]:
+            return list(await session.scalars(select(Item)))
+
+        writer = provided(app.container.connection("writer").async_session)
+        add.__annotations__ |= {"session": Annotated[AsyncSession, writer], "name": str}
+        listed.__annotations__ |= {"session": Annotated[AsyncSession, writer]}
+        api.post("/items", response_model=Named)(add)
+        api.get("/items", response_model=list[Named])(listed)
+        with serving(api) as address:
+            assert post(f"{address}/items", params={"name": "a"}).json() == {"id": 1, "name": "a"}
+            assert app.names() == ["a"]
+            with client(address) as asking:
+                assert asking.get("/items").json() == [{"id": 1, "name": "a"}]
+
+
+class Named(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+    id: int
+    name: str
