@@ -7,10 +7,10 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from app_db import DatabaseContainer, DeferredUnit
+from app_db import DatabaseContainer, DeferredUnit, retryable
 from app_db.integrations._rule import CommitRule, commit_rule
 
-__all__ = ["Application", "Message", "Receive", "Scope", "Send", "UnitOfWorkMiddleware"]
+__all__ = ["Application", "Message", "REPEATS", "Receive", "Scope", "Send", "UnitOfWorkMiddleware"]
 
 _log = logging.getLogger("app_db")
 
@@ -23,6 +23,11 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+REPEATS = "app_db.repeats"
+"""Key in the scope of a request. The value is None, or a function that says whether the request is answered anew if an error is
+raised. Frameworks whose error handlers stand inside of the middleware ask it, and raise the error instead of calling them.
+"""
 
 
 class UnitOfWorkMiddleware:
@@ -72,13 +77,16 @@ class UnitOfWorkMiddleware:
             await self.app(scope, receive, send)
             return
         body = _Body(receive, self._body_limit if self._attempts > 1 else 0)
+        before = _copy_of(scope)
         attempt = 1
-        while (pause := await self._answer(scope, body, send, attempt)) is not None:
+        while (pause := await self._answer(scope, before, body, send, attempt)) is not None:
             await asyncio.sleep(pause)
             body.rewind()
+            scope.clear()
+            scope.update(_copy_of(before))
             attempt += 1
 
-    async def _answer(self, scope: Scope, body: _Body, send: Send, attempt: int) -> float | None:
+    async def _answer(self, scope: Scope, before: Scope, body: _Body, send: Send, attempt: int) -> float | None:
         """Answer a request. If it failed and can be answered anew, return how many seconds to wait before that."""
         unit = (self._read_only_unit if scope["method"] in self._read_only_methods else self._unit).anew()
         if unit.is_one_too_many:
@@ -86,8 +94,9 @@ class UnitOfWorkMiddleware:
             return None
         with unit:
             response = _Response(unit, body, send, self._rule)
+            scope[REPEATS] = response.could_be_repeated_after if attempt < self._attempts else None
             try:
-                await self.app(_copy_of(scope) if self._attempts > 1 else scope, body.receive, response.send)
+                await self.app(scope, body.receive, response.send)  # no copy: middlewares outside read what is written to it
                 await response.close()
             except BaseException as error:
                 failure = await response.fail(error)
@@ -97,10 +106,12 @@ class UnitOfWorkMiddleware:
                     raise
                 if isinstance(failure, Exception) and not response.has_begun:
                     unit.renew()  # the one that answers may ask for a session
-                    was_answered = await self.respond(scope, body.receive, response.send, failure)
+                    was_answered = await self.respond(_copy_of(before), body.receive, response.send, failure)
                     if was_answered:
                         return None
                 raise failure from failure.__cause__  # a framework may have raised another one because of it
+            finally:
+                scope[REPEATS] = before.get(REPEATS)
         return None
 
     async def respond(self, scope: Scope, receive: Receive, send: Send, failure: Exception) -> bool:
@@ -109,7 +120,7 @@ class UnitOfWorkMiddleware:
 
 
 def _copy_of(scope: Scope) -> Scope:
-    """Return a scope for one attempt: applications write to it."""
+    """Return a copy of a scope, to which an application may write without changing the original."""
     copy = {**scope}
     if isinstance(state := scope.get("state"), dict):
         copy["state"] = {**state}
@@ -206,6 +217,10 @@ class _Response:
     def may_be_repeated(self) -> bool:
         """Whether nothing has been sent, and the unit failed with an error that may pass."""
         return self._may_pass and not self.has_begun
+
+    def could_be_repeated_after(self, error: BaseException) -> bool:
+        """Return whether nothing has been sent, and the unit would fail with an error that may pass."""
+        return self._unit.has_begun and not self.has_begun and retryable(error)
 
     async def send(self, message: Message) -> None:
         """Pass a message on. End the unit before the first one."""

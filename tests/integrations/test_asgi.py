@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from transaction.interfaces import TransientError
 
 from app_db.errors import InvalidUse, NoUnitOfWork
 from app_db.integrations import commit_rule
@@ -104,6 +105,37 @@ def test_a_rule_of_ones_own(new_postgres_url: NewUrl) -> None:
     with site(new_postgres_url(), rule=always) as web:
         assert web.post("add-async", name="kept", status=409).status_code == 409
         assert web.names == ["kept"]
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_middlewares_outside_see_what_the_application_has_noted_in_the_scope(attempts: int, new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        noted: list[object] = []
+
+        async def inner(scope: Any, receive: Any, send: Any) -> None:
+            noted.append((scope.get("route"), {**scope["state"]}))
+            scope["route"] = scope["state"]["who"] = f"attempt {len(noted)}"
+            app.container.writer_async_session().add(Item(name="kept"))
+            if len(noted) < attempts:
+                raise TransientError
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def receive() -> dict[str, object]:
+            await asyncio.Event().wait()
+            return {}
+
+        async def send(message: object) -> None:
+            """Send nothing."""
+
+        async def main() -> None:
+            scope: dict[str, Any] = {"type": "http", "method": "POST", "state": {}}
+            await UnitOfWorkMiddleware(inner, app.container, attempts=attempts)(scope, receive, send)
+            assert (scope["route"], scope["state"]) == (f"attempt {attempts}", {"who": f"attempt {attempts}"})
+            await app.container.shutdown_resources()
+
+        asyncio.run(main())
+        assert noted == [(None, {})] * attempts, "another attempt gets what the first one got"
+        assert app.names() == ["kept"]
 
 
 def test_a_middleware_that_is_installed_twice_is_one(new_postgres_url: NewUrl) -> None:
