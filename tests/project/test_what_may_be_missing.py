@@ -17,6 +17,7 @@ PACKAGES = [
     "fastapi",
     "flask",
     "greenlet",
+    "litestar",
     "psycopg",
     "pymysql",
     "pyramid",
@@ -56,6 +57,8 @@ if {"anyio", "starlette"} & set(modules):
     left_out |= {"app_db.integrations.starlette"}
 if {"anyio", "starlette", "fastapi"} & set(modules):
     left_out |= {"app_db.integrations.fastapi"}
+if {"anyio", "litestar"} & set(modules):
+    left_out |= {"app_db.integrations.litestar"}
 for framework in ("flask", "pyramid"):
     if framework in modules:
         left_out |= {f"app_db.integrations.{framework}"}
