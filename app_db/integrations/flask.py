@@ -11,14 +11,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
-from flask import Flask, Response, request
+import click
+from flask import Flask, Response, current_app, request
+from flask.cli import with_appcontext
 
-from app_db import DatabaseContainer, DeferredUnit
+from app_db import DatabaseContainer
 from app_db.integrations._rule import CommitRule, commit_rule
-from app_db.integrations.wsgi import UNIT, UnitOfWorkMiddleware
+from app_db.integrations.wsgi import REPEATS, UnitOfWorkMiddleware, unit_of
 
 __all__ = ["AppDb"]
 
@@ -30,7 +34,8 @@ class AppDb:
 
     It ends after all functions of `after_request`, and before the response begins. A response below 400 commits, so `abort(409)`
     aborts. If the commit fails, the handler for 500 or `Exception` gets the error. The options are those of
-    `app_db.integrations.wsgi.UnitOfWorkMiddleware`.
+    `app_db.integrations.wsgi.UnitOfWorkMiddleware`. With `attempts`, error handlers get the error of the last attempt only.
+    `flask app-db` is the command line of app_db for this container.
     """
 
     def __init__(
@@ -38,6 +43,8 @@ class AppDb:
         container: DatabaseContainer,
         app: Flask | None = None,
         *,
+        attempts: int = 1,
+        body_limit: int = 2**20,
         read_only_methods: Iterable[str] = (),
         rule: CommitRule = commit_rule,
         isolation: str | None = None,
@@ -46,8 +53,10 @@ class AppDb:
         self.container = container
         self._rule = rule
         self._options: dict[str, Any] = {
-            "read_only_methods": tuple(read_only_methods), "rule": rule, "isolation": isolation, "timeout": timeout
+            "attempts": attempts, "body_limit": body_limit, "read_only_methods": tuple(read_only_methods), "rule": rule,
+            "isolation": isolation, "timeout": timeout,
         }  # fmt: skip
+        UnitOfWorkMiddleware(_nothing, container, **self._options)  # raises for wrong options
         if app is not None:
             self.init_app(app)
 
@@ -55,18 +64,54 @@ class AppDb:
         """Install it in an application. `app.extensions["app_db"]` is this object then."""
         app.extensions["app_db"] = self
         app.wsgi_app = UnitOfWorkMiddleware(app.wsgi_app, self.container, **self._options)  # type: ignore[method-assign]
+        for name in ("handle_user_exception", "handle_exception"):
+            setattr(app, name, _unless_repeated(getattr(app, name)))
         app.after_request_funcs.setdefault(None, []).insert(0, self._end_unit)  # the first one is called last
+        app.cli.add_command(_command)
 
     def _end_unit(self, response: Response) -> Response:
-        unit: DeferredUnit | None = request.environ.get(UNIT)
+        unit = unit_of(request.environ, self.container)
         if unit is None or unit.is_over:
             return response
         headers = {name.lower(): value for name, value in response.headers.items()}
         try:
             unit.end(commit=not unit.is_doomed and self._rule(response.status_code, headers, None))
-        except Exception:
+        except Exception as error:
             if not unit.has_committed:
-                unit.renew()  # an error handler may ask for a session
+                if not request.environ[REPEATS](error):
+                    unit.renew()  # an error handler may ask for a session
                 raise
             _log.exception("A request has committed, and then something failed")
         return response
+
+
+def _nothing(environ: object, start_response: object) -> list[bytes]:
+    return []
+
+
+def _unless_repeated(handle: Callable[[Exception], Any]) -> Callable[[Exception], Any]:
+    """Return a method that handles errors, but raises those because of which the request is answered anew."""
+
+    @wraps(handle)
+    def run(e: Exception) -> Any:  # Flask's name for it
+        repeats = request.environ.get(REPEATS)
+        if repeats is not None and repeats(e):
+            raise e
+        return handle(e)
+
+    return run
+
+
+def _container() -> DatabaseContainer:
+    extension: AppDb = current_app.extensions["app_db"]
+    return extension.container
+
+
+@click.command("app-db", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@with_appcontext
+def _command(arguments: tuple[str, ...]) -> None:
+    """Look after the application's databases."""
+    from app_db.cli import main
+
+    sys.exit(main([*arguments, "--container", f"{__name__}:{_container.__name__}"]))

@@ -9,20 +9,33 @@ from io import BytesIO
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from app_db import DatabaseContainer, DeferredUnit
+from app_db import DatabaseContainer, DeferredUnit, retryable
 from app_db.integrations._rule import CommitRule, commit_rule
 
 if TYPE_CHECKING:
     from types import TracebackType
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-__all__ = ["UNIT", "UnitOfWorkMiddleware"]
+__all__ = ["REPEATS", "UNIT", "UnitOfWorkMiddleware", "unit_of"]
 
 _log = logging.getLogger("app_db")
 
 
 UNIT = "app_db.unit"
 """Key in the environment of a request. The value is its DeferredUnit."""
+
+REPEATS = "app_db.repeats"
+"""Key in the environment of a request. The value is a function that says whether the request is answered anew if an error is
+raised. Frameworks whose error handlers stand inside of the middleware ask it, and raise the error instead of calling them.
+"""
+
+_UNITS = "app_db.units"
+
+
+def unit_of(environ: WSGIEnvironment, container: DatabaseContainer) -> DeferredUnit | None:
+    """Return a request's unit of a container, or None if no middleware has given it one."""
+    found: DeferredUnit | None = environ.get(_UNITS, {}).get(id(container))
+    return found
 
 
 class UnitOfWorkMiddleware:
@@ -79,8 +92,15 @@ class UnitOfWorkMiddleware:
         if unit.is_one_too_many:
             return self.app(environ, start_response)
         environ[UNIT] = unit
+        environ[_UNITS] = {**environ.get(_UNITS, {}), id(self.container): unit}
         with unit:
             response = _Response(unit, start_response, self._rule)
+
+            def repeats(error: BaseException) -> bool:
+                may_pass = unit.has_begun and not response.has_begun and retryable(error)
+                return may_pass and attempt < self._attempts and body is not None and body.is_kept(error)
+
+            environ[REPEATS] = repeats
             try:
                 return response.begun(self.app(environ, response.start))
             except BaseException as error:
@@ -88,10 +108,7 @@ class UnitOfWorkMiddleware:
                     unit.end(error)
                 if attempt == self._attempts or response.has_begun or not unit.may_pass:
                     raise
-                if body is None or not body.is_whole:
-                    _log.warning(
-                        "A request is not answered anew after %s: its body is too large to be kept", type(error).__name__
-                    )
+                if body is None or not body.is_kept(error):
                     raise
                 _log.info("A request is answered anew after %s", type(error).__name__)
                 raise _Again(unit.pause_after(attempt)) from error
@@ -112,6 +129,14 @@ class _Body:
         length = environ.get("CONTENT_LENGTH") or "0"
         self.is_whole = length.isdigit() and int(length) <= limit and "HTTP_TRANSFER_ENCODING" not in environ
         self._kept = environ["wsgi.input"].read(int(length)) if self.is_whole else b""
+        self._was_said = False
+
+    def is_kept(self, error: BaseException) -> bool:
+        """Return whether there is a body for another attempt. If not, say so in the log, once."""
+        if not (self.is_whole or self._was_said):
+            self._was_said = True
+            _log.warning("A request is not answered anew after %s: its body is too large to be kept", type(error).__name__)
+        return self.is_whole
 
     def environ(self) -> WSGIEnvironment:
         """Return the environment of an attempt: applications write to it."""

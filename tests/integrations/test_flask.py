@@ -9,11 +9,12 @@ from typing import Any
 import httpx
 import pytest
 from flask import Flask, abort, redirect, request, stream_with_context
-from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError, OperationalError
 
-from app_db.errors import NoUnitOfWork
+from app_db.errors import AwaitRequired, InvalidUse, NoUnitOfWork
 from app_db.integrations.flask import AppDb
+from app_db.testing import isolated
 from harness.applications import DEFER_UNIQUENESS, Application, Boom, Item, running
 from harness.webs import client, serving_wsgi
 
@@ -166,3 +167,197 @@ def test_the_constructor_installs_it_too_and_options_count(new_postgres_url: New
         assert flask.extensions["app_db"] is extension
         assert flask.test_client().post("/add?name=refused").status_code == 500
         assert app.names() == []
+
+
+# ---- again --------------------------------------------------------------------------------------------------------------------
+
+FAILS_ONCE = (
+    "CREATE SEQUENCE commits",
+    """
+    CREATE FUNCTION fail_once() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF nextval('commits') = 1 THEN RAISE EXCEPTION 'try again' USING ERRCODE = '40001'; END IF; RETURN NULL;
+    END $$
+    """,
+    """
+    CREATE CONSTRAINT TRIGGER once AFTER INSERT ON items DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION fail_once()
+    """,
+)
+"""On PostgreSQL: the first COMMIT of an item is a serialization failure."""
+
+ALWAYS_FAILS = (
+    "CREATE FUNCTION app_fails() RETURNS void LANGUAGE plpgsql AS "
+    "$$ BEGIN RAISE EXCEPTION 'again' USING ERRCODE = '40001'; END $$"
+)
+
+
+def repeating(app: Application, seen: list[object], statement: Any = None, **options: Any) -> Flask:
+    """Return an application whose route adds an item, and that has handlers for all that may happen."""
+    flask = Flask("shop")
+
+    @flask.post("/add")
+    def add() -> dict[str, int]:
+        seen.append(request.get_data())
+        app.container.writer_session().add(Item(name="kept"))
+        if statement is not None:
+            app.container.writer_session().execute(statement)
+        return {"attempts": len(seen)}
+
+    @flask.errorhandler(OperationalError)
+    def on_operational_error(error: OperationalError) -> tuple[str, int]:
+        seen.append(type(error))
+        return "busy", 503
+
+    @flask.errorhandler(500)
+    def on_error(error: Any) -> tuple[str, int]:
+        seen.append(type(error.original_exception))
+        return "failed", 500
+
+    AppDb(app.container, flask, **options)
+    return flask
+
+
+def test_a_request_whose_commit_may_pass_is_answered_anew_before_error_handlers_are_asked(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        app.run(*FAILS_ONCE)
+        seen: list[object] = []
+        with serving_wsgi(repeating(app, seen, attempts=2)) as address, client(address) as asking:
+            answer = asking.post("/add", content=b"x" * 100)
+        assert (answer.status_code, answer.json(), seen) == (200, {"attempts": 2}, [b"x" * 100] * 2)
+        assert app.names() == ["kept"]
+
+
+def test_error_handlers_get_the_error_of_the_last_attempt(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        app.run(ALWAYS_FAILS)
+        seen: list[object] = []
+        flask = repeating(app, seen, select(func.app_fails()), attempts=3)
+        answer = flask.test_client().post("/add", data=b"body")
+        assert (answer.status_code, answer.text, seen) == (503, "busy", [b"body"] * 3 + [OperationalError])
+        assert app.names() == []
+
+
+@pytest.mark.exhaustive
+def test_a_request_too_large_to_be_repeated_is_answered_by_the_error_handler(
+    new_postgres_url: NewUrl, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(writer=new_postgres_url()) as app:
+        app.run(ALWAYS_FAILS)
+        seen: list[object] = []
+        flask = repeating(app, seen, select(func.app_fails()), attempts=3, body_limit=2)
+        assert flask.test_client().post("/add", data=b"body").status_code == 503
+        assert seen == [b"body", OperationalError]
+        assert caplog.text.count("its body is too large to be kept") == 1
+
+
+# ---- several containers and applications --------------------------------------------------------------------------------------
+
+
+def test_two_containers_of_an_application_commit_and_tell_their_errors_to_its_handlers(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as one, running(writer=new_postgres_url()) as other:
+        for app in (one, other):
+            app.run(*DEFER_UNIQUENESS)
+        handled: list[BaseException] = []
+        flask = flask_app(one, handled)
+
+        @flask.post("/both")
+        def both() -> str:
+            one.container.writer_session().add(Item(name=request.args["one"]))
+            other.container.writer_session().add(Item(name=request.args["other"]))
+            return "added"
+
+        AppDb(one.container, flask)
+        AppDb(other.container, flask)
+        asking = flask.test_client()
+        assert asking.post("/both?one=a&other=a").status_code == 200
+        for query in ("one=taken&other=b", "one=b&other=taken"):
+            answer = asking.post(f"/both?{query}")
+            assert (answer.status_code, answer.text) == (500, "failed")
+        assert [type(error) for error in handled] == [IntegrityError] * 2
+        assert ("a" in one.names(), "a" in other.names()) == (True, True)
+
+
+@pytest.mark.exhaustive
+def test_an_extension_serves_every_application_of_a_factory_and_may_be_installed_twice(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        extension = AppDb(app.container)
+        flasks = [flask_app(app, []), flask_app(app, [])]
+        for flask in (*flasks, flasks[0]):
+            extension.init_app(flask)
+        for name, flask in zip("abc", [*flasks, flasks[0]], strict=True):
+            assert flask.test_client().post(f"/add?name={name}").status_code == 201
+            assert flask.test_client().post(f"/add?name=lost{name}&status=409").status_code == 409
+        assert app.names() == ["a", "b", "c"]
+
+
+def test_wrong_options_are_refused_at_once(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app, pytest.raises(InvalidUse, match="attempts=0 leaves no attempt"):
+        AppDb(app.container, attempts=0)
+
+
+# ---- async views, tests, the command line -------------------------------------------------------------------------------------
+
+
+def test_async_views_use_the_unit_by_sessions_for_threads_and_begin_units_for_coroutines(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        app.run(*DEFER_UNIQUENESS)
+        handled: list[BaseException] = []
+        flask = flask_app(app, handled)
+
+        @flask.post("/sync-session")
+        async def sync_session() -> tuple[str, int]:
+            app.container.writer_session().add(Item(name=request.args["name"]))
+            return "added", int(request.args.get("status", "201"))
+
+        @flask.post("/async-session")
+        async def async_session() -> str:
+            try:
+                async with app.container.transaction(propagation="requires_new"):
+                    app.container.writer_async_session().add(Item(name=request.args["name"]))
+            finally:
+                await app.container.writer_async_engine().dispose()  # the loop ends with the view
+            return "added"
+
+        @flask.post("/refused")
+        async def refused() -> str:
+            with pytest.raises(AwaitRequired, match="The 'writer' async session has to be awaited"):
+                app.container.writer_async_session()
+            return "refused"
+
+        AppDb(app.container, flask)
+        with serving_wsgi(flask) as address, client(address) as asking:
+            assert asking.post("/refused").status_code == 200
+            for path, name, status, heard in (
+                ("sync-session", "a", "201", 201),
+                ("sync-session", "b", "409", 409),
+                ("sync-session", "taken", "201", 500),
+                ("async-session", "c", "", 200),
+                ("async-session", "taken", "", 500),
+            ):
+                answer = asking.post(f"/{path}", params={"name": name, **({"status": status} if status else {})})
+                assert (path, name, answer.status_code) == (path, name, heard)
+        assert [type(error) for error in handled] == [IntegrityError] * 2
+        assert app.names() == ["a", "c", "taken"]
+
+
+def test_requests_of_a_test_client_are_isolated_as_units_are(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        flask = flask_app(app, [])
+        AppDb(app.container, flask)
+        with isolated(app.container):
+            assert [flask.test_client().post(f"/add?name={each}").status_code for each in "ab"] == [201, 201]
+            assert flask.test_client().post("/fail?name=undone&kind=handled").json == ["a", "b", "undone"]
+        assert app.names() == []
+
+
+def test_its_command_line_is_that_of_app_db_for_the_applications_container(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        flask = flask_app(app, [])
+        AppDb(app.container, flask)
+        run = flask.test_cli_runner()
+        checked = run.invoke(args=["app-db", "check"])
+        assert (checked.exit_code, "No connection is two-phase" in checked.output) == (0, True), checked.output
+        recovered = run.invoke(args=["app-db", "recover", "--dry-run", "--grace", "0"])
+        assert (recovered.exit_code, "is in doubt" in recovered.output) == (0, True), recovered.output
+        assert "settle what a crash left prepared" in run.invoke(args=["app-db", "--help"]).output
+        assert run.invoke(args=["app-db", "nonsense"]).exit_code == 2

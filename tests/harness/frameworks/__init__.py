@@ -199,7 +199,7 @@ FRAMEWORKS: dict[str, Framework] = {
     "FastAPI, inside BaseHTTPMiddleware": Framework("fastapi", "asgi", {"place": "inside", **_AGAIN}),
     "FastAPI, outside BaseHTTPMiddleware": Framework("fastapi", "asgi", {"place": "outside", **_AGAIN}),
     "Litestar": Framework("litestar", "asgi", _AGAIN),
-    "Flask": Framework("flask", "wsgi", {}, {**_WSGI, "a serialization failure": "the error handlers of Flask answer first"}),
+    "Flask": Framework("flask", "wsgi", _AGAIN, _WSGI),
     "Pyramid": Framework("pyramid", "wsgi", {"tm": False, **_AGAIN}, {**_WSGI, **_NO_COROUTINES}),
     "Pyramid with pyramid_tm": Framework("pyramid", "wsgi", {"tm": True, **_AGAIN}, {**_WSGI, **_NO_COROUTINES}),
 }
