@@ -10,6 +10,7 @@ import pytest
 from harness.paths import run_python
 
 PACKAGES = [
+    "aiohttp",
     "aiosqlite",
     "anyio",
     "asyncmy",
@@ -59,7 +60,7 @@ if {"anyio", "starlette", "fastapi"} & set(modules):
     left_out |= {"app_db.integrations.fastapi"}
 if {"anyio", "litestar"} & set(modules):
     left_out |= {"app_db.integrations.litestar"}
-for framework in ("flask", "pyramid"):
+for framework in ("aiohttp", "flask", "pyramid"):
     if framework in modules:
         left_out |= {f"app_db.integrations.{framework}"}
 for module in pkgutil.walk_packages(app_db.__path__, "app_db."):

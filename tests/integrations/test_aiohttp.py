@@ -1,0 +1,306 @@
+"""aiohttp, and docs/how-to/aiohttp.md: what the client hears is what the database holds, on aiohttp's own server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from aiohttp import web
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+from websockets.sync.client import connect
+
+from app_db.errors import NoUnitOfWork, ReadOnlyViolation
+from app_db.integrations.aiohttp import setup
+from harness.recipes import Recipe, executed
+from harness.webs import client
+
+NewUrl = Callable[[], str]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@contextmanager
+def serving(app: web.Application, **options: Any) -> Iterator[httpx.Client]:
+    """Serve an application by aiohttp for the length of the block, which gets a client."""
+    addresses: list[str] = []
+    started = threading.Event()
+    loop = asyncio.new_event_loop()
+    ended = asyncio.Event()
+
+    async def run() -> None:
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=5, **options)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0]
+        addresses.append(f"http://{host}:{port}")
+        started.set()
+        await ended.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),), name="aiohttp")
+    thread.start()
+    try:
+        assert started.wait(5)
+        with client(addresses[0]) as asking:
+            yield asking
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join()
+        loop.close()
+
+
+class Site:
+    """The page's application, with more routes, on a real server."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.container = recipe, recipe.container
+        self.app: web.Application = recipe["app"]
+        self.tasks: list[asyncio.Task[None]] = []
+        self.arrived, self.go_on = threading.Event(), threading.Event()
+        self.answered = threading.Event()
+        for handler in (self.boom, self.redirect, self.doom, self.header, self.stream, self.later, self.hook, self.wait):
+            self.app.router.add_post(f"/{handler.__name__}/{{sku}}", handler)
+        self.app.router.add_get("/socket/{sku}", self.socket)
+
+    def put(self, request: web.Request, more: str = "") -> None:
+        self.container.writer_async_session().add(self.recipe["Order"](sku=request.match_info["sku"] + more))
+
+    async def boom(self, request: web.Request) -> web.Response:
+        self.put(request)
+        raise RuntimeError("boom")
+
+    async def redirect(self, request: web.Request) -> web.Response:
+        self.put(request)
+        raise web.HTTPSeeOther("/elsewhere")
+
+    async def doom(self, request: web.Request) -> web.Response:
+        self.put(request)
+        self.container.unit().doom()
+        return web.Response()
+
+    async def header(self, request: web.Request) -> web.Response:
+        self.put(request)
+        return web.Response(headers={"X-Tm": "abort"})
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        self.put(request)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(f"{self.recipe.skus()};".encode())
+        try:
+            self.container.writer_async_session()
+        except NoUnitOfWork as error:
+            await response.write(error.message.encode())
+        await response.write_eof()
+        return response
+
+    async def socket(self, request: web.Request) -> web.StreamResponse:
+        self.put(request)
+        response = web.WebSocketResponse()
+        await response.prepare(request)
+        await response.send_str(f"{self.recipe.skus()}")
+        async with self.container.transaction():
+            self.put(request, " by the socket")
+        await response.close()
+        return response
+
+    async def later(self, request: web.Request) -> web.Response:
+        async def afterwards() -> None:
+            async with self.container.transaction():
+                self.put(request, " later")
+
+        def begin() -> None:
+            self.tasks.append(asyncio.get_running_loop().create_task(afterwards()))
+
+        self.put(request)
+        self.container.unit().on_commit(begin)
+        return web.Response()
+
+    async def hook(self, request: web.Request) -> web.Response:
+        def fail() -> None:
+            raise RuntimeError("a hook")
+
+        self.put(request)
+        self.container.unit().on_commit(fail)
+        return web.Response()
+
+    async def wait(self, request: web.Request) -> web.Response:
+        self.put(request)
+        self.arrived.set()
+        try:
+            await asyncio.to_thread(self.go_on.wait, 20)
+        finally:
+            asyncio.get_running_loop().call_soon(self.answered.set)
+        return web.Response()
+
+
+@pytest.fixture
+def site(new_postgres_url: NewUrl) -> Iterator[Site]:
+    with executed("aiohttp", new_postgres_url()) as recipe:
+        yield Site(recipe)
+
+
+def test_what_the_client_hears_is_what_the_database_holds(site: Site) -> None:
+    with serving(site.app) as asking:
+        for path, status, is_kept in [
+            ("orders/A-1", 201, True),
+            ("orders/A-1", 409, True),
+            ("orders/TAKEN", 500, False),
+            ("boom/A-2", 500, False),
+            ("redirect/A-3", 303, True),
+            ("redirect/TAKEN", 500, False),
+            ("doom/A-4", 200, False),
+            ("header/A-5", 200, False),
+            ("hook/A-6", 200, True),
+            ("stream/TAKEN", 500, False),
+        ]:
+            answer = asking.post(path)
+            assert (path, answer.status_code) == (path, status)
+            assert (path, path.rpartition("/")[2] in site.recipe.skus()) == (path, is_kept)
+            assert (path, site.recipe.in_use()) == (path, 0)
+
+
+def test_a_stream_and_a_web_socket_end_the_unit_before_their_first_byte(site: Site) -> None:
+    with serving(site.app) as asking:
+        said = asking.post("stream/A-1").text
+        assert said.startswith("['A-1'];The 'writer' session was used after the response had begun")
+        with connect(str(asking.base_url).replace("http", "ws") + "/socket/A-2", proxy=None) as socket:
+            assert socket.recv() == "['A-1', 'A-2']"
+            with pytest.raises(Exception, match="1000"):
+                socket.recv()
+    assert site.recipe.skus() == ["A-1", "A-2", "A-2 by the socket"]
+
+
+@pytest.mark.exhaustive
+def test_a_task_that_begins_after_the_commit_has_a_unit_of_its_own(site: Site) -> None:
+    async def wait_for_them(app: web.Application) -> None:
+        await asyncio.gather(*site.tasks)
+
+    site.app.on_shutdown.append(wait_for_them)
+    with serving(site.app) as asking:
+        assert asking.post("later/A-1").status_code == 200
+    assert site.recipe.skus() == ["A-1", "A-1 later"]
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+def test_a_client_that_has_gone_gets_nothing_committed(cancels: bool, site: Site) -> None:
+    with serving(site.app, handler_cancellation=cancels) as asking:
+        with socket.create_connection((asking.base_url.host, asking.base_url.port or 0)) as gone:
+            gone.sendall(b"POST /wait/A-1 HTTP/1.1\r\nHost: shop\r\nContent-Length: 0\r\n\r\n")
+            assert site.arrived.wait(20)
+        if not cancels:
+            assert asking.post("orders/A-2").status_code == 201, "the server has heard of what came before"
+            site.go_on.set()
+        assert site.answered.wait(20)
+        site.go_on.set()
+    assert site.recipe.skus() == ([] if cancels else ["A-2"])
+
+
+def test_a_middleware_outside_may_answer_for_a_commit_and_one_inside_has_the_unit(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    container = site.container
+
+    @web.middleware
+    async def answering(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except IntegrityError:
+            async with container.transaction():
+                await container.writer_async_session().execute(text("SELECT 1"))
+            return web.Response(status=409)
+
+    @web.middleware
+    async def inside(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await container.writer_async_session().execute(text("INSERT INTO orders VALUES (:sku)"), {"sku": request.query["by"]})
+        return await handler(request)
+
+    app = web.Application(middlewares=[answering])
+    setup(app, container)
+    app.middlewares.append(inside)
+    app.router.add_post("/orders/{sku}", site.recipe["place_order"])
+    app.router.add_post("/hook/{sku}", site.hook)
+    with serving(app) as asking, caplog.at_level(logging.ERROR, "app_db"):
+        assert asking.post("orders/A-1?by=B-1").status_code == 201
+        assert asking.post("orders/TAKEN?by=B-2").status_code == 409
+        assert asking.post("orders/A-1?by=B-3").status_code == 409
+        assert asking.post("hook/A-2?by=B-4").status_code == 200
+    assert site.recipe.skus() == ["A-1", "A-2", "B-1", "B-4"]
+    assert "A request has committed, and then something failed" in caplog.messages
+
+
+def test_set_up_twice_and_in_a_nested_application_it_is_one_unit(site: Site) -> None:
+    """Middlewares of the outer application write in the unit of the nested one, and have the last word on it."""
+    writer = site.container.connection("writer")
+
+    @web.middleware
+    async def inside(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if "by" in request.query:
+            await writer.async_session().execute(text("INSERT INTO orders VALUES (:sku)"), {"sku": request.query["by"]})
+        response = await handler(request)
+        return web.Response(status=409) if "refused" in request.query else response
+
+    async def count(request: web.Request) -> web.Response:
+        number = await writer.async_session().scalar(text("SELECT count(*) FROM orders WHERE sku LIKE 'B%'"))
+        return web.Response(text=str(number))
+
+    outer = web.Application()
+    setup(outer, site.container)
+    setup(outer, site.container)
+    outer.middlewares.append(inside)
+    site.app.router.add_get("/count", count)
+    outer.add_subapp("/nested", site.app)
+    with serving(outer) as asking:
+        assert asking.get("nested/count?by=B-1").text == "1"
+        assert asking.post("nested/orders/TAKEN?by=B-2").status_code == 500
+        assert asking.post("nested/orders/A-1?refused").status_code == 409
+        assert asking.post("nested/stream/A-2?by=B-3").text.startswith("['A-2', 'B-1', 'B-3'];")
+    assert site.recipe.skus() == ["A-2", "B-1", "B-3"]
+
+
+@pytest.mark.exhaustive
+def test_a_method_that_reads_has_a_read_only_unit(site: Site) -> None:
+    seen: list[type[Exception]] = []
+
+    async def add(request: web.Request) -> web.Response:
+        try:
+            await site.container.writer_async_session().execute(text("INSERT INTO orders VALUES ('A-1')"))
+        except ReadOnlyViolation as error:
+            seen.append(type(error))
+        return web.Response()
+
+    app = web.Application()
+    setup(app, site.container, read_only_methods=["get"], rule=lambda status, headers, exception: status == 200)
+    app.router.add_route("*", "/add", add)
+    with serving(app) as asking:
+        asking.get("add")
+        assert (seen, site.recipe.skus()) == ([ReadOnlyViolation], [])
+        asking.post("add")
+        assert site.recipe.skus() == ["A-1"]
+
+
+@pytest.mark.exhaustive
+def test_a_request_without_a_session_opens_no_connection_and_the_end_disposes_the_engines(site: Site) -> None:
+    pools: list[object] = []
+
+    async def nothing(request: web.Request) -> web.Response:
+        pools.append(site.container.connection("writer").async_engine().pool.checkedin())  # type: ignore[attr-defined]
+        return web.Response()
+
+    site.app.router.add_get("/nothing", nothing)
+    with serving(site.app) as asking:
+        asking.get("nothing")
+        asking.post("orders/A-1")
+        asking.get("nothing")
+    assert pools == [0, 1]
+    with site.recipe.plain.connect() as connection:
+        others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        assert connection.execute(text(others + " AND backend_type = 'client backend'")).scalar_one() == 0
