@@ -180,9 +180,11 @@ class _Body:
 
     async def look_for_client(self) -> bool:
         """Return whether the client is still there, as far as the server knows by now."""
-        while not (self.client_has_gone or self._is_waiting):
+        for _ in range(2):  # the end of the body that the application has not read, and what comes after it
+            if self.client_has_gone or self._is_waiting:
+                break
             looking = asyncio.ensure_future(self._receive())
-            for _ in range(_TURNS):
+            for _turn in range(_TURNS):
                 await asyncio.sleep(0)
                 if looking.done():
                     break

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from copy import copy
 from inspect import isawaitable
 from typing import Any
 
@@ -25,12 +24,11 @@ from litestar import Litestar
 from litestar.config.app import AppConfig
 from litestar.di import Provide
 from litestar.middleware import DefineMiddleware
-from litestar.middleware._internal.exceptions import ExceptionHandlerMiddleware
 from litestar.plugins import InitPlugin
-from litestar.utils.scope.state import CONNECTION_STATE_KEY, ScopeState
 from sqlalchemy.orm import Session
 
 from app_db import Connection, DatabaseContainer
+from app_db._compat.litestar import answering_errors, renew_connection_state
 from app_db.errors import InvalidUse
 from app_db.integrations.asgi import REPEATS, Receive, Scope, Send
 from app_db.integrations.asgi import UnitOfWorkMiddleware as AsgiMiddleware
@@ -127,12 +125,11 @@ class UnitOfWorkMiddleware(AsgiMiddleware):
     """The middleware of the plugin. Errors are handled inside it, so that exception handlers may use the unit that aborts."""
 
     def __init__(self, app: Any, container: DatabaseContainer, **options: Any) -> None:
-        handled: Any = ExceptionHandlerMiddleware(app, debug=None)
+        handled = answering_errors(app)
 
         async def attempt(scope: Scope, receive: Receive, send: Send) -> None:
             # Litestar notes here what it has read of a request, and that the response has begun, before `send` can commit.
-            typed: Any = scope
-            scope["state"][CONNECTION_STATE_KEY] = copy(ScopeState.from_scope(typed))
+            renew_connection_state(scope)
             await handled(scope, receive, send)
 
         super().__init__(attempt, container, **options)
@@ -143,6 +140,5 @@ class UnitOfWorkMiddleware(AsgiMiddleware):
         async def failed(*arguments: object) -> None:
             raise failure
 
-        responding: Any = ExceptionHandlerMiddleware(failed, debug=None)
-        await responding(scope, receive, send)
+        await answering_errors(failed)(scope, receive, send)
         return True

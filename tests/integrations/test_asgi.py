@@ -34,6 +34,10 @@ from harness.webs import client, post, serving
 NewUrl = Callable[[], str]
 
 
+CLOSE = {"Connection": "close"}
+"""uvicorn closes the connection of a request whose application raised."""
+
+
 class Site:
     """The application by Starlette on a server in this process, and a client."""
 
@@ -41,7 +45,7 @@ class Site:
         self.app, self.client = app, asking
 
     def post(self, path: str, **query: Any) -> httpx.Response:
-        return self.client.post(f"/{path}", params=query)
+        return self.client.post(f"/{path}", params=query, headers=CLOSE)
 
     @property
     def names(self) -> list[str]:
@@ -149,7 +153,7 @@ def test_a_middleware_that_is_installed_twice_is_one(new_postgres_url: NewUrl) -
 
 def test_read_only_methods_make_read_only_units(new_postgres_url: NewUrl) -> None:
     with site(new_postgres_url(), read_only_methods=("get",)) as web:
-        assert web.client.get("/add-async", params={"name": "refused"}).status_code == 500
+        assert web.client.get("/add-async", params={"name": "refused"}, headers=CLOSE).status_code == 500
         assert web.post("add-async", name="kept").status_code == 201
         assert web.names == ["kept"]
 
