@@ -107,6 +107,11 @@ def dialect_of(url: URL, *, asynchronous: bool = False) -> type[Dialect] | str:
     module, package = _PACKAGES.get(dialect.driver, ("", ""))
     if module and find_spec(module) is None:
         return f"needs a driver that is not installed: pip install {package}"
+    if not module:
+        try:
+            dialect.import_dbapi()
+        except ImportError as error:
+            return f"needs the driver {dialect.driver}, which can't be imported ({error}). Install its package with pip."
     if asynchronous and not dialect.is_async:
         return f"names the driver {dialect.driver}, which coroutines can't use. Name one that they can."
     return dialect
