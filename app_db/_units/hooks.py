@@ -17,7 +17,7 @@ from transaction.interfaces import IDataManagerSavepoint, ISavepointDataManager
 from zope.interface import implementer
 
 from app_db._units.manager import TransactionManager, suspended
-from app_db.errors import AwaitRequired, HookFailed
+from app_db.errors import AwaitRequired, HookFailed, InvalidUse
 
 if TYPE_CHECKING:
     from transaction import Transaction
@@ -48,6 +48,11 @@ class Hooks:
 
     def before_commit(self, hook: Hook) -> None:
         """Register `hook` to run inside the unit, before anything is committed. If it raises, the unit aborts."""
+        if not self._may_join:
+            raise InvalidUse(
+                "A before_commit hook was registered while the unit commits, after these hooks have run",
+                "Register it before, or do its work where you are",
+            )
         self._join()
         self._before_commit.append(hook)
 
@@ -61,8 +66,13 @@ class Hooks:
         self._join()
         self._on_abort.append(hook)
 
+    @property
+    def _may_join(self) -> bool:
+        """Whether the unit is still at work. During COMMIT, in a listener of a flush for example, zope takes no data managers."""
+        return self._transaction.status in ("Active", "Doomed")
+
     def _join(self) -> None:
-        if not self._joined:
+        if not self._joined and self._may_join:
             self._transaction.join(self)
             self._joined = True
         if not self._announced:

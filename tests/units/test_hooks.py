@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import transaction as zope
 from sqlalchemy import event, exc, text
+from sqlalchemy.orm import Session
 
 from app_db import DatabaseContainer, UnitOfWork
-from app_db.errors import HookFailed, NoUnitOfWork, UnitOfWorkDoomed
+from app_db.errors import HookFailed, InvalidUse, NoUnitOfWork, UnitOfWorkDoomed
 from harness.applications import Boom
 from harness.coroutines import Either
 from harness.items import Databases, Item, opened
@@ -514,3 +516,54 @@ def test_an_interruption_after_commit_runs_the_hooks_of_a_commit(databases: Data
     assert ran == ["committed"]
     if RESET_LOSES_PLACES:
         databases.container.writer_engine().dispose()
+
+
+# ---- hooks that a listener of the last flush registers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there_were_hooks", [False, True])
+def test_a_listener_of_the_flush_during_commit_may_register_hooks_after_it(
+    there_were_hooks: bool, databases: Databases, ran: list[Any]
+) -> None:
+    container = databases.container
+
+    def note(session: Session, context: object) -> None:
+        container.unit().on_commit(ran.append, "commit")
+        container.unit().on_abort(ran.append, "abort")
+
+    with listening(container.writer_sessionmaker().class_, note):
+        with container.transaction() as unit:
+            if there_were_hooks:
+                unit.on_commit(ran.append, "first")
+            container.writer_session().add(Item(name="a"))
+        assert ran == (["first", "commit"] if there_were_hooks else ["commit"])
+        ran.clear()
+        with pytest.raises(exc.IntegrityError), container.transaction():
+            container.writer_session().add_all([Item(name="b"), Item(name="a")])
+        assert ran == []  # the flush failed before the listener was called
+
+
+@pytest.mark.parametrize("there_were_hooks", [False, True])
+def test_a_before_commit_hook_that_would_come_too_late_is_refused(
+    there_were_hooks: bool, databases: Databases, ran: list[Any]
+) -> None:
+    container = databases.container
+
+    def note(session: Session, context: object) -> None:
+        container.unit().before_commit(ran.append, "lost")
+
+    with listening(container.writer_sessionmaker().class_, note):
+        with pytest.raises(InvalidUse, match="registered while the unit commits"), container.transaction() as unit:
+            if there_were_hooks:
+                unit.before_commit(ran.append, "before")
+            container.writer_session().add(Item(name="a"))
+        assert databases.items() == []
+
+
+@contextmanager
+def listening(target: Any, listener: Any) -> Iterator[None]:
+    event.listen(target, "after_flush", listener)
+    try:
+        yield
+    finally:
+        event.remove(target, "after_flush", listener)
