@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import requires, version
 from importlib.util import find_spec
 from typing import NoReturn, TypeVar
 
 import pytest
+from packaging.requirements import Requirement
 
 from harness.servers import Server, ServerMissing
 
@@ -70,6 +73,25 @@ def need(*modules: str) -> None:
     for module in modules:
         if find_spec(module) is None:
             _do_without(f"{module} is not installed: `pip install --group test` does that")
+
+
+def need_fitting(library: str, *distributions: str) -> None:
+    """Go on only where the installed version of a library is one that these distributions can use. pip does not see to extras."""
+    installed = version(library)
+    for distribution in distributions:
+        for line in requires(distribution) or ():
+            wanted = Requirement(line)
+            if wanted.name == library and installed not in wanted.specifier:
+                needs = f"{distribution} {version(distribution)} needs {library}{wanted.specifier}"
+                _do_without(f"A fitting {library} is missing: {needs}, and {installed} is installed.")
+
+
+def need_working(module: str) -> None:
+    """Go on only where a module can be imported with the versions of others that are installed."""
+    try:
+        import_module(module)
+    except ImportError as error:
+        _do_without(f"A fitting {module} is missing: {error}.")
 
 
 def need_command(*arguments: str) -> None:

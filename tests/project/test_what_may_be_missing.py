@@ -15,6 +15,7 @@ PACKAGES = [
     "anyio",
     "asyncmy",
     "asyncpg",
+    "celery",
     "fastapi",
     "flask",
     "greenlet",
@@ -60,7 +61,9 @@ if {"anyio", "starlette", "fastapi"} & set(modules):
     left_out |= {"app_db.integrations.fastapi"}
 if {"anyio", "litestar"} & set(modules):
     left_out |= {"app_db.integrations.litestar"}
-for framework in ("aiohttp", "flask", "pyramid"):
+if "fcntl" in modules:
+    left_out |= {"app_db.integrations.celery"}  # Celery's own modules want it, except on Windows
+for framework in ("aiohttp", "celery", "flask", "pyramid"):
     if framework in modules:
         left_out |= {f"app_db.integrations.{framework}"}
 for module in pkgutil.walk_packages(app_db.__path__, "app_db."):
