@@ -25,6 +25,7 @@ PACKAGES = [
     "pyramid",
     "pytest",
     "starlette",
+    "taskiq",
 ]
 """What may not be installed."""
 
@@ -61,9 +62,11 @@ if {"anyio", "starlette", "fastapi"} & set(modules):
     left_out |= {"app_db.integrations.fastapi"}
 if {"anyio", "litestar"} & set(modules):
     left_out |= {"app_db.integrations.litestar"}
+if "anyio" in modules:
+    left_out |= {"app_db.integrations.taskiq"}
 if "fcntl" in modules:
     left_out |= {"app_db.integrations.celery"}  # Celery's own modules want it, except on Windows
-for framework in ("aiohttp", "celery", "flask", "pyramid"):
+for framework in ("aiohttp", "celery", "flask", "pyramid", "taskiq"):
     if framework in modules:
         left_out |= {f"app_db.integrations.{framework}"}
 for module in pkgutil.walk_packages(app_db.__path__, "app_db."):
