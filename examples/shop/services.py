@@ -9,9 +9,16 @@ from app_db import Provide, transactional
 from shop.container import Container
 from shop.models import Entry, Movement, Order
 
+STOCK = select(Movement.sku, func.sum(Movement.quantity)).group_by(Movement.sku).order_by(Movement.sku)
+"""How many there are of each."""
+
 
 class OutOfStockError(Exception):
     """The warehouse has less than was ordered."""
+
+
+class NoSuchGoodsError(Exception):
+    """The shop has never had what was ordered."""
 
 
 @transactional
@@ -50,11 +57,23 @@ def place_order(
 def stock(sku: str, warehouse: Session = Provide[Container.warehouse.session]) -> int:
     """Return how many there are, counting what the unit of work under way has done."""
     total = select(func.coalesce(func.sum(Movement.quantity), 0)).where(Movement.sku == sku)
-    return warehouse.scalars(total).one()
+    return int(warehouse.scalars(total).one())  # MariaDB says Decimal
+
+
+@transactional
+def goods(warehouse: Session = Provide[Container.warehouse.session]) -> dict[str, int]:
+    """Return how many there are of each."""
+    return {sku: int(quantity) for sku, quantity in warehouse.execute(STOCK)}
+
+
+@transactional
+def is_sold_here(sku: str, warehouse: Session = Provide[Container.warehouse.session]) -> bool:
+    """Return whether there has ever been any."""
+    return warehouse.scalars(select(Movement.id).where(Movement.sku == sku).limit(1)).first() is not None
 
 
 @transactional
 def ordered(sku: str, session: Session = Provide[Container.reader.session]) -> int:
     """Return how many have been ordered, as the reader sees it."""
     total = select(func.coalesce(func.sum(Order.quantity), 0)).where(Order.sku == sku)
-    return session.scalars(total).one()
+    return int(session.scalars(total).one())
