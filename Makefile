@@ -18,16 +18,18 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 EXTRAS := postgresql,mysql,asyncio,asyncpg,asyncmy
 INSTALLED := $(VENV)/.installed
+INSTALLED_SHOP := $(VENV)/.installed-shop
 INSTALLED_DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all soak check lint format types layers docs coverage bench compare clean
+.PHONY: help demo shop-fastapi shop-flask shop-pyramid shop-worker test test-all soak check lint format types layers docs coverage \
+	bench compare clean
 
 help:  ## say what the targets do
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 21
 
 # ---- set-up -----------------------------------------------------------------------------------------------------------
 
@@ -45,6 +47,11 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	@$(PIP) install --editable '.[$(EXTRAS)]'
 	@touch $@
 
+$(INSTALLED_SHOP): $(INSTALLED)
+	@echo "Installing the frameworks of the example"
+	@$(PIP) install --group shop
+	@touch $@
+
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "Installing what tests, checks and documentation need (a minute or two)"
 	@$(PIP) install --group dev
@@ -56,6 +63,22 @@ demo: $(INSTALLED)  ## show what app_db does, in a fresh directory
 	@rm -rf build/demo && mkdir -p build/demo
 	@cp settings.example.env build/demo/.env
 	@cd build/demo && $(BIN)/python $(CURDIR)/examples/demo.py
+
+# The databases are one SQLite file, unless build/shop/.env or the environment says otherwise.
+SHOP = mkdir -p build/shop && cd build/shop && { [ -e .env ] || cp $(CURDIR)/examples/one-file.env .env; } && \
+	PYTHONPATH=$(CURDIR)/examples exec $(BIN)/python -m shop
+
+shop-fastapi: $(INSTALLED_SHOP)  ## start the example as a FastAPI application: http://127.0.0.1:8000 is its page
+	@$(SHOP) fastapi
+
+shop-flask: $(INSTALLED_SHOP)  ## start it as a Flask application
+	@$(SHOP) flask
+
+shop-pyramid: $(INSTALLED_SHOP)  ## start it as a Pyramid application
+	@$(SHOP) pyramid
+
+shop-worker: $(INSTALLED_SHOP)  ## start its Celery worker; SHOP_BROKER is the URL of a broker
+	@$(SHOP) worker
 
 test: $(INSTALLED_DEV)  ## run the tests in WORKERS processes, in a few minutes; PYTEST_ARGS goes to pytest
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
