@@ -97,6 +97,10 @@ def test_what_app_db_overrides_of_others_is_public() -> None:
     assert found == []
 
 
+SET_BY_THE_INTERPRETER = {"_abc_impl", "_is_protocol", "_is_runtime_protocol"}
+"""By `abc` and `typing`, in every class that derives from one of theirs."""
+
+
 def replaced(kind: type) -> Iterator[tuple[str, str]]:
     """The private attributes by which a class replaces another library's, and the class that has them there."""
     bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in {PACKAGE.name, *sys.stdlib_module_names}]
@@ -105,7 +109,7 @@ def replaced(kind: type) -> Iterator[tuple[str, str]]:
         if not name.startswith(f"{kind.__qualname__}."):
             continue  # not written in the class: set by a function of _compat
         owner = next((base for base in bases if attribute in vars(base)), None)
-        if is_private(attribute) and attribute != "_abc_impl" and owner is not None:
+        if is_private(attribute) and attribute not in SET_BY_THE_INTERPRETER and owner is not None:
             yield attribute, f"{owner.__module__}.{owner.__name__}"
 
 
