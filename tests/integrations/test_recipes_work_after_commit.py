@@ -12,6 +12,8 @@ from typing import Any, Protocol, cast
 
 import pytest
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from app_db.errors import HookFailed
 from harness.paths import PYTHONPATH
@@ -120,7 +122,7 @@ def test_a_queue_gets_it_after_the_commit_and_never_if_the_unit_aborts(queue: An
 
 def test_if_the_broker_is_down_the_row_is_there_and_the_caller_is_told(new_postgres_url: NewUrl) -> None:
     def send(sku: str) -> None:
-        Redis(port=1).rpush("sent", sku)
+        Redis(port=1, retry=Retry(NoBackoff(), 0)).rpush("sent", sku)
 
     with executed("work-after-commit", new_postgres_url(), blocks=3) as recipe:
         vars(recipe.module)["send"] = send
