@@ -9,9 +9,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 from inspect import isawaitable
+from itertools import count
 from typing import Any
 
 from aiohttp import web
@@ -29,6 +32,8 @@ def setup(
     app: web.Application,
     container: DatabaseContainer,
     *,
+    attempts: int = 1,
+    body_limit: int = 2**20,
     read_only_methods: Iterable[str] = (),
     rule: CommitRule = commit_rule,
     isolation: str | None = None,
@@ -39,59 +44,113 @@ def setup(
     It ends when the handler has returned or raised, and before the first byte of a response that the handler prepares itself. A
     response below 400 commits, also one that is raised; see `commit_rule`. If the commit fails, its error comes instead of the
     response. Middlewares that the application already has stand outside of the unit: they may answer for that error. Those that
-    are added later stand inside. The options are those of `app_db.integrations.asgi.UnitOfWorkMiddleware`.
+    are added later stand inside. The options are those of `app_db.integrations.asgi.UnitOfWorkMiddleware`. With `attempts`, a
+    request whose body the handler has streamed, by `request.content` or `request.multipart()`, is not repeated.
     """
-    reading = frozenset(method.upper() for method in read_only_methods)
-    units = {is_reading: _unit(container, is_reading, isolation, timeout) for is_reading in (False, True)}
-
-    key = _key()
-
-    async def end(request: web.Request, response: web.StreamResponse) -> None:
-        unit: DeferredUnit | None = request.get(key)
-        if unit is None or unit.is_over:
-            return
-        headers = {name.lower(): value for name, value in response.headers.items()}
-        client_is_there = request.transport is not None and not request.transport.is_closing()
-        try:
-            await unit.end_awaited(commit=client_is_there and not unit.is_doomed and rule(response.status, headers, None))
-        except Exception:
-            if not unit.has_committed:
-                raise
-            _log.exception("A request has committed, and then something failed")  # the client must hear that it is done
+    options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout, "awaited": True}
+    units = _Units(
+        container.deferred_unit(**options),
+        container.deferred_unit(read_only=True, **options),
+        frozenset(method.upper() for method in read_only_methods),
+        attempts,
+        body_limit,
+        rule,
+    )
 
     @web.middleware
     async def in_unit(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        unit = units[request.method in reading].anew()
-        if unit.is_one_too_many:
-            return await handler(request)
-        with unit:
-            request[key] = unit
-            try:
-                response = await handler(request)
-            except web.HTTPException as raised:
-                await end(request, raised)
-                raise
-            except BaseException as error:
-                if not unit.is_over:
-                    await unit.end_awaited(error)
-                raise
-            await end(request, response)
-            return response
+        return await units.answer(request, handler)
 
     app.middlewares.append(in_unit)
-    app.on_response_prepare.append(end)
+    app.on_response_prepare.append(units.end)
     app.cleanup_ctx.append(_resources(container))
-
-
-def _unit(container: DatabaseContainer, read_only: bool, isolation: str | None, timeout: float | None) -> DeferredUnit:
-    options: dict[str, Any] = {"read_only": True} if read_only else {}
-    return container.deferred_unit(awaited=True, isolation=isolation, timeout=timeout, **options)
 
 
 def _key() -> Any:
     """Return a key for a value of requests. aiohttp has a class for that since 3.14, and warns of other keys."""
     kind = getattr(web, "RequestKey", None)
     return object() if kind is None else kind("app_db.unit", DeferredUnit)
+
+
+@dataclass(frozen=True, eq=False)
+class _Units:
+    """The units of an application's requests."""
+
+    unit: DeferredUnit
+    read_only_unit: DeferredUnit
+    read_only_methods: frozenset[str]
+    attempts: int
+    body_limit: int
+    rule: CommitRule
+    key: Any = field(default_factory=_key)
+    """A request has its unit by this key until its response begins."""
+
+    async def answer(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Answer a request in a unit; anew in another one if that failed with an error that may pass."""
+        before: dict[Any, Any] = {**request}
+        for attempt in count(1):
+            unit = (self.read_only_unit if request.method in self.read_only_methods else self.unit).anew()
+            if unit.is_one_too_many:
+                break
+            try:
+                with unit:
+                    return await self._attempt(unit, request, handler)
+            except Exception as error:
+                may_be_repeated = attempt < self.attempts and unit.may_pass and self.key in request
+                if not (may_be_repeated and await _may_be_repeated(request, self.body_limit, error)):
+                    raise
+            await asyncio.sleep(unit.pause_after(attempt))
+            request.clear()
+            request.update(before)
+        return await handler(request)
+
+    async def _attempt(self, unit: DeferredUnit, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        request[self.key] = unit
+        try:
+            response = await handler(request)
+        except web.HTTPException as raised:
+            await self.end(request, raised)
+            raise
+        except BaseException as error:
+            if not unit.is_over:
+                await unit.end_awaited(error)
+            raise
+        await self.end(request, response)
+        return response
+
+    async def end(self, request: web.Request, response: web.StreamResponse) -> None:
+        """End a request's unit, before its response begins."""
+        unit: DeferredUnit | None = request.get(self.key)
+        if unit is None:
+            return
+        if not unit.is_over:
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            client_is_there = request.transport is not None and not request.transport.is_closing()
+            commits = client_is_there and not unit.is_doomed and self.rule(response.status, headers, None)
+            try:
+                await unit.end_awaited(commit=commits)
+            except Exception:
+                if not unit.has_committed:
+                    raise
+                _log.exception("A request has committed, and then something failed")  # the client must hear that it is done
+        del request[self.key]
+
+
+async def _may_be_repeated(request: web.Request, body_limit: int, error: Exception) -> bool:
+    """Return whether a handler that is called again can read the body, because `request.read()` returns all of it."""
+    length = request.content_length if request.body_exists else 0
+    if length is None or length > body_limit or not await _is_kept(request, length):
+        _log.warning("A request is not answered anew after %s: its body is not kept as a whole", type(error).__name__)
+        return False
+    _log.info("A request is answered anew after %s", type(error).__name__)
+    return True
+
+
+async def _is_kept(request: web.Request, length: int) -> bool:
+    try:
+        return len(await request.read()) == length
+    except Exception:  # noqa: BLE001  # the body is larger than the application accepts, or the client has gone
+        return False
 
 
 def _resources(container: DatabaseContainer) -> Callable[[web.Application], AsyncGenerator[None]]:

@@ -38,6 +38,20 @@ TABLE = (
     "CREATE TABLE outbox (id SERIAL PRIMARY KEY, sku VARCHAR NOT NULL)",
 )
 
+FAILS_EVERY_OTHER_TIME = (
+    "CREATE SEQUENCE commits",
+    """
+    CREATE FUNCTION fail_every_other_time() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF mod(nextval('commits'), 2) = 1 THEN RAISE 'again' USING ERRCODE = 'serialization_failure'; END IF; RETURN NULL;
+    END $$
+    """,
+    """
+    CREATE CONSTRAINT TRIGGER fails AFTER INSERT ON orders DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION fail_every_other_time()
+    """,
+)
+"""Makes the first COMMIT of a unit that adds an order fail by a serialization failure, and then every other one."""
+
 
 class Recipe:
     """A page's code, on a PostgreSQL database and a Redis of the test's."""
@@ -70,6 +84,13 @@ class Recipe:
         for shown, real in self._replaced.items():
             source = source.replace(shown, real)
         return source
+
+    def fail_commits(self) -> None:
+        """Make the next COMMIT of an order fail by a serialization failure, and then every other one."""
+        with self.plain.begin() as connection:
+            exists = connection.exec_driver_sql("SELECT to_regclass('commits')").scalar()
+            for statement in ["ALTER SEQUENCE commits RESTART"] if exists else FAILS_EVERY_OTHER_TIME:
+                connection.exec_driver_sql(statement)
 
     def skus(self) -> list[str]:
         """The orders that are committed, but for "taken", sorted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 import socket
 import threading
@@ -14,10 +15,10 @@ import httpx
 import pytest
 from aiohttp import web
 from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from websockets.sync.client import connect
 
-from app_db.errors import NoUnitOfWork, ReadOnlyViolation
+from app_db.errors import InvalidUse, NoUnitOfWork, ReadOnlyViolation
 from app_db.integrations.aiohttp import setup
 from harness.recipes import Recipe, executed
 from harness.webs import client
@@ -304,3 +305,145 @@ def test_a_request_without_a_session_opens_no_connection_and_the_end_disposes_th
     with site.recipe.plain.connect() as connection:
         others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
         assert connection.execute(text(others + " AND backend_type = 'client backend'")).scalar_one() == 0
+
+
+# ---- attempts -----------------------------------------------------------------------------------------------------------------
+
+
+def tries_of(
+    site: Site, read: Handler, asks: Callable[[httpx.Client], httpx.Response], *, client_max_size: int = 2**20, **options: Any
+) -> tuple[int, int]:
+    """Send a request whose first COMMIT fails. Return the status, and how often the handler was called."""
+    tries = 0
+
+    async def add(request: web.Request) -> web.StreamResponse:
+        nonlocal tries
+        tries += 1
+        site.container.writer_async_session().add(site.recipe["Order"](sku=f"try {tries}"))
+        return await read(request)
+
+    app = web.Application(client_max_size=client_max_size)
+    setup(app, site.container, **{"attempts": 3, **options})
+    app.router.add_post("/", add)
+    site.recipe.fail_commits()
+    with serving(app) as asking:
+        status = asks(asking).status_code
+    assert site.recipe.skus() == ([f"try {tries}"] if status == 200 else [])
+    return status, tries
+
+
+def whole(asking: httpx.Client) -> httpx.Response:
+    return asking.post("/", content=b"x" * 100_000)
+
+
+def in_chunks(asking: httpx.Client) -> httpx.Response:
+    return asking.post("/", content=iter([b"x" * 100_000]))
+
+
+def compressed(asking: httpx.Client) -> httpx.Response:
+    return asking.post("/", content=gzip.compress(b"x" * 100_000), headers={"Content-Encoding": "gzip"})
+
+
+async def by_read(request: web.Request) -> web.StreamResponse:
+    assert await request.read() == b"x" * 100_000
+    return web.Response()
+
+
+async def by_content(request: web.Request) -> web.StreamResponse:
+    assert await request.content.read() == b"x" * 100_000
+    return web.Response()
+
+
+async def not_at_all(request: web.Request) -> web.StreamResponse:
+    return web.Response()
+
+
+async def and_raise(request: web.Request) -> web.StreamResponse:
+    raise RuntimeError("boom")
+
+
+async def by_itself(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await response.write_eof()
+    return response
+
+
+async def after_another_answer(request: web.Request) -> web.StreamResponse:
+    try:
+        return await by_itself(request)
+    except OperationalError:
+        response = web.StreamResponse(status=503)
+        response.content_length = 7
+        await response.prepare(request)
+        await response.write(b"not now")
+        raise
+
+
+@pytest.mark.parametrize(
+    "read", [by_read, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in (not_at_all, by_itself))]
+)
+def test_a_request_is_answered_anew_with_its_body(read: Handler, site: Site) -> None:
+    assert tries_of(site, read, whole) == (200, 2)
+
+
+@pytest.mark.parametrize(
+    ("read", "asks", "options"),
+    [
+        (by_content, whole, {}),
+        pytest.param(by_read, in_chunks, {}, marks=pytest.mark.exhaustive),
+        pytest.param(by_read, compressed, {}, marks=pytest.mark.exhaustive),
+        pytest.param(by_read, whole, {"body_limit": 99_999}, marks=pytest.mark.exhaustive),
+        pytest.param(not_at_all, whole, {"client_max_size": 99_999}, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_request_whose_body_is_not_kept_is_not_repeated(
+    read: Handler,
+    asks: Callable[[httpx.Client], httpx.Response],
+    options: dict[str, Any],
+    site: Site,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert tries_of(site, read, asks, **options) == (500, 1)
+    assert "A request is not answered anew after OperationalError: its body is not kept as a whole" in caplog.messages
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("read", "attempts"), [(by_read, 1), (and_raise, 3)])
+def test_a_request_is_not_repeated_without_attempts_or_after_an_error_that_stays(
+    read: Handler, attempts: int, site: Site
+) -> None:
+    assert tries_of(site, read, whole, attempts=attempts) == (500, 1)
+
+
+def test_a_request_is_not_repeated_once_something_was_sent(site: Site) -> None:
+    assert tries_of(site, after_another_answer, whole) == (503, 1)
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use web.RequestKey")
+def test_another_attempt_finds_on_the_request_what_the_first_one_has_found(site: Site) -> None:
+    found: list[list[str]] = []
+
+    @web.middleware
+    async def outside(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request["user"] = "outside"
+        return await handler(request)
+
+    async def add(request: web.Request) -> web.Response:
+        found.append([str(request.get(name)) for name in ("user", "note")])
+        request["user"] = request["note"] = "the first attempt"
+        site.container.writer_async_session().add(site.recipe["Order"](sku=f"A-{len(found)}"))
+        return web.Response()
+
+    app = web.Application(middlewares=[outside])
+    setup(app, site.container, attempts=2)
+    app.router.add_post("/", add)
+    site.recipe.fail_commits()
+    with serving(app) as asking:
+        assert asking.post("/").status_code == 200
+    assert (found, site.recipe.skus()) == ([["outside", "None"]] * 2, ["A-2"])
+
+
+def test_no_attempts_are_refused(site: Site) -> None:
+    with pytest.raises(InvalidUse, match="attempts=0 leaves no attempt"):
+        setup(web.Application(), site.container, attempts=0)
