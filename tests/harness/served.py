@@ -53,6 +53,11 @@ def _with_container(interface: str, app: Any, other: Application) -> Any:
     """Put the middleware of another container around an application."""
     from app_db.integrations import asgi, wsgi
 
+    if interface == "aiohttp":
+        from app_db.integrations.aiohttp import setup
+
+        setup(app, other.container)
+        return app
     return {"asgi": asgi, "wsgi": wsgi}[interface].UnitOfWorkMiddleware(app, other.container)
 
 
@@ -83,6 +88,12 @@ def _by_waitress(port: int) -> None:
     import waitress
 
     waitress.serve(application(), host="127.0.0.1", port=port, threads=24)
+
+
+def _by_aiohttp(port: int) -> None:
+    from aiohttp import web
+
+    web.run_app(application(), host="127.0.0.1", port=port, access_log=None, shutdown_timeout=3, print=None)
 
 
 # ---- in the test ------------------------------------------------------------------------------------------------------------
@@ -261,4 +272,5 @@ def _ended(process: subprocess.Popen[bytes], guard: subprocess.Popen[bytes]) -> 
 
 if __name__ == "__main__":
     _, wanted, on = sys.argv
-    {"uvicorn": _by_uvicorn, "hypercorn": _by_hypercorn, "waitress": _by_waitress}[wanted](int(on))
+    by = {"uvicorn": _by_uvicorn, "hypercorn": _by_hypercorn, "waitress": _by_waitress, "aiohttp": _by_aiohttp}
+    by[wanted](int(on))

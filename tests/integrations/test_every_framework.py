@@ -51,7 +51,7 @@ def case(name: str, right: str) -> Callable[[Case], Case]:
 
 def add_path(site: Site) -> str:
     """Return a route that adds an item, in the framework's own way."""
-    return "add-async" if site.framework.interface == "asgi" else "add-sync"
+    return "add-sync" if site.framework.interface == "wsgi" else "add-async"
 
 
 def check(site: Site, path: str, heard: int, /, *, is_kept: bool, **query: Any) -> httpx.Response:
@@ -97,7 +97,8 @@ def commit_fails(site: Site) -> None:
 
 @case("the handler of errors", "gets the original error of a COMMIT")
 def handler_gets_the_error(site: Site) -> None:
-    assert site.post(add_path(site), name="taken").json() == {"handled": "IntegrityError"}
+    said = site.post(add_path(site), name="taken").text  # of the server, where there is no such handler
+    assert "".join(said.split()) == '{"handled":"IntegrityError"}'
 
 
 @case("4xx returned", "aborts")
@@ -288,7 +289,7 @@ def mark_unless(is_ordinary: bool, each: str) -> Any:
 # ---- who is tried -------------------------------------------------------------------------------------------------------------
 
 
-SERVER = {"asgi": "uvicorn", "wsgi": "waitress"}
+SERVER = {"asgi": "uvicorn", "wsgi": "waitress", "aiohttp": "aiohttp"}
 ORDINARY = ("FastAPI", "Flask")
 """What `make test` tries. `make test-all` tries all."""
 
@@ -339,6 +340,7 @@ SERVERS = {
     "gunicorn --preload": "Flask",
     "waitress": "Pyramid",
     "pserve": "Pyramid with pyramid_tm",
+    "aiohttp": "aiohttp",
 }
 SHORT_LIST = ("success", "COMMIT fails", "4xx returned", "raised", "redirect", "stream", "a serialization failure", MANY)
 

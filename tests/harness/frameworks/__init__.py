@@ -189,6 +189,10 @@ _WSGI = {
     "web socket": "WSGI has none",
     "the client goes during the request": "a WSGI application is not told that its client has gone",
 }
+_QUART = {
+    "the handler of errors": "Quart has made its response before the COMMIT",
+    "a serialization failure": "Quart answers for the errors of its views itself. One of a COMMIT is repeated",
+}
 _AGAIN: dict[str, Any] = {"attempts": 3}
 
 FRAMEWORKS: dict[str, Framework] = {
@@ -199,6 +203,8 @@ FRAMEWORKS: dict[str, Framework] = {
     "FastAPI, inside BaseHTTPMiddleware": Framework("fastapi", "asgi", {"place": "inside", **_AGAIN}),
     "FastAPI, outside BaseHTTPMiddleware": Framework("fastapi", "asgi", {"place": "outside", **_AGAIN}),
     "Litestar": Framework("litestar", "asgi", _AGAIN),
+    "Quart": Framework("quart", "asgi", _AGAIN, _QUART),
+    "aiohttp": Framework("aiohttp", "aiohttp", _AGAIN, {"sync endpoint": "aiohttp has coroutines only"}),
     "Flask": Framework("flask", "wsgi", _AGAIN, _WSGI),
     "Pyramid": Framework("pyramid", "wsgi", {"tm": False, **_AGAIN}, {**_WSGI, **_NO_COROUTINES}),
     "Pyramid with pyramid_tm": Framework("pyramid", "wsgi", {"tm": True, **_AGAIN}, {**_WSGI, **_NO_COROUTINES}),
