@@ -89,6 +89,7 @@ test-all: $(INSTALLED_DEV)  ## run every test; a server that is missing is a fai
 
 soak: $(INSTALLED_DEV)  ## look for rare mistakes for a long time; SOAK names one program
 	$(BIN)/python tests/soak.py $(SOAK)
+	$(if $(SOAK),,INTERRUPT_EVERYWHERE=1 $(BIN)/python -m pytest -n $(WORKERS) -m '' tests/units/test_interruptions.py)
 
 check: lint types layers docs test  ## everything that must pass
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
@@ -28,8 +29,13 @@ from harness.two_phasing import TwoPhaseApplication, without
 
 NewUrl = Callable[[], str]
 
-KINDS = pytest.mark.parametrize("kind", Interruption, ids=["Exception", "BaseException"])
 IN_TURN = (Boom, Halt)
+EVERYWHERE = os.environ.get("INTERRUPT_EVERYWHERE", "") not in ("", "0")
+"""Whether each point is interrupted by both kinds of exceptions, and each opcode. `make soak` does that, in half an hour."""
+
+KINDS = pytest.mark.parametrize(
+    "kinds", [(Boom,), (Halt,)] if EVERYWHERE else [IN_TURN], ids=["Exception", "BaseException"] if EVERYWHERE else ["in turn"]
+)
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -222,11 +228,11 @@ STACKED = (
 )
 
 
-@pytest.mark.representative("with-Exception")
+@pytest.mark.representative("with-in turn" if not EVERYWHERE else "with-Exception")
 @KINDS
 @scenarios(*PLAIN, *STACKED)
-def test_no_later_unit_is_lost(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
-    tried = try_every_point(scenario, files, kind)
+def test_no_later_unit_is_lost(files: Callable[[], Ground], scenario: Scenario, kinds: tuple[type[BaseException], ...]) -> None:
+    tried = try_every_point(scenario, files, *kinds)
     assert not tried.bad, tried.report()
 
 
@@ -250,8 +256,8 @@ def test_no_later_unit_is_lost_while_the_exception_is_kept(files: Callable[[], G
 
 @pytest.mark.exhaustive
 @KINDS
-def test_no_later_unit_is_lost_in_memory(kind: type[BaseException]) -> None:
-    tried = try_every_point(Scenario("with, in memory", plain), lambda: Ground(MemoryApplication()), kind)
+def test_no_later_unit_is_lost_in_memory(kinds: tuple[type[BaseException], ...]) -> None:
+    tried = try_every_point(Scenario("with, in memory", plain), lambda: Ground(MemoryApplication()), *kinds)
     assert not tried.bad, tried.report()
 
 
@@ -261,7 +267,7 @@ OPCODES = ("with", "with, the body raises", "transactional, injected", "with, no
 @pytest.mark.exhaustive
 @scenarios(*(scenario for scenario in (*PLAIN, *STACKED) if scenario.name in OPCODES))
 def test_no_later_unit_is_lost_at_any_opcode(files: Callable[[], Ground], scenario: Scenario) -> None:
-    tried = try_every_point(scenario, files, *IN_TURN, mode=Mode.OPCODES)
+    tried = try_every_point(scenario, files, *IN_TURN, mode=Mode.OPCODES, every=1 if EVERYWHERE else 7)
     assert not tried.bad, tried.report()
 
 
@@ -388,11 +394,15 @@ INNER = tuple(
 )
 
 
-@pytest.mark.representative("nested in a unit that returns-Exception")
+@pytest.mark.representative(
+    "nested in a unit that returns-in turn" if not EVERYWHERE else "nested in a unit that returns-Exception"
+)
 @KINDS
 @scenarios(*INNER)
-def test_the_outer_unit_goes_on_or_raises(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
-    tried = try_every_point(scenario, files, kind)
+def test_the_outer_unit_goes_on_or_raises(
+    files: Callable[[], Ground], scenario: Scenario, kinds: tuple[type[BaseException], ...]
+) -> None:
+    tried = try_every_point(scenario, files, *kinds)
     assert not tried.bad, tried.report()
 
 
@@ -535,8 +545,10 @@ TAKING_PART = (
 @pytest.mark.exhaustive
 @KINDS
 @scenarios(*TAKING_PART)
-def test_what_takes_part_ends_with_its_unit(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
-    tried = try_every_point(scenario, files, kind)
+def test_what_takes_part_ends_with_its_unit(
+    files: Callable[[], Ground], scenario: Scenario, kinds: tuple[type[BaseException], ...]
+) -> None:
+    tried = try_every_point(scenario, files, *kinds)
     assert not tried.bad, tried.report()
 
 
@@ -571,11 +583,11 @@ def test_two_databases_never_disagree(new_postgres_url: NewUrl, new_sqlite_url: 
 
 @pytest.mark.exhaustive
 @KINDS
-def test_no_later_unit_is_lost_on_postgresql(postgres_url: str, kind: type[BaseException]) -> None:
+def test_no_later_unit_is_lost_on_postgresql(postgres_url: str, kinds: tuple[type[BaseException], ...]) -> None:
     def new() -> Ground:
         return Ground(Application({"writer": impatient(postgres_url)}, "strict"))
 
-    tried = try_every_point(Scenario("with, PostgreSQL", plain), new, kind)
+    tried = try_every_point(Scenario("with, PostgreSQL", plain), new, *kinds)
     assert not tried.bad, tried.report()
 
 
@@ -665,8 +677,10 @@ INNER_AWAITED = tuple(
 @pytest.mark.exhaustive
 @KINDS
 @scenarios(*AWAITED, *INNER_AWAITED)
-def test_no_later_unit_of_coroutines_is_lost(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
-    tried = try_every_point(scenario, files, kind)
+def test_no_later_unit_of_coroutines_is_lost(
+    files: Callable[[], Ground], scenario: Scenario, kinds: tuple[type[BaseException], ...]
+) -> None:
+    tried = try_every_point(scenario, files, *kinds)
     assert not tried.bad, tried.report()
 
 
@@ -715,6 +729,8 @@ ISOLATED = (
 @pytest.mark.exhaustive
 @KINDS
 @scenarios(*ISOLATED)
-def test_an_isolated_test_goes_on(files: Callable[[], Ground], scenario: Scenario, kind: type[BaseException]) -> None:
-    tried = try_every_point(scenario, files, kind)
+def test_an_isolated_test_goes_on(
+    files: Callable[[], Ground], scenario: Scenario, kinds: tuple[type[BaseException], ...]
+) -> None:
+    tried = try_every_point(scenario, files, *kinds)
     assert not tried.bad, tried.report()
