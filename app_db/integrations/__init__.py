@@ -4,6 +4,7 @@ One rule says whether a response commits. `app_db.integrations.asgi` and `app_db
 and a module for each framework puts that into the framework's own words.
 """
 
+from app_db.integrations._requests import RequestOptions
 from app_db.integrations._rule import CommitRule, commit_rule
 
-__all__ = ["CommitRule", "commit_rule"]
+__all__ = ["CommitRule", "RequestOptions", "commit_rule"]

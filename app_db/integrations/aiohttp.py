@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from inspect import isawaitable
 from itertools import count
-from typing import Any
+from typing import Any, Unpack
 
 from aiohttp import web
 
 from app_db import DatabaseContainer, DeferredUnit
-from app_db.integrations._rule import CommitRule, commit_rule
+from app_db.integrations._requests import RequestOptions, RequestUnits, unless_committed
 
 __all__ = ["setup"]
 
@@ -31,13 +30,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def setup(
     app: web.Application,
     container: DatabaseContainer,
-    *,
-    attempts: int = 1,
-    body_limit: int = 2**20,
-    read_only_methods: Iterable[str] = (),
-    rule: CommitRule = commit_rule,
-    isolation: str | None = None,
-    timeout: float | None = None,
+    **options: Unpack[RequestOptions],
 ) -> None:
     """Give each request of an application a unit of work. It begins when a session is first asked for.
 
@@ -47,15 +40,7 @@ def setup(
     are added later stand inside. The options are those of `app_db.integrations.asgi.UnitOfWorkMiddleware`. With `attempts`, a
     request whose body the handler has streamed, by `request.content` or `request.multipart()`, is not repeated.
     """
-    options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout, "awaited": True}
-    units = _Units(
-        container.deferred_unit(**options),
-        container.deferred_unit(read_only=True, **options),
-        frozenset(method.upper() for method in read_only_methods),
-        attempts,
-        body_limit,
-        rule,
-    )
+    units = _Requests(RequestUnits(container, awaited=True, **options))
 
     @web.middleware
     async def in_unit(request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -72,32 +57,27 @@ def _key() -> Any:
     return object() if kind is None else kind("app_db.unit", DeferredUnit)
 
 
-@dataclass(frozen=True, eq=False)
-class _Units:
-    """The units of an application's requests."""
+class _Requests:
+    """Gives the requests of an application their units."""
 
-    unit: DeferredUnit
-    read_only_unit: DeferredUnit
-    read_only_methods: frozenset[str]
-    attempts: int
-    body_limit: int
-    rule: CommitRule
-    key: Any = field(default_factory=_key)
-    """A request has its unit by this key until its response begins."""
+    def __init__(self, units: RequestUnits) -> None:
+        self.units = units
+        self.key = _key()
+        """A request has its unit by this key until its response begins."""
 
     async def answer(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Answer a request in a unit; anew in another one if that failed with an error that may pass."""
         before: dict[Any, Any] = {**request}
         for attempt in count(1):
-            unit = (self.read_only_unit if request.method in self.read_only_methods else self.unit).anew()
+            unit = self.units.unit_for(request.method)
             if unit.is_one_too_many:
                 break
             try:
                 with unit:
                     return await self._attempt(unit, request, handler)
             except Exception as error:
-                may_be_repeated = attempt < self.attempts and unit.may_pass and self.key in request
-                if not (may_be_repeated and await _may_be_repeated(request, self.body_limit, error)):
+                may_be_repeated = attempt < self.units.attempts and unit.may_pass and self.key in request
+                if not (may_be_repeated and await _may_be_repeated(request, self.units.body_limit, error)):
                     raise
             await asyncio.sleep(unit.pause_after(attempt))
             request.clear()
@@ -124,15 +104,11 @@ class _Units:
         if unit is None:
             return
         if not unit.is_over:
-            headers = {name.lower(): value for name, value in response.headers.items()}
             client_is_there = request.transport is not None and not request.transport.is_closing()
-            commits = client_is_there and not unit.is_doomed and self.rule(response.status, headers, None)
-            try:
-                await unit.end_awaited(commit=commits)
-            except Exception:
-                if not unit.has_committed:
-                    raise
-                _log.exception("A request has committed, and then something failed")  # the client must hear that it is done
+            with unless_committed(unit):
+                await unit.end_awaited(
+                    commit=client_is_there and self.units.commits(unit, response.status, response.headers.items())
+                )
         del request[self.key]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Unpack
 
 from app_db import DatabaseContainer, DeferredUnit, retryable
-from app_db.integrations._rule import CommitRule, commit_rule
+from app_db.integrations._requests import RequestOptions, RequestUnits, unless_committed
 
 __all__ = ["Application", "Message", "REPEATS", "Receive", "Scope", "Send", "UnitOfWorkMiddleware"]
 
@@ -49,34 +49,17 @@ class UnitOfWorkMiddleware:
     >>> application = UnitOfWorkMiddleware(application, Container())
     """
 
-    def __init__(
-        self,
-        app: Application,
-        container: DatabaseContainer,
-        *,
-        attempts: int = 1,
-        body_limit: int = 2**20,
-        read_only_methods: Iterable[str] = (),
-        rule: CommitRule = commit_rule,
-        isolation: str | None = None,
-        timeout: float | None = None,
-    ) -> None:
+    def __init__(self, app: Application, container: DatabaseContainer, **options: Unpack[RequestOptions]) -> None:
         self.app = app
         self.container = container
-        self._attempts = attempts
-        self._body_limit = body_limit
-        self._rule = rule
-        options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout, "awaited": True}
-        self._read_only_methods = frozenset(method.upper() for method in read_only_methods)
-        self._unit = container.deferred_unit(**options)
-        self._read_only_unit = container.deferred_unit(read_only=True, **options)
+        self._units = RequestUnits(container, awaited=True, **options)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = _Body(receive, self._body_limit if self._attempts > 1 else 0)
+        body = _Body(receive, self._units.body_limit if self._units.attempts > 1 else 0)
         before = _copy_of(scope)
         attempt = 1
         while (pause := await self._answer(scope, before, body, send, attempt)) is not None:
@@ -88,19 +71,20 @@ class UnitOfWorkMiddleware:
 
     async def _answer(self, scope: Scope, before: Scope, body: _Body, send: Send, attempt: int) -> float | None:
         """Answer a request. If it failed and can be answered anew, return how many seconds to wait before that."""
-        unit = (self._read_only_unit if scope["method"] in self._read_only_methods else self._unit).anew()
+        unit = self._units.unit_for(scope["method"])
         if unit.is_one_too_many:
             await self.app(scope, body.receive, send)
             return None
         with unit:
-            response = _Response(unit, body, send, self._rule)
-            scope[REPEATS] = response.could_be_repeated_after if attempt < self._attempts else None
+            response = _Response(unit, body, send, self._units)
+            is_the_last = attempt >= self._units.attempts
+            scope[REPEATS] = None if is_the_last else response.could_be_repeated_after
             try:
                 await self.app(scope, body.receive, response.send)  # no copy: middlewares outside read what is written to it
                 await response.close()
             except BaseException as error:
                 failure = await response.fail(error)
-                if attempt < self._attempts and response.may_be_repeated and _may_be_repeated(body, failure):
+                if not is_the_last and response.may_be_repeated and _may_be_repeated(body, failure):
                     return unit.pause_after(attempt)
                 if failure is error:
                     raise
@@ -205,11 +189,11 @@ class _Body:
 class _Response:
     """The response of one attempt. Its beginning is the end of the unit."""
 
-    def __init__(self, unit: DeferredUnit, body: _Body, send: Send, rule: CommitRule) -> None:
+    def __init__(self, unit: DeferredUnit, body: _Body, send: Send, units: RequestUnits) -> None:
         self._unit = unit
         self._body = body
         self._send = send
-        self._rule = rule
+        self._units = units
         self._failure: BaseException | None = None
         self._may_pass = False
         self.has_begun = False
@@ -236,19 +220,12 @@ class _Response:
             self._unit.is_over = True
             return
         start["headers"] = pairs = [*start.get("headers", ())]
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in pairs}
-        commits = (
-            self._failure is None
-            and not self._unit.is_doomed
-            and self._rule(start["status"], headers, None)
-            and await self._body.look_for_client()
-        )
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in pairs]
+        commits = self._failure is None and self._units.commits(self._unit, start["status"], headers)
         try:
-            await self._unit.end_awaited(commit=commits)
+            with unless_committed(self._unit):
+                await self._unit.end_awaited(commit=commits and await self._body.look_for_client())
         except Exception as error:
-            if self._unit.has_committed:  # and then a hook failed, for example: the client must hear that it is done
-                _log.exception("A request has committed, and then something failed")
-                return
             self._failure, self._may_pass = error, self._unit.may_pass
             self._unit.renew()  # an error handler may ask for a session
             raise

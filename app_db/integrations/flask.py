@@ -10,23 +10,20 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, Unpack
 
 import click
 from flask import Flask, Response, current_app, request
 from flask.cli import with_appcontext
 
 from app_db import DatabaseContainer
-from app_db.integrations._rule import CommitRule, commit_rule
+from app_db.integrations._requests import RequestOptions, RequestUnits, unless_committed
 from app_db.integrations.wsgi import REPEATS, UnitOfWorkMiddleware, unit_of
 
 __all__ = ["AppDb"]
-
-_log = logging.getLogger("app_db")
 
 
 class AppDb:
@@ -38,25 +35,10 @@ class AppDb:
     `flask app-db` is the command line of app_db for this container.
     """
 
-    def __init__(
-        self,
-        container: DatabaseContainer,
-        app: Flask | None = None,
-        *,
-        attempts: int = 1,
-        body_limit: int = 2**20,
-        read_only_methods: Iterable[str] = (),
-        rule: CommitRule = commit_rule,
-        isolation: str | None = None,
-        timeout: float | None = None,
-    ) -> None:
+    def __init__(self, container: DatabaseContainer, app: Flask | None = None, **options: Unpack[RequestOptions]) -> None:
         self.container = container
-        self._rule = rule
-        self._options: dict[str, Any] = {
-            "attempts": attempts, "body_limit": body_limit, "read_only_methods": tuple(read_only_methods), "rule": rule,
-            "isolation": isolation, "timeout": timeout,
-        }  # fmt: skip
-        UnitOfWorkMiddleware(_nothing, container, **self._options)  # raises for wrong options
+        self._options = options
+        self._units = RequestUnits(container, awaited=False, **options)
         if app is not None:
             self.init_app(app)
 
@@ -73,20 +55,14 @@ class AppDb:
         unit = unit_of(request.environ, self.container)
         if unit is None or unit.is_over:
             return response
-        headers = {name.lower(): value for name, value in response.headers.items()}
         try:
-            unit.end(commit=not unit.is_doomed and self._rule(response.status_code, headers, None))
+            with unless_committed(unit):
+                unit.end(commit=self._units.commits(unit, response.status_code, response.headers.items()))
         except Exception as error:
-            if not unit.has_committed:
-                if not request.environ[REPEATS](error):
-                    unit.renew()  # an error handler may ask for a session
-                raise
-            _log.exception("A request has committed, and then something failed")
+            if not request.environ[REPEATS](error):
+                unit.renew()  # an error handler may ask for a session
+            raise
         return response
-
-
-def _nothing(environ: object, start_response: object) -> list[bytes]:
-    return []
 
 
 def _unless_repeated(handle: Callable[[Exception], Any]) -> Callable[[Exception], Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from inspect import isawaitable
-from typing import Any
+from typing import Any, Unpack
 
 from dependency_injector.providers import Provider
 from litestar import Litestar
@@ -30,6 +30,7 @@ from sqlalchemy.orm import Session
 from app_db import Connection, DatabaseContainer
 from app_db._compat.litestar import answering_errors, renew_connection_state
 from app_db.errors import InvalidUse
+from app_db.integrations._requests import RequestOptions
 from app_db.integrations.asgi import REPEATS, Receive, Scope, Send
 from app_db.integrations.asgi import UnitOfWorkMiddleware as AsgiMiddleware
 
@@ -44,7 +45,7 @@ class AppDbPlugin(InitPlugin):
     `app_db.integrations.asgi.UnitOfWorkMiddleware`. A commit that fails is answered by the exception handlers of the route.
     """
 
-    def __init__(self, container: DatabaseContainer, **options: Any) -> None:
+    def __init__(self, container: DatabaseContainer, **options: Unpack[RequestOptions]) -> None:
         self.container = container
         self._options = options
 
@@ -124,7 +125,7 @@ def _session_types() -> dict[str, type]:
 class UnitOfWorkMiddleware(AsgiMiddleware):
     """The middleware of the plugin. Errors are handled inside it, so that exception handlers may use the unit that aborts."""
 
-    def __init__(self, app: Any, container: DatabaseContainer, **options: Any) -> None:
+    def __init__(self, app: Any, container: DatabaseContainer, **options: Unpack[RequestOptions]) -> None:
         handled = answering_errors(app)
 
         async def attempt(scope: Scope, receive: Receive, send: Send) -> None:

@@ -11,9 +11,8 @@ this module begins and ends the unit.
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pyramid.events import ApplicationCreated
@@ -22,6 +21,7 @@ from pyramid.tweens import EXCVIEW
 
 from app_db import DatabaseContainer, DatabaseSettings, UnitOfWork, container_of, retryable
 from app_db.errors import InvalidUse
+from app_db.integrations._requests import unless_committed
 from app_db.integrations._rule import commit_rule
 
 try:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["commit_veto", "includeme", "manager_of", "tween_factory"]
 
-_log = logging.getLogger("app_db")
 _KEY = "app_db.container"
 _PREFIX = "app_db."
 
@@ -99,11 +98,7 @@ def manager_of(request: Request) -> Any:
 
 def commit_veto(request: Request, response: Response) -> bool:
     """Return whether a response must not commit: pyramid_tm's `tm.commit_veto`. Its rule is `commit_rule`."""
-    return not commit_rule(response.status_int, _lower(response.headers))
-
-
-def _lower(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items()}
+    return not commit_rule(response.status_int, {name.lower(): value for name, value in response.headers.items()})
 
 
 def tween_factory(handler: Callable[[Request], Response], registry: Any) -> Callable[[Request], Response]:
@@ -137,11 +132,9 @@ def _in_unit(handler: Callable[[Request], Response], request: Request) -> Respon
             unit.end(error)
             raise
         try:
-            unit.end(commit=not unit.is_doomed and not commit_veto(request, response))
+            with unless_committed(unit):
+                unit.end(commit=not unit.is_doomed and not commit_veto(request, response))
         except Exception as error:  # noqa: BLE001  # raised, unless a view answers
-            if unit.has_committed:
-                _log.exception("A request has committed, and then something failed")
-                return response
             unit.renew()  # an exception view may ask for a session
             try:
                 response = request.invoke_exception_view(sys.exc_info())

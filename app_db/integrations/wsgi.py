@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from app_db import DatabaseContainer, DeferredUnit, retryable
-from app_db.integrations._rule import CommitRule, commit_rule
+from app_db.integrations._requests import RequestOptions, RequestUnits, unless_committed
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -51,31 +51,14 @@ class UnitOfWorkMiddleware:
     - `isolation`, `timeout`: how units run, as in `container.transaction()`
     """
 
-    def __init__(
-        self,
-        app: WSGIApplication,
-        container: DatabaseContainer,
-        *,
-        attempts: int = 1,
-        body_limit: int = 2**20,
-        read_only_methods: Iterable[str] = (),
-        rule: CommitRule = commit_rule,
-        isolation: str | None = None,
-        timeout: float | None = None,
-    ) -> None:
+    def __init__(self, app: WSGIApplication, container: DatabaseContainer, **options: Unpack[RequestOptions]) -> None:
         self.app = app
         self.container = container
-        self._attempts = attempts
-        self._body_limit = body_limit
-        self._rule = rule
-        options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout}
-        self._read_only_methods = frozenset(method.upper() for method in read_only_methods)
-        self._unit = container.deferred_unit(**options)
-        self._read_only_unit = container.deferred_unit(read_only=True, **options)
+        self._units = RequestUnits(container, awaited=False, **options)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request."""
-        body = _Body(environ, self._body_limit) if self._attempts > 1 else None
+        body = _Body(environ, self._units.body_limit) if self._units.attempts > 1 else None
         attempt = 1
         while True:
             try:
@@ -88,17 +71,17 @@ class UnitOfWorkMiddleware:
         self, environ: WSGIEnvironment, start_response: StartResponse, attempt: int, body: _Body | None
     ) -> Iterable[bytes]:
         """Answer a request. Raise _Again if it failed and can be answered anew."""
-        unit = (self._read_only_unit if environ["REQUEST_METHOD"] in self._read_only_methods else self._unit).anew()
+        unit = self._units.unit_for(environ["REQUEST_METHOD"])
         if unit.is_one_too_many:
             return self.app(environ, start_response)
         environ[UNIT] = unit
         environ[_UNITS] = {**environ.get(_UNITS, {}), id(self.container): unit}
         with unit:
-            response = _Response(unit, start_response, self._rule)
+            response = _Response(unit, start_response, self._units)
 
             def repeats(error: BaseException) -> bool:
                 may_pass = unit.has_begun and not response.has_begun and retryable(error)
-                return may_pass and attempt < self._attempts and body is not None and body.is_kept(error)
+                return may_pass and attempt < self._units.attempts and body is not None and body.is_kept(error)
 
             environ[REPEATS] = repeats
             try:
@@ -106,7 +89,7 @@ class UnitOfWorkMiddleware:
             except BaseException as error:
                 if not unit.is_over:
                     unit.end(error)
-                if attempt == self._attempts or response.has_begun or not unit.may_pass:
+                if attempt == self._units.attempts or response.has_begun or not unit.may_pass:
                     raise
                 if body is None or not body.is_kept(error):
                     raise
@@ -149,10 +132,10 @@ class _Body:
 class _Response:
     """The response of one attempt. Its beginning is the end of the unit."""
 
-    def __init__(self, unit: DeferredUnit, start_response: StartResponse, rule: CommitRule) -> None:
+    def __init__(self, unit: DeferredUnit, start_response: StartResponse, units: RequestUnits) -> None:
         self._unit = unit
         self._start_response = start_response
-        self._rule = rule
+        self._units = units
         self._head: tuple[str, list[tuple[str, str]], Any] | None = None
         self._write: Callable[[bytes], object] | None = None
 
@@ -186,18 +169,12 @@ class _Response:
                 raise AssertionError("start_response() was not called before the first byte of the response")
             status, headers, exc_info = self._head
             if not self._unit.is_over:
-                self._end_unit(status, {name.lower(): value for name, value in headers}, exc_info[1] if exc_info else None)
+                error = exc_info[1] if exc_info else None
+                commits = self._units.commits(self._unit, int(status.split(maxsplit=1)[0]), headers, error)
+                with unless_committed(self._unit):
+                    self._unit.end(commit=commits)
             self._write = self._start_response(status, headers, exc_info)
         return self._write
-
-    def _end_unit(self, status: str, headers: dict[str, str], error: BaseException | None) -> None:
-        commits = not self._unit.is_doomed and self._rule(int(status.split(maxsplit=1)[0]), headers, error)
-        try:
-            self._unit.end(commit=commits)
-        except Exception:
-            if not self._unit.has_committed:
-                raise
-            _log.exception("A request has committed, and then something failed")  # the client must hear that it is done
 
     def begun(self, body: Iterable[bytes]) -> Iterable[bytes]:
         """Begin the response, and return its body. A generator calls `start_response` when it is asked for its first part."""
