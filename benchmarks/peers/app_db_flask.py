@@ -11,7 +11,7 @@ from shared import SECOND_URL, URL, Item, SecondItem
 from app_db import container_of
 from app_db.integrations.flask import AppDb
 
-NOT_OFFERED = {"retry": "Flask's extension has no `attempts`; the middleware for WSGI has"}
+NOT_OFFERED: dict[str, str] = {}
 
 os.environ.update(APP_DB_CONNECTIONS__WRITER__URL=URL, APP_DB_CONNECTIONS__SECOND__URL=SECOND_URL, APP_DB_TWO_PHASE="true")
 os.environ["APP_DB_APPLICATION"] = "compare"
@@ -19,7 +19,7 @@ os.environ["APP_DB_APPLICATION"] = "compare"
 # wiring begins
 container = container_of("writer", "second")()
 app = Flask(__name__)
-AppDb(container).init_app(app)
+AppDb(container, attempts=3).init_app(app)
 # wiring ends
 
 

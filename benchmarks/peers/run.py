@@ -57,7 +57,8 @@ WSGI = ("waitress", "psycopg[binary]", "sqlalchemy")
 
 PEERS: dict[str, tuple[str, ...]] = {
     "app_db": (
-        *("--editable", f"{ROOT}[postgresql,asyncio]", "fastapi", "starlette", "flask", "pyramid", "pyramid_tm", "pyramid_retry"),
+        *("--editable", f"{ROOT}[postgresql,asyncio]", "fastapi", "starlette", "litestar", "flask"),
+        *("pyramid", "pyramid_tm", "pyramid_retry"),
         *("waitress", *ASGI),
     ),
     "fastapi": ("fastapi", *ASGI),
@@ -116,6 +117,7 @@ PROGRAMS = (
     Program("app_db_starlette", "Starlette", "app_db", "app_db"),
     Program("advanced_alchemy_starlette", "Starlette", "Advanced Alchemy", "advanced_alchemy", ("advanced-alchemy",)),
     Program("dishka_starlette", "Starlette", "dishka", "dishka", ("dishka",)),
+    Program("app_db_litestar", "Litestar", "app_db", "app_db"),
     Program("advanced_alchemy_litestar", "Litestar", "Advanced Alchemy", "advanced_alchemy", ("advanced-alchemy",)),
     Program("app_db_flask", "Flask", "app_db", "app_db"),
     Program("flask_sqlalchemy_flask", "Flask", "Flask-SQLAlchemy", "flask_sqlalchemy", ("Flask-SQLAlchemy",)),
