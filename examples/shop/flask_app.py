@@ -26,7 +26,7 @@ def create_app() -> Flask:
     container.init_resources()
     atexit.register(container.shutdown_resources)
     app = Flask(__name__)
-    AppDb(container, read_only_methods=("GET",)).init_app(app)
+    AppDb(container, attempts=3, read_only_methods=("GET",)).init_app(app)
     app.register_blueprint(shop)
     return app
 
