@@ -99,3 +99,13 @@ def test_they_pass_in_any_order_and_in_two_processes_and_leave_no_row(shop: Shop
     assert shop.rows() == {"writer": 0, "warehouse": 0, "log": 0}
     shop.run("-c", UNLOAD)  # where nothing isolates it, the same code leaves rows
     assert shop.rows() == {"writer": 0, "warehouse": 1, "log": 1}
+
+
+@pytest.mark.exhaustive
+def test_they_run_in_a_checkout_as_their_first_lines_say() -> None:
+    """The settings of this project's own tests, which the directory above has, do not apply."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "shop_tests/test_flask_app.py"],
+        cwd=EXAMPLES, capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    assert passed(done.stdout) == 7, done.stdout + done.stderr
