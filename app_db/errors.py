@@ -361,19 +361,21 @@ class UnitOfWorkError(AppDbError):
 class NoUnitOfWork(UnitOfWorkError, NoTransaction):  # type: ignore[misc]  # transaction has no type hints
     """A session or the transaction manager was used outside a unit of work."""
 
-    def __init__(self, subject: str = "The transaction manager", after_response: bool = False) -> None:
-        super().__init__(subject, after_response)
+    def __init__(self, subject: str = "The transaction manager", after_response: bool = False, awaited: bool = False) -> None:
+        super().__init__(subject, after_response, awaited)
         self.subject = subject
         self.after_response = after_response
+        self.awaited = awaited
 
     def _text(self) -> str:
+        block = f"`{'async ' if self.awaited else ''}with container.transaction():`"
         if self.after_response:
             return (
                 f"{self.subject} was used after the response had begun, by which the request's unit of work has ended. Begin "
-                "another one: put the code in `with container.transaction():` or in a function decorated with @transactional."
+                f"another one: put the code in {block} or in a function decorated with @transactional."
             )
         return (
-            f"{self.subject} was used outside a unit of work. Put the code in `with container.transaction():` or in a function "
+            f"{self.subject} was used outside a unit of work. Put the code in {block} or in a function "
             "decorated with @transactional."
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -13,8 +15,15 @@ def answering_errors(application: Any) -> Any:
     return ExceptionHandlerMiddleware(application, debug=None)
 
 
-def renew_connection_state(scope: Any) -> None:
-    """Give a scope a copy of what Litestar has noted about the request: whether its response has begun, for example."""
+@contextmanager
+def own_connection_state(scope: Any) -> Generator[None]:
+    """Keep what Litestar notes about a request in a copy, and forget it after an error: that the response has begun, say."""
     from litestar.utils.scope.state import CONNECTION_STATE_KEY, ScopeState
 
-    scope["state"][CONNECTION_STATE_KEY] = copy(ScopeState.from_scope(scope))
+    before = ScopeState.from_scope(scope)
+    scope["state"][CONNECTION_STATE_KEY] = copy(before)
+    try:
+        yield
+    except BaseException:
+        scope["state"][CONNECTION_STATE_KEY] = before
+        raise

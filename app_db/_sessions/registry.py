@@ -92,7 +92,8 @@ class UnitRegistry(ScopedRegistry[Any]):
             self._work().sessions.pop(self._key, None)
 
     def _no_unit(self, error: Exception) -> NoUnitOfWork:
-        return NoUnitOfWork(f"The {self._config.name!r} session", getattr(error, "after_response", False))
+        subject = f"The {self._config.name!r} session"
+        return NoUnitOfWork(subject, getattr(error, "after_response", False), self._config.asynchronous)
 
     def _work(self) -> Work:
         try:

@@ -247,7 +247,7 @@ class UnitSession(Session):
         if isinstance(error, ForeignUnitOfWork):
             return ForeignUnitOfWork(self._subject, error.owner, error.user)  # it names processes too
         if self._work is None:
-            return NoUnitOfWork(self._subject)
+            return NoUnitOfWork(self._subject, awaited=self.config.asynchronous)
         return ForeignUnitOfWork(self._subject, self._work.owner(), str(Owner()))
 
     def _refuse(self, method: str) -> None:

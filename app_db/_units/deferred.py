@@ -132,10 +132,22 @@ class DeferredUnit(WithBlock):
         return found
 
     def end(self, error: BaseException | None = None, *, commit: bool = True) -> None:
-        """Commit the unit, or abort it because of an error or without one. Raises what `with container.transaction():` would."""
+        """Commit the unit, or abort it because of an error or without one. Raises what `with container.transaction():` would.
+
+        A unit in which another block is still open is aborted, and raises InvalidUse: the block may not have done all its work.
+        """
         self.is_over = True
-        if self._role is not None:
-            self._role.leave(error if commit else error or _NotCommitted())
+        if self._role is None:
+            return
+        if commit and error is None and self._role.work.open_blocks:
+            unfinished = InvalidUse(
+                "A request was answered while a block that takes part in its unit of work was open, so that the unit was aborted",
+                "End the block before you answer, and await the tasks and threads that take part. A block that goes on while the "
+                "response is sent needs a unit of its own: propagation='requires_new'. Compression belongs outside of the unit",
+            )
+            self._role.leave(unfinished)
+            raise unfinished
+        self._role.leave(error if commit else error or _NotCommitted())
 
     async def end_awaited(self, error: BaseException | None = None, *, commit: bool = True) -> None:
         """Do the same in a coroutine. Any task may call it, on behalf of the task to which the unit belongs."""
@@ -153,6 +165,8 @@ class DeferredUnit(WithBlock):
 
     def renew(self) -> None:
         """Let another unit begin if one is asked for: that of an error handler, after the first one could not commit."""
+        if not self.is_over:
+            raise InvalidUse("The unit of work is open", "End it first")
         self._role, self.is_over = None, False
 
 

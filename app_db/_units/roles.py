@@ -127,9 +127,11 @@ class Participant(Role):
             work.limit(self.options.timeout)
         self._begin()
         self._is_open = True
+        work.open_blocks.add(self)
         return UnitOfWork(self.work)
 
     def leave(self, error: BaseException | None) -> None:
+        self.work.open_blocks.discard(self)
         self._end(error)
         self._end_visit()
         if self._time_before is not None:
@@ -144,6 +146,7 @@ class Participant(Role):
         self._end_visit()
         if self._is_open:
             self._is_open = False
+            self.work.open_blocks.discard(self)
             if self._time_before is not None:
                 self.work.note_deadline(*self._time_before)
             self.work.doom("an exception came from outside while an inner block was entered or left")

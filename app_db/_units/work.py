@@ -93,6 +93,8 @@ class Work:
         """Connections that sessions have taken out of their pools, and may not have begun on."""
         self.visitors: dict[str, tuple[Owner, object]] = {}
         """The thread that takes part in the unit without owning it, if there is one."""
+        self.open_blocks: set[object] = set()
+        """The blocks that take part in the unit and have not ended."""
         self.rehearsal = coordinator.rehearsal
         """The isolated test in which the unit runs, if there is one."""
         self._coordinator = coordinator

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
 from app_db import DatabaseContainer, DeferredUnit
+from app_db.errors import InvalidUse
 from app_db.integrations._rule import CommitRule, commit_rule
 
 _log = logging.getLogger("app_db")
+
+Headers = Iterable[tuple[str, str]]
 
 
 class RequestOptions(TypedDict, total=False):
@@ -45,6 +48,12 @@ class RequestUnits:
         isolation: str | None = None,
         timeout: float | None = None,
     ) -> None:
+        require_container(container)
+        if isinstance(read_only_methods, str):
+            raise InvalidUse(
+                f"read_only_methods={read_only_methods!r} is a string",
+                f"Give a tuple: ({read_only_methods!r},)",
+            )
         options: dict[str, Any] = {"attempts": attempts, "isolation": isolation, "timeout": timeout, "awaited": awaited}
         self._any = container.deferred_unit(**options)
         self._read_only = container.deferred_unit(read_only=True, **options)
@@ -57,16 +66,49 @@ class RequestUnits:
         """Return a new unit for a request with this method."""
         return (self._read_only if method in self._read_only_methods else self._any).anew()
 
-    def commits(
-        self, unit: DeferredUnit, status: int, headers: Iterable[tuple[str, str]], error: BaseException | None = None
+    def end(self, unit: DeferredUnit, status: int, headers: Headers, error: BaseException | None = None) -> None:
+        """End a unit as its response says. Raise the error of its end, unless the databases have committed."""
+        try:
+            commits = self._commits(unit, status, headers, error)
+        except BaseException as failure:
+            unit.end(failure)
+            raise
+        with _unless_committed(unit):
+            unit.end(commit=commits)
+
+    async def end_awaited(
+        self, unit: DeferredUnit, status: int, headers: Headers, client_is_there: Callable[[], Awaitable[bool]]
     ) -> bool:
-        """Return whether a response commits a unit."""
-        lower: Mapping[str, str] = {name.lower(): value for name, value in headers}
-        return not unit.is_doomed and self._rule(status, lower, error)
+        """Do the same in a coroutine. Return False if the unit aborts because its client has gone."""
+        try:
+            commits = self._commits(unit, status, headers, None)
+            is_there = not commits or await client_is_there()
+        except BaseException as failure:
+            await unit.end_awaited(failure)
+            raise
+        if not is_there:
+            _log.info("A request aborts, because its client has gone")
+        with _unless_committed(unit):
+            await unit.end_awaited(commit=commits and is_there)
+        return is_there
+
+    def _commits(self, unit: DeferredUnit, status: int, headers: Headers, error: BaseException | None) -> bool:
+        if unit.is_doomed:
+            return False
+        decided = self._rule(status, {name.lower(): value for name, value in headers}, error)
+        if not isinstance(decided, bool):  # an un-awaited coroutine is true, too
+            raise InvalidUse(f"The rule {self._rule!r} returned {decided!r}", "Return True or False, from a plain function")
+        return decided
+
+
+def require_container(container: object) -> None:
+    """Raise InvalidUse unless it is an instance of a DatabaseContainer."""
+    if isinstance(container, type) or not hasattr(container, "deferred_unit"):
+        raise InvalidUse(f"{container!r} is no database container", "Give an instance, such as Container()")
 
 
 @contextmanager
-def unless_committed(unit: DeferredUnit) -> Generator[None]:
+def _unless_committed(unit: DeferredUnit) -> Generator[None]:
     """Log an error that comes after the databases have committed, of a hook for example: the client must hear that it is done."""
     try:
         yield

@@ -19,7 +19,7 @@ from typing import Any, Unpack
 from aiohttp import web
 
 from app_db import DatabaseContainer, DeferredUnit
-from app_db.integrations._requests import RequestOptions, RequestUnits, unless_committed
+from app_db.integrations._requests import RequestOptions, RequestUnits
 
 __all__ = ["setup"]
 
@@ -51,10 +51,14 @@ def setup(
     app.cleanup_ctx.append(_resources(container))
 
 
-def _key() -> Any:
+def _key(name: str, kind: type) -> Any:
     """Return a key for a value of requests. aiohttp has a class for that since 3.14, and warns of other keys."""
-    kind = getattr(web, "RequestKey", None)
-    return object() if kind is None else kind("app_db.unit", DeferredUnit)
+    keys = getattr(web, "RequestKey", None)
+    return object() if keys is None else keys(name, kind)
+
+
+_COMMITTED = _key("app_db.committed", list)
+"""A request has its units that have committed by this key, of any container. It is not answered anew after that."""
 
 
 class _Requests:
@@ -62,7 +66,7 @@ class _Requests:
 
     def __init__(self, units: RequestUnits) -> None:
         self.units = units
-        self.key = _key()
+        self.key = _key("app_db.unit", DeferredUnit)
         """A request has its unit by this key until its response begins."""
 
     async def answer(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -76,7 +80,9 @@ class _Requests:
                 with unit:
                     return await self._attempt(unit, request, handler)
             except Exception as error:
-                may_be_repeated = attempt < self.units.attempts and unit.may_pass and self.key in request
+                may_be_repeated = (
+                    attempt < self.units.attempts and unit.may_pass and self.key in request and not request.get(_COMMITTED)
+                )
                 if not (may_be_repeated and await _may_be_repeated(request, self.units.body_limit, error)):
                     raise
             await asyncio.sleep(unit.pause_after(attempt))
@@ -104,11 +110,13 @@ class _Requests:
         if unit is None:
             return
         if not unit.is_over:
-            client_is_there = request.transport is not None and not request.transport.is_closing()
-            with unless_committed(unit):
-                await unit.end_awaited(
-                    commit=client_is_there and self.units.commits(unit, response.status, response.headers.items())
-                )
+
+            async def client_is_there() -> bool:
+                return request.transport is not None and not request.transport.is_closing()
+
+            await self.units.end_awaited(unit, response.status, response.headers.items(), client_is_there)
+            if unit.has_committed:
+                request.setdefault(_COMMITTED, []).append(unit)
         del request[self.key]
 
 

@@ -8,11 +8,19 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Unpack
 
 from app_db import DatabaseContainer, DeferredUnit, retryable
-from app_db.integrations._requests import RequestOptions, RequestUnits, unless_committed
+from app_db.integrations._requests import RequestOptions, RequestUnits
 
-__all__ = ["Application", "Message", "REPEATS", "Receive", "Scope", "Send", "UnitOfWorkMiddleware"]
+__all__ = ["Application", "CLIENT_HAS_GONE", "Message", "REPEATS", "Receive", "Scope", "Send", "UnitOfWorkMiddleware"]
 
 _log = logging.getLogger("app_db")
+
+CLIENT_HAS_GONE = 499
+"""The status of a response that would say that a request was done whose unit was aborted, because its client had gone."""
+
+_COMMITTED = "app_db.committed"
+"""Key in the scope of a request. The value is a list of its units that have committed, of any container. The request is not
+answered anew then: it would write once more.
+"""
 
 _TURNS = 10
 """Turns of the event loop after which a message would have come that is there: 1 from a server, 2 more for each middleware that
@@ -76,7 +84,7 @@ class UnitOfWorkMiddleware:
             await self.app(scope, body.receive, send)
             return None
         with unit:
-            response = _Response(unit, body, send, self._units)
+            response = _Response(unit, body, send, self._units, scope.setdefault(_COMMITTED, []))
             is_the_last = attempt >= self._units.attempts
             scope[REPEATS] = None if is_the_last else response.could_be_repeated_after
             try:
@@ -90,7 +98,7 @@ class UnitOfWorkMiddleware:
                     raise
                 if isinstance(failure, Exception) and not response.has_begun:
                     unit.renew()  # the one that answers may ask for a session
-                    was_answered = await self.respond(_copy_of(before), body.receive, response.send, failure)
+                    was_answered = await self.respond(scope, body.receive, response.send, failure)
                     if was_answered:
                         return None
                 raise failure from failure.__cause__  # a framework may have raised another one because of it
@@ -176,8 +184,7 @@ class _Body:
                 looking.cancel()
                 await asyncio.wait((looking,))
                 break
-            if looking.exception() is not None:
-                self.client_has_gone = True
+            if looking.exception() is not None:  # of a middleware that has replaced `receive`: it is not known
                 break
             message = looking.result()
             self._note(message, unread=True)
@@ -189,8 +196,9 @@ class _Body:
 class _Response:
     """The response of one attempt. Its beginning is the end of the unit."""
 
-    def __init__(self, unit: DeferredUnit, body: _Body, send: Send, units: RequestUnits) -> None:
+    def __init__(self, unit: DeferredUnit, body: _Body, send: Send, units: RequestUnits, committed: list[DeferredUnit]) -> None:
         self._unit = unit
+        self._committed = committed
         self._body = body
         self._send = send
         self._units = units
@@ -202,11 +210,11 @@ class _Response:
     @property
     def may_be_repeated(self) -> bool:
         """Whether nothing has been sent, and the unit failed with an error that may pass."""
-        return self._may_pass and not self.has_begun
+        return self._may_pass and not self.has_begun and not self._committed
 
     def could_be_repeated_after(self, error: BaseException) -> bool:
         """Return whether nothing has been sent, and the unit would fail with an error that may pass."""
-        return self._unit.has_begun and not self.has_begun and retryable(error)
+        return self._unit.has_begun and not (self.has_begun or self._committed) and retryable(error)
 
     async def send(self, message: Message) -> None:
         """Pass a message on. End the unit before the first one."""
@@ -216,15 +224,16 @@ class _Response:
         await self._send(message)
 
     async def _end_unit(self, start: Message) -> None:
-        if not self._unit.has_begun:
-            self._unit.is_over = True
+        if not self._unit.has_begun or self._failure is not None:
+            await self._unit.end_awaited(commit=False)
             return
         start["headers"] = pairs = [*start.get("headers", ())]
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in pairs]
-        commits = self._failure is None and self._units.commits(self._unit, start["status"], headers)
         try:
-            with unless_committed(self._unit):
-                await self._unit.end_awaited(commit=commits and await self._body.look_for_client())
+            if not await self._units.end_awaited(self._unit, start["status"], headers, self._body.look_for_client):
+                start["status"] = CLIENT_HAS_GONE  # no success, in case that somebody hears it nevertheless
+            if self._unit.has_committed:
+                self._committed.append(self._unit)
         except Exception as error:
             self._failure, self._may_pass = error, self._unit.may_pass
             self._unit.renew()  # an error handler may ask for a session

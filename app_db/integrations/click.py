@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import iscoroutinefunction
 from typing import Any, ParamSpec, TypeVar, cast
 
 from app_db import DatabaseContainer
+from app_db.errors import InvalidUse
 
 __all__ = ["in_unit"]
 
@@ -31,9 +33,14 @@ def in_unit(container: DatabaseContainer, **options: Any) -> Callable[[Callable[
     The unit commits if the command returns or exits with 0: by `sys.exit(0)`, `ctx.exit()` or `typer.Exit()`. Another code, and
     any other exception, aborts it. Write it next to the function, below `@click.command()`.
     """
-    commit_on = tuple(options.pop("commit_on", ()))
+    container.transaction(**options)  # raises for wrong options, before a command runs
 
     def decorate(command: Callable[P, R]) -> Callable[P, R]:
+        if iscoroutinefunction(command):
+            raise InvalidUse(
+                f"The command {command!r} is a coroutine function", "Write a plain function, and call asyncio.run() in it"
+            )
+
         @wraps(command)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             exits: list[BaseException] = []
@@ -47,7 +54,7 @@ def in_unit(container: DatabaseContainer, **options: Any) -> Callable[[Callable[
                     exits.append(leaving)
                     return None
 
-            result = container.transaction(commit_on=commit_on, **options).run(until_exit)
+            result = container.transaction(**options).run(until_exit)
             if exits:
                 raise exits[-1]
             return cast("R", result)  # None comes with an exit only

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from dependency_injector.providers import Provider
 from fastapi import Depends
@@ -27,8 +26,6 @@ from fastapi import Depends
 from app_db.integrations.starlette import UnitOfWorkMiddleware, lifespan
 
 __all__ = ["UnitOfWorkMiddleware", "dependency_of", "lifespan", "provided"]
-
-_dependencies: WeakKeyDictionary[Provider[Any], Callable[[], Awaitable[Any]]] = WeakKeyDictionary()
 
 
 def provided(provider: Provider[Any]) -> Any:
@@ -41,13 +38,21 @@ def provided(provider: Provider[Any]) -> Any:
 
 def dependency_of(provider: Provider[Any]) -> Callable[[], Awaitable[Any]]:
     """Return the key of a provider in `app.dependency_overrides`."""
-    known = _dependencies.get(provider)
-    if known is not None:
-        return known
+    return _Dependency(provider)
 
-    async def dependency() -> Any:  # a coroutine, because FastAPI calls functions in threads, where no async session can be made
-        made = provider()
+
+class _Dependency:
+    """Calls a provider in a coroutine: FastAPI calls functions in threads, where no async session can be made."""
+
+    def __init__(self, provider: Provider[Any]) -> None:
+        self._provider = provider
+
+    async def __call__(self) -> Any:
+        made = self._provider()
         return await made if isawaitable(made) else made
 
-    _dependencies[provider] = dependency
-    return dependency
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Dependency) and other._provider is self._provider  # of its own kind
+
+    def __hash__(self) -> int:
+        return hash(self._provider)

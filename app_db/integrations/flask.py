@@ -20,7 +20,7 @@ from flask import Flask, Response, current_app, request
 from flask.cli import with_appcontext
 
 from app_db import DatabaseContainer
-from app_db.integrations._requests import RequestOptions, RequestUnits, unless_committed
+from app_db.integrations._requests import RequestOptions, RequestUnits
 from app_db.integrations.wsgi import REPEATS, UnitOfWorkMiddleware, unit_of
 
 __all__ = ["AppDb"]
@@ -56,8 +56,7 @@ class AppDb:
         if unit is None or unit.is_over:
             return response
         try:
-            with unless_committed(unit):
-                unit.end(commit=self._units.commits(unit, response.status_code, response.headers.items()))
+            self._units.end(unit, response.status_code, response.headers.items())
         except Exception as error:
             if not request.environ[REPEATS](error):
                 unit.renew()  # an error handler may ask for a session

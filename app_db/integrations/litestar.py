@@ -28,7 +28,7 @@ from litestar.plugins import InitPlugin
 from sqlalchemy.orm import Session
 
 from app_db import Connection, DatabaseContainer
-from app_db._compat.litestar import answering_errors, renew_connection_state
+from app_db._compat.litestar import answering_errors, own_connection_state
 from app_db.errors import InvalidUse
 from app_db.integrations._requests import RequestOptions
 from app_db.integrations.asgi import REPEATS, Receive, Scope, Send
@@ -130,8 +130,8 @@ class UnitOfWorkMiddleware(AsgiMiddleware):
 
         async def attempt(scope: Scope, receive: Receive, send: Send) -> None:
             # Litestar notes here what it has read of a request, and that the response has begun, before `send` can commit.
-            renew_connection_state(scope)
-            await handled(scope, receive, send)
+            with own_connection_state(scope):
+                await handled(scope, receive, send)
 
         super().__init__(attempt, container, **options)
 

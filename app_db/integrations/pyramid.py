@@ -21,7 +21,7 @@ from pyramid.tweens import EXCVIEW
 
 from app_db import DatabaseContainer, DatabaseSettings, UnitOfWork, container_of, retryable
 from app_db.errors import InvalidUse
-from app_db.integrations._requests import unless_committed
+from app_db.integrations._requests import RequestUnits, require_container
 from app_db.integrations._rule import commit_rule
 
 try:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["commit_veto", "includeme", "manager_of", "tween_factory"]
 
 _KEY = "app_db.container"
+_UNITS = "app_db.units"
 _PREFIX = "app_db."
 
 
@@ -55,6 +56,7 @@ def includeme(config: Any) -> None:
 
 
 def _set_container(config: Any, container: DatabaseContainer) -> None:
+    require_container(container)
     config.registry[_KEY] = container
 
 
@@ -64,9 +66,21 @@ def _enable_two_phase(config: Any, enable: bool = True) -> None:
 
 
 def _require_container(event: Any) -> None:
-    """Make the container from the settings of the ini file, unless the application has given one."""
+    """Make the container from the settings of the ini file, unless there is one. Refuse what would have no effect."""
     registry = event.app.registry
-    if _KEY not in registry:
+    hook = registry.settings["tm.manager_hook"]
+    if hook is not manager_of and "tm" in event.app.request_extensions.descriptors:  # of pyramid_tm
+        raise InvalidUse(
+            f"The setting tm.manager_hook is {hook!r}: pyramid_tm would not manage app_db's units",
+            "Remove it: config.include('app_db.integrations.pyramid') sets it",
+        )
+    if _KEY in registry:
+        if registry.settings.get(f"{_PREFIX}two_phase"):
+            raise InvalidUse(
+                "config.enable_sql_two_phase_commit() prepares connections of the ini file, and the application gave a container",
+                "Prepare the container's connections by its own settings: APP_DB_TWO_PHASE=true",
+            )
+    else:
         given = {key: value for key, value in registry.settings.items() if key.startswith(_PREFIX)}
         settings = DatabaseSettings.from_mapping(given)
         registry[_KEY] = container_of(*settings.connections)(settings=settings)
@@ -125,15 +139,18 @@ def _has_tm(request: Request) -> bool:
 
 
 def _in_unit(handler: Callable[[Request], Response], request: Request) -> Response:
-    with _container_of(request).deferred_unit() as unit:
+    units = _units_of(request)
+    unit = units.unit_for(request.method)
+    if unit.is_one_too_many:  # a subrequest takes part
+        return handler(request)
+    with unit:
         try:
             response = handler(request)
         except BaseException as error:
             unit.end(error)
             raise
         try:
-            with unless_committed(unit):
-                unit.end(commit=not unit.is_doomed and not commit_veto(request, response))
+            units.end(unit, response.status_int, response.headers.items())
         except Exception as error:  # noqa: BLE001  # raised, unless a view answers
             unit.renew()  # an exception view may ask for a session
             try:
@@ -141,6 +158,13 @@ def _in_unit(handler: Callable[[Request], Response], request: Request) -> Respon
             except NotFound:
                 raise error from None
         return response
+
+
+def _units_of(request: Request) -> RequestUnits:
+    units: RequestUnits | None = request.registry.get(_UNITS)
+    if units is None:
+        units = request.registry[_UNITS] = RequestUnits(_container_of(request), awaited=False)
+    return units
 
 
 def _mark(error: BaseException | None) -> None:

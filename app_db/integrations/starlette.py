@@ -16,10 +16,12 @@ from inspect import isawaitable, iscoroutinefunction
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 
 from app_db import DatabaseContainer
-from app_db.integrations.asgi import Receive, Scope, Send
+from app_db.integrations._requests import require_container
+from app_db.integrations.asgi import REPEATS, Receive, Scope, Send
 from app_db.integrations.asgi import UnitOfWorkMiddleware as AsgiMiddleware
 
 __all__ = ["UnitOfWorkMiddleware", "lifespan"]
@@ -32,7 +34,26 @@ class UnitOfWorkMiddleware(AsgiMiddleware):
     """Gives each request a unit of work. See `app_db.integrations.asgi.UnitOfWorkMiddleware` for what it does and its options.
 
     A commit that fails is answered by the application's exception handler for the error's class, or else for `Exception` or 500.
+    With `attempts`, handlers get the error of the last attempt only.
     """
+
+    _handlers_may_repeat = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if not self._handlers_may_repeat and "app" in scope:
+            self._let_handlers_repeat(scope["app"])
+        await super().__call__(scope, receive, send)
+
+    def _let_handlers_repeat(self, application: Any) -> None:
+        """Have the application's exception handlers leave an error alone because of which a request is answered anew."""
+        self._handlers_may_repeat = True
+        handling: Any = self.app
+        while handling is not None and not isinstance(handling, ExceptionMiddleware):
+            handling = getattr(handling, "app", None)
+        for kind, handler in application.exception_handlers.items():
+            if handling is not None and isinstance(kind, type) and kind is not Exception:
+                handling.add_exception_handler(kind, _unless_repeated(handler))
 
     async def respond(self, scope: Scope, receive: Receive, send: Send, failure: Exception) -> bool:
         """Respond by the application's handler for the error's class. Starlette itself can't, after it has tried to respond."""
@@ -40,13 +61,26 @@ class UnitOfWorkMiddleware(AsgiMiddleware):
         handler = next((handlers[kind] for kind in type(failure).__mro__ if kind in handlers and kind is not Exception), None)
         if handler is None:
             return False
-        request = Request(scope, receive, send)
-        if iscoroutinefunction(handler):
-            response = await handler(request, failure)
-        else:
-            response = await run_in_threadpool(handler, request, failure)
+        response = await _called(handler, Request(scope, receive, send), failure)
         await response(scope, receive, send)
         return True
+
+
+def _unless_repeated(handler: Any) -> Any:
+    async def handle(request: Request, error: Exception) -> Any:
+        repeats = request.scope.get(REPEATS)
+        if repeats is not None and repeats(error):
+            raise error
+        return await _called(handler, request, error)
+
+    return handle
+
+
+async def _called(handler: Any, request: Request, error: Exception) -> Any:
+    """Call an exception handler as Starlette does: a plain function in a thread."""
+    if iscoroutinefunction(handler) or iscoroutinefunction(getattr(handler, "__call__", None)):  # noqa: B004  # a callable object
+        return await handler(request, error)
+    return await run_in_threadpool(handler, request, error)
 
 
 def lifespan(container: DatabaseContainer, own: _Lifespan | None = None) -> _Lifespan:
@@ -54,6 +88,7 @@ def lifespan(container: DatabaseContainer, own: _Lifespan | None = None) -> _Lif
 
     `own` is the application's own lifespan. It runs inside, and gives the state.
     """
+    require_container(container)
 
     @asynccontextmanager
     async def run(app: Any) -> AsyncGenerator[_State | None]:

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Unpack
 
 from app_db import DatabaseContainer, DeferredUnit, retryable
-from app_db.integrations._requests import RequestOptions, RequestUnits, unless_committed
+from app_db.integrations._requests import RequestOptions, RequestUnits
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -75,12 +75,14 @@ class UnitOfWorkMiddleware:
         if unit.is_one_too_many:
             return self.app(environ, start_response)
         environ[UNIT] = unit
-        environ[_UNITS] = {**environ.get(_UNITS, {}), id(self.container): unit}
+        environ.setdefault(_UNITS, {})[id(self.container)] = unit
         with unit:
             response = _Response(unit, start_response, self._units)
 
             def repeats(error: BaseException) -> bool:
-                may_pass = unit.has_begun and not response.has_begun and retryable(error)
+                may_pass = (
+                    unit.has_begun and not response.has_begun and not _others_have_committed(environ, unit) and retryable(error)
+                )
                 return may_pass and attempt < self._units.attempts and body is not None and body.is_kept(error)
 
             environ[REPEATS] = repeats
@@ -91,10 +93,17 @@ class UnitOfWorkMiddleware:
                     unit.end(error)
                 if attempt == self._units.attempts or response.has_begun or not unit.may_pass:
                     raise
+                if _others_have_committed(environ, unit):
+                    raise
                 if body is None or not body.is_kept(error):
                     raise
                 _log.info("A request is answered anew after %s", type(error).__name__)
                 raise _Again(unit.pause_after(attempt)) from error
+
+
+def _others_have_committed(environ: WSGIEnvironment, unit: DeferredUnit) -> bool:
+    """Return whether units of other containers have committed: a request that is repeated would write once more."""
+    return any(other is not unit and other.has_committed for other in environ[_UNITS].values())
 
 
 class _Again(Exception):  # it is no error
@@ -170,9 +179,7 @@ class _Response:
             status, headers, exc_info = self._head
             if not self._unit.is_over:
                 error = exc_info[1] if exc_info else None
-                commits = self._units.commits(self._unit, int(status.split(maxsplit=1)[0]), headers, error)
-                with unless_committed(self._unit):
-                    self._unit.end(commit=commits)
+                self._units.end(self._unit, int(status.split(maxsplit=1)[0]), headers, error)
             self._write = self._start_response(status, headers, exc_info)
         return self._write
 

@@ -8,7 +8,7 @@ from litestar import Litestar, MediaType, Request, Response, get
 from litestar.middleware import DefineMiddleware
 from litestar.testing import TestClient
 
-from app_db._compat.litestar import answering_errors, renew_connection_state
+from app_db._compat.litestar import answering_errors, own_connection_state
 
 
 class Failing:
@@ -34,12 +34,11 @@ class Failing:
         async def failed(*arguments: object) -> None:
             raise KeyError("COMMIT")
 
-        before = {**scope, "state": {**scope["state"]}}
-        renew_connection_state(scope)
         try:
-            await self.app(scope, receive, failing)
+            with own_connection_state(scope):
+                await self.app(scope, receive, failing)
         except Exception:
-            await answering_errors(failed)(before, receive, send)
+            await answering_errors(failed)(scope, receive, send)
 
 
 def heard(*, helped: bool) -> tuple[int, str]:

@@ -46,6 +46,18 @@ DEFER_UNIQUENESS = (
 )
 """On PostgreSQL: makes the COMMIT of a unit fail that adds another item "taken"."""
 
+DEFERRED_COLLISION = (
+    """
+    CREATE FUNCTION collide() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'collided' USING errcode = '40001'; END $$
+    """,
+    """
+    CREATE CONSTRAINT TRIGGER collides AFTER INSERT ON items DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION collide()
+    """,
+)
+"""On PostgreSQL: makes each COMMIT that has added an item fail as a serialization failure."""
+
 
 class Boom(Exception):
     """An error of the application's own."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -13,20 +16,22 @@ import pytest
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transaction.interfaces import TransientError
 
 from app_db.errors import InvalidUse, NoUnitOfWork
 from app_db.integrations import commit_rule
-from app_db.integrations.asgi import UnitOfWorkMiddleware
+from app_db.integrations.asgi import CLIENT_HAS_GONE, UnitOfWorkMiddleware
 from app_db.integrations.fastapi import dependency_of, lifespan, provided
 from app_db.testing import isolated
-from harness.applications import DEFER_UNIQUENESS, Application, Item, running
+from harness.applications import DEFER_UNIQUENESS, DEFERRED_COLLISION, Application, Item, running
 from harness.frameworks import SET_UP, THERE, Doings, fastapi, starlette
 from harness.frameworks.starlette import placed
 from harness.webs import client, post, serving
@@ -406,3 +411,254 @@ class Named(BaseModel):
     model_config = ConfigDict(from_attributes=True)
     id: int
     name: str
+
+
+# ---- what other middlewares do -------------------------------------------------------------------------------------------------
+
+
+def replaying(last: Callable[[], Any]) -> Callable[[Any], Any]:
+    """Return a middleware that reads the body before the application, gives it again, and then what `last` does."""
+
+    def wrap(app: Any) -> Any:
+        async def replay(scope: Any, receive: Any, send: Any) -> None:
+            messages = [await receive()] if scope["type"] == "http" else []
+
+            async def again() -> Any:
+                return messages.pop() if messages else last()
+
+            await app(scope, again if scope["type"] == "http" else receive, send)
+
+        return replay
+
+    return wrap
+
+
+def body_again() -> Any:
+    return {"type": "http.request", "body": b""}
+
+
+def nothing_more() -> Any:
+    raise RuntimeError("the body was read already")
+
+
+@pytest.mark.parametrize("last", [body_again, nothing_more])
+def test_a_middleware_that_has_read_the_body_does_not_look_like_a_client_that_has_gone(
+    last: Callable[[], Any], new_postgres_url: NewUrl
+) -> None:
+    with running(writer=new_postgres_url()) as app:
+        with serving(replaying(last)(starlette.application(Doings(app)))) as address:
+            assert post(f"{address}/add-async", params={"name": "kept"}).status_code == 201
+        assert app.names() == ["kept"]
+
+
+def test_a_client_that_is_said_to_have_gone_hears_no_success(new_postgres_url: NewUrl, caplog: pytest.LogCaptureFixture) -> None:
+    def gone() -> Any:
+        return {"type": "http.disconnect"}
+
+    with running(writer=new_postgres_url()) as app:
+        with serving(replaying(gone)(starlette.application(Doings(app)))) as address, caplog.at_level(logging.INFO, "app_db"):
+            assert post(f"{address}/add-async", params={"name": "lost"}).status_code == CLIENT_HAS_GONE
+        assert app.names() == []
+        assert "its client has gone" in caplog.text
+
+
+# ---- blocks that go on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["task", "thread", "stream behind GZip", "around the response"])
+def test_a_response_inside_a_block_that_takes_part_is_an_error_and_nothing_is_kept(way: str, new_postgres_url: NewUrl) -> None:
+    """The block may not have done all its work: half of it must not be committed."""
+    begun, go_on = threading.Event(), threading.Event()
+    tasks: list[Any] = []
+
+    with running(writer=new_postgres_url()) as app:
+        container = app.container
+
+        async def awaited() -> None:
+            async with container.transaction():
+                container.writer_async_session().add(Item(name="first"))
+                begun.set()
+                await asyncio.to_thread(go_on.wait, 20)
+
+        def threaded() -> None:
+            with container.transaction():
+                container.writer_session().add(Item(name="first"))
+                begun.set()
+                go_on.wait(20)
+
+        async def parts() -> Any:
+            async with container.transaction():
+                container.writer_async_session().add(Item(name="first"))
+                yield "part"
+
+        async def endpoint(request: Request) -> Response:
+            if way == "stream behind GZip":
+                return StreamingResponse(parts())
+            tasks.append(asyncio.create_task(awaited() if way == "task" else asyncio.to_thread(threaded)))
+            assert await asyncio.to_thread(begun.wait, 20)
+            return JSONResponse({})
+
+        class Around:
+            """A middleware with a block around the whole application."""
+
+            def __init__(self, app: Any) -> None:
+                self.app = app
+
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                if scope["type"] != "http":
+                    await self.app(scope, receive, send)
+                    return
+                async with container.transaction():
+                    container.writer_async_session().add(Item(name="first"))
+                    await self.app(scope, receive, send)
+
+        more = {"stream behind GZip": [Middleware(GZipMiddleware)], "around the response": [Middleware(Around)]}.get(way, [])
+        handled: list[Exception] = []
+
+        async def on_error(request: Request, error: Exception) -> Response:
+            handled.append(error)
+            return JSONResponse({}, 500)
+
+        async def done(request: Request) -> Response:
+            return JSONResponse({})
+
+        whole = Starlette(
+            routes=[Route("/", done if way == "around the response" else endpoint, methods=["POST"])],
+            middleware=[*placed(app), *more],
+            exception_handlers={Exception: on_error},
+            lifespan=lifespan(container),
+        )
+        with serving(whole) as address:
+            assert post(address, headers={"Accept-Encoding": "gzip"}).status_code == 500
+            go_on.set()
+        assert app.names() == []
+        assert [type(error) for error in handled] == [InvalidUse]
+        assert "a block that takes part in its unit of work was open" in str(handled[0])
+
+
+# ---- handlers, rules and options -----------------------------------------------------------------------------------------------
+
+
+class Colliding:
+    """Raises a serialization failure in the endpoint, twice."""
+
+    def __init__(self, container: Any) -> None:
+        self.container, self.attempts = container, 0
+
+    async def __call__(self, request: Request) -> Response:
+        self.attempts += 1
+        session = self.container.writer_async_session()
+        session.add(Item(name=f"attempt {self.attempts}"))
+        if self.attempts < 3:
+            await session.execute(text("DO $$ BEGIN RAISE EXCEPTION 'collided' USING errcode = '40001'; END $$"))
+        return JSONResponse({"id": request.path_params["id"]})
+
+
+class Answering:
+    """A callable object as an exception handler."""
+
+    async def __call__(self, request: Request, error: Exception) -> Response:
+        return JSONResponse({"handled": type(error).__name__, "id": request.path_params["id"]}, 503)
+
+
+@pytest.mark.parametrize(("attempts", "heard"), [(3, (200, {"id": "7"})), (2, (503, {"handled": "OperationalError", "id": "7"}))])
+def test_a_handler_of_the_errors_class_does_not_keep_a_request_from_being_answered_anew(
+    attempts: int, heard: tuple[int, object], new_postgres_url: NewUrl
+) -> None:
+    with running(writer=new_postgres_url()) as app:
+        endpoint = Colliding(app.container)
+
+        async def collide(request: Request) -> Response:
+            return await endpoint(request)
+
+        whole = Starlette(
+            routes=[Route("/{id}", collide, methods=["POST"])],
+            middleware=[*placed(app, attempts=attempts), Middleware(starlette.Passing)],
+            exception_handlers={SQLAlchemyError: Answering()},
+            lifespan=lifespan(app.container),
+        )
+        with serving(whole) as address:
+            answer = post(f"{address}/7")
+        assert (answer.status_code, answer.json()) == heard
+        assert endpoint.attempts == attempts
+        assert app.names() == (["attempt 3"] if attempts == 3 else [])
+
+
+def test_the_handler_of_a_failed_commit_sees_the_request_of_the_endpoint(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        app.run(*DEFER_UNIQUENESS)
+
+        async def add(request: Request) -> Response:
+            request.state.noted = "by the endpoint"
+            app.container.writer_async_session().add(Item(name="taken"))
+            return JSONResponse({})
+
+        async def refuse(request: Request, error: Exception) -> Response:
+            return JSONResponse({"noted": request.state.noted, **request.path_params}, 409)
+
+        whole = Starlette(
+            routes=[Route("/{id}", add, methods=["POST"])],
+            middleware=placed(app),
+            exception_handlers={IntegrityError: refuse},
+            lifespan=lifespan(app.container),
+        )
+        with serving(whole) as address:
+            answer = post(f"{address}/7")
+        assert (answer.status_code, answer.json()) == (409, {"noted": "by the endpoint", "id": "7"})
+
+
+async def rule_without_await(status: int, headers: object, exception: object) -> bool:
+    return False
+
+
+def rule_that_fails(status: int, headers: object, exception: object) -> bool:
+    raise ZeroDivisionError
+
+
+@pytest.mark.filterwarnings("ignore:coroutine 'rule_without_await' was never awaited")
+@pytest.mark.parametrize(("rule", "error"), [(rule_without_await, "InvalidUse"), (rule_that_fails, "ZeroDivisionError")])
+def test_a_rule_that_does_not_decide_is_an_error_and_nothing_is_kept(rule: Any, error: str, new_postgres_url: NewUrl) -> None:
+    with site(new_postgres_url(), rule=rule) as web:
+        answer = web.post("add-async", name="lost")
+        assert (answer.status_code, answer.json()) == (500, {"handled": error})
+        assert web.names == []
+
+
+def test_a_request_is_not_answered_anew_once_another_container_has_committed(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app, running(writer=new_postgres_url()) as other:
+        app.run(*DEFERRED_COLLISION)
+
+        async def add(request: Request) -> Response:
+            for each in (app, other):
+                each.container.writer_async_session().add(Item(name="once"))
+            return JSONResponse({})
+
+        whole = Starlette(
+            routes=[Route("/", add, methods=["POST"])],
+            middleware=[*placed(app, attempts=3), *placed(other)],
+            lifespan=lifespan(app.container, lifespan(other.container)),
+        )
+        with serving(whole) as address:
+            assert post(address).status_code == 500
+        assert (app.names(), other.names()) == ([], ["once"])
+
+
+def test_options_that_would_do_something_else_are_refused(new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url()) as app:
+        with pytest.raises(InvalidUse, match=r"read_only_methods='GET' is a string. Give a tuple: \('GET',\)"):
+            UnitOfWorkMiddleware(Starlette(), app.container, read_only_methods="GET")
+        with pytest.raises(InvalidUse, match=r"is no database container\. Give an instance"):
+            UnitOfWorkMiddleware(Starlette(), type(app.container))  # type: ignore[arg-type]
+        with pytest.raises(InvalidUse, match=r"is no database container\. Give an instance"):
+            lifespan(type(app.container))  # type: ignore[arg-type]
+
+
+def test_a_dependency_keeps_its_provider_no_longer_than_the_application(new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url()) as app:
+        provider = app.container.connection("writer").session
+        assert dependency_of(provider) == dependency_of(provider)
+        assert dependency_of(provider) != dependency_of(app.container.connection("writer").async_session)
+        before = sys.getrefcount(provider)
+        provided(provider)
+        gc.collect()
+        assert sys.getrefcount(provider) == before

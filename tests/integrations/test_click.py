@@ -11,6 +11,7 @@ import typer
 from click.testing import CliRunner
 from typer.testing import CliRunner as TyperRunner
 
+from app_db.errors import InvalidUse
 from app_db.integrations.click import in_unit
 from harness.applications import Application, Boom, Item, running
 
@@ -78,3 +79,23 @@ def test_an_exception_aborts_and_options_count(app: Application) -> None:
         with pytest.raises(error):
             add(name)
     assert (app.names(), len(tried)) == (["kept"], 2)
+
+
+def test_options_are_those_of_transaction_and_are_looked_at_before_a_command_runs(app: Application) -> None:
+    @click.command()
+    @in_unit(app.container, commit_on=Boom)
+    def fails() -> None:
+        app.session().add(Item(name="kept"))
+        raise Boom
+
+    assert isinstance(CliRunner().invoke(fails).exception, Boom)
+    assert app.names() == ["kept"]
+    with pytest.raises(InvalidUse, match=r"no option 'atempts'\. Did you mean 'attempts'"):
+        in_unit(app.container, atempts=3)
+
+
+def test_a_coroutine_function_is_refused(app: Application) -> None:
+    async def command() -> None: ...
+
+    with pytest.raises(InvalidUse, match=r"is a coroutine function\. Write a plain function, and call asyncio\.run\(\) in it"):
+        in_unit(app.container)(command)

@@ -210,7 +210,7 @@ def repeated(site: Site) -> None:
     assert site.names.count(name) == 1
 
 
-@case("two containers", "both commit, or both abort")
+@case("two containers", "each has its unit; the response decides about both")
 def two_containers(site: Site) -> None:
     for name, status in (("both", 201), ("neither", 409)):
         assert site.post("two", name=name, status=status).status_code == status

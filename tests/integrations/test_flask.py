@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +17,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from app_db.errors import AwaitRequired, InvalidUse, NoUnitOfWork
 from app_db.integrations.flask import AppDb
 from app_db.testing import isolated
-from harness.applications import DEFER_UNIQUENESS, Application, Boom, Item, running
+from harness.applications import DEFER_UNIQUENESS, DEFERRED_COLLISION, Application, Boom, Item, running
 from harness.webs import client, serving_wsgi
 
 NewUrl = Callable[[], str]
@@ -361,3 +363,66 @@ def test_its_command_line_is_that_of_app_db_for_the_applications_container(new_p
         assert (recovered.exit_code, "is in doubt" in recovered.output) == (0, True), recovered.output
         assert "settle what a crash left prepared" in run.invoke(args=["app-db", "--help"]).output
         assert run.invoke(args=["app-db", "nonsense"]).exit_code == 2
+
+
+# ---- rules, and blocks that go on --------------------------------------------------------------------------------------------
+
+
+def test_a_rule_that_fails_leaves_no_transaction_open(new_postgres_url: NewUrl) -> None:
+    def fails(status: int, headers: object, exception: object) -> bool:
+        raise ZeroDivisionError
+
+    with site(new_postgres_url(), rule=fails) as web:
+        for _ in range(3):
+            assert web.post("add", name="lost").status_code == 500
+            assert web.app.checked_out() == 0
+        assert [type(error) for error in web.handled] == [ZeroDivisionError] * 3
+        assert web.names == []
+
+
+def test_a_thread_that_is_still_at_work_when_the_view_has_answered_is_an_error(new_postgres_url: NewUrl) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    handled: list[BaseException] = []
+    with running(writer=new_postgres_url()) as app:
+        flask = flask_app(app, handled)
+
+        def work() -> None:
+            with app.container.transaction():
+                app.container.writer_session().add(Item(name="half"))
+                begun.set()
+                go_on.wait(20)
+
+        @flask.post("/work")
+        def start() -> str:
+            app.container.writer_session().add(Item(name="first"))
+            thread = threading.Thread(target=contextvars.copy_context().run, args=(work,))
+            threads.append(thread)
+            thread.start()
+            assert begun.wait(20)
+            return "started"
+
+        threads: list[threading.Thread] = []
+        AppDb(app.container).init_app(flask)
+        assert flask.test_client().post("/work").status_code == 500
+        go_on.set()
+        threads[0].join()
+        assert [type(error) for error in handled] == [InvalidUse]
+        assert app.names() == []
+
+
+def test_a_request_is_not_answered_anew_once_another_container_has_committed(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app, running(writer=new_postgres_url()) as other:
+        app.run(*DEFERRED_COLLISION)
+        flask = Flask("shop")
+
+        @flask.post("/")
+        def add() -> str:
+            for each in (app, other):
+                each.container.writer_session().add(Item(name="once"))
+            return "added"
+
+        AppDb(app.container, attempts=3).init_app(flask)
+        AppDb(other.container).init_app(flask)
+        assert flask.test_client().post("/").status_code == 500
+        assert app.names() == []
+        assert other.names() in ([], ["once"])

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 from pyramid.config import Configurator
+from pyramid.request import Request
 from pyramid.response import Response
 from sqlalchemy import text
 from sqlalchemy.orm import Mapped, mapped_column
 from webtest import TestApp
 
 from app_db import orm_base
-from app_db.errors import SettingsError
+from app_db.errors import InvalidUse, SettingsError
 from harness.applications import Item, running
 
 NewUrl = Callable[[], str]
@@ -107,3 +108,45 @@ def test_a_failure_that_may_pass_is_tried_again_by_pyramid_retry(new_postgres_ur
             config.add_view(count, route_name="count")
         assert TestApp(config.make_wsgi_app()).get("/").status_int == 200
         assert (len(tried), app.names()) == (3, ["attempt 3"])
+
+
+def test_a_subrequest_takes_part_in_the_unit_of_its_request(new_postgres_url: NewUrl) -> None:
+    """Whichever of them asks for a session first."""
+    with running(writer=new_postgres_url()) as app:
+        config = configured()
+        config.include("app_db.integrations.pyramid")
+        config.set_app_db(app.container)
+
+        def outer(request: Any) -> Response:
+            if "before" in request.params:
+                request.dbsession.add(Item(name="outer"))
+            answer = request.invoke_subrequest(Request.blank("/add?name=inner"), use_tweens=True)
+            assert answer.status_int == 201
+            return Response("done", status=int(request.params["status"]))
+
+        config.add_route("outer", "/outer")
+        config.add_view(outer, route_name="outer")
+        asking = TestApp(config.make_wsgi_app())
+        asking.get("/outer?status=409", status=409)
+        asking.get("/outer?status=409&before=1", status=409)
+        assert app.names() == []
+        asking.get("/outer?status=200&before=1")
+        assert app.names() == ["inner", "outer"]
+
+
+def test_settings_that_would_have_no_effect_are_refused_when_the_application_is_made(new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url()) as app:
+        config = configured(**{"tm.manager_hook": "pyramid_tm.explicit_manager"})
+        config.include("pyramid_tm")
+        config.include("app_db.integrations.pyramid")
+        config.set_app_db(app.container)
+        with pytest.raises(InvalidUse, match=r"tm\.manager_hook is .*: pyramid_tm would not manage app_db's units\. Remove it"):
+            config.make_wsgi_app()
+        config = configured()
+        config.include("app_db.integrations.pyramid")
+        config.set_app_db(app.container)
+        config.enable_sql_two_phase_commit()
+        with pytest.raises(InvalidUse, match=r"the application gave a container\. Prepare the container's connections"):
+            config.make_wsgi_app()
+        with pytest.raises(InvalidUse, match=r"is no database container\. Give an instance"):
+            config.set_app_db(type(app.container))
