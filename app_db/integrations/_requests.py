@@ -95,10 +95,13 @@ class RequestUnits:
     def _commits(self, unit: DeferredUnit, status: int, headers: Headers, error: BaseException | None) -> bool:
         if unit.is_doomed:
             return False
-        decided = self._rule(status, {name.lower(): value for name, value in headers}, error)
-        if not isinstance(decided, bool):  # an un-awaited coroutine is true, too
-            raise InvalidUse(f"The rule {self._rule!r} returned {decided!r}", "Return True or False, from a plain function")
-        return decided
+        return _decision(self._rule(status, {name.lower(): value for name, value in headers}, error), self._rule)
+
+
+def _decision(decided: object, rule: CommitRule) -> bool:
+    if not isinstance(decided, bool):  # an un-awaited coroutine is true, too
+        raise InvalidUse(f"The rule {rule!r} returned {decided!r}", "Return True or False, from a plain function")
+    return decided
 
 
 def require_container(container: object) -> None:
