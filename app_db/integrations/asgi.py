@@ -67,17 +67,18 @@ class UnitOfWorkMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = _Body(receive, self._units.body_limit if self._units.attempts > 1 else 0)
-        before = _copy_of(scope)
+        may_be_repeated = self._units.attempts > 1
+        body = _Body(receive, self._units.body_limit if may_be_repeated else 0)
+        before = _copy_of(scope) if may_be_repeated else scope
         attempt = 1
-        while (pause := await self._answer(scope, before, body, send, attempt)) is not None:
+        while (pause := await self._answer(scope, body, send, attempt)) is not None:
             await asyncio.sleep(pause)
             body.rewind()
             scope.clear()
             scope.update(_copy_of(before))
             attempt += 1
 
-    async def _answer(self, scope: Scope, before: Scope, body: _Body, send: Send, attempt: int) -> float | None:
+    async def _answer(self, scope: Scope, body: _Body, send: Send, attempt: int) -> float | None:
         """Answer a request. If it failed and can be answered anew, return how many seconds to wait before that."""
         unit = self._units.unit_for(scope["method"])
         if unit.is_one_too_many:
@@ -86,6 +87,7 @@ class UnitOfWorkMiddleware:
         with unit:
             response = _Response(unit, body, send, self._units, scope.setdefault(_COMMITTED, []))
             is_the_last = attempt >= self._units.attempts
+            outer = scope.get(REPEATS)
             scope[REPEATS] = None if is_the_last else response.could_be_repeated_after
             try:
                 await self.app(scope, body.receive, response.send)  # no copy: middlewares outside read what is written to it
@@ -103,7 +105,7 @@ class UnitOfWorkMiddleware:
                         return None
                 raise failure from failure.__cause__  # a framework may have raised another one because of it
             finally:
-                scope[REPEATS] = before.get(REPEATS)
+                scope[REPEATS] = outer
         return None
 
     async def respond(self, scope: Scope, receive: Receive, send: Send, failure: Exception) -> bool:
