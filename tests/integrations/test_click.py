@@ -13,6 +13,7 @@ from typer.testing import CliRunner as TyperRunner
 
 from app_db.errors import InvalidUse
 from app_db.integrations.click import in_unit
+from app_db.integrations.typer import in_unit as in_unit_of_typer
 from harness.applications import Application, Boom, Item, running
 
 
@@ -55,7 +56,7 @@ def test_the_code_of_a_typer_command_decides(code: int | None, is_kept: bool, ap
     shop = typer.Typer()
 
     @shop.command()
-    @in_unit(app.container)
+    @in_unit_of_typer(app.container)
     def add(name: str, amount: int = 1) -> None:
         for number in range(amount):
             app.container.writer_session().add(Item(name=f"{name} {number}"))
