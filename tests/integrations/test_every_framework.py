@@ -201,6 +201,18 @@ def client_goes_in_commit(site: Site) -> None:
     site.settled()
 
 
+@case("a COMMIT that waits", "keeps no other request waiting, also that of a plain function")
+def commit_waits(site: Site) -> None:
+    path = add_path(site) if "sync endpoint" in site.framework.lacks else "add-sync"
+    name = f"waits {random.randrange(10**9)}"
+    with ThreadPoolExecutor(1) as pool, site.locked(COMMIT_LOCK) as is_waited_for:
+        waiting = pool.submit(site.post, path, name=name)
+        eventually(is_waited_for)
+        assert site.post("nothing").status_code == 200
+        assert not waiting.done()
+    assert (waiting.result().status_code, name in site.names) == (201, True)
+
+
 @case("a serialization failure", "is repeated, with the request's body")
 def repeated(site: Site) -> None:
     name = f"again {random.randrange(10**9)}"
