@@ -638,28 +638,24 @@ def mariadb_program() -> Path:
 
 def pgbouncer_program() -> Path:
     """The pooler's program; raises ServerMissing."""
-    program = find_program("pgbouncer")
-    if program is None:
-        raise ServerMissing("PgBouncer", "no pgbouncer on PATH or in /usr/sbin", INSTALL_PGBOUNCER)
-    refuse_if_unwanted("PgBouncer")
-    return program
+    return _program_of("PgBouncer", INSTALL_PGBOUNCER, "pgbouncer")
 
 
 def redis_program() -> Path:
     """The server's program; raises ServerMissing."""
-    program = find_program("redis-server")
-    if program is None:
-        raise ServerMissing("Redis", "no redis-server on PATH", INSTALL_REDIS)
-    refuse_if_unwanted("Redis")
-    return program
+    return _program_of("Redis", INSTALL_REDIS, "redis-server")
 
 
 def chromium_program() -> Path:
     """The browser's program; raises ServerMissing."""
-    program = find_program("chromium", "chromium-browser")
+    return _program_of("Chromium", INSTALL_CHROMIUM, "chromium", "chromium-browser")
+
+
+def _program_of(server: str, remedy: str, *names: str) -> Path:
+    program = find_program(*names)
     if program is None:
-        raise ServerMissing("Chromium", "no chromium on PATH", INSTALL_CHROMIUM)
-    refuse_if_unwanted("Chromium")
+        raise ServerMissing(server, f"no {names[0]} on PATH or in /usr/sbin", remedy)
+    refuse_if_unwanted(server)
     return program
 
 
