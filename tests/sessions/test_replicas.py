@@ -13,11 +13,18 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from app_db import errors
+from app_db.integrations.starlette import UnitOfWorkMiddleware, lifespan
 from harness.requiring import started
 from harness.routed import Item, RoutedApplication, routed
 from harness.servers import PostgresServer, PostgresStandby
+from harness.webs import client, serving
 
 DATABASE = "shop"
 
@@ -183,3 +190,29 @@ def test_a_unit_is_tried_again_on_another_replica(standby: PostgresStandby) -> N
         for _ in range(4):
             seen: list[str] = app.container.transaction(attempts=2, backoff=0).run(lambda: names(app))
             assert seen == ["before"]
+
+
+# ---- requests -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_requests_with_a_method_that_reads_read_from_the_replica(is_async: bool, app: RoutedApplication) -> None:
+    def read(request: Request) -> Response:
+        if request.method == "POST":
+            app.session.add(Item(name="new"))
+        return JSONResponse(names(app))
+
+    async def read_awaited(request: Request) -> Response:
+        if request.method == "POST":
+            app.container.async_session().add(Item(name="new"))
+        found = await app.container.async_session().scalars(select(Item.name).order_by(Item.name))
+        return JSONResponse(found.all())
+
+    web = Starlette(
+        routes=[Route("/", read_awaited if is_async else read, methods=["GET", "POST"])],
+        middleware=[Middleware(UnitOfWorkMiddleware, container=app.container, read_only_methods=("GET",))],
+        lifespan=lifespan(app.container),
+    )
+    with serving(web) as address, client(address) as asking:
+        assert asking.get("/").json() == ["before"]
+        assert asking.post("/").json() == ["before", "new", "since"]
