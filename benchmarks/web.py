@@ -38,22 +38,26 @@ def run(databases: Databases, effort: Effort) -> None:
             measured = _measured(place, effort, "nothing", bare, f"{framework}_with_app_db")
             first, second = measured.values()
             line([framework, duration(first.seconds), limited(second, WITHOUT_SESSION)])
-        heading(
-            "A request that adds a row", "framework", "`sessionmaker.begin()` in the endpoint", "by a dependency", "with app_db"
-        )
-        for framework, path in (("fastapi", "add"), ("fastapi", "add-sync"), ("flask", "add")):
-            names = [f"{framework}_by_hand", f"{framework}_with_app_db"]
-            names += ["fastapi_by_dependency"] if (framework, path) == ("fastapi", "add") else []
-            measured = _measured(place, effort, path, *names)
-            dependency = str(measured["fastapi_by_dependency"]) if len(names) > 2 else "not measured"
-            title = f"{framework}, {'a coroutine' if (framework, path) == ('fastapi', 'add') else 'a function'}"
-            line([title, duration(measured[names[0]].seconds), dependency, str(measured[names[1]])])
+        heading("A request that adds a row", "framework", "`sessionmaker.begin()` in the endpoint", "with app_db")
+        for title, path, framework in (
+            ("fastapi, a coroutine", "add", "fastapi"),
+            ("fastapi, a function", "add-sync", "fastapi"),
+            ("flask", "add", "flask"),
+        ):
+            measured = _measured(place, effort, path, f"{framework}_by_hand", f"{framework}_with_app_db")
+            first, second = measured.values()
+            line([title, duration(first.seconds), str(second)])
+        heading("The same by a dependency that yields the session", "framework", "in the endpoint", "by a dependency")
+        first, second = _measured(place, effort, "add", "fastapi_by_hand", "fastapi_by_dependency").values()
+        line(["fastapi, a coroutine", duration(first.seconds), str(second)])
         heading("FastAPI under load", "what", "`sessionmaker.begin()` in the endpoint", "with app_db")
-        memory = [_memory(place, name) for name in ("fastapi_by_hand", "fastapi_with_app_db")]
-        line([f"memory of a request in flight, of {IN_FLIGHT}", *(f"{each / 1024:,.1f} KiB" for each in memory)])
+        in_flight, at_once = (20, 10) if effort.quick else (IN_FLIGHT, AT_ONCE)
+        by_hand, ours = (_memory(place, name, in_flight) for name in ("fastapi_by_hand", "fastapi_with_app_db"))
+        line([f"memory of a request in flight, of {in_flight}", f"{by_hand / 1024:,.1f} KiB", f"{ours / by_hand:.2f}"])
         for path in ("add", "add-sync"):
-            still = [_standstill(place, name, path) for name in ("fastapi_by_hand", "fastapi_with_app_db")]
-            line([f"longest standstill of the event loop, {AT_ONCE} requests at once, `/{path}`", *map(duration, still)])
+            by_hand, ours = (_standstill(place, name, path, at_once) for name in ("fastapi_by_hand", "fastapi_with_app_db"))
+            what = f"longest standstill of the event loop, {at_once} requests at once, `/{path}`"
+            line([what, duration(by_hand), f"{ours / by_hand:.2f}"])
 
 
 def _measured(place: Place, effort: Effort, path: str, *names: str) -> Mapping[str, Measured]:
@@ -110,34 +114,34 @@ def _requests(port: int, path: str) -> Iterator[Batch]:
         yield batch
 
 
-def _memory(place: Place, name: str) -> float:
+def _memory(place: Place, name: str, in_flight: int) -> float:
     """Return the bytes that a request in flight holds."""
 
     async def main(port: int) -> float:
         async with _client(port) as client:
             await client.post("/nothing")
             before = (await client.post("/asked", params={"what": "trace"})).json()["memory"]
-            waiting = [asyncio.create_task(client.post("/wait")) for _ in range(IN_FLIGHT)]
-            await asyncio.sleep(2)  # until all of them have come
+            waiting = [asyncio.create_task(client.post("/wait")) for _ in range(in_flight)]
+            await asyncio.sleep(in_flight / 250)  # until all of them have come
             during = (await client.post("/asked", params={"what": "memory"})).json()["memory"]
             await client.post("/asked", params={"what": "go-on"})
             await asyncio.gather(*waiting)
-            return float(during - before) / IN_FLIGHT
+            return float(during - before) / in_flight
 
     with _served(name, place) as port:
         return asyncio.run(main(port))
 
 
-def _standstill(place: Place, name: str, path: str) -> float:
+def _standstill(place: Place, name: str, path: str, at_once: int) -> float:
     """Return the longest time for which the event loop stands still under requests at once."""
 
     async def main(port: int) -> float:
         async with _client(port) as client:
-            await asyncio.gather(*(client.post(f"/{path}") for _ in range(AT_ONCE)))
+            await asyncio.gather(*(client.post(f"/{path}") for _ in range(at_once)))
             await client.post("/asked", params={"what": "watch"})
             longest: list[float] = []
             for _ in range(5):
-                await asyncio.gather(*(client.post(f"/{path}") for _ in range(AT_ONCE)))
+                await asyncio.gather(*(client.post(f"/{path}") for _ in range(at_once)))
                 longest.append((await client.post("/asked", params={"what": "standstill"})).json()["standstill"])
             return longest[-1]
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import logging
 import os
 import re
 import signal
@@ -38,6 +39,7 @@ import pytest
 
 from harness.brokers import RedisServer
 from harness.coroutines import Awaited, InThreads, driven
+from harness.environments import forget_variables
 from harness.installing import install
 from harness.requiring import made, started
 from harness.servers import (
@@ -177,10 +179,19 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> object:
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting of the developer's reaches a test: neither a variable nor a `.env` file."""
-    for variable in list(os.environ):
-        if variable.upper().startswith("APP_DB_") or variable.upper() == "DATABASE_URL":
-            monkeypatch.delenv(variable)
+    forget_variables(monkeypatch)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def clean_logging() -> Iterator[None]:
+    """What a framework makes of the root logger, as Litestar does, does not reach the next test."""
+    level, handlers = logging.root.level, logging.root.handlers[:]
+    yield
+    logging.root.setLevel(level)
+    for handler in logging.root.handlers[:]:
+        if handler not in handlers and not type(handler).__module__.startswith("_pytest"):
+            logging.root.removeHandler(handler)
 
 
 # ---- servers --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from websockets.sync.client import connect
 from harness.applications import running
 from harness.commands import app_db
 from harness.crashing import variables
+from harness.environments import forget_variables
 from harness.frameworks import COMMIT_LOCK, FRAMEWORKS, LOCK, SET_UP, THERE
 from harness.paths import ROOT
 from harness.served import Site, served, served_again
@@ -308,8 +309,10 @@ ORDINARY = ("FastAPI", "Flask")
 
 @pytest.fixture(scope="module", params=[mark_unless(each in ORDINARY, each) for each in FRAMEWORKS])
 def site(request: pytest.FixtureRequest, postgres: PostgresServer) -> Iterator[Site]:
-    with opened(request.param, SERVER[FRAMEWORKS[request.param].interface], postgres, 3) as opened_site:
-        yield opened_site
+    with pytest.MonkeyPatch.context() as patched:
+        forget_variables(patched)  # the fixture of conftest.py that does it comes later
+        with opened(request.param, SERVER[FRAMEWORKS[request.param].interface], postgres, 3) as opened_site:
+            yield opened_site
 
 
 @contextmanager

@@ -284,6 +284,7 @@ def as_it_is(path: Path) -> dict[str, bytes]:
     return {each.name: each.read_bytes() for each in path.parent.iterdir() if not each.name.endswith("-shm")}
 
 
+@pytest.mark.representative("table", "a key")
 @pytest.mark.parametrize("where", ["header", "first page", "table", "a key", "everything"])
 def test_a_damaged_file_is_an_error_that_says_what_to_do_and_stays_as_it_is(path: Path, where: str) -> None:
     units = filled(path, 200)[1]

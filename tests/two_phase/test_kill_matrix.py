@@ -195,7 +195,7 @@ FOUR = [
 ]
 
 
-@pytest.mark.representative("postgresql-other-log-in-a", "sqlite-postgresql-log-in-file", "postgresql-mariadb-log-in-b")
+@pytest.mark.representative("sqlite-postgresql-log-in-file", "postgresql-mariadb-log-in-b")
 @pytest.mark.parametrize("layout", TWO + FOUR, ids=str)
 def test_the_databases_agree_wherever_in_its_commit_a_client_was_killed(
     layout: Layout, zygote: Zygote, servers: Servers, tmp_path: Path

@@ -831,6 +831,7 @@ with two_phasing({log!r}, **{urls!r}) as app:
 """
 
 
+@pytest.mark.representative("-O")
 @pytest.mark.parametrize("how", ["-O", "fork"])
 def test_it_is_the_same_without_assertions_and_in_forked_children(
     how: str, new_postgres_url: NewUrl, new_mariadb_url: NewUrl, tmp_path: Path
