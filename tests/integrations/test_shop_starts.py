@@ -198,8 +198,12 @@ def refused(application: str, directory: Path, settings: Mapping[str, str]) -> s
 
 URL = "APP_DB_CONNECTIONS__WAREHOUSE__URL"
 MISSING = {
-    "driver": ("flask", {URL: "oracle://shop@db/shop"}, f"{URL}: needs a driver that is not installed: pip install oracledb"),
-    "driver's name": ("pyramid", {URL: "postgresql+pg8000://shop@db/shop"}, "pip install pg8000"),
+    "driver": (
+        "flask",
+        {URL: "oracle+oracledb://shop@db/shop"},
+        f"{URL}: needs a driver that is not installed: pip install oracledb",
+    ),
+    "driver's name": ("pyramid", {URL: "postgresql+pg8000://shop@db/shop"}, "needs the driver pg8000, which can't be imported"),
     "database": ("fastapi", {URL: f"postgresql://shop:secret@{NOWHERE}/shop"}, f"Start the database, or change {URL}"),
     "directory": ("flask", {URL: "sqlite:////nowhere/shop.db"}, f"Start the database, or change {URL}"),
     "broker": ("fastapi", {"SHOP_BROKER": f"redis://:secret@{NOWHERE}/0"}, "Start one, or change SHOP_BROKER"),
