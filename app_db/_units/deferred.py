@@ -141,9 +141,9 @@ class DeferredUnit(WithBlock):
             return
         if commit and error is None and self._role.work.open_blocks:
             unfinished = InvalidUse(
-                "A request was answered while a block that takes part in its unit of work was open, so that the unit was aborted",
-                "End the block before you answer, and await the tasks and threads that take part. A block that goes on while the "
-                "response is sent needs a unit of its own: propagation='requires_new'. Compression belongs outside of the unit",
+                "A unit of work was to commit while a block that takes part in it was open, so that it was aborted",
+                "End the block before you answer a request or return from a task, and await what takes part. A block that goes "
+                "on needs propagation='requires_new'. In a web application, compression belongs outside of the unit",
             )
             self._role.leave(unfinished)
             raise unfinished

@@ -40,6 +40,7 @@ class Hooks:
         self._on_abort: list[Hook] = []
         self._joined = False
         self._announced = False
+        self._has_run_before_commit = False
         self._ending = False
         self.has_committed = False
         """Set it before zope aborts a transaction that the databases have committed. The on_commit hooks run then."""
@@ -48,7 +49,7 @@ class Hooks:
 
     def before_commit(self, hook: Hook) -> None:
         """Register `hook` to run inside the unit, before anything is committed. If it raises, the unit aborts."""
-        if not self._may_join:
+        if self._has_run_before_commit or not self._may_join:
             raise InvalidUse(
                 "A before_commit hook was registered while the unit commits, after these hooks have run",
                 "Register it before, or do its work where you are",
@@ -88,6 +89,7 @@ class Hooks:
     def _run_before_commit(self) -> None:
         while self._before_commit:  # a hook may register further ones
             self._call(self._before_commit.pop(0))
+        self._has_run_before_commit = True
 
     def _run_after_commit(self, committed: bool) -> None:
         if not committed:

@@ -49,6 +49,10 @@ class RequestUnits:
         timeout: float | None = None,
     ) -> None:
         require_container(container)
+        for name, number in (("attempts", attempts), ("body_limit", body_limit)):
+            require_number(name, number)
+        if not callable(rule):
+            raise InvalidUse(f"rule={rule!r} can't be called", "Give a function, such as commit_rule")
         if isinstance(read_only_methods, str):
             raise InvalidUse(
                 f"read_only_methods={read_only_methods!r} is a string",
@@ -102,6 +106,12 @@ def _decision(decided: object, rule: CommitRule) -> bool:
     if not isinstance(decided, bool):  # an un-awaited coroutine is true, too
         raise InvalidUse(f"The rule {rule!r} returned {decided!r}", "Return True or False, from a plain function")
     return decided
+
+
+def require_number(name: str, given: object) -> None:
+    """Raise InvalidUse unless an option is a number of at least 0."""
+    if not isinstance(given, int) or given < 0:
+        raise InvalidUse(f"{name}={given!r} is no whole number", f"Give one: {name}=3")
 
 
 def require_container(container: object) -> None:

@@ -12,7 +12,7 @@ VETO_HEADER = "x-tm"
 class CommitRule(Protocol):
     """Decides whether a response commits. The names of the headers are in lower case."""
 
-    def __call__(self, status: int, headers: Mapping[str, str], exception: BaseException | None) -> bool: ...
+    def __call__(self, status: int, headers: Mapping[str, str], exception: BaseException | None, /) -> bool: ...
 
 
 def commit_rule(status: int, headers: Mapping[str, str], exception: BaseException | None = None) -> bool:

@@ -206,6 +206,8 @@ class _Response:
         self._units = units
         self._failure: BaseException | None = None
         self._may_pass = False
+        self._reason: BaseException | None = None
+        """The error because of which the request is answered anew."""
         self.has_begun = False
         """Whether anything was sent."""
 
@@ -215,18 +217,26 @@ class _Response:
         return self._may_pass and not self.has_begun and not self._committed
 
     def could_be_repeated_after(self, error: BaseException) -> bool:
-        """Return whether nothing has been sent, and the unit would fail with an error that may pass."""
-        return self._unit.has_begun and not (self.has_begun or self._committed) and retryable(error)
+        """Return whether nothing has been sent, and the unit would fail with an error that may pass.
+
+        If so, the error is to be raised. What is sent nevertheless, by a middleware that answers for all errors, is dropped.
+        """
+        may_be = self._unit.has_begun and not (self.has_begun or self._committed) and retryable(error)
+        if may_be and self._body.is_whole:
+            self._reason = error
+        return may_be
 
     async def send(self, message: Message) -> None:
         """Pass a message on. End the unit before the first one."""
+        if self._reason is not None:
+            return
         if message["type"] == "http.response.start" and not self.has_begun:
             await self._end_unit(message)
             self.has_begun = True
         await self._send(message)
 
     async def _end_unit(self, start: Message) -> None:
-        if not self._unit.has_begun or self._failure is not None:
+        if not self._unit.has_begun:
             await self._unit.end_awaited(commit=False)
             return
         start["headers"] = pairs = [*start.get("headers", ())]
@@ -243,6 +253,8 @@ class _Response:
 
     async def close(self) -> None:
         """Abort the unit of an application that has returned without a response. Raise the error of its commit again."""
+        if self._reason is not None:
+            raise self._reason
         if not self.has_begun:
             await self._unit.end_awaited(commit=False)
             if self._failure is not None:

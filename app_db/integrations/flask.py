@@ -29,10 +29,10 @@ __all__ = ["AppDb"]
 class AppDb:
     """Gives each request of a Flask application a unit of work. It begins when a session is first asked for.
 
-    It ends after all functions of `after_request`, and before the response begins. A response below 400 commits, so `abort(409)`
-    aborts. If the commit fails, the handler for 500 or `Exception` gets the error. The options are those of
-    `app_db.integrations.wsgi.UnitOfWorkMiddleware`. With `attempts`, error handlers get the error of the last attempt only.
-    `flask app-db` is the command line of app_db for this container.
+    It ends after all functions of `after_request` and the saving of Flask's session, and before the response begins. A response
+    below 400 commits, so `abort(409)` aborts. If the commit fails, the handler for 500 or `Exception` gets the error. The options
+    are those of `app_db.integrations.wsgi.UnitOfWorkMiddleware`. With `attempts`, error handlers get the error of the last
+    attempt only. `flask app-db` is the command line of app_db for this container.
     """
 
     def __init__(self, container: DatabaseContainer, app: Flask | None = None, **options: Unpack[RequestOptions]) -> None:
@@ -48,8 +48,17 @@ class AppDb:
         app.wsgi_app = UnitOfWorkMiddleware(app.wsgi_app, self.container, **self._options)  # type: ignore[method-assign]
         for name in ("handle_user_exception", "handle_exception"):
             setattr(app, name, _unless_repeated(getattr(app, name)))
-        app.after_request_funcs.setdefault(None, []).insert(0, self._end_unit)  # the first one is called last
+        app.process_response = self._ending_unit(app.process_response)  # type: ignore[method-assign]
         app.cli.add_command(_command)
+
+    def _ending_unit(self, process: Callable[..., Response]) -> Callable[..., Response]:
+        """Return a method that calls all functions of `after_request`, saves the session of the browser, and ends the unit."""
+
+        @wraps(process)
+        def run(*args: Any, **kwargs: Any) -> Response:
+            return self._end_unit(process(*args, **kwargs))
+
+        return run
 
     def _end_unit(self, response: Response) -> Response:
         unit = unit_of(request.environ, self.container)
@@ -89,4 +98,6 @@ def _command(arguments: tuple[str, ...]) -> None:
     """Look after the application's databases."""
     from app_db.cli import main
 
+    if not arguments:
+        sys.exit(main(["--help"]))
     sys.exit(main([*arguments, "--container", f"{__name__}:{_container.__name__}"]))

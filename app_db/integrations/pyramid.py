@@ -19,7 +19,7 @@ from pyramid.events import ApplicationCreated
 from pyramid.exceptions import NotFound
 from pyramid.tweens import EXCVIEW
 
-from app_db import DatabaseContainer, DatabaseSettings, UnitOfWork, container_of, retryable
+from app_db import ContextTransactionManager, DatabaseContainer, DatabaseSettings, UnitOfWork, container_of, retryable
 from app_db.errors import InvalidUse
 from app_db.integrations._requests import RequestUnits, require_container
 from app_db.integrations._rule import commit_rule
@@ -38,6 +38,7 @@ __all__ = ["commit_veto", "includeme", "manager_of", "tween_factory"]
 
 _KEY = "app_db.container"
 _UNITS = "app_db.units"
+_TWO_PHASE = "app_db.two_phase"
 _PREFIX = "app_db."
 
 
@@ -62,20 +63,14 @@ def _set_container(config: Any, container: DatabaseContainer) -> None:
 
 def _enable_two_phase(config: Any, enable: bool = True) -> None:
     """Prepare all connections that are made from the ini file: pyramid_sqlalchemy's name for it."""
-    config.get_settings()[f"{_PREFIX}two_phase"] = enable
+    config.registry[_TWO_PHASE] = config.get_settings()[f"{_PREFIX}two_phase"] = enable
 
 
 def _require_container(event: Any) -> None:
     """Make the container from the settings of the ini file, unless there is one. Refuse what would have no effect."""
     registry = event.app.registry
-    hook = registry.settings["tm.manager_hook"]
-    if hook is not manager_of and "tm" in event.app.request_extensions.descriptors:  # of pyramid_tm
-        raise InvalidUse(
-            f"The setting tm.manager_hook is {hook!r}: pyramid_tm would not manage app_db's units",
-            "Remove it: config.include('app_db.integrations.pyramid') sets it",
-        )
     if _KEY in registry:
-        if registry.settings.get(f"{_PREFIX}two_phase"):
+        if registry.get(_TWO_PHASE):
             raise InvalidUse(
                 "config.enable_sql_two_phase_commit() prepares connections of the ini file, and the application gave a container",
                 "Prepare the container's connections by its own settings: APP_DB_TWO_PHASE=true",
@@ -135,7 +130,13 @@ def tween_factory(handler: Callable[[Request], Response], registry: Any) -> Call
 
 def _has_tm(request: Request) -> bool:
     """Return whether pyramid_tm begins the units of the container. In an application inside another, it may be the other's."""
-    return getattr(request, "tm", None) is _container_of(request).transaction_manager()
+    manager = getattr(request, "tm", None)
+    if not (manager is None or isinstance(manager, ContextTransactionManager)):
+        raise InvalidUse(
+            f"pyramid_tm uses a {type(manager).__name__} that is not the container's, by its tm.manager_hook or tm.manager",
+            "Remove that setting. A test that begins the transaction itself takes container.transaction_manager()",
+        )
+    return manager is _container_of(request).transaction_manager()
 
 
 def _in_unit(handler: Callable[[Request], Response], request: Request) -> Response:
@@ -157,6 +158,7 @@ def _in_unit(handler: Callable[[Request], Response], request: Request) -> Respon
                 response = request.invoke_exception_view(sys.exc_info())
             except NotFound:
                 raise error from None
+            units.end(unit, response.status_int, response.headers.items())
         return response
 
 

@@ -79,15 +79,20 @@ class UnitOfWorkMiddleware:
         with unit:
             response = _Response(unit, start_response, self._units)
 
+            reasons: list[BaseException] = []  # errors because of which the request is answered anew
+
             def repeats(error: BaseException) -> bool:
                 may_pass = (
                     unit.has_begun and not response.has_begun and not _others_have_committed(environ, unit) and retryable(error)
                 )
-                return may_pass and attempt < self._units.attempts and body is not None and body.is_kept(error)
+                if not (may_pass and attempt < self._units.attempts and body is not None and body.is_kept(error)):
+                    return False
+                reasons.append(error)
+                return True
 
             environ[REPEATS] = repeats
             try:
-                return response.begun(self.app(environ, response.start))
+                return response.begun(self.app(environ, response.start), reasons)
             except BaseException as error:
                 if not unit.is_over:
                     unit.end(error)
@@ -183,10 +188,15 @@ class _Response:
             self._write = self._start_response(status, headers, exc_info)
         return self._write
 
-    def begun(self, body: Iterable[bytes]) -> Iterable[bytes]:
-        """Begin the response, and return its body. A generator calls `start_response` when it is asked for its first part."""
+    def begun(self, body: Iterable[bytes], reasons: list[BaseException]) -> Iterable[bytes]:
+        """Begin the response, and return its body. A generator calls `start_response` when it is asked for its first part.
+
+        Raise an error because of which the request is answered anew, if something has answered it nevertheless.
+        """
         whole = body
         try:
+            if reasons:
+                raise reasons[-1]
             if self._head is None:
                 parts = iter(body)
                 first = list(islice(parts, 1))

@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -533,7 +534,7 @@ def test_a_response_inside_a_block_that_takes_part_is_an_error_and_nothing_is_ke
             go_on.set()
         assert app.names() == []
         assert [type(error) for error in handled] == [InvalidUse]
-        assert "a block that takes part in its unit of work was open" in str(handled[0])
+        assert "while a block that takes part in it was open" in str(handled[0])
 
 
 # ---- handlers, rules and options -----------------------------------------------------------------------------------------------
@@ -661,3 +662,66 @@ def test_a_dependency_keeps_its_provider_no_longer_than_the_application(new_sqli
         provided(provider)
         gc.collect()
         assert sys.getrefcount(provider) == before
+
+
+@pytest.mark.parametrize("status", [200, 409])
+def test_what_a_handler_writes_for_a_failed_commit_is_decided_by_its_response(status: int, new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        app.run(*DEFER_UNIQUENESS)
+
+        async def add(request: Request) -> Response:
+            app.container.writer_async_session().add(Item(name="taken"))
+            return JSONResponse({})
+
+        async def log(request: Request, error: Exception) -> Response:
+            app.container.writer_async_session().add(Item(name="log"))
+            return JSONResponse({}, status)
+
+        whole = Starlette(
+            routes=[Route("/", add, methods=["POST"])],
+            middleware=placed(app),
+            exception_handlers={IntegrityError: log},
+            lifespan=lifespan(app.container),
+        )
+        with serving(whole) as address:
+            assert post(address).status_code == status
+        assert app.names() == (["log", "taken"] if status == 200 else ["taken"])
+
+
+@pytest.mark.parametrize("has_handler", [True, False])
+def test_a_middleware_that_answers_for_all_errors_keeps_no_request_with_a_handler_from_being_answered_anew(
+    has_handler: bool, new_postgres_url: NewUrl
+) -> None:
+    """Without a handler, app_db does not see the error, and that middleware answers."""
+
+    class CatchAll(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: Any) -> Response:
+            try:
+                answer: Response = await call_next(request)
+            except Exception:
+                return JSONResponse({"caught": True}, 500)
+            return answer
+
+    with running(writer=new_postgres_url()) as app:
+        endpoint = Colliding(app.container)
+
+        async def collide(request: Request) -> Response:
+            return await endpoint(request)
+
+        whole = Starlette(
+            routes=[Route("/{id}", collide, methods=["POST"])],
+            middleware=[*placed(app, attempts=3), Middleware(CatchAll)],
+            exception_handlers={SQLAlchemyError: Answering()} if has_handler else {},
+            lifespan=lifespan(app.container),
+        )
+        with serving(whole) as address:
+            answer = post(f"{address}/7")
+        assert (answer.status_code, endpoint.attempts) == ((200, 3) if has_handler else (500, 1))
+        assert app.names() == (["attempt 3"] if has_handler else [])
+
+
+def test_numbers_and_rules_that_are_none_are_refused(new_sqlite_url: NewUrl) -> None:
+    with running(writer=new_sqlite_url()) as app:
+        for wrong in ({"attempts": "3"}, {"attempts": 2.5}, {"body_limit": "1MB"}, {"body_limit": -1}, {"rule": "below 400"}):
+            with pytest.raises(InvalidUse, match=next(iter(wrong))):
+                UnitOfWorkMiddleware(Starlette(), app.container, **wrong)

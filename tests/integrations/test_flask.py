@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from flask import Flask, abort, redirect, request, stream_with_context
-from sqlalchemy import func, select
+from flask import Flask, abort, redirect, request, session, stream_with_context
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from app_db.errors import AwaitRequired, InvalidUse, NoUnitOfWork
@@ -426,3 +426,70 @@ def test_a_request_is_not_answered_anew_once_another_container_has_committed(new
         assert flask.test_client().post("/").status_code == 500
         assert app.names() == []
         assert other.names() in ([], ["once"])
+
+
+def test_a_session_of_the_browser_that_cannot_be_saved_leaves_nothing(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        flask = flask_app(app, [])
+        flask.secret_key = "for the test"
+
+        @flask.post("/unsaved")
+        def unsaved() -> str:
+            app.container.writer_session().add(Item(name="lost"))
+            session["what"] = {object()}  # no JSON
+            return "done"
+
+        AppDb(app.container).init_app(flask)
+        assert flask.test_client().post("/unsaved").status_code == 500
+        assert app.names() == []
+
+
+def test_what_a_handler_writes_for_a_failed_commit_is_decided_by_its_response(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        app.run(*DEFER_UNIQUENESS)
+        flask = Flask("shop")
+        AppDb(app.container).init_app(flask)
+
+        @flask.post("/")
+        def add() -> str:
+            app.container.writer_session().add(Item(name="taken"))
+            return "added"
+
+        @flask.errorhandler(500)
+        def on_error(error: Exception) -> tuple[str, int]:
+            status = int(request.args["status"])
+            app.container.writer_session().add(Item(name=f"log {status}"))
+            return "logged", status
+
+        for status in (200, 409):
+            assert flask.test_client().post(f"/?status={status}").status_code == status
+        assert app.names() == ["log 200", "taken"]
+
+
+def test_a_middleware_that_answers_for_all_errors_keeps_no_request_from_being_answered_anew(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        tried: list[int] = []
+        flask = Flask("shop")
+
+        @flask.post("/")
+        def collide() -> str:
+            tried.append(1)
+            writing = app.container.writer_session()
+            writing.add(Item(name=f"attempt {len(tried)}"))
+            if len(tried) < 3:
+                writing.execute(text("DO $$ BEGIN RAISE EXCEPTION 'collided' USING errcode = '40001'; END $$"))
+            return "done"
+
+        inner = flask.wsgi_app
+
+        def catch_all(environ: Any, start_response: Any) -> Any:
+            try:
+                return inner(environ, start_response)
+            except Exception:
+                start_response("500 Caught", [])
+                return [b"caught"]
+
+        flask.wsgi_app = catch_all  # type: ignore[method-assign]
+        AppDb(app.container, attempts=3).init_app(flask)
+        assert flask.test_client().post("/").status_code == 200
+        assert (len(tried), app.names()) == (3, ["attempt 3"])

@@ -11,11 +11,12 @@ from pyramid.request import Request
 from pyramid.response import Response
 from sqlalchemy import text
 from sqlalchemy.orm import Mapped, mapped_column
+from transaction import TransactionManager
 from webtest import TestApp
 
 from app_db import orm_base
 from app_db.errors import InvalidUse, SettingsError
-from harness.applications import Item, running
+from harness.applications import Application, Item, running
 
 NewUrl = Callable[[], str]
 
@@ -134,14 +135,8 @@ def test_a_subrequest_takes_part_in_the_unit_of_its_request(new_postgres_url: Ne
         assert app.names() == ["inner", "outer"]
 
 
-def test_settings_that_would_have_no_effect_are_refused_when_the_application_is_made(new_sqlite_url: NewUrl) -> None:
+def test_a_directive_that_would_have_no_effect_is_refused_when_the_application_is_made(new_sqlite_url: NewUrl) -> None:
     with running(writer=new_sqlite_url()) as app:
-        config = configured(**{"tm.manager_hook": "pyramid_tm.explicit_manager"})
-        config.include("pyramid_tm")
-        config.include("app_db.integrations.pyramid")
-        config.set_app_db(app.container)
-        with pytest.raises(InvalidUse, match=r"tm\.manager_hook is .*: pyramid_tm would not manage app_db's units\. Remove it"):
-            config.make_wsgi_app()
         config = configured()
         config.include("app_db.integrations.pyramid")
         config.set_app_db(app.container)
@@ -150,3 +145,49 @@ def test_settings_that_would_have_no_effect_are_refused_when_the_application_is_
             config.make_wsgi_app()
         with pytest.raises(InvalidUse, match=r"is no database container\. Give an instance"):
             config.set_app_db(type(app.container))
+        config = configured(**{"app_db.two_phase": "false"})  # of the ini file, which the container does not read
+        config.include("app_db.integrations.pyramid")
+        config.set_app_db(app.container)
+        config.make_wsgi_app()
+
+
+def with_tm(app: Application, **settings: Any) -> Any:
+    config = configured(**settings)
+    config.include("pyramid_tm")
+    config.include("app_db.integrations.pyramid")
+    config.set_app_db(app.container)
+    return config.make_wsgi_app()
+
+
+def test_a_hook_of_the_applications_own_may_give_the_containers_manager(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        hook = {"tm.manager_hook": lambda request: app.container.transaction_manager()}
+        assert TestApp(with_tm(app, **hook)).get("/add?name=kept").status_int == 201
+        assert app.names() == ["kept"]
+
+
+def test_another_manager_is_refused(new_postgres_url: NewUrl) -> None:
+    with running(writer=new_postgres_url()) as app:
+        asking = TestApp(with_tm(app, **{"tm.manager_hook": "pyramid_tm.explicit_manager"}))
+        with pytest.raises(InvalidUse, match=r"uses a TransactionManager that is not the container's"):
+            asking.get("/add?name=lost")
+        assert app.names() == []
+
+
+def test_tests_of_the_cookiecutter_roll_back_with_the_containers_manager(new_postgres_url: NewUrl) -> None:
+    """As its conftest.py does: the test begins and dooms the transaction, and the application takes part."""
+    with running(writer=new_postgres_url()) as app:
+        whole = with_tm(app)
+        tm = app.container.transaction_manager()
+        tm.begin()
+        tm.doom()
+        asking = TestApp(whole, extra_environ={"tm.active": True, "tm.manager": tm})
+        assert asking.get("/add?name=seen").status_int == 201
+        assert app.container.writer_session().scalars(text("SELECT name FROM items")).all() == ["seen"]
+        tm.abort()
+        assert app.names() == []
+        foreign = TransactionManager(explicit=True)
+        foreign.begin()
+        with pytest.raises(InvalidUse, match=r"takes container\.transaction_manager\(\)"):
+            TestApp(whole, extra_environ={"tm.active": True, "tm.manager": foreign}).get("/add?name=lost")
+        assert app.names() == []
