@@ -119,7 +119,6 @@ def fill_in(page: Page, name: str, **fields: str) -> None:
     page.get_by_role("button", name=name).click()
 
 
-@pytest.mark.exhaustive
 def test_the_page_shows_the_stock_takes_an_order_and_shows_a_refusal(browser: Browser, directory: Path) -> None:
     from playwright.sync_api import expect
 
