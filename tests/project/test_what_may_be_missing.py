@@ -62,8 +62,8 @@ if {"anyio", "starlette", "fastapi"} & set(modules):
     left_out |= {"app_db.integrations.fastapi"}
 if {"anyio", "litestar"} & set(modules):
     left_out |= {"app_db.integrations.litestar"}
-if "anyio" in modules:
-    left_out |= {"app_db.integrations.taskiq"}
+if {"anyio", "aiohttp"} & set(modules):
+    left_out |= {"app_db.integrations.taskiq"}  # taskiq needs both
 if "fcntl" in modules:
     left_out |= {"app_db.integrations.celery"}  # Celery's own modules want it, except on Windows
 for framework in ("aiohttp", "celery", "flask", "pyramid", "taskiq"):
