@@ -150,5 +150,5 @@ def _standstill(place: Place, name: str, path: str, at_once: int) -> float:
 
 
 def _client(port: int) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=IN_FLIGHT + 10)
+    limits = httpx.Limits(max_connections=IN_FLIGHT + 10, keepalive_expiry=1)  # uvicorn closes idle connections after 5 s
     return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False, limits=limits)
