@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 from app_db import DatabaseContainer, DeferredUnit
 from app_db.errors import InvalidUse
+from app_db.integrations._containers import require_container
 from app_db.integrations._rule import CommitRule, commit_rule
 
 _log = logging.getLogger("app_db")
@@ -112,12 +113,6 @@ def require_number(name: str, given: object) -> None:
     """Raise InvalidUse unless an option is a number of at least 0."""
     if not isinstance(given, int) or given < 0:
         raise InvalidUse(f"{name}={given!r} is no whole number", f"Give one: {name}=3")
-
-
-def require_container(container: object) -> None:
-    """Raise InvalidUse unless it is an instance of a DatabaseContainer."""
-    if isinstance(container, type) or not hasattr(container, "deferred_unit"):
-        raise InvalidUse(f"{container!r} is no database container", "Give an instance, such as Container()")
 
 
 @contextmanager

@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from inspect import isawaitable
 from itertools import count
 from typing import Any, Unpack
 
 from aiohttp import web
 
 from app_db import DatabaseContainer, DeferredUnit
+from app_db.integrations._containers import awaited
 from app_db.integrations._requests import RequestOptions, RequestUnits
 
 __all__ = ["setup"]
@@ -139,9 +139,7 @@ async def _is_kept(request: web.Request, length: int) -> bool:
 
 def _resources(container: DatabaseContainer) -> Callable[[web.Application], AsyncGenerator[None]]:
     async def run(app: web.Application) -> AsyncGenerator[None]:
-        begun = container.init_resources()
-        if isawaitable(begun):
-            await begun
+        await awaited(container.init_resources)
         yield
         await container.shutdown_resources()
 

@@ -243,7 +243,7 @@ class _Response:
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in pairs]
         try:
             if not await self._units.end_awaited(self._unit, start["status"], headers, self._body.look_for_client):
-                start["status"] = CLIENT_HAS_GONE  # no success, in case that somebody hears it nevertheless
+                start["status"] = CLIENT_HAS_GONE  # a client that is there nevertheless hears no success
             if self._unit.has_committed:
                 self._committed.append(self._unit)
         except Exception as error:

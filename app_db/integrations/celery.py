@@ -26,6 +26,7 @@ from pydantic import BaseModel
 
 from app_db import DatabaseContainer
 from app_db.errors import AppDbError, CommitUnconfirmed, HookFailed, InvalidUse, NoUnitOfWork, OutcomeUnknown, PartialCommit
+from app_db.integrations._containers import require_container
 
 __all__ = ["SoftTimeLimitInCommit", "Task", "install"]
 
@@ -91,8 +92,7 @@ def install(app: Celery, container: DatabaseContainer, **options: Any) -> None:
     Workers initialize the container's resources, and dispose its engines at their end. Call it before tasks are made. Raises
     InvalidUse if there are some, or if the application has another container already.
     """
-    if isinstance(container, type) or not hasattr(container, "deferred_unit"):
-        raise InvalidUse(f"{container!r} is no database container", "Give an instance: install(app, Container())")
+    require_container(container)
     container.transaction(**options)  # looks at the options
     if (known := getattr(app, "app_db", None)) is not None:
         if known != (container, options):

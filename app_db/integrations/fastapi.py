@@ -17,12 +17,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from inspect import isawaitable
 from typing import Any
 
 from dependency_injector.providers import Provider
 from fastapi import Depends
 
+from app_db.integrations._containers import awaited
 from app_db.integrations.starlette import UnitOfWorkMiddleware, lifespan
 
 __all__ = ["UnitOfWorkMiddleware", "dependency_of", "lifespan", "provided"]
@@ -48,8 +48,7 @@ class _Dependency:
         self._provider = provider
 
     async def __call__(self) -> Any:
-        made = self._provider()
-        return await made if isawaitable(made) else made
+        return await awaited(self._provider)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Dependency) and other._provider is self._provider  # of its own kind

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from inspect import isawaitable
 from typing import Any, Unpack
 
 from dependency_injector.providers import Provider
@@ -30,6 +29,7 @@ from sqlalchemy.orm import Session
 from app_db import Connection, DatabaseContainer
 from app_db._compat.litestar import answering_errors, own_connection_state
 from app_db.errors import InvalidUse
+from app_db.integrations._containers import awaited
 from app_db.integrations._requests import RequestOptions
 from app_db.integrations.asgi import REPEATS, Receive, Scope, Send
 from app_db.integrations.asgi import UnitOfWorkMiddleware as AsgiMiddleware
@@ -74,9 +74,7 @@ class AppDbPlugin(InitPlugin):
 
     @asynccontextmanager
     async def _begin(self, app: Litestar) -> AsyncGenerator[None]:
-        begun = self.container.init_resources()
-        if isawaitable(begun):
-            await begun
+        await awaited(self.container.init_resources)
         yield
 
     async def _end(self) -> None:
@@ -97,8 +95,7 @@ def provided(provider: Provider[Any]) -> Provide:
     """
 
     async def dependency() -> Any:  # a coroutine, because an async session can't be made in a thread
-        made = provider()
-        return await made if isawaitable(made) else made
+        return await awaited(provider)
 
     return Provide(dependency)
 

@@ -21,7 +21,8 @@ from pyramid.tweens import EXCVIEW
 
 from app_db import ContextTransactionManager, DatabaseContainer, DatabaseSettings, UnitOfWork, container_of, retryable
 from app_db.errors import InvalidUse
-from app_db.integrations._requests import RequestUnits, require_container
+from app_db.integrations._containers import require_container
+from app_db.integrations._requests import RequestUnits
 from app_db.integrations._rule import commit_rule
 
 try:

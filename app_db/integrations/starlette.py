@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from inspect import isawaitable, iscoroutinefunction
+from inspect import iscoroutinefunction
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -20,7 +20,7 @@ from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 
 from app_db import DatabaseContainer
-from app_db.integrations._requests import require_container
+from app_db.integrations._containers import awaited, require_container
 from app_db.integrations.asgi import REPEATS, Receive, Scope, Send
 from app_db.integrations.asgi import UnitOfWorkMiddleware as AsgiMiddleware
 
@@ -92,9 +92,7 @@ def lifespan(container: DatabaseContainer, own: _Lifespan | None = None) -> _Lif
 
     @asynccontextmanager
     async def run(app: Any) -> AsyncGenerator[_State | None]:
-        begun = container.init_resources()
-        if isawaitable(begun):
-            await begun
+        await awaited(container.init_resources)
         try:
             async with own(app) if own is not None else nullcontext() as state:
                 yield state

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from contextvars import Context, ContextVar
 from functools import wraps
-from inspect import isawaitable, iscoroutinefunction
+from inspect import iscoroutinefunction
 from typing import Any
 
 from dependency_injector.providers import Provider
@@ -28,6 +28,7 @@ from taskiq import AsyncBroker, TaskiqDepends, TaskiqMessage, TaskiqMiddleware, 
 
 from app_db import DatabaseContainer, DeferredUnit
 from app_db.errors import CommitUnconfirmed, HookFailed, InvalidUse, OutcomeUnknown, PartialCommit
+from app_db.integrations._containers import awaited, require_container
 
 __all__ = ["UnitOfWorkMiddleware", "provided"]
 
@@ -41,8 +42,7 @@ def provided(provider: Provider[Any]) -> Any:
     """
 
     async def dependency() -> Any:
-        made = provider()
-        return await made if isawaitable(made) else made
+        return await awaited(provider)
 
     return TaskiqDepends(dependency)
 
@@ -64,8 +64,7 @@ class UnitOfWorkMiddleware(TaskiqMiddleware):
         timeout: float | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(container, type) or not hasattr(container, "deferred_unit"):
-            raise InvalidUse(f"{container!r} is no database container", "Give an instance: UnitOfWorkMiddleware(Container())")
+        require_container(container)
         self.container = container
         self._unit = container.deferred_unit(read_only=read_only, isolation=isolation, timeout=timeout, awaited=True)
 
@@ -78,9 +77,7 @@ class UnitOfWorkMiddleware(TaskiqMiddleware):
     async def startup(self) -> None:
         """Initialize the container's resources in a worker."""
         if self.broker.is_worker_process:
-            begun = self.container.init_resources()
-            if isawaitable(begun):
-                await begun
+            await awaited(self.container.init_resources)
 
     async def shutdown(self) -> None:
         """Dispose the container's engines in a worker."""

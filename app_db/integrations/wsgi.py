@@ -16,13 +16,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-__all__ = ["REPEATS", "UNIT", "UnitOfWorkMiddleware", "unit_of"]
+__all__ = ["REPEATS", "UnitOfWorkMiddleware", "unit_of"]
 
 _log = logging.getLogger("app_db")
 
-
-UNIT = "app_db.unit"
-"""Key in the environment of a request. The value is its DeferredUnit."""
 
 REPEATS = "app_db.repeats"
 """Key in the environment of a request. The value is a function that says whether the request is answered anew if an error is
@@ -74,7 +71,6 @@ class UnitOfWorkMiddleware:
         unit = self._units.unit_for(environ["REQUEST_METHOD"])
         if unit.is_one_too_many:
             return self.app(environ, start_response)
-        environ[UNIT] = unit
         environ.setdefault(_UNITS, {})[id(self.container)] = unit
         with unit:
             response = _Response(unit, start_response, self._units)
