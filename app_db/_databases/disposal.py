@@ -13,7 +13,7 @@ from threading import Event, Thread, current_thread
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy.util.concurrency import in_greenlet
+from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from app_db._compat.asyncio import begin_unseen, outlast, running_loop
 from app_db._databases.registry import database_of
@@ -27,6 +27,9 @@ retired: WeakSet[Engine] = WeakSet()
 """Engines whose connections are closed when they return to the pool."""
 
 _loops: WeakKeyDictionary[Engine, _LoopOfEngine] = WeakKeyDictionary()
+
+_LONGEST_CLOSE = 2.0
+"""Seconds that a server has to answer when a connection is closed. SQLAlchemy waits as long when it terminates one."""
 
 _LONGEST_DISPOSAL = 5.0
 """Seconds that an event loop has to dispose an engine. The loop may be blocked, and a server may not answer."""
@@ -64,8 +67,16 @@ class _LoopOfEngine:
 
     def close(self, dbapi_connection: DBAPIConnection) -> None:
         if in_greenlet() and running_loop() is self.loop:
-            return self._close(dbapi_connection)
+            return await_only(self._close_in_time(dbapi_connection))
         return self._cut_off(dbapi_connection)
+
+    async def _close_in_time(self, dbapi_connection: DBAPIConnection) -> None:
+        """Close a connection. asyncpg would wait without end for a server that has gone silent."""
+        try:
+            async with timeout(_LONGEST_CLOSE):
+                await greenlet_spawn(self._close, dbapi_connection)
+        except TimeoutError:
+            self._database.hang_up(dbapi_connection)
 
     def terminate(self, dbapi_connection: DBAPIConnection) -> None:
         # SQLAlchemy's adapters await nothing here if they can't.

@@ -156,12 +156,9 @@ class _Setup:
         return connection
 
     def _explain(self, context: ExceptionContext) -> None:
-        """Say which connection could not be made. If that took too long for the unit of work, raise the error for that."""
+        """Say which connection could not be made."""
         if context.connection is None and context.sqlalchemy_exception is not None:
             context.sqlalchemy_exception.add_note(self._note())
-            limit = limit_of_checkout.get()
-            if limit is not None and limit.is_in_force():
-                limit.refuse_overtime()
 
     def _note(self) -> str:
         connection = self._connection
@@ -233,8 +230,6 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Databa
             try:
                 dialect.do_ping(dbapi_connection)
             except dialect.loaded_dbapi.Error as error:
-                if limit is not None:
-                    limit.refuse_overtime()
                 raise InvalidatePoolError from error  # what closed this connection has probably closed the others
         _checked_out[id(record)] = record
         noted = next_checkout.get()

@@ -11,6 +11,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool, St
 
 from app_db._compat.sqlalchemy import OWN_TIMEOUT, with_timeout
 from app_db._databases.time_limits import limit_of_checkout
+from app_db.errors import UnitOfWorkTimeout
 
 if TYPE_CHECKING:
     from sqlalchemy.pool import PoolProxiedConnection
@@ -33,45 +34,48 @@ def pool_arguments(connection: ConnectionSettings, *, asynchronous: bool) -> dic
         "pool_reset_on_return": None,  # engines.py registers a listener that does it
     }
     if issubclass(pool_class, QueuePool):
-        pool_class = _named_and_limited(pool_class)
+        pool_class = with_timeout(pool_class, _limited_timeout)
         arguments |= {
             "pool_size": pool.size,
             "max_overflow": pool.max_overflow,
             "pool_timeout": pool.timeout,
             "pool_use_lifo": pool.use_lifo,
         }
-    return {"poolclass": pool_class, **arguments}
+    return {"poolclass": type(pool_class.__name__, (_Timed, pool_class), {}), **arguments}
 
 
 def name_pool(pool: Pool, note: Callable[[], str]) -> None:
     """Have the error of a full pool say what `note` returns."""
-    if isinstance(pool, _Named):
+    if isinstance(pool, _Timed):
         pool.note_if_full = note
 
 
-class _Named(Pool):
-    """A pool whose error says which connection it belongs to."""
+class _Timed(Pool):
+    """A pool whose errors say which connection is meant, and whether the time of the unit of work was over."""
 
     note_if_full: Callable[[], str] | None = None
 
     def connect(self) -> PoolProxiedConnection:
-        """Return a connection. The error of a full pool says in a note which connection was wanted."""
+        """Return a connection. The time limit's error replaces any error after the deadline.
+
+        A driver that was cut off may raise it at any step of a new connection, also in those that SQLAlchemy and listeners take.
+        """
         try:
             return super().connect()
-        except PoolTimeoutError as error:
+        except Exception as error:
             limit = limit_of_checkout.get()
             overtime = None if limit is None or not limit.is_in_force() else limit.overtime()
             shown = overtime or error
-            if self.note_if_full is not None:
+            if self.note_if_full is not None and isinstance(error, PoolTimeoutError):
                 shown.add_note(self.note_if_full())
-            if overtime is None:
+            if overtime is None or isinstance(error, UnitOfWorkTimeout):
                 raise
             raise overtime from error
 
     def recreate(self) -> Pool:
         """Return a new pool with the same arguments, as `dispose()` needs it."""
         new = super().recreate()
-        cast("_Named", new).note_if_full = self.note_if_full
+        cast("_Timed", new).note_if_full = self.note_if_full
         return new
 
 
@@ -84,11 +88,6 @@ def _limited_timeout(pool: Pool) -> float:
     timeout: float = vars(pool)[OWN_TIMEOUT]
     limit = limit_of_checkout.get()
     return timeout if limit is None or not limit.is_in_force() else min(timeout, limit.remaining() + _LONGER)
-
-
-def _named_and_limited(pool_class: type[QueuePool]) -> type[QueuePool]:
-    bases: tuple[type[Any], ...] = (_Named, with_timeout(pool_class, _limited_timeout))
-    return type(pool_class.__name__, bases, {})
 
 
 def _for_coroutines(pool_class: type[QueuePool]) -> type[Pool]:

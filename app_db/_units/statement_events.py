@@ -83,7 +83,7 @@ def _handle_error(context: ExceptionContext) -> None:
     overtime = None if limit is None else limit.overtime()
     if context.is_disconnect:
         if overtime is not None:
-            _explain_cut_off(context, overtime, is_unknown=branch is not None and branch.is_commit_unanswered)
+            _explain_cut_off(context, overtime, is_unknown=branch is not None and branch.is_commit_unanswered and branch.wrote)
         return
     if branch is not None:
         if isinstance(context.original_exception, MissingGreenlet):

@@ -10,7 +10,9 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,57 @@ def test_a_connection_that_nobody_takes_is_closed(monkeypatch: pytest.MonkeyPatc
             assert app.session().scalar(text("SELECT 1")) == 1
 
 
+STEPS = 30
+"""More requests than any driver sends for a unit on a new connection, until that is closed."""
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "writer": {},
+    "reader": {"read_only": True},
+    "serializable": {"isolation_level": "SERIALIZABLE"},
+    "no pool": {"pool": {"class": "null"}},
+}
+
+
+@pytest.mark.representative("no pool-psycopg", "no pool-asyncpg")
+@pytest.mark.parametrize("stage", list(DRIVERS), indirect=True)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_no_step_of_a_new_connection_is_waited_for(profile: str, stage: Stage) -> None:
+    """Logging in, what SQLAlchemy asks a new server, what listeners set, the unit's own statements: each hangs once."""
+    with stage.application():
+        """Makes the tables."""
+    with ThreadPoolExecutor(STEPS) as threads:
+        seen = list(threads.map(partial(hang_at, stage, PROFILES[profile]), range(STEPS)))
+    in_the_unit = [error for error in seen if error is not None]
+    assert len(in_the_unit) > 6
+    assert [repr(error) for error in in_the_unit if not isinstance(error, UnitOfWorkTimeout)] == []
+
+
+def hang_at(stage: Stage, profile: dict[str, Any], step: int) -> Exception | None:
+    """Run a unit that only reads, whose request of that number is never answered. Return its error."""
+    with stage.application(**profile) as (app, proxy):
+        proxy.lose("request", to=rb"(?s).", after=step, then="stall")
+        try:
+            if stage.asynchronous:
+                asyncio.run(read_in_time_awaited(app, proxy))
+            else:
+                with app.unit(timeout=LIMIT):
+                    read(app.session())
+        except Exception as error:
+            return error
+        finally:
+            proxy.cut()
+    return None
+
+
+async def read_in_time_awaited(app: Application, proxy: Proxy) -> None:
+    try:
+        async with app.unit(timeout=LIMIT):
+            await app.container.writer_async_session().execute(text("SELECT 1"))
+    finally:
+        proxy.cut()
+        await app.container.shutdown_resources()
+
+
 def test_a_full_pool_is_not_waited_for(stage: Stage) -> None:
     with stage.application(pool={"size": 1, "max_overflow": 0, "timeout": 10}) as (app, _):
         if stage.asynchronous:
@@ -407,7 +460,7 @@ async def stand_still_awaited(app: Application, server: Server, *, warm: bool) -
 
 # ---- two-phase commit --------------------------------------------------------------------------------------------------
 
-STEPS = {
+STEPS_OF_TWO_PHASES = {
     "prepare": ("writer", rb"PREPARE TRANSACTION|XA PREPARE", UnitOfWorkTimeout),
     "decide": ("ledger", rb"INSERT INTO app_db_decisions", OutcomeUnknown),
     "commit": ("writer", rb"COMMIT PREPARED|XA COMMIT", CommitUnconfirmed),
@@ -416,10 +469,10 @@ STEPS = {
 
 
 @pytest.mark.representative("psycopg-prepare")
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEPS_OF_TWO_PHASES)
 @pytest.mark.parametrize("stage", drivers("psycopg"), indirect=True)
 def test_a_step_of_two_phase_commit_that_hangs_is_not_waited_for(step: str, stage: Stage, request: pytest.FixtureRequest) -> None:
-    hangs, words, error = STEPS[step]
+    hangs, words, error = STEPS_OF_TWO_PHASES[step]
     postgres, new_url = request.getfixturevalue("postgres"), request.getfixturevalue("new_postgres_url")
     driver = "+asyncpg" if stage.asynchronous else "+psycopg"
     with Proxy(stage.server) as before_writer, Proxy(postgres) as before_ledger:
