@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from app_db._databases.capacity import Capacity, most_by_settings, most_of
 from app_db._databases.engines import build_async_engine, build_engine
+from app_db._databases.pool_states import PoolState, state_of
 from app_db._sessions.borrowing import BorrowingConfig
 from app_db._sessions.described import METHODS, SignedCallable, SignedFactory, described_connection, provided
 from app_db._sessions.makers import UnitSessionmaker, build_sessionmaker, unit_class
@@ -370,6 +371,20 @@ def _most_of(container: DatabaseContainer, name: str, *, threads: bool, coroutin
     return (by_threads if threads else 0) + (by_coroutines if coroutines else 0)
 
 
+def _pools(container: DatabaseContainer | None) -> dict[str, PoolState]:
+    """Return how full the pools of each connection are in this process, and who holds what they have given out."""
+    container = _require_instance(container, "pools")
+    return {name: state_of(name, _engines_of(container, name)) for name in _names_in(container)}
+
+
+def _engines_of(container: DatabaseContainer, name: str) -> list[Engine]:
+    """Return the engines of a connection that were made, or the application's own."""
+    own = _own_engine(container.connection(name))
+    if own is None:
+        return container.core.state().engines(name)
+    return [own if isinstance(own, Engine) else own.sync_engine]
+
+
 if TYPE_CHECKING:
     from typing import Generic
 
@@ -598,6 +613,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     - `session`, `async_session`: the unit's session that finds the connection of each statement
     - `connection`: the connection of a name that is in a variable: `container.connection("writer").session()`
     - `capacity`: how many connections to servers one process can open
+    - `pools`: how full the pools are, and who holds their connections
     - `create_all`, `drop_all`: create and drop tables
     - `reflect`, `reflect_schema`: read tables from the databases
     - `bootstrap`, `async_bootstrap`: create the tables and call a function, once
@@ -618,6 +634,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     deferred_unit: providers.Provider[DeferredUnit] = SignedFactory(build_deferred_unit, core.coordinator)
     unit: providers.Provider[UnitOfWork] = SignedFactory(build_unit, core.coordinator)
     capacity: providers.Provider[Capacity] = SignedCallable(_capacity, core.database_container)
+    pools: providers.Provider[dict[str, PoolState]] = SignedCallable(_pools, core.database_container)
     connection: providers.Provider[Connection] = SignedCallable(_connection, core.database_container)
     session_of: providers.Provider[Session] = SignedCallable(_session_of, core.database_container)
     async_session_of: providers.Provider[AsyncSession] = SignedCallable(_async_session_of, core.database_container)

@@ -201,11 +201,11 @@ def _block(container: DatabaseContainer, workload: Workload) -> Unit:
 
 
 @contextmanager
-def decorated(url: str, *, pool_size: int = 5) -> Iterator[UnitOf]:
+def decorated(url: str, *, pool_size: int = 5, settings: Mapping[str, object] | None = None) -> Iterator[UnitOf]:
     """Give units that are functions decorated with `@transactional`, with their sessions
-    injected.
+    injected. `settings` are more settings of the writer.
     """
-    container = shop(url, pool_size)
+    container = shop(url, pool_size, settings)
     add_first_row(container.writer_engine())
     units = {workload: asking(transactional, Shop, workload, __name__) for workload in ALL}
     container.wire(modules=[__name__])
@@ -214,9 +214,9 @@ def decorated(url: str, *, pool_size: int = 5) -> Iterator[UnitOf]:
     container.shutdown_resources()
 
 
-def shop(url: str, pool_size: int = 5) -> Shop:
+def shop(url: str, pool_size: int = 5, settings: Mapping[str, object] | None = None) -> Shop:
     """Return a container whose writer is at `url`, and whose reader is the same database."""
-    writer = {"url": url, "pool": {"size": pool_size}}
+    writer = {"url": url, "pool": {"size": pool_size}, **(settings or {})}
     return Shop(settings=DatabaseSettings(_env_file=None, connections={"writer": writer}))
 
 

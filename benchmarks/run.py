@@ -19,7 +19,19 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the tests' servers 
 from databases import Databases
 from measuring import Effort, pin_client, pinning
 
-NAMES = ("units", "async_units", "threads", "readers", "routing", "two_phase", "isolation", "imports", "building", "web")
+NAMES = (
+    "units",
+    "async_units",
+    "threads",
+    "readers",
+    "routing",
+    "two_phase",
+    "isolation",
+    "imports",
+    "building",
+    "holders",
+    "web",
+)
 LIBRARIES = (
     "SQLAlchemy",
     "zope.sqlalchemy",

@@ -35,7 +35,7 @@ ROOMS = (
     ("_sessions",),
     ("health", "asyncio"),
     ("container",),
-    ("testing", "migrations"),
+    ("testing", "migrations", "logging"),
     ("cli",),
     ("integrations", "__main__"),
 )

@@ -19,8 +19,10 @@ from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.database import PROTECTED, Database, driver_of
 from app_db._databases.disposal import retired, settle
+from app_db._databases.holders import Checkout, Holder, HolderLog, holder_logs
 from app_db._databases.pools import name_pool, pool_arguments
 from app_db._databases.registry import database_of
+from app_db._databases.slow_statements import log_slow_statements
 from app_db._databases.time_limits import TIME_LIMIT, TimedConnects, TimeLimit, limit_of_checkout
 from app_db.errors import Problem, SettingsError
 from app_db.settings._urls import URL_PARTS, dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
@@ -47,9 +49,6 @@ _LEAST_TO_CONNECT = 2.0
 _setups: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
 built: WeakSet[Dialect] = WeakSet()
 """The dialects of the engines that were built here. An engine of the application's own has another one."""
-
-_checked_out: dict[int, Any] = {}
-"""The pool entries of connections that are in use, by `id()`. A forked child must not close them."""
 
 _of_parent_process: list[object] = []
 """Connections and pools of the parent process, kept so that no destructor ends the parent's sessions."""
@@ -94,6 +93,12 @@ def _build(name: str, settings: DatabaseSettings, with_driver: Callable[[URL], U
     return create(url, connect_args=secrets | database.connect_args(shown, settings.application, connection), **arguments)
 
 
+def holders_of(engine: Engine) -> tuple[Holder, ...] | None:
+    """Return who holds connections of an engine, from the longest on; None for an engine that was not built here."""
+    setup = _setups.get(engine)
+    return None if setup is None else setup.holders.holders()
+
+
 def retire(engine: Engine) -> None:
     """Close an engine's idle connections now, and its other connections when they return to the pool."""
     setup = _setups.get(engine)
@@ -120,6 +125,7 @@ class _Setup:
         self._done = False
         self._lock = Lock()
         self._timed = TimedConnects()
+        self.holders = HolderLog(name, warns_after=connection.held_warning, keeps_stacks=connection.pool.stacks)
         self._connect = database.connector(engine.dialect, connection)
         built.add(engine.dialect)
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
@@ -170,7 +176,8 @@ class _Setup:
         connection = self._connection
         return (
             f"app_db: all connections of {self._name!r} to {connection.masked_url} are in use. End units of work sooner, "
-            f"or raise {connection.variable('pool')}__SIZE or {connection.variable('pool')}__MAX_OVERFLOW."
+            f"or raise {connection.variable('pool')}__SIZE or {connection.variable('pool')}__MAX_OVERFLOW. They are held by:"
+            f"{self.holders.shown()}"
         )
 
     def _new_connection(self, *arguments: object, **parameters: object) -> DBAPIConnection:
@@ -199,22 +206,21 @@ class _Setup:
             return
         event.listen(engine, "handle_error", self._explain)
         self._database.tune(engine, self._connection, self._name)
-        _watch_pool(engine, self._connection, self._database)
-        _clean_up_what_is_returned(engine, self._database)
+        if self._connection.slow_statement is not None:
+            log_slow_statements(engine, self._name, self._connection.slow_statement)
+        _watch_pool(engine, self._connection, self._database, self.holders)
+        _clean_up_what_is_returned(engine, self._database, self.holders)
         self._done = True
 
 
-Taken = list[tuple["weakref.ref[PoolProxiedConnection]", bool]]
-"""Connections that were taken from their pools, and whether each may be rolled back by any thread."""
-
-next_checkout: ContextVar[tuple[Taken, bool] | None] = ContextVar("app_db.next_checkout", default=None)
-"""Where to note, once, the next connection that a pool gives out in this context.
+next_checkout: ContextVar[Checkout | None] = ContextVar("app_db.next_checkout", default=None)
+"""What a unit has noted before its session takes a connection from a pool in this context.
 
 The unit learns so of the connection even if an exception from a signal handler comes before SQLAlchemy has noted it.
 """
 
 
-def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Database) -> None:
+def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Database, holders: HolderLog) -> None:
     alive_window = connection.pool.alive_window
     dialect = engine.dialect
     pings = database.waits_for_answers
@@ -231,16 +237,16 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Databa
                 dialect.do_ping(dbapi_connection)
             except dialect.loaded_dbapi.Error as error:
                 raise InvalidatePoolError from error  # what closed this connection has probably closed the others
-        _checked_out[id(record)] = record
         noted = next_checkout.get()
+        holders.note(record, noted)
         if noted is not None:
             next_checkout.set(None)
-            taken, may_be_rolled_back = noted
-            taken.append((weakref.ref(proxy), may_be_rolled_back))
+            if noted.taken is not None:
+                noted.taken.append((weakref.ref(proxy), noted.may_be_rolled_back))
 
     @event.listens_for(engine, "invalidate")
     def forget(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry, error: BaseException | None) -> None:
-        _checked_out.pop(id(record), None)
+        holders.forget(record)
 
     @event.listens_for(engine, "close")
     def stop_watching(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
@@ -249,7 +255,7 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Databa
             limit.release(dbapi_connection)
 
 
-def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
+def _clean_up_what_is_returned(engine: Engine, database: Database, holders: HolderLog) -> None:
     """Roll back connections that return to the pool, and undo what a unit of work has set on them.
 
     A connection that certainly has no transaction is not rolled back, because that can cost a round trip. The event is "reset"
@@ -277,17 +283,17 @@ def _clean_up_what_is_returned(engine: Engine, database: Database) -> None:
                 return
             del record.info[TIME_LIMIT]
         record.info[_IDLE_SINCE] = time.monotonic()
-        _checked_out.pop(id(record), None)
+        holders.forget(record)
         if engine in retired:
             record.invalidate()
 
 
 def _leave_parents_connections() -> None:
     """Give a forked child pools of its own, so that it never uses a socket that it shares with its parent."""
-    for record in list(_checked_out.values()):
+    record: Any
+    for record in [record for holders in holder_logs for record in holders.forget_parents()]:
         _of_parent_process.append(record.dbapi_connection)
         record.fairy_ref = None  # or the garbage collector sends a ROLLBACK; detach() takes a lock that may never be free
-    _checked_out.clear()
     for engine, setup in list(_setups.items()):
         setup.forget_other_threads()
         if engine.dialect.is_async:

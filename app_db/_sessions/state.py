@@ -9,7 +9,7 @@ from __future__ import annotations
 from asyncio import AbstractEventLoop
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 from dependency_injector import providers
@@ -19,6 +19,9 @@ from app_db._compat.os import after_fork_in_child
 from app_db._databases.disposal import begin_to_retire, cut_off, dispose_here, wait_outside
 from app_db._databases.engines import retire
 from app_db._two_phase.decision_logs import DecisionLogs, build_decision_logs
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
 
 T = TypeVar("T")
 Key = tuple[str, str, AbstractEventLoop | None]
@@ -61,6 +64,11 @@ class State:
     def has(self, kind: str, name: str, *_: object) -> bool:
         """Return whether the object was made. It takes the arguments of `StateHolder.get`."""
         return any(key[:2] == (kind, name) for key in list(self.objects))
+
+    def engines(self, name: str) -> list[Engine]:
+        """Return the engines of a connection that were made, those of event loops included."""
+        made = [(key[0], engine) for key, engine in list(self.objects.items()) if key[0] in ENGINES and key[1] == name]
+        return [engine if kind == "engine" else engine.sync_engine for kind, engine in made]
 
     def forget(self, kind: str, name: str, *_: object) -> None:
         """Forget the object, and retire it if it is an engine. It takes the arguments of `StateHolder.get`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import CancelledError
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from inspect import CO_COROUTINE
 from types import TracebackType
 from typing import TYPE_CHECKING, Never
@@ -20,11 +20,12 @@ from app_db._units.unit_of_work import UnitOfWork
 class Block(WithBlock):
     """A context manager for `with` and `async with`. It enters the block's role, and leaves it when the block ends."""
 
-    __slots__ = ("_coordinator", "_options", "may_pass", "role")
+    __slots__ = ("_coordinator", "_function", "_options", "may_pass", "role")
 
-    def __init__(self, coordinator: Coordinator, options: Options) -> None:
+    def __init__(self, coordinator: Coordinator, options: Options, function: Callable[..., object] | None = None) -> None:
         self._coordinator = coordinator
         self._options = options
+        self._function = function
         self.role: Role | None = None
         self.liveness = NOT_ENTERED
         self.may_pass = False
@@ -35,12 +36,14 @@ class Block(WithBlock):
         if liveness() is None:
             liveness = self.liveness_to_enter()
         role = role_for(self._coordinator, self._options, liveness)
+        role.begun_by = self._function
         unit = role.enter()
         self.role = role
         return unit
 
     async def __aenter__(self) -> UnitOfWork:
         role = role_for(self._coordinator, self._options, self.liveness_to_enter(), asynchronous=True)
+        role.begun_by = self._function
         unit = await _entered(role) if role.waits_to_begin() else role.enter()
         self.role = role
         return unit

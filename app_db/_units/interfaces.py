@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transaction import Transaction
 
     from app_db._databases.database import Database, Terms
-    from app_db._databases.engines import Taken
+    from app_db._databases.holders import Line, Taken
     from app_db._databases.prepare_verbs import PrepareVerbs
     from app_db._databases.time_limits import TimeLimit
     from app_db._two_phase.decision_logs import DecisionLogs
@@ -61,7 +61,11 @@ class BranchedWork(Protocol):
     rehearsal: Rehearsal | None
     checked_out: Taken
     time_limit: TimeLimit | None
+    number: int
 
+    @property
+    def begun_at(self) -> Line | None: ...
+    def owner(self) -> str: ...
     def add(self, branch: Any) -> None: ...
     def xid_for(self, branch: Any) -> Xid: ...
     @property

@@ -31,6 +31,8 @@ class Role:
 
     may_pass = False
     """Whether the block failed with a retryable error, and can be run again."""
+    begun_by: Callable[..., object] | None = None
+    """The function that runs in the block, if the block is there for one."""
     _resume: Callable[[], None] | None = None
     """Makes the outer unit current again, if one waits."""
 

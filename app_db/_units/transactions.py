@@ -92,7 +92,7 @@ def run_in_unit(
     """Call a function in a unit of work. Call it again after a retryable error, while attempts are left."""
     attempt = 1
     while True:
-        block = Block(coordinator, options)
+        block = Block(coordinator, options, function)
         try:
             with block:  # OwnUnit.enter begins the unit, OwnUnit.leave commits or aborts it
                 return function(*args, **kwargs)
@@ -113,7 +113,7 @@ async def run_awaited_in_unit(
     """Do the same as `run_in_unit` with a coroutine function."""
     attempt = 1
     while True:
-        block = Block(coordinator, options)
+        block = Block(coordinator, options, function)
         try:
             async with block:
                 return await function(*args, **kwargs)

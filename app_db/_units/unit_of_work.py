@@ -106,6 +106,13 @@ class UnitOfWork:
         work.doom(reason)
 
     @property
+    def number(self) -> int:
+        """The number of the unit in this process, as logs and `container.pools()` name it. It stays after the unit's end."""
+        if self._work is None:
+            raise NoUnitOfWork("The handle of a block that has no unit of work")
+        return self._work.number
+
+    @property
     def is_doomed(self) -> bool:
         """Whether the unit is doomed: it can only be aborted."""
         return bool(self.transaction.isDoomed())

@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain
+from inspect import unwrap
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from sqlalchemy.exc import PendingRollbackError
@@ -14,6 +15,7 @@ from transaction.interfaces import IRetryDataManager, ISavepointDataManager
 from zope.interface import implementer
 
 from app_db._databases.database import NEVER
+from app_db._databases.holders import Line, Taken, line_of
 from app_db._databases.time_limits import TimeLimit
 from app_db._liveness import always
 from app_db._two_phase.decision_logs import DecisionLogs
@@ -37,13 +39,14 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
     from transaction import Transaction
 
-    from app_db._databases.engines import Taken
     from app_db._two_phase.decisions import DecisionLog
     from app_db._units.hooks import CapturedHooks, Hooks
     from app_db._units.interfaces import BranchConfig, UnitContext
     from app_db._units.owned_transactions import AwaitedTransaction, Owner
 
 log = logging.getLogger("app_db")
+
+_numbers = count(1)
 
 
 @implementer(ISavepointDataManager, IRetryDataManager)
@@ -58,6 +61,8 @@ class Work:
     timed = False
     """Whether the unit has a deadline."""
     hooks: Hooks | None = None
+    begun_by: Callable[..., object] | Line | None = None
+    """The function that runs in the unit, or the line of the block."""
     liveness: Callable[[], object] = staticmethod(always)
     """Returns None when the block that has to end the unit is gone."""
     outer: Transaction | None = None
@@ -79,6 +84,7 @@ class Work:
 
     def __init__(self, transaction: Transaction, coordinator: UnitContext) -> None:
         self.transaction = transaction
+        self.number = next(_numbers)
         self.sessions: dict[str, Any] = {}
         """The sessions that were asked for, sync and async."""
         self.connections: dict[str, Branch] = {}
@@ -187,6 +193,12 @@ class Work:
         if status == "Committing":
             return self._joined and not self.ended and (branch is not None or not self._committing)
         return status in ("Active", "Doomed")
+
+    @property
+    def begun_at(self) -> Line | None:
+        """The line that began the unit, or the first one of the function that runs in it. Spelled for logs and errors."""
+        begun = self.begun_by
+        return begun if begun is None or isinstance(begun, Line) else line_of(unwrap(begun))
 
     def owner(self) -> str:
         """Return the description of the unit's owner, for errors."""

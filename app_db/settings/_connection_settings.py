@@ -121,6 +121,7 @@ class PoolSettings(Group):
     recycle: _Finite | None = Field(default=None, gt=0)
     alive_window: _Finite = Field(default=30.0, ge=0)
     use_lifo: bool = True
+    stacks: bool = False
     class_: _PoolClass | None = Field(default=None, validation_alias="class", serialization_alias="class")
 
 
@@ -163,6 +164,8 @@ class ConnectionSettings(Group):
     begin_with_statement: bool = False
     pooler: Literal["transaction", "none"] | None = None
     statement_timeout: _Finite | None = Field(default=None, gt=0)
+    slow_statement: _Finite | None = Field(default=None, gt=0)
+    held_warning: _Finite | None = Field(default=None, gt=0)
     echo: bool = False
     pool: PoolSettings = Field(default_factory=PoolSettings)
     session: SessionSettings = Field(default_factory=SessionSettings)

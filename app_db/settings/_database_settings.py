@@ -6,7 +6,7 @@ Secrets are `SecretStr`, and are shown as `***`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -75,6 +75,8 @@ class DatabaseSettings(BaseSettings):
     connections: dict[str, ConnectionSettings] = Field(default_factory=dict)
     atomicity: Literal["strict", "best_effort"] = "strict"
     two_phase: bool = False
+    slow_statement: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    held_warning: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     decision_log: _DecisionLog | None = None
     recover_at_start: bool = False
     reflect_at_start: bool = False
@@ -132,6 +134,7 @@ class DatabaseSettings(BaseSettings):
                 raise reading.error()
         for name, connection in self.connections.items():
             connection.become(name, reading.spelling)
+        _pass_on(self, ("slow_statement", "held_warning"))
         if self.two_phase:
             reading.problems += _prepare_all(self, reading)
         reading.problems += _findings(self, reading)
@@ -230,7 +233,8 @@ class DatabaseSettings(BaseSettings):
 
     def _declared(self, name: str) -> ConnectionSettings | None:
         if name == "reader" and name not in self.connections and "writer" in self.connections:
-            return ConnectionSettings(mirror="writer", read_only=True)
+            of_all = {"slow_statement": self.slow_statement, "held_warning": self.held_warning}
+            return ConnectionSettings(mirror="writer", read_only=True, **of_all)
         return self.connections.get(name)
 
     def _mirrors(self, name: str) -> list[str]:
@@ -320,6 +324,15 @@ def _end_kind(settings: DatabaseSettings, name: str) -> str | None:
     """Return the kind of database at the end of a connection's mirrors, or None if there is none."""
     end = settings._declared(settings._mirrors(name)[-1])
     return None if end is None else _kind(end)
+
+
+def _pass_on(settings: DatabaseSettings, fields: Iterable[str]) -> None:
+    """Give each connection that does not say itself what the settings say of all of them."""
+    given = {field: value for field in fields if (value := getattr(settings, field)) is not None}
+    for name, connection in settings.connections.items():
+        missing = {field: value for field, value in given.items() if field not in connection.model_fields_set}
+        if missing:
+            settings.connections[name] = connection.model_copy(update=missing)
 
 
 def _prepare_all(settings: DatabaseSettings, reading: Reading) -> Iterator[Finding]:

@@ -17,7 +17,19 @@ import pytest
 from harness.paths import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
-NAMES = ("units", "async_units", "threads", "readers", "routing", "two_phase", "isolation", "imports", "building", "web")
+NAMES = (
+    "units",
+    "async_units",
+    "threads",
+    "readers",
+    "routing",
+    "two_phase",
+    "isolation",
+    "imports",
+    "building",
+    "holders",
+    "web",
+)
 TABLES = {"units": 4, "async_units": 6, "building": 2, "web": 4}
 """How many tables a benchmark prints at least; one if it isn't named here. MariaDB adds one where
 it is installed.
