@@ -248,6 +248,10 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Databa
     def forget(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry, error: BaseException | None) -> None:
         holders.forget(record)
 
+    @event.listens_for(engine, "detach")
+    def forget_detached(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        holders.forget(record)
+
     @event.listens_for(engine, "close")
     def stop_watching(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
         limit = record.info.get(TIME_LIMIT)

@@ -235,7 +235,7 @@ class HolderLog:
         self.warns_after = warns_after
         self.keeps_stacks = keeps_stacks
         self._checkouts: dict[int, Checkout] = {}
-        self._warner = None if warns_after is None else _Warner(self, warns_after)
+        self._warner = None if warns_after is None else Warner(self, warns_after)
         holder_logs.add(self)
 
     def note(self, record: ConnectionPoolEntry, checkout: Checkout | None) -> None:
@@ -292,33 +292,41 @@ def _names(holder: Holder) -> Mapping[str, object]:
     return {"connection": holder.connection, "unit": holder.unit}
 
 
-class _Warner:
-    """A thread that warns of connections that are held too long. It runs while the engine's connections are in use."""
+class Held(Protocol):
+    """What a thread looks at."""
 
-    def __init__(self, holders: HolderLog, seconds: float) -> None:
-        self._holders = weakref.ref(holders)
+    def warn(self) -> bool:
+        """Log what is held too long. Return whether anything is held."""
+        ...
+
+
+class Warner:
+    """A thread that has others look for what is held too long. It runs while anything is held."""
+
+    def __init__(self, held: Held, seconds: float) -> None:
+        self._held = weakref.ref(held)
         self._pause = min(seconds / 4, _LONGEST_PAUSE)
         self._thread: threading.Thread | None = None
 
     def ensure(self) -> None:
         """Start the thread if it does not run."""
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="app_db-held-connections", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="app_db-held", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
         idle = 0
         while idle < _IDLE_LOOKS:
             time.sleep(self._pause)
-            holders = self._holders()
-            if holders is None:
+            held = self._held()
+            if held is None:
                 return  # its engine is gone
-            idle = 0 if holders.warn() else idle + 1
-            del holders
+            idle = 0 if held.warn() else idle + 1
+            del held
 
 
 _LONGEST_PAUSE = 1.0
 """Seconds between two looks at what is in use."""
 
 _IDLE_LOOKS = 20
-"""After so many looks at nothing the thread ends. The next checkout starts another."""
+"""After so many looks at nothing the thread ends, and is started again when there is something."""

@@ -51,6 +51,7 @@ class OverlayConfig:
     autonomous = False
     has_branches = False
     may_keep_decisions = False
+    held_units = None
     name: str
     routes: Any
     """`Routes`, or an object with the same methods."""

@@ -27,6 +27,7 @@ from app_db._databases.registry import database_of
 from app_db._databases.time_limits import limit_of_checkout
 from app_db._units.branches import Branch
 from app_db._units.coordinator import Coordinator
+from app_db._units.held_units import HeldUnits
 from app_db._units.owned_transactions import Owner
 from app_db._units.savepoints import require_savepoints
 from app_db._units.statement_events import watch
@@ -73,6 +74,7 @@ class SessionConfig:
         self.read_only = settings.read_only
         self.autonomous = not settings.transactional
         self.two_phase = settings.two_phase
+        self.held_units = None if settings.held_warning is None else HeldUnits(settings.held_warning)
         self.may_keep_decisions = self._locks_others_out()
         """Whether the table of decisions may be in this database, and must be made before a unit locks the database."""
         self.has_own_engine = False
@@ -186,6 +188,8 @@ class UnitSession(Session):
             raise UnitOfWorkEnded(self._subject)
         self.bind = self._engine = self.config.engine_for(work)
         self._work = work
+        if self.config.held_units is not None:
+            self.config.held_units.note(work)
         if self.config.may_keep_decisions and not (self.config.read_only or work.read_only):
             self.config.make_log()
 

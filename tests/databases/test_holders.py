@@ -278,6 +278,38 @@ def test_a_connection_that_is_held_too_long_is_logged_once_and_when_it_comes_bac
             assert " in test_a_connection_that_is_held_too_long_is_logged_once" in record.getMessage()
 
 
+def test_a_unit_that_is_open_too_long_without_a_connection_is_logged_too(
+    new_sqlite_url: Callable[[], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(writer={"url": new_sqlite_url(), "held_warning": 0.05}) as app, records(caplog) as logged:
+        with app.unit() as unit:
+            app.session()
+            until(lambda: logged("Open for"))
+            time.sleep(0.15)  # the thread looks again several times
+        until(lambda: logged("Ended after"))
+        [opened], [ended] = logged("Open for"), logged("Ended after")
+        for record in (opened, ended):
+            assert f": unit {unit.number} of thread 'MainThread', begun at " in record.getMessage()
+            assert vars(record)["unit"] == unit.number
+        assert logged("Held too long") == []
+
+
+def test_a_unit_with_a_connection_is_named_once(new_sqlite_url: Callable[[], str], caplog: pytest.LogCaptureFixture) -> None:
+    with running(writer={"url": new_sqlite_url(), "held_warning": 0.05}) as app, records(caplog) as logged:
+        with app.unit():
+            app.session().connection()
+            until(lambda: logged("Held too long"))
+            time.sleep(0.15)
+        assert logged("Open for") == []
+
+
+def test_a_detached_connection_is_the_pools_no_more(app: Application) -> None:
+    with app.engine().connect() as connection:
+        connection.detach()
+        assert app.container.pools()["writer"].holders == ()
+        connection.close()
+
+
 def test_a_connection_that_is_not_held_too_long_is_not_logged(
     new_sqlite_url: Callable[[], str], caplog: pytest.LogCaptureFixture
 ) -> None:
