@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy.exc import DBAPIError
     from sqlalchemy.pool import PoolProxiedConnection
 
+    from app_db._databases.inspection import Inspection
     from app_db._databases.prepare_verbs import PrepareVerbs
     from app_db.settings import ConnectionSettings
 
@@ -117,6 +118,14 @@ class Terms(Protocol):
     def timed(self) -> bool: ...
 
 
+class ReadOnlyTerms:
+    """The terms of a transaction that writes nothing. On SQLite it does not wait for writers."""
+
+    read_only = True
+    isolation: str | None = None
+    timed = False
+
+
 class Database:
     """A database that app_db does not know. Only app_db itself refuses the writes of a read-only session there."""
 
@@ -161,7 +170,7 @@ class Database:
         """Return the function that opens a DBAPI connection."""
         return dialect.connect
 
-    def tables_without_transactions(self, engine: Engine) -> Rows:
+    def tables_without_transactions(self, connection: Connection) -> Rows:
         """Return the names and storage engines of the tables whose rows survive a rollback."""
         return []
 
@@ -321,6 +330,12 @@ class Database:
     def is_lost_for_good(self, error: DBAPIError) -> bool:
         """Return whether the connection that was lost by `error` would be lost again when the unit of work is run again."""
         return False
+
+    def inspection(self) -> Inspection:
+        """Return what a server can be asked before the first unit of work. Its module is imported when it is asked for."""
+        from app_db._databases.inspection import Inspection
+
+        return Inspection()
 
     # -- two-phase commit
 

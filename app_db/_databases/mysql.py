@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
     from app_db._databases.database import Connected, Info, Rows
+    from app_db._databases.inspection import Inspection
     from app_db.settings import ConnectionSettings
 
 _USUAL_LIMIT = "app_db_usual_limit"
@@ -195,9 +196,8 @@ class MySQL(Database):
             raise SettingsError([Problem(settings.variable("url" if "bind_address" in url.query else "connect_args"), message)])
         return {**own, **{key: value for key, value in said.items() if key not in self._pymysql_only}, **_tls_of_asyncmy(said)}
 
-    def tables_without_transactions(self, engine: Engine) -> Rows:
-        with engine.connect() as connection:
-            return [tuple(row) for row in connection.execute(text(_WITHOUT_TRANSACTIONS))]
+    def tables_without_transactions(self, connection: Connection) -> Rows:
+        return [tuple(row) for row in connection.execute(text(_WITHOUT_TRANSACTIONS))]
 
     def tune(self, engine: Engine, settings: ConnectionSettings, name: str) -> None:
         names = self._collating(settings) if engine.dialect.driver in ("pymysql", "asyncmy") else None
@@ -419,6 +419,11 @@ class MySQL(Database):
         size = len(error.statement or "") + sum(len(value) for value in parameters if isinstance(value, (str, bytes)))
         return code_of(error) in self._gone and size >= self._large
 
+    def inspection(self) -> Inspection:
+        from app_db._databases.inspections.mysql import MySQLInspection
+
+        return MySQLInspection()
+
     def prepare_verbs(self, driver: str) -> PrepareVerbs | None:
         return _VERBS if driver in ("pymysql", "asyncmy") else None
 
@@ -505,6 +510,8 @@ class MySQLPrepareVerbs(PrepareVerbs):
             self._listed(connection)
         except DBAPIError:
             return "The user may not list prepared branches. GRANT XA_RECOVER_ADMIN ON *.* to it."
+        if (connection.exec_driver_sql("SHOW VARIABLES LIKE 'wsrep_on'").first() or ("", ""))[1] == "ON":
+            return "The server is a node of a Galera cluster, which has no XA. Set TWO_PHASE=false for the connection."
         if connection.exec_driver_sql("SELECT @@innodb_flush_log_at_trx_commit").scalar() == 0:
             return (
                 "innodb_flush_log_at_trx_commit is 0 on the server: it may lose prepared branches when it crashes. Set it to 1."

@@ -30,6 +30,7 @@ from app_db._databases.database import (
     new_mark,
     quoted,
 )
+from app_db._databases.drivers.poolers import is_pooled
 from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._databases.statements import bare_texts
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
     from app_db._databases.database import AsyncView, Connect, Connected, Info, Rows, Say, Terms
+    from app_db._databases.inspection import Inspection
     from app_db.settings import ConnectionSettings
 
 _DURABLE = (
@@ -339,16 +341,7 @@ class PostgreSQL(Database):
             nonlocal is_checked
             if is_checked:
                 return
-            driver_connection = driver_of(dbapi_connection)
-            libpq = libpq_of(driver_connection)
-            said = driver_connection.get_server_pid() if is_asyncpg(driver_connection) else libpq and libpq.backend_pid
-            cursor = dbapi_connection.cursor()
-            cursor.execute("SELECT pg_backend_pid()")
-            found = cursor.fetchone()
-            cursor.close()
-            if not dbapi_connection.autocommit:
-                dbapi_connection.rollback()
-            if said and found and said != found[0]:
+            if is_pooled(dbapi_connection):
                 dbapi_connection.close()  # SQLAlchemy 2.0 leaves it open
                 raise SettingsError([Problem(settings.variable("pooler"), _POOLER)])
             is_checked = True
@@ -488,6 +481,11 @@ class PostgreSQL(Database):
     def is_transient(self, error: BaseException) -> bool:
         sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
         return isinstance(sqlstate, str) and sqlstate.startswith("40")
+
+    def inspection(self) -> Inspection:
+        from app_db._databases.inspections.postgresql import PostgreSQLInspection
+
+        return PostgreSQLInspection()
 
     def prepare_verbs(self, driver: str) -> PrepareVerbs | None:
         return _VERBS if driver in ("psycopg", "asyncpg") else None

@@ -20,7 +20,7 @@ def check(logs: DecisionLogs) -> None:
     This connects to the two-phase connections and to the decision log. It creates the log if needed, writes a decision about no
     unit, and removes it. Without two-phase connections it does nothing.
     """
-    problems = [*_servers(logs), *_log(logs)] if logs.two_phase() else []
+    problems = [*_servers(logs), *log_problems(logs)] if logs.two_phase() else []
     if problems:
         raise TwoPhaseUnavailable(problems)
 
@@ -44,7 +44,11 @@ def _server(logs: DecisionLogs, name: str) -> str | None:
         return f"the server can't be asked whether it can prepare ({in_one_line(error)})."
 
 
-def _log(logs: DecisionLogs) -> Iterator[Problem]:
+def log_problems(logs: DecisionLogs) -> Iterator[Problem]:
+    """Yield what keeps decisions from being written to the configured log.
+
+    This writes a decision about no unit, and removes it.
+    """
     configured = logs.configured
     try:
         unit = new_unit_id(configured.id)  # asking for the id creates the log

@@ -7,19 +7,17 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import cast
 
-from sqlalchemy.exc import DBAPIError
-
-from app_db._databases.registry import database_of
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.recovery import GRACE, BranchInDoubt, BranchState, Settlement, UnitInDoubt
 from app_db._wording import in_one_line
+from app_db.cli import _checking
 from app_db.container import Connection, DatabaseContainer, container_of
 from app_db.errors import AppDbError
 from app_db.settings import DatabaseSettings
@@ -71,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help="wait for what was prepared less than so long ago, because its process may still commit it (default: %(default)g)",
     )
     recover.set_defaults(command=_recover)
-    check = commands.add_parser("check", help="check whether units of work can commit as promised", description=_check.__doc__)
-    check.set_defaults(command=_check)
+    check = _checking.add_to(commands)
     for each in (parser, recover, check):
         each.formatter_class, each.epilog = argparse.RawDescriptionHelpFormatter, EXIT_CODES
     for command in (recover, check):
@@ -245,48 +242,3 @@ def _totals(settlement: Settlement, application: str, dry_run: bool) -> str:
 
 def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
-# ---- check --------------------------------------------------------------------------------------------------------------
-
-
-def _check(container: DatabaseContainer, options: argparse.Namespace) -> int:
-    """Ask the server of each two-phase connection whether it can prepare transactions, and try to write a decision. Name the
-    tables of MariaDB and MySQL that have no transactions.
-    """
-    container.check()
-    settings = container.settings()
-    for name in settings.connections:
-        connection = settings.connection(name)
-        if connection.pooler is None and connection.sqlalchemy_url().get_backend_name() == "postgresql":
-            with suppress(DBAPIError, OSError), container.core.decision_logs().engine(name).connect():
-                pass  # the first connection is refused if a pooler answers and the settings don't say so
-    places = container.core.decision_logs()
-    names = places.two_phase()
-    if names:
-        print(f"{', '.join(names)} can be prepared. Decisions are written to {places.configured.place}.")
-    else:
-        print(f"No connection is two-phase, so there is nothing to check. {settings.variable('two_phase')}=true makes them so.")
-    without_transactions = [*_tables_without_transactions(container)]
-    for line in without_transactions:
-        print(line)
-    return SOMETHING_LEFT if without_transactions else NOTHING_LEFT
-
-
-def _tables_without_transactions(container: DatabaseContainer) -> Iterator[str]:
-    settings = container.settings()
-    for name, declared in settings.connections.items():
-        if declared.mirror is not None or settings.connection(name).read_only:
-            continue
-        engine = container.core.decision_logs().engine(name)
-        try:
-            found = database_of(engine.dialect.name).tables_without_transactions(engine)
-        except (DBAPIError, OSError) as error:
-            yield f"{name}: the server can't be asked for tables that have no transactions: {in_one_line(error)}."
-            continue
-        for table, storage in found:
-            quoted = engine.dialect.identifier_preparer.quote(str(table))
-            yield (
-                f"{name}: the table {table} has no transactions ({storage}). Its rows stay if the unit of work aborts. "
-                f"ALTER TABLE {quoted} ENGINE=InnoDB gives it some."
-            )

@@ -13,6 +13,7 @@ from sqlalchemy.ext.declarative import DeferredReflection
 
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.containers import Container
+from app_db._databases.database import ReadOnlyTerms
 from app_db._databases.registry import database_of
 from app_db.errors import CannotReflect, UnknownConnection, UnknownTable, Unreflectable
 from app_db.models._bases import CONNECTION, REFLECTED, Reflected, note_reflected, unreflected_models
@@ -21,15 +22,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ReflectedPrimaryKeyConstraint
 
 
-class _ReadOnlyTerms:
-    """The terms of a transaction that writes nothing. On SQLite it does not wait for writers."""
-
-    read_only = True
-    isolation: str | None = None
-    timed = False
-
-
-_READ_ONLY = _ReadOnlyTerms()
 _reflecting = Lock()
 """Held while models are filled. All containers of a process share the models."""
 
@@ -48,7 +40,7 @@ def connections_in(container: Container, names: Iterable[str] = ()) -> list[str]
 def _connected(container: Container, name: str) -> Generator[Connection]:
     engine = container.providers[f"{name}_engine"]()
     settings = container.settings().connection(name)
-    with database_of(engine.dialect.name).engine_for_unit(engine, settings, _READ_ONLY).connect() as connection:
+    with database_of(engine.dialect.name).engine_for_unit(engine, settings, ReadOnlyTerms()).connect() as connection:
         yield connection
 
 

@@ -271,8 +271,8 @@ def test_the_check_of_the_command_line_says_so_beforehand(
     monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", pooler.url(database))
     assert main(["check"]) != 0
     told = capsys.readouterr()
-    assert "APP_DB_CONNECTIONS__WRITER__POOLER" in told.err
-    assert PASSWORD not in told.err
+    assert "APP_DB_CONNECTIONS__WRITER__POOLER" in told.out
+    assert PASSWORD not in told.out + told.err
     monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__POOLER", "transaction")
     assert main(["check"]) == 0
 

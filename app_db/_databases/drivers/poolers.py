@@ -1,0 +1,26 @@
+"""Whether a pooler such as PgBouncer stands before a PostgreSQL server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from app_db._compat.asyncpg import is_asyncpg
+from app_db._compat.psycopg import libpq_of
+from app_db._databases.database import driver_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+
+
+def is_pooled(dbapi_connection: DBAPIConnection) -> bool:
+    """Return whether a pooler answers: the process id that it reports is not the server's. No transaction may be open."""
+    driver_connection: Any = driver_of(dbapi_connection)
+    libpq = libpq_of(driver_connection)
+    said = driver_connection.get_server_pid() if is_asyncpg(driver_connection) else libpq and libpq.backend_pid
+    cursor = dbapi_connection.cursor()
+    cursor.execute("SELECT pg_backend_pid()")
+    found = cursor.fetchone()
+    cursor.close()
+    if not dbapi_connection.autocommit:
+        dbapi_connection.rollback()
+    return bool(said and found and said != found[0])

@@ -1,0 +1,125 @@
+"""What a MariaDB or MySQL server can be asked before the first unit of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from app_db._databases.database import code_of
+from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, Trouble, by_name
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.schema import Table
+
+_VARIABLES = """
+SHOW VARIABLES WHERE Variable_name IN ('max_connections', 'read_only', 'super_read_only', 'tx_read_only', 'transaction_read_only',
+    'wsrep_on', 'idle_transaction_timeout', 'idle_write_transaction_timeout', 'wait_timeout', 'innodb_lock_wait_timeout')
+"""
+
+_STATUS = "SHOW STATUS WHERE Variable_name IN ('Ssl_cipher', 'wsrep_ready', 'wsrep_cluster_status')"
+
+_GRANTED = """
+SELECT privilege_type, '' FROM information_schema.user_privileges WHERE grantee = :grantee
+UNION SELECT privilege_type, '' FROM information_schema.schema_privileges
+    WHERE grantee = :grantee AND DATABASE() LIKE table_schema
+UNION SELECT privilege_type, table_name FROM information_schema.table_privileges
+    WHERE grantee = :grantee AND table_schema = DATABASE()
+UNION SELECT privilege_type, table_name FROM information_schema.column_privileges
+    WHERE grantee = :grantee AND table_schema = DATABASE()
+"""
+
+_CHANGES_ROWS = frozenset({"INSERT", "UPDATE", "DELETE", "DROP"})
+
+_NOT_A_REPLICA_QUERY = 1064
+"""A syntax error: the server is older than the words SHOW REPLICA STATUS."""
+
+_READ_ONLY = Trouble(
+    "The server is read-only (read_only), so it refuses every write.",
+    "Give the URL of the server that writes, SET GLOBAL read_only = OFF, or set READ_ONLY=true for the connection.",
+)
+
+_NOT_READY = Trouble(
+    "The Galera node is not ready (wsrep_ready is OFF), so it refuses every statement.",
+    "See SHOW STATUS LIKE 'wsrep_%' on the node: it has to join the primary component of its cluster.",
+)
+
+
+class MySQLInspection(Inspection):
+    """The questions to MariaDB and MySQL."""
+
+    _logins = frozenset({1045, 1698, 1862})
+    """Access denied, the same for a plugin, and a password that has expired."""
+    _databases = frozenset({1044, 1049})
+    """Access denied to a database, and an unknown one."""
+
+    def failure(self, error: BaseException) -> Failure:
+        code = code_of(error)
+        return Failure.LOGIN if code in self._logins else Failure.DATABASE if code in self._databases else Failure.SERVER
+
+    def server(self, connection: Connection) -> Server:
+        variables = by_name(connection.exec_driver_sql(_VARIABLES))
+        status = by_name(connection.exec_driver_sql(_STATUS))
+        clock = connection.exec_driver_sql("SELECT UNIX_TIMESTAMP(NOW(6))").scalar_one()
+        in_cluster = variables.get("wsrep_on") == "ON"
+        is_replica = self._is_replica(connection)
+        refusal = self._refusal(variables, status, in_cluster)
+        return Server(
+            clock=float(clock),
+            is_copy=in_cluster or is_replica,
+            refuses_writes=refusal,
+            is_writable_replica=bool(is_replica) and not in_cluster and refusal is None,
+            room=int(variables["max_connections"]),
+            is_encrypted=bool(status.get("Ssl_cipher")),
+        )
+
+    def _refusal(self, variables: Mapping[str, str], status: Mapping[str, str], in_cluster: bool) -> Trouble | None:
+        if in_cluster and status.get("wsrep_ready") == "OFF":
+            return _NOT_READY
+        return None if variables.get("read_only", "OFF") in ("OFF", "0") else _READ_ONLY
+
+    def _is_replica(self, connection: Connection) -> bool | None:
+        """Return whether the server follows another one; None if the user may not ask."""
+        for statement in ("SHOW REPLICA STATUS", "SHOW SLAVE STATUS"):
+            try:
+                return connection.exec_driver_sql(statement).first() is not None
+            except DBAPIError as error:
+                if code_of(error) != _NOT_A_REPLICA_QUERY:
+                    return None
+        return None
+
+    def limits(self, connection: Connection) -> Limits:
+        variables = by_name(connection.exec_driver_sql(_VARIABLES))
+
+        def limit(name: str) -> Limit:
+            return Limit(name, float(variables.get(name, 0)))
+
+        return Limits(
+            idle_in_unit=[limit("idle_transaction_timeout"), limit("idle_write_transaction_timeout")],
+            idle_in_pool=[limit("wait_timeout")],
+            missing=[],  # innodb_lock_wait_timeout can't be switched off
+        )
+
+    def lacking(self, connection: Connection, privilege: str, tables: Iterable[Table]) -> list[str]:
+        granted = self._granted(connection)
+        if granted is None or (privilege, "") in granted:
+            return []
+        existing = set(connection.exec_driver_sql("SHOW TABLES").scalars())
+        names = [table.name for table in tables if table.schema is None and table.name in existing]
+        return [name for name in names if (privilege, name) not in granted]
+
+    def may_write(self, connection: Connection) -> bool:
+        granted = self._granted(connection) or ()
+        return any(privilege in _CHANGES_ROWS for privilege, _ in granted)
+
+    def _granted(self, connection: Connection) -> set[tuple[str, str]] | None:
+        """Return the privileges of the user, each with its table, or "" for all tables. None if a role may give others."""
+        user, role = connection.exec_driver_sql("SELECT CURRENT_USER(), CURRENT_ROLE()").one()
+        if role not in (None, "", "NONE"):
+            return None
+        name, _, host = str(user).rpartition("@")
+        rows = connection.execute(text(_GRANTED), {"grantee": f"'{name}'@'{host}'"})
+        return {(str(privilege), str(table)) for privilege, table in rows}

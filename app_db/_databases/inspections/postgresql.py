@@ -1,0 +1,105 @@
+"""What a PostgreSQL server can be asked before the first unit of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from app_db._databases.drivers.poolers import is_pooled
+from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, Trouble, by_name
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.schema import Table
+
+_SERVER = """
+SELECT extract(epoch FROM clock_timestamp())::float8, pg_is_in_recovery(),
+    current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+        - coalesce(current_setting('reserved_connections', true)::int, 0),
+    current_setting('max_prepared_transactions')::int,
+    (SELECT ssl FROM pg_catalog.pg_stat_ssl WHERE pid = pg_backend_pid()),
+    (SELECT reset_val FROM pg_catalog.pg_settings WHERE name = 'default_transaction_read_only') = 'on',
+    EXISTS (SELECT FROM pg_catalog.pg_subscription JOIN pg_catalog.pg_database AS own ON own.oid = subdbid
+        WHERE own.datname = current_database())
+"""
+"""The reset value of default_transaction_read_only is that of the user and database: app_db sets another one for a reader."""
+
+_IDENTITY = """
+SELECT CASE WHEN has_function_privilege('pg_catalog.pg_control_system()', 'EXECUTE')
+THEN (SELECT system_identifier::text FROM pg_catalog.pg_control_system()) END
+"""
+
+_MAY_WRITE = """
+SELECT EXISTS (
+    SELECT FROM pg_catalog.pg_class AS relation JOIN pg_catalog.pg_namespace AS schema ON schema.oid = relation.relnamespace
+    WHERE relation.relkind IN ('r', 'p') AND schema.nspname !~ '^pg_' AND schema.nspname <> 'information_schema'
+    AND has_schema_privilege(schema.oid, 'USAGE')
+    AND (has_any_column_privilege(relation.oid, 'INSERT, UPDATE') OR has_table_privilege(relation.oid, 'DELETE, TRUNCATE'))
+)
+"""
+
+_LACKING = "SELECT to_regclass(:name) IS NOT NULL AND NOT has_any_column_privilege(to_regclass(:name)::oid, :privilege)"
+
+_STANDBY = Trouble(
+    "The server is a standby, which refuses every write.",
+    "Give the URL of the primary, or set READ_ONLY=true for the connection.",
+)
+
+_READ_ONLY_BY_DEFAULT = Trouble(
+    "default_transaction_read_only is on for this user and database, so the server refuses every write.",
+    "ALTER ROLE … or ALTER DATABASE … RESET default_transaction_read_only, or set READ_ONLY=true for the connection.",
+)
+
+
+class PostgreSQLInspection(Inspection):
+    """The questions to PostgreSQL."""
+
+    def failure(self, error: BaseException) -> Failure:
+        # libpq gives no SQLSTATE for a connection that was refused, and servers speak the language of lc_messages. asyncpg does.
+        said, code = str(error), getattr(error, "sqlstate", None)
+        if code in ("28P01", "28000") or "password authentication failed" in said or "no password supplied" in said:
+            return Failure.LOGIN
+        is_refused = code in ("3D000", "42501") or ("FATAL" in said and ("does not exist" in said or "CONNECT privilege" in said))
+        if is_refused:
+            return Failure.LOGIN if 'role "' in said else Failure.DATABASE
+        return Failure.SERVER
+
+    def server(self, connection: Connection) -> Server:
+        row = connection.exec_driver_sql(_SERVER).one()
+        clock, in_recovery, room, preparable, is_encrypted, read_only, subscribes = row
+        return Server(
+            clock=clock,
+            identity=None if subscribes and not in_recovery else connection.exec_driver_sql(_IDENTITY).scalar(),
+            is_copy=in_recovery or subscribes,
+            refuses_writes=_STANDBY if in_recovery else _READ_ONLY_BY_DEFAULT if read_only else None,
+            room=room,
+            preparable=preparable,
+            is_encrypted=is_encrypted,
+        )
+
+    def limits(self, connection: Connection) -> Limits:
+        rows = connection.exec_driver_sql("SELECT name, setting FROM pg_catalog.pg_settings WHERE unit = 'ms'")
+        found = {name: float(value) / 1000 for name, value in by_name(rows).items()}
+
+        def limit(name: str) -> Limit:
+            return Limit(name, found.get(name, 0))
+
+        waits = ("lock_timeout", "statement_timeout", "transaction_timeout")
+        return Limits(
+            idle_in_unit=[limit("idle_in_transaction_session_timeout")],
+            idle_in_pool=[limit("idle_session_timeout")],
+            missing=[] if any(found.get(name) for name in waits) else waits[:2],
+        )
+
+    def is_pooled(self, connection: Connection) -> bool | None:
+        dbapi_connection = connection.connection.dbapi_connection
+        return None if dbapi_connection is None else is_pooled(dbapi_connection)
+
+    def lacking(self, connection: Connection, privilege: str, tables: Iterable[Table]) -> list[str]:
+        names = map(connection.dialect.identifier_preparer.format_table, tables)
+        return [name for name in names if connection.scalar(text(_LACKING), {"name": name, "privilege": privilege})]
+
+    def may_write(self, connection: Connection) -> bool:
+        return bool(connection.exec_driver_sql(_MAY_WRITE).scalar())

@@ -1,0 +1,53 @@
+"""Tables that are not as the models say, and tables without transactions, are found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from harness.findings import GOODS, found, matters, run
+
+
+@pytest.fixture
+def mirrored(database_url: str) -> dict[str, Any]:
+    return {"main": database_url, "goods": {"mirror": "main"}}
+
+
+def test_a_table_that_does_not_exist(database_url: str) -> None:
+    run(database_url, "CREATE TABLE others (id INTEGER)")
+    [finding] = found(goods=database_url)
+    assert (finding.matter, finding.connection, finding.severity) == ("no-table", "goods", "error")
+    assert finding.where == "the table 'goods' in metadata_of('goods')"
+    assert "container.create_all('goods')" in finding.remedy
+
+
+def test_a_table_of_a_mirrors_models_that_does_not_exist(mirrored: dict[str, Any]) -> None:
+    run(mirrored["main"], "CREATE TABLE others (id INTEGER)")
+    assert matters(found(**mirrored)) == [("no-table", "goods")]
+    run(mirrored["main"], GOODS)
+    assert found(**mirrored) == []
+
+
+def test_a_column_that_the_table_does_not_have(database_url: str) -> None:
+    run(database_url, GOODS.replace("name", "title"))
+    what = found(goods=database_url)
+    assert matters(what) == [("no-column", "goods"), ("unknown-column", "goods")]
+    assert "the columns name of its model" in what[0].what
+
+
+def test_a_column_that_needs_a_value_and_that_the_model_does_not_have(database_url: str) -> None:
+    run(database_url, GOODS.replace("NOT NULL)", "NOT NULL, colour VARCHAR(9) NOT NULL, size INTEGER)"))
+    assert matters(found(goods=database_url)) == [("unknown-column", "goods")]
+
+
+def test_columns_that_fill_themselves_are_no_fault(database_url: str) -> None:
+    run(database_url, GOODS.replace("NOT NULL)", "NOT NULL, colour VARCHAR(9) NOT NULL DEFAULT 'red', size INTEGER)"))
+    assert found(goods=database_url) == []
+
+
+def test_tables_of_mariadb_that_have_no_transactions(mariadb_url: str) -> None:
+    run(mariadb_url, GOODS, "CREATE TABLE `select` (name VARCHAR(20)) ENGINE=MyISAM")
+    [finding] = found(goods=mariadb_url)
+    assert (finding.matter, finding.severity) == ("no-transactions", "warning")
+    assert finding.remedy == "ALTER TABLE `select` ENGINE=InnoDB gives it some."
