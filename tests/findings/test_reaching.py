@@ -47,6 +47,7 @@ def silent() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
+@pytest.mark.representative("postgresql+psycopg")
 @pytest.mark.parametrize("driver", ["postgresql+psycopg", "mysql+pymysql"])
 def test_a_server_that_is_silent_does_not_keep_others_from_being_asked(driver: str, tmp_path: Path) -> None:
     with silent() as port:
@@ -88,6 +89,7 @@ def test_a_database_that_the_user_may_not_enter(mariadb: MariaDBServer, mariadb_
         assert matters(found(main=url)) == [("no-database", "main")]
 
 
+@pytest.mark.representative("transaction")
 @pytest.mark.parametrize("mode", ["transaction", "session"])
 def test_a_pooler_that_the_settings_do_not_name(postgres: PostgresServer, postgres_url: str, mode: str) -> None:
     pooler = made(lambda: PgBouncer(postgres, mode))

@@ -119,6 +119,7 @@ def test_a_replica_that_follows_nothing(postgres_url: str, small: PostgresServer
     assert (finding.matter, finding.connection, finding.severity) == ("not-a-replica", "copy", "warning")
 
 
+@pytest.mark.exhaustive
 def test_a_replica_that_follows_another_server(new_postgres: Callable[[int], PostgresServer], standby: PostgresStandby) -> None:
     other = new_postgres(16)  # servers of one version are copies here, and have the same system identifier
     copy = {"url": standby.url("postgres"), "read_only": True, "replica_of": "main", "pool": FEW}

@@ -106,6 +106,7 @@ def test_a_decision_log_in_a_database_that_takes_no_part(new_postgres_url: NewUr
 # ---- in doubt -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("postgres")
 @pytest.mark.parametrize("kind", ["postgres", "mariadb"])
 def test_branches_that_a_crash_left(request: pytest.FixtureRequest, kind: str) -> None:
     url = request.getfixturevalue(f"{kind}_url")
