@@ -89,7 +89,10 @@ def room(container: DatabaseContainer, settings: DatabaseSettings, servers: Serv
 
     Threads and coroutines have pools of their own. A process uses one of the two, as a rule, so the pools are counted once.
     """
-    most = container.capacity(coroutines=False).connections
+    try:
+        most = container.capacity(coroutines=False).connections
+    except (ImportError, AttributeError):
+        return  # the class of a pool can't be imported, which is a finding already
     for names in _by_server(settings, most).values():
         server = next((servers[name] for name in names if name in servers), None)
         if server is None:

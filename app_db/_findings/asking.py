@@ -11,7 +11,7 @@ from threading import Thread
 from typing import TypeVar
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from app_db._databases.database import Database, ReadOnlyTerms
@@ -105,7 +105,7 @@ def answers(asked: Asked, questions: Sequence[Question]) -> list[Finding]:
             asked.connection = connection
             return [finding for question in questions for finding in _answer(question, asked)]
     except SettingsError as error:
-        return [*_refusals(asked, error)]
+        return [*refusals(asked.name, error, pooler=asked.own.variable("pooler"))]
     except Exception as error:  # noqa: BLE001  # whatever the driver or a password provider raises
         is_late = time.monotonic() > overtime or isinstance(error, PoolTimeoutError)
         return [silence(asked) if is_late else _failure(asked, error)]
@@ -142,20 +142,20 @@ def silence(asked: Asked) -> Finding:
     )
 
 
-def _refusals(asked: Asked, error: SettingsError) -> Iterator[Finding]:
-    pooler = asked.own.variable("pooler")
+def refusals(name: str | None, error: SettingsError, *, pooler: str = "") -> Iterator[Finding]:
+    """Yield the problems of settings. The one that names the variable `pooler` is that a pooler answers."""
     for problem in error.problems:
         matter = matters.POOLER_NOT_NAMED if problem.variable == pooler else matters.SETTINGS
         what, _, remedy = problem.message.partition(". ")
-        yield matter.found(asked.name, f"{problem.variable} {what.rstrip('.')}.", problem.variable, remedy or "Correct it.")
+        yield matter.found(name, f"{problem.variable} {what.rstrip('.')}.", problem.variable, remedy or "Correct the value.")
 
 
 def _failure(asked: Asked, error: Exception) -> Finding:
-    if not isinstance(error, DBAPIError | OSError):
+    if isinstance(error, ProgrammingError) or not isinstance(error, DBAPIError | OSError):
         given = [field for field in ("password_provider", "connect_args") if getattr(asked.own, field)]
         return matters.SETTINGS.found(
             asked.name,
-            f"No connection can be made, because of an error that is not the driver's: {described(error)}.",
+            f"No connection can be made, because of an error that is not the server's: {described(error)}.",
             ", ".join([asked.place_of_database(), *map(asked.place, given)]),
             "Connect by the engine of the connection in Python, to see the traceback.",
         )

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy import URL
+from sqlalchemy.orm import Session
 
 from app_db._findings import across, matters, servers, tables, two_phase, wiring
-from app_db._findings.asking import Asked, Question, answers, at_once, silence
+from app_db._findings.asking import Asked, Question, answers, at_once, refusals, silence
 from app_db._findings.finding import SEVERITIES, Finding, place_of, place_of_database
 from app_db.container import DatabaseContainer
 from app_db.errors import ConnectionNotConfigured, SettingsError
@@ -35,7 +36,7 @@ def find(
     try:
         settings = container.settings()
     except SettingsError as error:
-        return [*_unread(error), *wiring.findings(container, modules)]
+        return [*refusals(None, error), *wiring.findings(container, modules)]
     found = [
         *_not_configured(container, settings),
         *across.separate_rows(settings),
@@ -48,12 +49,6 @@ def find(
     return sorted(
         found, key=lambda finding: (order.get(finding.connection or "", len(names)), SEVERITIES.index(finding.severity))
     )
-
-
-def _unread(error: SettingsError) -> Iterator[Finding]:
-    for problem in error.problems:
-        what, _, remedy = problem.message.partition(". ")
-        yield matters.SETTINGS.found(None, f"{problem.variable} {what.rstrip('.')}.", problem.variable, remedy or "Correct it.")
 
 
 def _not_configured(container: DatabaseContainer, settings: DatabaseSettings) -> Iterator[Finding]:
@@ -103,6 +98,7 @@ def _obstacles(asked: Asked) -> Iterator[Finding]:
     """Yield what keeps a connection from being made, or would change the database if it was."""
     url = asked.own.sqlalchemy_url()
     yield from _no_driver(asked, url)
+    yield from _session_classes(asked)
     dialect, level = dialect_of(url), asked.own.isolation_level
     if level is not None and not isinstance(dialect, str):
         nothing: Any = None  # no dialect of SQLAlchemy's asks the server
@@ -133,6 +129,18 @@ def _no_driver(asked: Asked, url: URL) -> Iterator[Finding]:
             asked.place_of_database(),
             "Install the driver for the check alone. The check, and recovery, ask without coroutines.",
         )
+
+
+def _session_classes(asked: Asked) -> Iterator[Finding]:
+    """Yield the classes of sessions that can't be imported."""
+    try:
+        asked.own.load_session_class("class", Session)
+        if asked.own.session.async_class is not None:
+            from sqlalchemy.ext.asyncio import AsyncSession
+
+            asked.own.load_session_class("async_class", AsyncSession)
+    except SettingsError as error:
+        yield from refusals(asked.name, error)
 
 
 def _decision_log(

@@ -30,7 +30,7 @@ def _branches_in_doubt(asked: Asked) -> Iterator[Finding]:
     old = 0
     for prepared in verbs.prepared(asked.connection):
         xid = Xid.parse(prepared.xid)
-        if xid is not None and xid.application == asked.settings.application:
+        if xid is not None and xid.application == asked.settings.application and _is_of(xid, asked):
             old += asked.now() - (prepared.prepared_at or xid.begun_at) > GRACE
     if old:
         what = (
@@ -44,6 +44,12 @@ def _branches_in_doubt(asked: Asked) -> Iterator[Finding]:
             f"the prepared transactions of {asked.settings.application!r} in the database",
             "Run `app-db recover`, and have it run every minute.",
         )
+
+
+def _is_of(xid: Xid, asked: Asked) -> bool:
+    """Return whether a branch is to be shown with a connection. MariaDB and MySQL list those of the whole server."""
+    name = xid.connection.partition(".")[0]
+    return name == asked.name or name not in asked.settings.connections
 
 
 QUESTIONS: tuple[Question, ...] = (_the_ability_to_prepare, _branches_in_doubt)

@@ -80,6 +80,23 @@ def test_a_password_provider_that_fails_shows_none_of_its_words(monkeypatch: pyt
     assert "s3cr3t" not in str(finding)
 
 
+@pytest.mark.parametrize(
+    ("settings", "variable"),
+    [
+        ({"pool": {"class": "nowhere:Pool"}}, "URL"),
+        ({"session": {"class": "nowhere:Session"}}, "SESSION__CLASS"),
+        ({"session": {"async_class": "harness.findings:Good"}}, "SESSION__ASYNC_CLASS"),
+        ({"password_provider": "nowhere:password"}, "PASSWORD_PROVIDER"),
+        ({"connect_args": {"nonsense": 1}}, "CONNECT_ARGS"),
+    ],
+)
+def test_settings_that_no_connection_can_be_made_of(settings: dict[str, object], variable: str, sqlite_url: str) -> None:
+    run(sqlite_url, "CREATE TABLE t (id INTEGER)")
+    what = found(main={"url": "postgresql+psycopg://app_db@127.0.0.1:1/nowhere", **settings}, copy=sqlite_url)
+    assert matters(what) == [("settings", "main")]
+    assert f"APP_DB_CONNECTIONS__MAIN__{variable}" in what[0].where
+
+
 def test_a_database_that_does_not_exist(server: Server) -> None:
     assert matters(found(main=server.url("no_such_database"))) == [("no-database", "main")]
 

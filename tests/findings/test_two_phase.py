@@ -110,7 +110,8 @@ def test_a_decision_log_in_a_database_that_takes_no_part(new_postgres_url: NewUr
 @pytest.mark.parametrize("kind", ["postgres", "mariadb"])
 def test_branches_that_a_crash_left(request: pytest.FixtureRequest, kind: str) -> None:
     url = request.getfixturevalue(f"{kind}_url")
-    with stranded(main={"url": url, "statement_timeout": 60, "pool": {"size": 1, "max_overflow": 0}}) as scene:
+    own = {"statement_timeout": 60, "pool": {"size": 1, "max_overflow": 0}}
+    with stranded(main={"url": url, **own}, copy={"url": request.getfixturevalue(f"new_{kind}_url")(), **own}) as scene:
         scene.make_tables()
         assert find(scene.container) == []
         scene.prepare(scene.new_unit(), "main")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _VARIABLES = """
 SHOW VARIABLES WHERE Variable_name IN ('max_connections', 'read_only', 'super_read_only', 'tx_read_only', 'transaction_read_only',
-    'wsrep_on', 'idle_transaction_timeout', 'idle_write_transaction_timeout', 'wait_timeout', 'innodb_lock_wait_timeout')
+    'wsrep_on', 'idle_transaction_timeout', 'idle_write_transaction_timeout', 'wait_timeout', 'innodb_read_only')
 """
 
 _STATUS = "SHOW STATUS WHERE Variable_name IN ('Ssl_cipher', 'wsrep_ready', 'wsrep_cluster_status')"
@@ -66,20 +66,17 @@ class MySQLInspection(Inspection):
         clock = connection.exec_driver_sql("SELECT UNIX_TIMESTAMP(NOW(6))").scalar_one()
         in_cluster = variables.get("wsrep_on") == "ON"
         is_replica = self._is_replica(connection)
-        refusal = self._refusal(variables, status, in_cluster)
+        is_writable = all(variables.get(name, "OFF") in ("OFF", "0") for name in ("read_only", "innodb_read_only"))
+        refusal = _NOT_READY if in_cluster and status.get("wsrep_ready") == "OFF" else None if is_writable else _READ_ONLY
         return Server(
             clock=float(clock),
-            is_copy=in_cluster or is_replica,
+            # A server that is read-only for other reasons may be a copy by other means: of Aurora, or by group replication.
+            is_copy=in_cluster or is_replica or (False if is_replica is False and is_writable else None),
             refuses_writes=refusal,
             is_writable_replica=bool(is_replica) and not in_cluster and refusal is None,
             room=int(variables["max_connections"]),
             is_encrypted=bool(status.get("Ssl_cipher")),
         )
-
-    def _refusal(self, variables: Mapping[str, str], status: Mapping[str, str], in_cluster: bool) -> Trouble | None:
-        if in_cluster and status.get("wsrep_ready") == "OFF":
-            return _NOT_READY
-        return None if variables.get("read_only", "OFF") in ("OFF", "0") else _READ_ONLY
 
     def _is_replica(self, connection: Connection) -> bool | None:
         """Return whether the server follows another one; None if the user may not ask."""
