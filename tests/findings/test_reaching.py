@@ -15,6 +15,7 @@ from app_db._findings.find import find
 from app_db.settings import _urls
 from harness.findings import GOODS, found, matters, run, user
 from harness.poolers import PgBouncer
+from harness.proxies import Aftermath, Proxy
 from harness.requiring import made
 from harness.servers import MariaDBServer, PostgresServer, Server
 
@@ -182,6 +183,17 @@ def test_a_question_that_is_refused_is_a_finding_and_the_others_are_asked(postgr
             assert "the server" in what[[finding.matter for finding in what].index("unasked")].what
     finally:
         postgres.drop_database(database)
+
+
+@pytest.mark.parametrize(("then", "matter"), [("close", "unreachable"), ("stall", "silent")])
+def test_a_server_that_goes_away_in_the_middle(
+    postgres: PostgresServer, postgres_url: str, sqlite_url: str, then: Aftermath, matter: str
+) -> None:
+    run(sqlite_url, "CREATE TABLE t (id INTEGER)")
+    with Proxy(postgres) as proxy:
+        lost = proxy.lose("answer", to=b"pg_settings WHERE unit", then=then)
+        assert matters(found(main=proxy.url(postgres_url), copy=sqlite_url, patience=1)) == [(matter, "main")]
+        assert lost.happened
 
 
 def test_a_missing_driver_for_threads_is_said_where_coroutines_have_theirs(

@@ -62,6 +62,16 @@ def test_a_writer_without_the_privilege_to_insert(server: Server, url: str) -> N
         assert found(goods=plain) == []
 
 
+def test_privileges_on_a_schema_of_its_own(postgres: PostgresServer, postgres_url: str) -> None:
+    run(postgres_url, "CREATE SCHEMA ware", "CREATE TABLE ware.stock (id INTEGER PRIMARY KEY)")
+    with user(postgres, postgres_url, "INSERT ON ware.stock") as plain:
+        [finding] = found(stocks=plain)
+        assert finding.matter == "no-privilege"
+        assert "INSERT on ware.stock" in finding.what
+    with user(postgres, postgres_url, "INSERT ON ware.stock", "USAGE ON SCHEMA ware") as plain:
+        assert found(stocks=plain) == []
+
+
 def test_the_check_writes_nothing(postgres: PostgresServer, postgres_url: str) -> None:
     run(postgres_url, GOODS)
     database = make_url(postgres_url).database

@@ -2,7 +2,8 @@
 
     assert matters(found(main=url)) == [("unreachable", "main")]
 
-A connection called `goods` has models: the table `goods`, which `GOODS` creates. One called `main` or `copy` has none.
+A connection called `goods` has models: the table `goods`, which `GOODS` creates. One called `stocks` has a table in a schema
+of its own. One called `main` or `copy` has none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import NullPool, create_engine, make_url
+from sqlalchemy import Column, Integer, NullPool, Table, create_engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from app_db import DatabaseSettings, container_of, metadata_of
@@ -32,6 +33,9 @@ class Good(_Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str]
+
+
+STOCK = Table("stock", metadata_of("stocks"), Column("id", Integer, primary_key=True), schema="ware")
 
 
 def found(

@@ -40,7 +40,14 @@ SELECT EXISTS (
 )
 """
 
-_LACKING = "SELECT to_regclass(:name) IS NOT NULL AND NOT has_any_column_privilege(to_regclass(:name)::oid, :privilege)"
+_LACKING = """
+SELECT NOT (
+    has_schema_privilege(schema.oid, 'USAGE') AND has_any_column_privilege(relation.oid, CAST(:privilege AS text))
+) FROM pg_catalog.pg_class AS relation JOIN pg_catalog.pg_namespace AS schema ON schema.oid = relation.relnamespace
+WHERE relation.relname = :name AND relation.relkind IN ('r', 'p', 'v', 'm', 'f') AND CASE
+    WHEN CAST(:schema AS text) IS NULL THEN pg_table_is_visible(relation.oid) ELSE schema.nspname = :schema
+END
+"""
 
 _STANDBY = Trouble(
     "The server is a standby, which refuses every write.",
@@ -98,8 +105,11 @@ class PostgreSQLInspection(Inspection):
         return None if dbapi_connection is None else is_pooled(dbapi_connection)
 
     def lacking(self, connection: Connection, privilege: str, tables: Iterable[Table]) -> list[str]:
-        names = map(connection.dialect.identifier_preparer.format_table, tables)
-        return [name for name in names if connection.scalar(text(_LACKING), {"name": name, "privilege": privilege})]
+        def is_lacking(table: Table) -> bool:
+            asked = {"name": table.name, "schema": table.schema, "privilege": privilege}
+            return bool(connection.scalar(text(_LACKING), asked))
+
+        return [table.fullname for table in tables if is_lacking(table)]
 
     def may_write(self, connection: Connection) -> bool:
         return bool(connection.exec_driver_sql(_MAY_WRITE).scalar())
