@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -45,6 +46,8 @@ def _check(container: DatabaseContainer, options: argparse.Namespace) -> int:
     from app_db._findings.find import find
 
     modules = options.modules if options.modules is not None else configured_modules(PROJECT)
+    if modules and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     found = find(container, modules)
     if options.json:
         print(json.dumps([asdict(finding) for finding in found], indent=2, ensure_ascii=False))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from app_db.cli import main
 from harness.commands import app_db
 from harness.findings import run, user
 from harness.paths import ROOT, TESTS
@@ -125,6 +127,17 @@ def test_the_modules_in_pyproject_toml_are_checked(sqlite_url: str) -> None:
     done = app_db("check", environment=variables({"main": {"url": sqlite_url}}))
     assert done.returncode == 1
     assert "The module 'no_such_shop' can't be imported" in done.stdout
+
+
+def test_modules_in_the_working_directory_are_found(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(Path.cwd()))])
+    monkeypatch.setenv("APP_DB_CONNECTIONS__MAIN__URL", sqlite_url)
+    run(sqlite_url, "CREATE TABLE t (id INTEGER)")
+    Path("shop_that_is_here.py").write_text("")
+    assert main(["check", "--modules", "shop_that_is_here"]) == 0
+    assert capsys.readouterr().out == "Nothing is wrong with main.\n"
 
 
 def test_each_matter_is_planted_by_a_test() -> None:
