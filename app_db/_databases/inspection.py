@@ -74,6 +74,24 @@ class Limits:
     """Settings any of which would limit how long a statement waits for a lock, if none does."""
 
 
+@dataclass(frozen=True)
+class ServerSession:
+    """A connection to a database as its server sees it. Statements are not told: they may contain secrets."""
+
+    id: int
+    """PostgreSQL's pid, MariaDB's connection id."""
+    client: str
+    """The application's name where clients have one, or the user."""
+    host: str
+    """Where the client is; empty for one on the same machine."""
+    state: str
+    """What it does, in the server's words."""
+    in_state: float
+    """For how many seconds."""
+    in_transaction: float | None
+    """For how many seconds its transaction is open; None if there is none, or the server does not say."""
+
+
 class Inspection:
     """The questions to a server. The connection is in a read-only transaction or in autocommit."""
 
@@ -95,6 +113,10 @@ class Inspection:
 
     def lacking(self, connection: Connection, privilege: str, tables: Iterable[Table]) -> list[str]:
         """Return those of the tables that exist, and on which the user lacks INSERT or SELECT."""
+        return []
+
+    def sessions(self, connection: Connection) -> list[ServerSession]:
+        """Return the other connections to the database, those with the oldest transactions first."""
         return []
 
     def may_write(self, connection: Connection) -> bool:

@@ -9,7 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from app_db._databases.database import code_of
-from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, Trouble, by_name
+from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, ServerSession, Trouble, by_name
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -32,7 +32,21 @@ UNION SELECT privilege_type, table_name FROM information_schema.column_privilege
     WHERE grantee = :grantee AND table_schema = DATABASE()
 """
 
+_SESSIONS = """
+SELECT p.id, p.user, p.host, p.command, p.time, TIMESTAMPDIFF(SECOND, t.trx_started, NOW())
+FROM information_schema.processlist p LEFT JOIN information_schema.innodb_trx t ON t.trx_mysql_thread_id = p.id
+WHERE p.db = DATABASE() AND p.id <> CONNECTION_ID() ORDER BY t.trx_started IS NULL, t.trx_started, p.id
+"""
+
+_SESSIONS_WITHOUT_TRANSACTIONS = """
+SELECT id, user, host, command, time, NULL FROM information_schema.processlist
+WHERE db = DATABASE() AND id <> CONNECTION_ID() ORDER BY id
+"""
+"""For a user without the privilege PROCESS, who sees only his own connections and no transactions."""
+
 _CHANGES_ROWS = frozenset({"INSERT", "UPDATE", "DELETE", "DROP"})
+
+_NO_PROCESS_PRIVILEGE = 1227
 
 _NOT_A_REPLICA_QUERY = 1064
 """A syntax error: the server is older than the words SHOW REPLICA STATUS."""
@@ -107,6 +121,20 @@ class MySQLInspection(Inspection):
         existing = set(connection.exec_driver_sql("SHOW TABLES").scalars())
         names = [table.name for table in tables if table.schema is None and table.name in existing]
         return [name for name in names if (privilege, name) not in granted]
+
+    def sessions(self, connection: Connection) -> list[ServerSession]:
+        try:
+            rows = list(connection.exec_driver_sql(_SESSIONS))
+        except DBAPIError as error:
+            if code_of(error) != _NO_PROCESS_PRIVILEGE:
+                raise
+            rows = list(connection.exec_driver_sql(_SESSIONS_WITHOUT_TRANSACTIONS))
+        return [
+            ServerSession(
+                number, user, host.rpartition(":")[0] or host, command, float(since or 0), None if begun is None else float(begun)
+            )
+            for number, user, host, command, since, begun in rows
+        ]
 
     def may_write(self, connection: Connection) -> bool:
         granted = self._granted(connection) or ()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from app_db._databases.drivers.poolers import is_pooled
-from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, Trouble, by_name
+from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, ServerSession, Trouble, by_name
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -48,6 +48,16 @@ WHERE relation.relname = :name AND relation.relkind IN ('r', 'p', 'v', 'm', 'f')
     WHEN CAST(:schema AS text) IS NULL THEN pg_table_is_visible(relation.oid) ELSE schema.nspname = :schema
 END
 """
+
+_SESSIONS = """
+SELECT pid, coalesce(nullif(application_name, ''), usename, ''), coalesce(host(client_addr), ''), coalesce(state, 'hidden'),
+    greatest(extract(epoch FROM clock_timestamp() - state_change), 0)::float8,
+    greatest(extract(epoch FROM clock_timestamp() - xact_start), 0)::float8
+FROM pg_catalog.pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+ORDER BY xact_start NULLS LAST, pid
+"""
+"""Of other users' sessions the server hides what they do, unless the user has the role pg_read_all_stats."""
 
 _STANDBY = Trouble(
     "The server is a standby, which refuses every write.",
@@ -110,6 +120,10 @@ class PostgreSQLInspection(Inspection):
             return bool(connection.scalar(text(_LACKING), asked))
 
         return [table.fullname for table in tables if is_lacking(table)]
+
+    def sessions(self, connection: Connection) -> list[ServerSession]:
+        rows = connection.exec_driver_sql(_SESSIONS)
+        return [ServerSession(pid, client, host, state, since or 0.0, begun) for pid, client, host, state, since, begun in rows]
 
     def may_write(self, connection: Connection) -> bool:
         return bool(connection.exec_driver_sql(_MAY_WRITE).scalar())
