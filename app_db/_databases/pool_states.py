@@ -38,11 +38,8 @@ class PoolState:
     """How many can be open at once; `math.inf` if there is no limit, 0 if nothing has connected yet."""
     holders: tuple[Holder, ...]
     """Who holds those in use, from the longest on. Engines of the application's own don't tell."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the next one who needs a connection has to wait for one."""
-        return self.in_use >= self.most > 0
+    is_full: bool
+    """Whether one of the pools has none left, so that the next who needs one of it has to wait."""
 
     def __str__(self) -> str:
         lines = [f"{self.connection}: {self.in_use} of {self.most} in use, {self.idle} idle", *map(str, self.holders)]
@@ -53,14 +50,17 @@ def state_of(name: str, engines: Iterable[Engine]) -> PoolState:
     """Return the state of a connection's pools, from the engines that the connection has."""
     in_use, idle = 0, 0
     most: float = 0
+    is_full = False
     found: list[Holder] = []
     for engine in engines:
         holders = holders_of(engine)
-        in_use += _counted(engine.pool, "checkedout") if holders is None else len(holders)
+        taken, limit = _counted(engine.pool, "checkedout") if holders is None else len(holders), most_of(engine.pool)
+        in_use += taken
         idle += _counted(engine.pool, "checkedin")
-        most += most_of(engine.pool)
+        most += limit
+        is_full = is_full or taken >= limit
         found += holders or ()
-    return PoolState(name, in_use, idle, most, tuple(sorted(found, key=lambda holder: -holder.seconds)))
+    return PoolState(name, in_use, idle, most, tuple(sorted(found, key=lambda holder: -holder.seconds)), is_full)
 
 
 def _counted(pool: Pool, method: str) -> int:
