@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from operator import attrgetter, methodcaller
@@ -18,7 +18,7 @@ from app_db._databases.pool_states import PoolState, state_of
 from app_db._sessions.borrowing import BorrowingConfig
 from app_db._sessions.described import METHODS, SignedCallable, SignedFactory, described_connection, provided
 from app_db._sessions.makers import UnitSessionmaker, build_sessionmaker, unit_class
-from app_db._sessions.own_engines import settings_with
+from app_db._sessions.own_engines import own_engine, settings_with
 from app_db._sessions.providers import Current, Held, HolderProvider, Lasting, Lifecycle, resources_in_circle
 from app_db._sessions.registry import UnitRegistry, build_scoped_session
 from app_db._sessions.routing import Holders, RoutingConfig, RoutingSession
@@ -33,6 +33,8 @@ from app_db._units.manager import ContextTransactionManager
 from app_db._units.transactions import Transaction, build_transaction, build_unit
 from app_db._units.unit_of_work import Done, UnitOfWork
 from app_db.errors import ConnectionNotConfigured, InvalidUse, UnknownConnection, UnknownModel
+from app_db.health import Health
+from app_db.health._rounds import async_health, build_checks, health
 from app_db.models._bases import connection_of, described
 from app_db.models._bootstrap import async_bootstrap, bootstrap
 from app_db.models._reflection import ReflectedSchema, connections_in, reflect, reflect_schema
@@ -158,13 +160,7 @@ def _settings_of(container: DatabaseContainer | None, name: str) -> DatabaseSett
 
 
 def _own_engine(connection: Connection) -> Engine | AsyncEngine | None:
-    """Return the engine that overrides app_db's, if there is one."""
-    for provider in (connection.engine, connection.async_engine):
-        overriding: Sequence[object] = provider.overridden
-        if overriding:
-            found: Engine | AsyncEngine = provider()
-            return found
-    return None
+    return own_engine(connection.engine, connection.async_engine)
 
 
 def _build_engine(container: DatabaseContainer | None, name: str) -> Engine:
@@ -573,6 +569,7 @@ class _CoreContainer(containers.DeclarativeContainer):
     coordinator = Lasting(build_coordinator, database_container, decision_logs.provider)
     lifecycle = Lifecycle(None, holder)
     routing = Held(StateHolder.get, holder, "routing", "session", _build_routing)
+    health_checks = Held(StateHolder.get, holder, "health", "", build_checks)
     async_routing = Held(StateHolder.get, holder, "async_routing", "async_session", _build_async_routing)
 
 
@@ -614,6 +611,7 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     - `connection`: the connection of a name that is in a variable: `container.connection("writer").session()`
     - `capacity`: how many connections to servers one process can open
     - `pools`: how full the pools are, and who holds their connections
+    - `health`, `async_health`: a report on which databases answer, and how full the pools are
     - `create_all`, `drop_all`: create and drop tables
     - `reflect`, `reflect_schema`: read tables from the databases
     - `bootstrap`, `async_bootstrap`: create the tables and call a function, once
@@ -635,6 +633,8 @@ class DatabaseContainer(containers.DeclarativeContainer, metaclass=_DatabaseCont
     unit: providers.Provider[UnitOfWork] = SignedFactory(build_unit, core.coordinator)
     capacity: providers.Provider[Capacity] = SignedCallable(_capacity, core.database_container)
     pools: providers.Provider[dict[str, PoolState]] = SignedCallable(_pools, core.database_container)
+    health: providers.Provider[Health] = SignedCallable(health, core.health_checks)
+    async_health: providers.Provider[Coroutine[Any, Any, Health]] = SignedCallable(async_health, core.health_checks)
     connection: providers.Provider[Connection] = SignedCallable(_connection, core.database_container)
     session_of: providers.Provider[Session] = SignedCallable(_session_of, core.database_container)
     async_session_of: providers.Provider[AsyncSession] = SignedCallable(_async_session_of, core.database_container)

@@ -331,8 +331,11 @@ class Database:
         """Return whether the connection that was lost by `error` would be lost again when the unit of work is run again."""
         return False
 
+    is_read_only_by_transaction = True
+    """Whether a read-only connection behind a pooler has nothing set on its session."""
+
     def inspection(self) -> Inspection:
-        """Return what a server can be asked before the first unit of work. Its module is imported when it is asked for."""
+        """Return what the database can be asked about itself. Its module is imported when it is asked for."""
         from app_db._databases.inspection import Inspection
 
         return Inspection()

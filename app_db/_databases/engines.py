@@ -25,6 +25,7 @@ from app_db._databases.registry import database_of
 from app_db._databases.slow_statements import log_slow_statements
 from app_db._databases.time_limits import TIME_LIMIT, TimedConnects, TimeLimit, limit_of_checkout
 from app_db.errors import Problem, SettingsError
+from app_db.settings import PoolSettings
 from app_db.settings._urls import URL_PARTS, dialect_of, for_coroutines, for_threads, is_secret, require_greenlet
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ _LEAST_TO_CONNECT = 2.0
 """Seconds after which an attempt to connect ends by itself, at the soonest: a later unit may wait for it."""
 
 _setups: WeakKeyDictionary[Engine, _Setup] = WeakKeyDictionary()
+SHARED = "app_db_shared"
+"""The attribute of a dialect whose engine stands for app_db's in an isolated test. It holds the SharedConnection."""
+
 built: WeakSet[Dialect] = WeakSet()
 """The dialects of the engines that were built here. An engine of the application's own has another one."""
 
@@ -56,8 +60,12 @@ _of_parent_process: list[object] = []
 
 def build_engine(name: str, settings: DatabaseSettings) -> Engine:
     """Return a new engine for the connection `name`. It connects at its first use."""
-    engine = _build(name, settings, for_threads, create_engine)
-    _setups[engine] = _Setup(name, engine, settings.connection(name))
+    return _build_engine(name, settings.connection(name), settings.application)
+
+
+def _build_engine(name: str, connection: ConnectionSettings, application: str) -> Engine:
+    engine = _build(name, connection, application, for_threads, create_engine)
+    _setups[engine] = _Setup(name, engine, connection)
     return engine
 
 
@@ -66,14 +74,54 @@ def build_async_engine(name: str, settings: DatabaseSettings) -> AsyncEngine:
     require_greenlet()
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    engine = _build(name, settings, for_coroutines, create_async_engine)
-    _setups[engine.sync_engine] = _Setup(name, engine.sync_engine, settings.connection(name))
+    connection = settings.connection(name)
+    engine = _build(name, connection, settings.application, for_coroutines, create_async_engine)
+    _setups[engine.sync_engine] = _Setup(name, engine.sync_engine, connection)
     settle(name, engine)
     return engine
 
 
-def _build(name: str, settings: DatabaseSettings, with_driver: Callable[[URL], URL], create: Callable[..., E]) -> E:
-    connection = settings.connection(name)
+def build_engine_beside(name: str, connection: ConnectionSettings, application: str, seconds: float) -> Engine | AsyncEngine:
+    """Return an engine that keeps no connection and sets nothing on its sessions. It does not change a file of SQLite.
+
+    Its driver gives up an attempt to connect after about `seconds`, if it can. The engine is one for coroutines if no driver for
+    threads is installed.
+    """
+    url = connection.sqlalchemy_url()
+    is_awaited = isinstance(dialect_of(for_threads(url)), str) and not isinstance(
+        dialect_of(for_coroutines(url), asynchronous=True), str
+    )
+    with_driver = for_coroutines if is_awaited else for_threads
+    database = database_of(url.get_backend_name())
+    given = {**url.query, **connection.connect_args}
+    limits = database.connect_limits(with_driver(url).get_driver_name(), seconds, given)
+    beside = connection.model_copy(
+        update={
+            "connect_args": {**connection.connect_args, **limits},
+            "pool": PoolSettings(class_="null"),
+            "read_only": database.is_read_only_by_transaction,
+            "pooler": "transaction",  # so nothing is set on the session
+            "isolation_level": None,
+            "statement_timeout": None,
+            "slow_statement": None,
+            "held_warning": None,
+            "begin_with_statement": False,
+            "echo": False,
+        }
+    )
+    if not is_awaited:
+        return _build_engine(name, beside, application)
+    require_greenlet()
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    engine = _build(name, beside, application, for_coroutines, create_async_engine)
+    _setups[engine.sync_engine] = _Setup(name, engine.sync_engine, beside)
+    return engine
+
+
+def _build(
+    name: str, connection: ConnectionSettings, application: str, with_driver: Callable[[URL], URL], create: Callable[..., E]
+) -> E:
     configured = with_driver(connection.sqlalchemy_url())
     asynchronous = with_driver is for_coroutines
     if isinstance(dialect := dialect_of(configured, asynchronous=asynchronous), str):  # the message about an unusable driver
@@ -90,7 +138,7 @@ def _build(name: str, settings: DatabaseSettings, with_driver: Callable[[URL], U
         arguments["execution_options"] = options
     if connection.echo:
         arguments |= {"echo": True, "logging_name": name}
-    return create(url, connect_args=secrets | database.connect_args(shown, settings.application, connection), **arguments)
+    return create(url, connect_args=secrets | database.connect_args(shown, application, connection), **arguments)
 
 
 def holders_of(engine: Engine) -> tuple[Holder, ...] | None:

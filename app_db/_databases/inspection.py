@@ -1,4 +1,4 @@
-"""What a server can be asked before the first unit of work, with the answers for a database that app_db does not know.
+"""What a database can be asked about itself, with the answers for a database that app_db does not know.
 
 Everything is told by settings and privileges. Nothing is written.
 """
@@ -9,6 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
+
+from sqlalchemy import select
+
+from app_db._databases.facts import Facts
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -94,6 +98,12 @@ class ServerSession:
 
 class Inspection:
     """The questions to a server. The connection is in a read-only transaction or in autocommit."""
+
+    def facts(self, connection: Connection) -> Facts:
+        """Return what the database tells about itself. Nothing is changed there."""
+        connection.execute(select(1))
+        version = connection.dialect.server_version_info
+        return Facts(version=None if version is None else ".".join(map(str, version)))
 
     def failure(self, error: BaseException) -> Failure:
         """Return why a connection could not be made, by the driver's error."""

@@ -61,6 +61,7 @@ _CHANGED_ROWS = (
     "SHOW SESSION STATUS WHERE Variable_name IN ('Handler_write', 'Handler_update', 'Handler_delete')"  # the cheapest way to ask
 )
 
+
 _DEFINES = r"(?:CREATE|DROP)\s++(?!(?:OR\s++REPLACE\s++)?TEMPORARY\b)"
 
 _COMMITS_BY_ITSELF = re.compile(
@@ -418,6 +419,8 @@ class MySQL(Database):
         parameters = error.params.values() if isinstance(error.params, Mapping) else error.params or ()
         size = len(error.statement or "") + sum(len(value) for value in parameters if isinstance(value, (str, bytes)))
         return code_of(error) in self._gone and size >= self._large
+
+    is_read_only_by_transaction = False
 
     def inspection(self) -> Inspection:
         from app_db._databases.inspections.mysql import MySQLInspection

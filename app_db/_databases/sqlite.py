@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from app_db._databases.database import AsyncView, Connected, Info, Rows, Say
+    from app_db._databases.inspection import Inspection
     from app_db.settings import ConnectionSettings
 
 # Keys in a DBAPI connection's info.
@@ -239,6 +240,11 @@ class SQLite(Database):
     def is_transient(self, error: BaseException) -> bool:
         code = getattr(error, "sqlite_errorcode", None)
         return code is not None and code & 0xFF in (5, 6)  # SQLITE_BUSY and SQLITE_LOCKED; extended codes add higher bits
+
+    def inspection(self) -> Inspection:
+        from app_db._databases.inspections.sqlite import SQLiteInspection
+
+        return SQLiteInspection()
 
     def file_of(self, url: URL) -> Path | None:
         name = url.database

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app_db.errors import Problem, SettingsError
 from app_db.settings import DatabaseSettings
 from app_db.settings._urls import masked
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL
+    from sqlalchemy import URL, Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+
+def own_engine(*engines: Any) -> Engine | AsyncEngine | None:
+    """Return the engine that overrides one of these providers of app_db's engines, if there is one."""
+    for provider in engines:
+        if provider.overridden:
+            engine: Engine | AsyncEngine = provider()
+            return engine
+    return None
 
 
 def settings_with(own: Mapping[str, URL], declared: Mapping[str, URL]) -> DatabaseSettings:

@@ -111,7 +111,7 @@ class UnitInDoubt:
     @property
     def connections(self) -> list[str]:
         """The connections of its prepared branches."""
-        return sorted({_name_of(branch.xid) for branch in self.branches})
+        return sorted({branch.xid.connection_name for branch in self.branches})
 
     @property
     def is_settled(self) -> bool:
@@ -337,12 +337,7 @@ def _note_branch(branches: dict[Xid, BranchInDoubt], xid: Xid, found: Prepared, 
     """Note a branch that the database of a connection lists. Several connections may lead to the same database."""
     branch = branches.setdefault(xid, BranchInDoubt(xid, [], found.prepared_at, found.owner))
     # Its own connection comes first: another connection may have another user, who must not settle it.
-    branch.connections.insert(0 if name == _name_of(xid) else len(branch.connections), name)
-
-
-def _name_of(xid: Xid) -> str:
-    """Return the connection of a branch. The second branch of a unit on the connection `writer` is called `writer.2`."""
-    return xid.connection.partition(".")[0]
+    branch.connections.insert(0 if name == xid.connection_name else len(branch.connections), name)
 
 
 def _is_young(unit: UnitInDoubt, grace: float) -> bool:

@@ -54,6 +54,11 @@ class Xid:
             return None
 
     @property
+    def connection_name(self) -> str:
+        """The connection of the branch. The second branch of a unit on the connection `writer` is called `writer.2`."""
+        return self.connection.partition(".")[0]
+
+    @property
     def log(self) -> str:
         """The id of the log with which the unit's id begins."""
         return log_of(self.unit)

@@ -163,6 +163,7 @@ class ConnectionSettings(Group):
     isolation_level: _IsolationLevel | None = None
     begin_with_statement: bool = False
     pooler: Literal["transaction", "none"] | None = None
+    required: bool | None = None
     statement_timeout: _Finite | None = Field(default=None, gt=0)
     slow_statement: _Finite | None = Field(default=None, gt=0)
     held_warning: _Finite | None = Field(default=None, gt=0)

@@ -17,6 +17,7 @@ from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from app_db._compat.asyncio import begin_unseen, outlast
 from app_db._databases.database import new_mark
+from app_db._databases.engines import SHARED
 from app_db._databases.interruptions import interrupted
 from app_db._databases.registry import database_of
 from app_db._databases.statements import Effect, effect_of
@@ -37,9 +38,6 @@ R = TypeVar("R")
 
 CHECKOUT = "app_db_checkout"
 """The key in a connection's `info` under which its Checkout stands."""
-
-SHARED = "app_db_shared"
-"""The attribute of a dialect that holds the SharedConnection of its engine."""
 
 
 class SharedConnection:

@@ -19,9 +19,10 @@ from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from app_db._compat.aiosqlite import is_view, leave_open
+from app_db._databases.engines import SHARED
 from app_db._databases.registry import database_of
 from app_db.testing._savepoints import Checkout
-from app_db.testing._shared_connection import CHECKOUT, SHARED, SharedConnection, checkout_in
+from app_db.testing._shared_connection import CHECKOUT, SharedConnection, checkout_in
 
 if TYPE_CHECKING:
     from sqlalchemy import URL

@@ -935,8 +935,8 @@ def test_a_connection_may_not_take_a_name_that_another_one_provides() -> None:
 
 def test_a_container_shows_what_applications_use() -> None:
     of_all = """
-        async_bootstrap async_session async_session_of bootstrap capacity check connection create_all deferred_unit drop_all
-        pools recovery reflect reflect_schema session session_of settings transaction transaction_manager unit
+        async_bootstrap async_health async_session async_session_of bootstrap capacity check connection create_all deferred_unit
+        drop_all health pools recovery reflect reflect_schema session session_of settings transaction transaction_manager unit
     """.split()
     of_each = [f"{name}_{kind}" for name in ("writer", "log") for kind in ALL_KINDS]
     container = Shop()

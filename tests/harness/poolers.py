@@ -28,7 +28,10 @@ from harness.servers import (
 class PgBouncer:
     """A pooler that gives out at most `size` connections to each database of a server."""
 
-    def __init__(self, server: PostgresServer, mode: str = "transaction", size: int = 2) -> None:
+    def __init__(
+        self, server: PostgresServer, mode: str = "transaction", size: int = 2, *, tls: tuple[Path, Path] | None = None
+    ) -> None:
+        """`tls` are the files of a key and a certificate: clients may use TLS then."""
         program = pgbouncer_program()
         self.server = server
         with socket.socket() as free:
@@ -42,6 +45,11 @@ class PgBouncer:
             f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\nauth_type = scram-sha-256\n"
             f"auth_file = {self.directory}/users.txt\npool_mode = {mode}\ndefault_pool_size = {size}\nmax_client_conn = 500\n"
             f"admin_users = {USER}\nunix_socket_dir =\nlogfile = {self.directory}/log\nserver_idle_timeout = 600\n"
+            + (
+                ""
+                if tls is None
+                else f"client_tls_sslmode = allow\nclient_tls_key_file = {tls[0]}\nclient_tls_cert_file = {tls[1]}\n"
+            )
         )
         if owner is not None:
             for path in (self.directory, *self.directory.iterdir()):

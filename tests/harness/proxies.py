@@ -109,6 +109,11 @@ class Proxy:
         number = self.ask("lose", what=what, to=to.decode("latin-1"), after=after, then=then)
         return Fault(self, number)
 
+    @property
+    def accepted(self) -> int:
+        """How many connections were made to the proxy."""
+        return int(self.ask("accepted"))
+
     def cut(self) -> None:
         """Close all connections, stalled ones as well, and forget what was to be lost. New connections are welcome."""
         self.ask("cut")
@@ -255,6 +260,7 @@ class _Forwarder:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
         self._links: list[_Link] = []
         self._losses: list[_Loss] = []
+        self._accepted = 0
 
     def run(self) -> None:
         commands = b""
@@ -305,6 +311,7 @@ class _Forwarder:
 
     def _accept(self) -> None:
         client, _ = self._listener.accept()
+        self._accepted += 1
         try:
             server = socket.create_connection(self._address, 10)
         except OSError:
@@ -318,6 +325,8 @@ class _Forwarder:
     def _obey(self, command: str, **options: Any) -> Any:
         if command == "port":
             return self._listener.getsockname()[1]
+        if command == "accepted":
+            return self._accepted
         if command == "lose":
             self._losses.append(_Loss(**options))
             return len(self._losses) - 1

@@ -458,6 +458,11 @@ class PostgresStandby(PostgresServer):
         """Follow the primary again."""
         self.execute("SELECT pg_wal_replay_resume()")
 
+    def receive(self) -> None:
+        """Wait until all has come that the primary has on its disk, also while this stands still."""
+        ((position,),) = self.primary.execute("SELECT pg_current_wal_flush_lsn()::text")
+        self._wait_for(f"SELECT pg_last_wal_receive_lsn() >= '{position}'::pg_lsn")
+
     def catch_up(self) -> None:
         """Wait until all is there that the primary has written."""
         ((position,),) = self.primary.execute("SELECT pg_current_wal_insert_lsn()::text")

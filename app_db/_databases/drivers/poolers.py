@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
 
 
+def pid_told_to(driver_connection: Any) -> int | None:
+    """Return the process id that a connection was told when it was opened. A pooler tells one of its own."""
+    if is_asyncpg(driver_connection):
+        return int(driver_connection.get_server_pid())
+    libpq = libpq_of(driver_connection)
+    return None if libpq is None else libpq.backend_pid
+
+
 def is_pooled(dbapi_connection: DBAPIConnection) -> bool:
     """Return whether a pooler answers: the process id that it reports is not the server's. No transaction may be open."""
-    driver_connection: Any = driver_of(dbapi_connection)
-    libpq = libpq_of(driver_connection)
-    said = driver_connection.get_server_pid() if is_asyncpg(driver_connection) else libpq and libpq.backend_pid
+    said = pid_told_to(driver_of(dbapi_connection))
     cursor = dbapi_connection.cursor()
     cursor.execute("SELECT pg_backend_pid()")
     found = cursor.fetchone()

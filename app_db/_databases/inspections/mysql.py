@@ -1,14 +1,16 @@
-"""What a MariaDB or MySQL server can be asked before the first unit of work."""
+"""What a MariaDB or MySQL server can be asked about itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from app_db._databases.database import code_of
+from app_db._databases.facts import Facts
 from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, ServerSession, Trouble, by_name
 
 if TYPE_CHECKING:
@@ -16,11 +18,15 @@ if TYPE_CHECKING:
     from sqlalchemy.schema import Table
 
 _VARIABLES = """
-SHOW VARIABLES WHERE Variable_name IN ('max_connections', 'read_only', 'super_read_only', 'tx_read_only', 'transaction_read_only',
-    'wsrep_on', 'idle_transaction_timeout', 'idle_write_transaction_timeout', 'wait_timeout', 'innodb_read_only')
+SHOW VARIABLES WHERE Variable_name IN ('version', 'max_connections', 'read_only', 'super_read_only', 'tx_read_only',
+    'transaction_read_only', 'innodb_read_only', 'wsrep_on', 'idle_transaction_timeout', 'idle_write_transaction_timeout',
+    'wait_timeout')
 """
 
-_STATUS = "SHOW STATUS WHERE Variable_name IN ('Ssl_cipher', 'wsrep_ready', 'wsrep_cluster_status')"
+_STATUS = """
+SHOW STATUS WHERE Variable_name IN ('Ssl_cipher', 'Ssl_version', 'wsrep_ready', 'wsrep_cluster_status',
+    'wsrep_local_state_comment')
+"""
 
 _GRANTED = """
 SELECT privilege_type, '' FROM information_schema.user_privileges WHERE grantee = :grantee
@@ -69,6 +75,32 @@ class MySQLInspection(Inspection):
     """Access denied, the same for a plugin, and a password that has expired."""
     _databases = frozenset({1044, 1049})
     """Access denied to a database, and an unknown one."""
+
+    def facts(self, connection: Connection) -> Facts:
+        # SHOW is answered by each node of Galera, SELECT only by one that is in the cluster.
+        told = by_name([*connection.exec_driver_sql(_VARIABLES), *connection.exec_driver_sql(_STATUS)])
+        galera = _galera(told) if told.get("wsrep_on") == "ON" else None
+        source = self._replication(connection)
+        is_replica = source is not None or told.get("read_only", "OFF") != "OFF"
+        problem = "" if source is None else _why_stopped(source)
+        if galera is not None and galera != _SYNCED:
+            problem = f"the Galera node is {galera}, and not {_SYNCED}"
+        return Facts(
+            version=told["version"].partition("-")[0],
+            role="replica" if is_replica else "primary",
+            lag=None if source is None else _seconds_behind(source),
+            galera=galera,
+            tls=told.get("Ssl_version"),
+            problem=problem,
+        )
+
+    def _replication(self, connection: Connection) -> Mapping[str, Any] | None:
+        """Return what the server tells about its replication; None if it is no replica, or the user may not ask."""
+        for statement in ("SHOW REPLICA STATUS", "SHOW SLAVE STATUS"):  # the second is for old servers
+            with suppress(DBAPIError):
+                row = connection.exec_driver_sql(statement).mappings().first()
+                return None if row is None else {str(key): value for key, value in row.items()}
+        return None
 
     def failure(self, error: BaseException) -> Failure:
         code = code_of(error)
@@ -148,3 +180,25 @@ class MySQLInspection(Inspection):
         name, _, host = str(user).rpartition("@")
         rows = connection.execute(text(_GRANTED), {"grantee": f"'{name}'@'{host}'"})
         return {(str(privilege), str(table)) for privilege, table in rows}
+
+
+# ---- facts ----------------------------------------------------------------------------------------------------------------
+
+_SYNCED = "Synced"
+
+
+def _galera(told: Mapping[str, str]) -> str:
+    """Return the state of a node of Galera. A node outside of the majority calls itself synced, too."""
+    cluster = told.get("wsrep_cluster_status", "")
+    return told.get("wsrep_local_state_comment", "") if cluster == "Primary" else cluster
+
+
+def _seconds_behind(source: Mapping[str, Any]) -> float | None:
+    behind = source.get("Seconds_Behind_Master", source.get("Seconds_Behind_Source"))
+    return None if behind is None else float(behind)
+
+
+def _why_stopped(source: Mapping[str, Any]) -> str:
+    """Return that replication has stopped, or an empty string."""
+    stopped = [key for key in source if key.endswith(("_IO_Running", "_SQL_Running")) and source[key] == "No"]
+    return f"replication has stopped ({', '.join(stopped)} is No)" if stopped else ""

@@ -1,4 +1,4 @@
-"""What a PostgreSQL server can be asked before the first unit of work."""
+"""What a PostgreSQL server can be asked about itself."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
-from app_db._databases.drivers.poolers import is_pooled
+from app_db._compat.psycopg import libpq_of
+from app_db._databases.drivers.poolers import is_pooled, pid_told_to
+from app_db._databases.facts import Facts
 from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, ServerSession, Trouble, by_name
 
 if TYPE_CHECKING:
@@ -25,6 +28,18 @@ SELECT extract(epoch FROM clock_timestamp())::float8, pg_is_in_recovery(),
         WHERE own.datname = current_database())
 """
 """The reset value of default_transaction_read_only is that of the user and database: app_db sets another one for a reader."""
+
+_FACTS = """
+SELECT current_setting('server_version'), pg_is_in_recovery(), pg_backend_pid(),
+    (SELECT CASE WHEN ssl THEN version ELSE '' END FROM pg_stat_ssl WHERE pid = pg_backend_pid())"""
+
+_LAG = """
+SELECT CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() AND has_receiver THEN 0
+    ELSE extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp()) END,
+    pg_last_wal_receive_lsn() IS NOT NULL AND NOT has_receiver
+FROM (SELECT EXISTS (SELECT FROM pg_stat_wal_receiver) AS has_receiver) AS told"""
+"""A replica that follows an idle primary has replayed all, although its last transaction may be hours old. One that has received
+WAL since it started, and receives none, has lost its primary. One that is fed with files has never received any."""
 
 _IDENTITY = """
 SELECT CASE WHEN has_function_privilege('pg_catalog.pg_control_system()', 'EXECUTE')
@@ -72,6 +87,35 @@ _READ_ONLY_BY_DEFAULT = Trouble(
 
 class PostgreSQLInspection(Inspection):
     """The questions to PostgreSQL."""
+
+    def facts(self, connection: Connection) -> Facts:
+        try:
+            version, is_replica, pid, tls = connection.exec_driver_sql(_FACTS).one()
+        except ProgrammingError:  # the server is another one with the same protocol, or the user may not call a function
+            connection.rollback()
+            return super().facts(connection)
+        driver_connection = connection.connection.driver_connection
+        said = pid_told_to(driver_connection)
+        is_pooled = None if not said else said != pid
+        lag, has_lost_primary = self._lag(connection) if is_replica else (None, False)
+        return Facts(
+            version=version.partition(" ")[0],
+            role="replica" if is_replica else "primary",
+            lag=lag,
+            pooler=is_pooled,
+            tls=_tls_to_pooler(driver_connection) if is_pooled else tls,
+            problem="replication has stopped: it receives nothing from its primary" if has_lost_primary else "",
+        )
+
+    def _lag(self, connection: Connection) -> tuple[float | None, bool]:
+        """Return by how many seconds a replica is behind, and whether it has lost its primary."""
+        try:
+            behind, has_lost_primary = connection.exec_driver_sql(_LAG).one()
+        except DBAPIError:  # Aurora's replicas don't replay WAL
+            connection.rollback()
+            return None, False
+        # The clock with which the server compares its own is the primary's.
+        return None if behind is None else max(float(behind), 0.0), bool(has_lost_primary)
 
     def failure(self, error: BaseException) -> Failure:
         # libpq gives no SQLSTATE for a connection that was refused, and servers speak the language of lc_messages. asyncpg does.
@@ -127,3 +171,9 @@ class PostgreSQLInspection(Inspection):
 
     def may_write(self, connection: Connection) -> bool:
         return bool(connection.exec_driver_sql(_MAY_WRITE).scalar())
+
+
+def _tls_to_pooler(driver_connection: object) -> str | None:
+    """Return whether the connection to a pooler has TLS. The server tells only about the pooler's own connection."""
+    libpq = libpq_of(driver_connection)
+    return None if libpq is None else "TLS" if libpq.ssl_in_use else ""

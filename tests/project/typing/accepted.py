@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Sequence
-from typing import Annotated, assert_type
+from typing import Annotated, Literal, assert_type
 from unittest import IsolatedAsyncioTestCase
 
 from dependency_injector import containers, providers, wiring
@@ -48,6 +49,8 @@ from app_db import (
     retryable,
     transactional,
 )
+from app_db.health import Health
+from app_db.integrations.health import asgi_health, wsgi_health
 from app_db.testing import (
     CapturedHook,
     CapturedHooks,
@@ -498,6 +501,21 @@ def fill(container: Shop) -> None:
 
 async def fill_async(container: Shop) -> None:
     assert_type(await container.async_bootstrap(count_async, on="writer"), bool)
+
+
+# ---- health ------------------------------------------------------------------------------------------------------------
+
+
+def ask_for_health(container: Shop) -> None:
+    assert_type(container.health(), Health)
+    assert_type(container.health(timeout=1).connections["writer"].status, Literal["up", "degraded", "down"])
+    assert_type(container.health().as_json(), dict[str, object])
+    print(asgi_health(container), wsgi_health(container, timeout=1))
+
+
+async def ask_for_health_async(container: Shop) -> None:
+    assert_type(await container.async_health(timeout=1.5), Health)
+    assert_type(await asyncio.create_task(container.async_health()), Health)
 
 
 # ---- testing -------------------------------------------------------------------------------------------------------------

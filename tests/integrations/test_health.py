@@ -1,0 +1,228 @@
+"""Probes of `/livez` and `/readyz`, on real servers, alone and mounted."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from wsgiref.validate import validator
+
+import httpx
+import pytest
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+from app_db import DatabaseContainer, DatabaseSettings, container_of
+from app_db.errors import InvalidUse
+from app_db.integrations.health import asgi_health, wsgi_health
+from harness.requiring import need
+from harness.webs import client, serving, serving_wsgi
+
+DEAD = "postgresql://shop:s3cr3t@127.0.0.1:1/shop"
+
+Serve = Callable[[DatabaseContainer], Any]
+
+
+def by_asgi(container: DatabaseContainer) -> Any:
+    return serving(asgi_health(container, timeout=10))
+
+
+def by_wsgi(container: DatabaseContainer) -> Any:
+    return serving_wsgi(validator(wsgi_health(container, timeout=10)))
+
+
+def mounted_by_asgi(container: DatabaseContainer) -> Any:
+    from fastapi import FastAPI
+
+    app = FastAPI()
+    app.mount("/health", asgi_health(container, timeout=10))
+    return below_health(serving(app))
+
+
+def mounted_by_wsgi(container: DatabaseContainer) -> Any:
+    from flask import Flask
+
+    app = Flask(__name__)
+    app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {"/health": wsgi_health(container, timeout=10)})  # type: ignore[method-assign]
+    return below_health(serving_wsgi(app))
+
+
+@contextmanager
+def below_health(served: Any) -> Iterator[str]:
+    with served as address:
+        yield f"{address}/health"
+
+
+WAYS = [by_asgi, by_wsgi, mounted_by_asgi, mounted_by_wsgi]
+
+
+@contextmanager
+def container_with(**connections: Any) -> Iterator[DatabaseContainer]:
+    settings = DatabaseSettings(_env_file=None, connections=connections)
+    container = container_of(*connections)(settings=settings)
+    container.writer_engine().dispose()
+    yield container
+    container.shutdown_resources()
+
+
+@pytest.fixture
+def sound(sqlite_url: str) -> Iterator[DatabaseContainer]:
+    with container_with(writer={"url": sqlite_url}) as container:
+        container.writer_engine().connect().close()
+        yield container
+
+
+@pytest.mark.representative("by_asgi", "mounted_by_wsgi")
+@pytest.mark.parametrize("serve", WAYS)
+def test_probes_are_answered(serve: Serve, sound: DatabaseContainer) -> None:
+    with serve(sound) as address, client() as one:
+        live, ready = one.get(f"{address}/livez"), one.get(f"{address}/readyz")
+        assert (live.status_code, live.json()) == (200, {"status": "pass"})
+        assert (ready.status_code, ready.json()["status"]) == (200, "pass")
+        assert ready.json()["checks"]["writer:responseTime"][0]["status"] == "pass"
+        for answer in (live, ready):
+            assert answer.headers["content-type"] == "application/health+json"
+            assert answer.headers["cache-control"] == "no-store"
+            head = one.head(str(answer.url))
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-type"] == "application/health+json"
+        for path in ("/", "/livez/", "/readyz/x", "/other"):
+            assert one.get(f"{address}{path}").status_code == 404
+        posted = one.post(f"{address}/readyz")
+        assert (posted.status_code, posted.headers["allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.representative("by_wsgi")
+@pytest.mark.parametrize("serve", [by_asgi, by_wsgi])
+def test_a_required_database_that_is_down_makes_the_process_unready_and_not_dead(serve: Serve, sqlite_url: str) -> None:
+    with container_with(writer={"url": sqlite_url}, warehouse={"url": DEAD}) as container:
+        container.writer_engine().connect().close()
+        with serve(container) as address, client() as one:
+            ready = one.get(f"{address}/readyz")
+            assert (ready.status_code, ready.json()["status"]) == (503, "fail")
+            assert ready.json()["output"].startswith("warehouse: ")
+            assert "s3cr3t" not in ready.text
+            assert one.head(f"{address}/readyz").status_code == 503
+            assert one.get(f"{address}/livez").status_code == 200
+    with container_with(writer={"url": sqlite_url}, warehouse={"url": DEAD, "required": False}) as container:
+        container.writer_engine().connect().close()
+        with serve(container) as address, client() as one:
+            ready = one.get(f"{address}/readyz")
+            assert (ready.status_code, ready.json()["status"]) == (200, "warn")
+
+
+def test_livez_asks_no_database() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.setblocking(False)
+        url = f"postgresql://shop@127.0.0.1:{silent.getsockname()[1]}/shop"
+        with container_with(writer={"url": url}) as container, by_wsgi(container) as address, client() as one:
+            assert one.get(f"{address}/livez").status_code == 200
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+def test_the_loop_answers_others_while_a_database_is_silent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://shop@127.0.0.1:{silent.getsockname()[1]}/shop"
+        with container_with(writer={"url": url}) as container, serving(asgi_health(container, timeout=1)) as address:
+            answers: list[httpx.Response] = []
+
+            def ask() -> None:
+                with client() as one:
+                    answers.append(one.get(f"{address}/readyz"))
+
+            asking = threading.Thread(target=ask)
+            asking.start()
+            connected, _ = silent.accept()  # so the database is being asked
+            with connected, client() as one:
+                assert one.get(f"{address}/livez").status_code == 200
+                assert answers == []
+            asking.join()
+            assert answers[0].status_code == 503
+
+
+def test_a_web_socket_is_refused(sound: DatabaseContainer) -> None:
+    need("websockets")
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    with by_asgi(sound) as address, pytest.raises(InvalidStatus, match="403"):
+        connect(f"{address.replace('http', 'ws')}/readyz", proxy=None)
+
+
+@pytest.mark.parametrize("wrong", [container_of("writer"), None, "container"])
+@pytest.mark.parametrize("make", [asgi_health, wsgi_health])
+def test_what_is_no_container_is_refused(make: Callable[[Any], Any], wrong: object) -> None:
+    with pytest.raises(InvalidUse, match="is no database container"):
+        make(wrong)
+
+
+SERVED = """
+import sys
+from app_db import DatabaseSettings, container_of
+from app_db.integrations.health import wsgi_health
+
+connections = {"writer": {"url": "sqlite:///shop.db"}}
+container = container_of("writer")(settings=DatabaseSettings(_env_file=None, connections=connections))
+container.writer_engine().connect().close()
+container.health()  # before gunicorn forks
+application = wsgi_health(container)
+if __name__ == "__main__":
+    import waitress
+
+    waitress.serve(application, host="127.0.0.1", port=int(sys.argv[1]))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("server", ["waitress", "gunicorn"])
+def test_servers_of_wsgi_answer_too(server: str, tmp_path: Any) -> None:
+    need(server)
+    (tmp_path / "probed.py").write_text(SERVED)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    commands = {
+        "waitress": ["probed.py", str(port)],
+        "gunicorn": ["-m", "gunicorn", "--preload", "--workers", "2", "--bind", f"127.0.0.1:{port}", "probed:application"],
+    }
+    process = subprocess.Popen([sys.executable, *commands[server]], cwd=tmp_path, stderr=subprocess.PIPE)
+    try:
+        ready = first_answer(f"http://127.0.0.1:{port}/readyz", process)
+        assert (ready.status_code, ready.json()["status"]) == (200, "pass")
+        with client() as one:
+            head = one.head(f"http://127.0.0.1:{port}/readyz")
+            assert (head.status_code, head.content) == (200, b"")
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+def first_answer(url: str, process: subprocess.Popen[bytes]) -> httpx.Response:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with client() as one:
+                return one.get(url)
+        except httpx.ConnectError:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_the_document_is_what_the_draft_asks_for(sound: DatabaseContainer) -> None:
+    document = json.loads(json.dumps(sound.health(timeout=10).as_json()))
+    assert document["status"] in ("pass", "warn", "fail")
+    for name, measured in cast("dict[str, list[dict[str, Any]]]", document["checks"]).items():
+        component, _, measurement = name.partition(":")
+        assert component == "writer"
+        assert measurement in ("responseTime", "connections")
+        for check in measured:
+            assert check["componentType"] == "datastore"
+            assert check["status"] == "pass"
+            assert check["time"].endswith("Z")
+            assert isinstance(check["observedValue"], (int, float))
