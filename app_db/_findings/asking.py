@@ -21,7 +21,7 @@ from app_db._databases.time_limits import TimeLimit, limit_of_checkout
 from app_db._findings import matters
 from app_db._findings.finding import Finding, described, place_of, place_of_database
 from app_db.container import DatabaseContainer
-from app_db.errors import SettingsError
+from app_db.errors import SettingsError, UnitOfWorkTimeout
 from app_db.settings import ConnectionSettings, DatabaseSettings
 
 R = TypeVar("R")
@@ -107,7 +107,7 @@ def answers(asked: Asked, questions: Sequence[Question]) -> list[Finding]:
     except SettingsError as error:
         return [*refusals(asked.name, error, pooler=asked.own.variable("pooler"))]
     except Exception as error:  # noqa: BLE001  # whatever the driver or a password provider raises
-        is_late = time.monotonic() > overtime or isinstance(error, PoolTimeoutError)
+        is_late = time.monotonic() > overtime or isinstance(error, UnitOfWorkTimeout | PoolTimeoutError)
         return [silence(asked) if is_late else _failure(asked, error)]
 
 
