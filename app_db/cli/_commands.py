@@ -1,142 +1,80 @@
-"""The command line, `python -m app_db`. Its commands call methods of containers."""
+"""The command line: its parser, its exit codes, and `main`. What a verb does stands in the verb's file.
+
+Importing app_db takes longer than most of what is done here, so only the file of the verb that is asked for is imported, and
+the container only when a verb asks for it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path
-from types import ModuleType
-from typing import cast
+from typing import TYPE_CHECKING, Any
 
-from app_db._two_phase.decisions import Verdict
-from app_db._two_phase.recovery import GRACE, BranchInDoubt, BranchState, Settlement, UnitInDoubt
-from app_db._wording import in_one_line
-from app_db.cli import _checking
-from app_db.container import Connection, DatabaseContainer, container_of
+from app_db._wording import did_you_mean, in_one_line
+from app_db.cli._calls import COULD_NOT_RUN, EXIT_CODES, Call, CannotRun, Verb, listed
+from app_db.cli._printing import Printer
 from app_db.errors import AppDbError
-from app_db.settings import DatabaseSettings
 
-EXIT_CODES = """\
-exit codes:
-  0  nothing is left to do
-  1  something is left, or may be left; the output says what and why
-  2  the command could not run
-"""
+if TYPE_CHECKING:
+    from app_db.container import DatabaseContainer
 
-NOTHING_LEFT, SOMETHING_LEFT, COULD_NOT_RUN = 0, 1, 2
+VERBS: Mapping[str, Mapping[str, str]] = {
+    "_checking": {"check": "check whether units of work can commit as promised"},
+    "_recovering": {
+        "recover": "settle what a crash left prepared",
+        "in-doubt": "list what a crash left prepared, and change nothing",
+    },
+}
+"""By file: its verbs, and the line of each in `--help`."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
     """Run a command and return its exit code: 0, 1 or 2, as `--help` says.
 
-    Without `arguments` it reads those of the process. Errors are printed, and not raised.
+    Without `arguments` it reads those of the process. `program` is what the usage calls it. Errors are printed, and not raised.
     """
-    options = _parser().parse_args(arguments)
+    program = program or _program()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    common, rest = _common_options(program, given)
+    out = Printer(as_json=common.json)
     try:
-        container = _container(options.container)
-        with _without_log_records():
-            try:
-                return int(options.command(container, options))
-            finally:
-                container.shutdown_resources()
+        verb, rest = _verb_first(rest)
+        options = _parser(program, verb).parse_args(rest, common)
+        return _run(Call(options, out, program, lambda: _find_container(common.container)))
     except AppDbError as error:
-        print(error, file=sys.stderr)
-    except _NoContainer as error:
-        print(f"--container {options.container}: {error}", file=sys.stderr)
+        out.error(str(error))
+    except CannotRun as error:
+        out.error(str(error))
     except KeyboardInterrupt:
-        print("Interrupted. Nothing is lost by that: run it again.", file=sys.stderr)
+        out.error("Interrupted. Nothing is lost by that: run it again.")
     except Exception as error:  # noqa: BLE001  # a traceback does not help an operator
-        print(f"app_db could not go on: {in_one_line(error)}", file=sys.stderr)
+        out.error(f"app_db could not go on: {in_one_line(error)}")
     return COULD_NOT_RUN
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m app_db", description="Look after an application's databases.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    recover = commands.add_parser("recover", help="settle what a crash left prepared", description=_recover.__doc__)
-    recover.add_argument("--dry-run", action="store_true", help="change nothing, and print what would be done")
-    recover.add_argument(
-        "--grace",
-        type=_seconds,
-        default=GRACE,
-        metavar="SECONDS",
-        help="wait for what was prepared less than so long ago, because its process may still commit it (default: %(default)g)",
-    )
-    recover.set_defaults(command=_recover)
-    check = _checking.add_to(commands)
-    for each in (parser, recover, check):
-        each.formatter_class, each.epilog = argparse.RawDescriptionHelpFormatter, EXIT_CODES
-    for command in (recover, check):
-        command.add_argument(
-            "--container",
-            metavar="MODULE:NAME",
-            help="the container, its class or a function that returns it (default: one with all connections in the settings)",
-        )
-    return parser
+def _find_container(option: str | None) -> DatabaseContainer:
+    from app_db.cli._finding import find_container
+
+    return find_container(option)
 
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError("give seconds, 0 or more")
-    return seconds
-
-
-# ---- the container ------------------------------------------------------------------------------------------------------
-
-
-class _NoContainer(Exception):
-    """The value of --container can't be used. The message never quotes an error of the application, which may hold secrets."""
-
-
-def _container(name: str | None) -> DatabaseContainer:
-    if name is None:
-        settings = DatabaseSettings()
-        return container_of(*settings.connections)(settings=settings)
-    module, _, path = name.partition(":")
-    found: object = _imported(module)
-    for part in (path or "container").split("."):
+def _run(call: Call) -> int:
+    with _without_log_records():
         try:
-            found = getattr(found, part)
-        except AttributeError:
-            raise _NoContainer(f"there is no {part!r}. Name a container, its class, or a function: MODULE:NAME") from None
-    made = _called(found) if callable(found) and not isinstance(found, Connection) else found
-    if not hasattr(made, "session_of"):
-        raise _NoContainer("it is no database container. Name one, its class, or a function that returns it: MODULE:NAME")
-    return cast("DatabaseContainer", made)
+            return int(call.options.verb(call))
+        finally:
+            call.close()
 
 
-def _imported(module: str) -> ModuleType:
-    if not module:
-        raise _NoContainer("it names no module. Give MODULE:NAME")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return import_module(module)
-    except AppDbError:
-        raise
-    except ModuleNotFoundError as error:
-        raise _NoContainer(f"there is no module {error.name!r}. Run this where the application runs") from None
-    except Exception as error:  # noqa: BLE001  # the application may raise anything
-        raise _NoContainer(
-            f"the module {module!r} can't be imported ({type(error).__name__}). Import it in Python to see why"
-        ) from None
-
-
-def _called(make: Callable[[], object]) -> object:
-    try:
-        return make()
-    except AppDbError:
-        raise
-    except Exception as error:  # noqa: BLE001  # the application may raise anything
-        raise _NoContainer(f"calling it failed ({type(error).__name__}). Call it in Python to see why") from None
+def _program() -> str:
+    """Return how this process was started."""
+    return "python -m app_db" if Path(sys.argv[0]).name == "__main__.py" else "app-db"
 
 
 @contextmanager
@@ -150,95 +88,108 @@ def _without_log_records() -> Generator[None]:
         logging.root.removeHandler(handler)
 
 
-# ---- recover ------------------------------------------------------------------------------------------------------------
+# ---- the parser ---------------------------------------------------------------------------------------------------------
 
 
-def _recover(container: DatabaseContainer, options: argparse.Namespace) -> int:
-    """Commit or roll back the branches that a crash left prepared. You can run it at any time and from any host."""
-    settlement = container.recovery().settle(grace=options.grace, dry_run=options.dry_run)
-    for line in _report(settlement, container.settings().application, options.dry_run):
-        print(line)
-    return SOMETHING_LEFT if settlement.left else NOTHING_LEFT
+def _common_options(program: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options that may stand before or after the verb, and the arguments without them."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False, usage=f"{program} COMMAND …")
+    _add_common(parser)
+    parser.add_argument("--version", action=_ShowVersion, nargs=0)
+    parser.set_defaults(container=None, json=False)
+    common, rest = parser.parse_known_args(arguments[:end])
+    return common, [*rest, *arguments[end:]]
 
 
-def _report(settlement: Settlement, application: str, dry_run: bool) -> Iterator[str]:
-    """Yield the lines of the report: the units of work, oldest first, then databases without an answer, and the totals."""
-    for unit in settlement.units:
-        yield f"{unit.unit}, begun {_moment(unit.begun_at)}: {_summary(unit, dry_run)}"
-        width = max(len(branch.connection) for branch in unit.branches)
-        for branch in unit.branches:
-            yield f"  {branch.connection:{width}}  {_state(branch, unit, dry_run)}"
-        yield ""
-    for subject, reason in settlement.unreachable.items():
-        yield f"Can't be asked: {subject} ({reason})"
-    if settlement.unreachable:
-        yield "What is prepared there keeps its locks. Run this again when it can be reached."
-        yield ""
-    yield _totals(settlement, application, dry_run)
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every verb has. They have no default here, which would replace a value given before the verb."""
+    parser.add_argument(
+        "--container",
+        metavar="MODULE:NAME",
+        default=argparse.SUPPRESS,
+        help="the container, its class or a function that returns it (default: APP_DB_CONTAINER; [tool.app_db] container in "
+        "pyproject.toml; a container of all connections in the settings)",
+    )
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of text")
 
 
-def _summary(unit: UnitInDoubt, dry_run: bool) -> str:
-    if all(branch.state is BranchState.GONE for branch in unit.branches):
-        return "another process has settled it meanwhile"
-    if unit.verdict is None:
-        return f"{'under way' if unit.is_under_way else 'LEFT IN DOUBT'}, because {unit.reason}"
-    decided = "it was decided to commit it" if unit.verdict is Verdict.COMMIT else "there was no decision to commit it"
-    if unit.is_under_way:
-        return f"under way, because {unit.reason}; later it would be {_participle(unit.verdict)}, because {decided}"
-    if dry_run:
-        return f"would be {_participle(unit.verdict)}, because {decided}"
-    if unit.is_settled:
-        return f"{_participle(unit.verdict)}, because {decided}"
-    return f"LEFT, because not all of it could be {_participle(unit.verdict)}; {decided}"
+def _parser(program: str, wanted: str | None) -> argparse.ArgumentParser:
+    """Return the parser, with the options of one verb."""
+    parser = _Parser(prog=program, description="Look after an application's databases.")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version of app_db")
+    commands = _Commands(parser)
+    for module, verbs in VERBS.items():
+        if wanted in verbs:
+            import_module(f"app_db.cli.{module}").add_to(commands)
+        for verb in verbs:
+            commands.add_name(verb)
+    return parser
 
 
-def _participle(verdict: Verdict) -> str:
-    return "committed" if verdict is Verdict.COMMIT else "rolled back"
+def every_verb(program: str) -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of all verbs, which takes the import of all their files."""
+    commands = _Commands(_Parser(prog=program))
+    for module in VERBS:
+        import_module(f"app_db.cli.{module}").add_to(commands)
+    return commands.parsers
 
 
-def _state(branch: BranchInDoubt, unit: UnitInDoubt, dry_run: bool) -> str:
-    if branch.is_settled:
-        return str(branch.state)
-    prepared = "prepared" if branch.prepared_at is None else f"prepared {_moment(branch.prepared_at)}"
-    owner = "" if branch.owner is None else f" by the user {branch.owner!r}"
-    text = f"{prepared}{owner} as {branch.xid}"
-    if dry_run or branch.state is BranchState.PREPARED:
-        return text
-    if branch.state is BranchState.HELD:
-        return f"LEFT {text}: the connection that prepared it is still open. Run this again when it is closed"
-    return f"LEFT {text}: {branch.reason}"
+def _verb_first(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the verb, None if there is none, and the arguments with the verb before its options. Raises CannotRun."""
+    known = [name for verbs in VERBS.values() for name in verbs]
+    verb = next((argument for argument in arguments if argument in known), None)
+    if verb is not None:
+        rest = list(arguments)
+        rest.remove(verb)
+        return verb, [verb, *rest]
+    unknown = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if unknown is not None:
+        raise CannotRun(f"There is no command {unknown!r}.{did_you_mean(unknown, known)} {listed('There are', known)}")
+    return None, list(arguments)
 
 
-def _moment(at: float) -> str:
-    try:
-        spelled = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (ValueError, OverflowError, OSError):  # the letters of an xid may spell any number
-        return "at an unknown time"
-    return f"{spelled} ({_duration(time.time() - at)} ago)"
+class _Parser(argparse.ArgumentParser):
+    """A parser with the options that every verb has, and the exit codes below its help."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments, allow_abbrev=False)
+        self.epilog, self.formatter_class = EXIT_CODES, argparse.RawDescriptionHelpFormatter
+        _add_common(self)
 
 
-def _duration(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
+class _Commands:
+    """The verbs of the parser. The help of each is in the table above."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parsers: dict[str, argparse.ArgumentParser] = {}
+        self._program = parser.prog
+        self._parsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+        self._lines = {name: line for verbs in VERBS.values() for name, line in verbs.items()}
+
+    def add(self, name: str, verb: Verb) -> argparse.ArgumentParser:
+        parser = self._added(name, cleandoc(verb.__doc__ or ""))
+        parser.set_defaults(verb=verb)
+        return parser
+
+    def add_name(self, name: str) -> None:
+        """Add a verb for `--help` alone, unless it is there."""
+        if name not in self.parsers:
+            self._added(name, "")
+
+    def _added(self, name: str, description: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = self._parsers.add_parser(
+            name, help=self._lines[name], description=description, prog=f"{self._program} {name}"
+        )
+        self.parsers[name] = parser
+        return parser
 
 
-def _totals(settlement: Settlement, application: str, dry_run: bool) -> str:
-    if not (settlement.units or settlement.unreachable or settlement.forgotten):
-        return f"Nothing of {application!r} is in doubt."
-    settled = sum(unit.is_settled for unit in settlement.units)
-    under_way = len(settlement.under_way)
-    parts = [f"{_counted(len(settlement.units), 'unit')} of {application!r} in doubt"]
-    if settlement.units and not dry_run:
-        parts.append(f"{settled} settled, {len(settlement.units) - settled - under_way} left")
-    if under_way:
-        parts.append(f"{under_way} under way")
-    if settlement.forgotten:
-        would = "that would be " if dry_run else ""
-        parts.append(f"{_counted(settlement.forgotten, 'decision')} {would}forgotten")
-    return ", ".join(parts) + "."
+class _ShowVersion(argparse.Action):
+    """Prints the version, which is looked up only then."""
 
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from app_db._compat.packaging import version_of
 
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+        print(f"app-db {version_of('app-db')}")
+        parser.exit()

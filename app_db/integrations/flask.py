@@ -99,5 +99,5 @@ def _command(arguments: tuple[str, ...]) -> None:
     from app_db.cli import main
 
     if not arguments:
-        sys.exit(main(["--help"]))
-    sys.exit(main([*arguments, "--container", f"{__name__}:{_container.__name__}"]))
+        sys.exit(main(["--help"], program="flask app-db"))
+    sys.exit(main(["--container", f"{__name__}:{_container.__name__}", *arguments], program="flask app-db"))

@@ -15,7 +15,7 @@ from app_db import DatabaseContainer, DatabaseSettings, container_of
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.recovery import BranchInDoubt, BranchState, Settlement, UnitInDoubt
 from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
-from app_db.cli import _commands as cli
+from app_db.cli import _recovering, main
 from harness import commands
 from harness.crashing import Zygote, variables
 from harness.paths import ROOT
@@ -174,7 +174,7 @@ def test_a_grace_that_is_none_is_refused(grace: str) -> None:
 
 
 def page(*units: UnitInDoubt, dry_run: bool = False) -> str:
-    return "\n".join(cli._report(Settlement(list(units)), "shop", dry_run))
+    return "\n".join(_recovering._report(Settlement(list(units)), "shop", dry_run))
 
 
 def unit_of(*states: BranchState, verdict: Verdict | None = Verdict.COMMIT, unit: str = "", begun_at: float = 0) -> UnitInDoubt:
@@ -205,7 +205,7 @@ def test_any_time_can_be_printed(begun_at: float) -> None:
     ("seconds", "shown"), [(-5, "0 s"), (1.2, "1 s"), (119, "119 s"), (121, "2 min"), (7201, "2 h"), (86400 * 3, "3 d")]
 )
 def test_ages_are_rounded_to_what_matters(seconds: float, shown: str) -> None:
-    assert cli._duration(seconds) == shown
+    assert _recovering._duration(seconds) == shown
 
 
 def test_without_two_phase_connections_there_is_nothing_to_recover_and_nothing_connects() -> None:
@@ -349,7 +349,7 @@ def test_tables_of_mariadb_that_have_no_transactions_are_named(new_mariadb_url: 
 def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", "sqlite://")
     monkeypatch.setattr("app_db._two_phase.recovery.Recovery.settle", lambda *arguments, **options: raised(KeyboardInterrupt()))
-    assert cli.main(["recover"]) == 2
+    assert main(["recover"]) == 2
     assert "run it again" in capsys.readouterr().err
 
 
@@ -360,7 +360,7 @@ def raised(error: BaseException) -> None:
 def test_the_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--help"], ["recover", "--help"], ["check", "--help"]):
         with pytest.raises(SystemExit) as left:
-            cli.main(arguments)
+            main(arguments)
         assert left.value.code == 0
         shown = capsys.readouterr().out
         assert all(f"  {code}  " in shown for code in (0, 1, 2))

@@ -1,0 +1,137 @@
+"""The application's container: which one is meant, and by what it is named."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+from app_db.cli._calls import CannotRun
+from app_db.container import Connection, DatabaseContainer, container_of
+from app_db.errors import AppDbError
+from app_db.settings import DatabaseSettings
+
+VARIABLE = "APP_DB_CONTAINER"
+"""The environment variable that names the container. It is no setting: the container has the settings."""
+
+
+def find_container(option: str | None) -> DatabaseContainer:
+    """Return the container that `--container` names, or else APP_DB_CONTAINER, or else pyproject.toml.
+
+    Without any of them, it is a container with all connections in the settings. Raises CannotRun or an AppDbError.
+    """
+    named = _named(option)
+    if named is None:
+        settings = DatabaseSettings()
+        return container_of(*settings.connections)(settings=settings)
+    return named.container()
+
+
+def _named(option: str | None) -> _Named | None:
+    if option is not None:
+        return _Named(option, f"--container {option}", Path.cwd())
+    variable = os.environ.get(VARIABLE)
+    if variable is not None:
+        return _Named(variable, f"{VARIABLE}={variable}", Path.cwd())
+    return _named_in_project(Path.cwd())
+
+
+# ---- pyproject.toml -----------------------------------------------------------------------------------------------------
+
+
+def modules_in_project() -> list[str]:
+    """Return `modules` of [tool.app_db] in the nearest pyproject.toml. Raises CannotRun if that can't be read."""
+    file = next((path for each in (Path.cwd(), *Path.cwd().parents) if (path := each / "pyproject.toml").is_file()), None)
+    modules: object = [] if file is None else _table_of(file).get("modules", [])
+    if not (isinstance(modules, list) and all(isinstance(module, str) for module in modules)):
+        raise CannotRun(f'{file}: modules in [tool.app_db] is no list of names. Write modules = ["shop"]')
+    return modules
+
+
+def _named_in_project(place: Path) -> _Named | None:
+    """Return what the nearest pyproject.toml names, in `place` or above it."""
+    file = next((path for each in (place, *place.parents) if (path := each / "pyproject.toml").is_file()), None)
+    if file is None:
+        return None
+    table = _table_of(file)
+    name = table.get("container")
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise CannotRun(f'{file}: container in [tool.app_db] is no text. Write container = "MODULE:NAME"')
+    return _Named(name, f"{file}: container = {name!r} in [tool.app_db]", file.parent)
+
+
+def _table_of(file: Path) -> dict[str, object]:
+    try:
+        project: dict[str, object] = tomllib.loads(file.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise CannotRun(f"{file}: it is not valid TOML: {str(error).splitlines()[0]}. Correct it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CannotRun(f"{file}: it can't be read ({type(error).__name__}). Correct it, or give --container") from None
+    tools = project.get("tool", {})
+    table = tools.get("app_db", {}) if isinstance(tools, dict) else {}
+    if not isinstance(table, dict):
+        raise CannotRun(f'{file}: tool.app_db is no table. Write [tool.app_db], and below it container = "MODULE:NAME"')
+    return table
+
+
+# ---- what a name names ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A container's name, and where that was set. No message quotes an error of the application, which may hold secrets."""
+
+    name: str
+    where: str
+    place: Path
+    """The directory from which modules are imported."""
+
+    def container(self) -> DatabaseContainer:
+        """Return the container: what is named, or what calling that returns."""
+        module, _, path = self.name.partition(":")
+        found: object = self._imported(module)
+        for part in (path or "container").split("."):
+            try:
+                found = getattr(found, part)
+            except AttributeError:
+                raise self._wrong(f"there is no {part!r}. Name a container, its class, or a function: MODULE:NAME") from None
+        made = self._called(found) if callable(found) and not isinstance(found, Connection) else found
+        if not hasattr(made, "session_of"):
+            raise self._wrong("it is no database container. Name one, its class, or a function that returns it: MODULE:NAME")
+        return cast("DatabaseContainer", made)
+
+    def _imported(self, module: str) -> ModuleType:
+        if not module:
+            raise self._wrong("it names no module. Give MODULE:NAME")
+        here = str(self.place)
+        if here not in sys.path:
+            sys.path.insert(0, here)
+        try:
+            return import_module(module)
+        except AppDbError:
+            raise
+        except ModuleNotFoundError as error:
+            raise self._wrong(f"there is no module {error.name!r}. Run this where the application runs") from None
+        except Exception as error:  # noqa: BLE001  # the application may raise anything
+            raise self._wrong(
+                f"the module {module!r} can't be imported ({type(error).__name__}). Import it in Python to see why"
+            ) from None
+
+    def _called(self, make: Callable[[], object]) -> object:
+        try:
+            return make()
+        except AppDbError:
+            raise
+        except Exception as error:  # noqa: BLE001  # the application may raise anything
+            raise self._wrong(f"calling it failed ({type(error).__name__}). Call it in Python to see why") from None
+
+    def _wrong(self, message: str) -> CannotRun:
+        return CannotRun(f"{self.where}: {message}")
