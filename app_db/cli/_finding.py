@@ -75,11 +75,12 @@ def _table_of(file: Path) -> dict[str, object]:
         raise CannotRun(f"{file}: it is not valid TOML: {str(error).splitlines()[0]}. Correct it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise CannotRun(f"{file}: it can't be read ({type(error).__name__}). Correct it, or give --container") from None
-    tools = project.get("tool", {})
-    table = tools.get("app_db", {}) if isinstance(tools, dict) else {}
-    if not isinstance(table, dict):
-        raise CannotRun(f'{file}: tool.app_db is no table. Write [tool.app_db], and below it container = "MODULE:NAME"')
-    return table
+    for name, path in (("tool", "tool"), ("app_db", "tool.app_db")):
+        table = project.get(name, {})
+        if not isinstance(table, dict):
+            raise CannotRun(f'{file}: {path} is no table. Write [tool.app_db], and below it container = "MODULE:NAME"')
+        project = table
+    return project
 
 
 # ---- what a name names ----------------------------------------------------------------------------------------------------

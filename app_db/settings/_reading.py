@@ -27,6 +27,8 @@ Keys: TypeAlias = tuple[str, ...]
 
 DATABASE_URL = "DATABASE_URL"
 IN_CODE = "given in code"
+NOT_SETTINGS = frozenset({"APP_DB_CONTAINER"})
+"""Variables that begin as settings do, and are none: the command line reads them."""
 _MOST_HINTS = 20
 
 
@@ -221,6 +223,8 @@ class Reading:
 
     def unknown(self, name: str, path: Keys) -> None:
         """Note that a variable is set of which there is no such setting."""
+        if name.upper() in NOT_SETTINGS:
+            return
         hint = ""
         if self._hints:  # each takes long if there are many connections
             self._hints -= 1
