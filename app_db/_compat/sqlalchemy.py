@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from sqlalchemy.orm.exc import DetachedInstanceError
+from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.sql.cache_key import HasCacheKey
 
@@ -101,6 +102,11 @@ def when_unmapped(base: Any, refuse: Callable[[type[object]], NoReturn]) -> None
     Otherwise SQLAlchemy raises UnmappedClassError, whose message names methods that users of app_db do not call.
     """
     base._sa_raise_deferred_config = classmethod(refuse)
+
+
+def mapped_classes() -> list[type]:
+    """Return all classes that are mapped in this process. SQLAlchemy lists those of one registry only, and no registries."""
+    return [mapper.class_ for known in _all_registries() for mapper in known.mappers]
 
 
 class _Noted:

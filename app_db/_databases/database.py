@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from app_db._databases.inspection import Inspection
     from app_db._databases.prepare_verbs import PrepareVerbs
+    from app_db._databases.shells import Shell
     from app_db.settings import ConnectionSettings
 
 PROTECTED = "app_db_protected"
@@ -376,6 +377,12 @@ class Database:
         """Return the rows of one statement without waiting for transactions that write."""
         with engine.connect() as connection:
             return connection.exec_driver_sql(statement).all()
+
+    # -- by hand
+
+    def shell(self, url: URL, settings: ConnectionSettings, password: str | None) -> Shell | None:
+        """Return how to use the database by hand; None if app_db knows no program for it. `url` is the URL to connect to."""
+        return None
 
     # -- tables, and databases for tests
 

@@ -26,6 +26,7 @@ from app_db._databases.database import (
 )
 from app_db._databases.drivers.mysql_connections import AwaitedAsyncmy, NonBlockingPyMySQL
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
+from app_db._databases.shells import FILE, Shell
 from app_db._databases.statements import Effect, assignments, bare_texts, effect_of
 from app_db.errors import CannotIsolate, InvalidUse, Problem, SettingsError
 
@@ -109,6 +110,12 @@ def _words_that_stay(statement: str) -> str | None:
             for found in filter(None, map(_SETS_WHAT_STAYS.match, assignments(bare))):
                 return f"{bare[:3]} {' '.join(found[0].split())}"
     return None
+
+
+def _option_value(value: str) -> str:
+    """Return a value as it stands in an option file, where the client reads escapes, and # begins a comment outside quotes."""
+    escaped = value.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 class MySQLSharing(SharingRules):
@@ -426,6 +433,23 @@ class MySQL(Database):
         from app_db._databases.inspections.mysql import MySQLInspection
 
         return MySQLInspection()
+
+    def shell(self, url: URL, settings: ConnectionSettings, password: str | None) -> Shell | None:
+        options: dict[str, object] = {
+            "host": url.host,
+            "port": url.port,
+            "user": url.username,
+            "password": password,
+            "default-character-set": url.query.get("charset"),
+            "socket": url.query.get("unix_socket"),
+            **{option.replace("_", "-"): url.query.get(option) for option in ("ssl_ca", "ssl_cert", "ssl_key")},
+            "init-command": _PROTECT if settings.read_only else None,
+        }
+        lines = [f"{option}={_option_value(str(value))}" for option, value in options.items() if value is not None]
+        database = [] if url.database is None else [url.database]
+        install = "Install the client (Debian and Ubuntu: apt-get install mariadb-client)"
+        private = "\n".join(["[client]", *lines, ""])
+        return Shell(["mariadb", "mysql"], install, [f"--defaults-file={FILE}", *database], private=private)
 
     def prepare_verbs(self, driver: str) -> PrepareVerbs | None:
         return _VERBS if driver in ("pymysql", "asyncmy") else None

@@ -11,6 +11,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, text
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import DBAPIError
 
 from app_db._compat.asyncpg import believes_in_transaction, is_asyncpg
@@ -33,6 +34,7 @@ from app_db._databases.database import (
 from app_db._databases.drivers.poolers import is_pooled
 from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
+from app_db._databases.shells import Shell
 from app_db._databases.statements import bare_texts
 from app_db.errors import CannotIsolate, Problem, ReadOnlyViolation, SettingsError
 
@@ -119,6 +121,20 @@ def _words_that_stay(statement: str) -> str | None:
 
 _AMOUNT = re.compile(r"(\d+)(ms|s|min|h|d)?$")
 _SECONDS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400, None: 0.001}
+
+
+_OF_LIBPQ = frozenset(
+    """host hostaddr port dbname user connect_timeout client_encoding application_name sslmode sslnegotiation sslcompression
+    sslcert sslkey sslrootcert sslcrl sslcrldir sslsni require_auth channel_binding gssencmode krbsrvname target_session_attrs
+    load_balance_hosts keepalives keepalives_idle keepalives_interval keepalives_count tcp_user_timeout passfile
+    service""".split()
+)
+"""The parameters that psql takes, without those that may hold a secret."""
+
+
+def _conninfo_value(value: object) -> str:
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 class PostgreSQLSharing(SharingRules):
@@ -486,6 +502,18 @@ class PostgreSQL(Database):
         from app_db._databases.inspections.postgresql import PostgreSQLInspection
 
         return PostgreSQLInspection()
+
+    def shell(self, url: URL, settings: ConnectionSettings, password: str | None) -> Shell | None:
+        dialect: Any = PGDialect_psycopg
+        given: dict[str, object] = {**dialect().create_connect_args(url)[1], **settings.connect_args}
+        given.setdefault("sslmode", given.get("ssl"))  # asyncpg's word
+        options = [str(given["options"])] if given.get("options") else []
+        if settings.read_only and settings.pooler != "transaction":  # which knows no options
+            options.append("-c default_transaction_read_only=on")
+        words = [f"{key}={_conninfo_value(value)}" for key, value in given.items() if key in _OF_LIBPQ and value is not None]
+        environment = {"PGPASSWORD": password or "", "PGOPTIONS": " ".join(options)}
+        install = "Install the client (Debian and Ubuntu: apt-get install postgresql-client)"
+        return Shell(["psql"], install, [" ".join(words)], {key: value for key, value in environment.items() if value})
 
     def prepare_verbs(self, driver: str) -> PrepareVerbs | None:
         return _VERBS if driver in ("psycopg", "asyncpg") else None

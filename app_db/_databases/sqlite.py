@@ -24,8 +24,10 @@ from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
 from app_db._databases.database import NEVER, Database, SharingRules, driver_of, execute, milliseconds, on_execute
+from app_db._databases.shells import Shell
 from app_db._databases.statements import bare_texts
 from app_db._databases.time_limits import TIME_LIMIT, TimeLimit, limit_of_checkout
+from app_db.errors import InvalidUse
 from app_db.settings._urls import is_memory
 
 if TYPE_CHECKING:
@@ -249,6 +251,16 @@ class SQLite(Database):
     def file_of(self, url: URL) -> Path | None:
         name = url.database
         return None if is_memory(url) or name is None else Path(name.removeprefix("file:").partition("?")[0])
+
+    def shell(self, url: URL, settings: ConnectionSettings, password: str | None) -> Shell | None:
+        file = self.file_of(url)
+        if file is None:
+            raise InvalidUse(
+                f"The database of {settings.variable('url')} is in memory, where no other program can see it",
+                "Use `app-db shell`, or give it a file",
+            )
+        install = "Install SQLite's command line (Debian and Ubuntu: apt-get install sqlite3)"
+        return Shell(["sqlite3"], install, [*(["-readonly"] if settings.read_only else []), str(file.absolute())])
 
     def read_alone(self, engine: Engine, statement: str) -> Rows:
         # Not in a transaction of SQLAlchemy: that would begin with BEGIN IMMEDIATE, and wait for other writers.

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from app_db.container import DatabaseContainer
 
 VERBS: Mapping[str, Mapping[str, str]] = {
+    "_showing": {"show": "show the connections, and where each setting came from"},
     "_checking": {"check": "check whether units of work can commit as promised"},
+    "_drawing": {"graph": "draw the container as it is configured"},
+    "_shells": {
+        "shell": "start Python in a unit of work, with sessions and models",
+        "dbshell": "start the database's own program: psql, mariadb, sqlite3",
+    },
     "_recovering": {
         "recover": "settle what a crash left prepared",
         "in-doubt": "list what a crash left prepared, and change nothing",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -39,28 +39,43 @@ def _named(option: str | None) -> _Named | None:
     variable = os.environ.get(VARIABLE)
     if variable is not None:
         return _Named(variable, f"{VARIABLE}={variable}", Path.cwd())
-    return _named_in_project(Path.cwd())
+    return _named_in_project()
 
 
 # ---- pyproject.toml -----------------------------------------------------------------------------------------------------
 
 
+def project_file() -> Path | None:
+    """Return the nearest pyproject.toml, in the working directory or above it."""
+    place = Path.cwd()
+    return next((path for each in (place, *place.parents) if (path := each / "pyproject.toml").is_file()), None)
+
+
 def modules_in_project() -> list[str]:
     """Return `modules` of [tool.app_db] in the nearest pyproject.toml. Raises CannotRun if that can't be read."""
-    file = next((path for each in (Path.cwd(), *Path.cwd().parents) if (path := each / "pyproject.toml").is_file()), None)
-    modules: object = [] if file is None else _table_of(file).get("modules", [])
-    if not (isinstance(modules, list) and all(isinstance(module, str) for module in modules)):
-        raise CannotRun(f'{file}: modules in [tool.app_db] is no list of names. Write modules = ["shop"]')
-    return modules
+    file = project_file()
+    names: object = [] if file is None else _table_of(file).get("modules", [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CannotRun(f'{file}: modules in [tool.app_db] is no list of texts. Write modules = ["shop.models"]')
+    return names
 
 
-def _named_in_project(place: Path) -> _Named | None:
-    """Return what the nearest pyproject.toml names, in `place` or above it."""
-    file = next((path for each in (place, *place.parents) if (path := each / "pyproject.toml").is_file()), None)
+def import_modules(given: Sequence[str]) -> None:
+    """Import the modules that are given, or else those of `modules` in [tool.app_db]. Raises CannotRun or an AppDbError."""
+    for name in given:
+        _Named(name, f"--modules {name}", Path.cwd()).imported(name)
+    file = project_file()
+    if given or file is None:
+        return
+    for name in modules_in_project():
+        _Named(name, f"{file}: {name!r} among the modules in [tool.app_db]", file.parent).imported(name)
+
+
+def _named_in_project() -> _Named | None:
+    file = project_file()
     if file is None:
         return None
-    table = _table_of(file)
-    name = table.get("container")
+    name = _table_of(file).get("container")
     if name is None:
         return None
     if not isinstance(name, str):
@@ -98,7 +113,7 @@ class _Named:
     def container(self) -> DatabaseContainer:
         """Return the container: what is named, or what calling that returns."""
         module, _, path = self.name.partition(":")
-        found: object = self._imported(module)
+        found: object = self.imported(module)
         for part in (path or "container").split("."):
             try:
                 found = getattr(found, part)
@@ -109,7 +124,8 @@ class _Named:
             raise self._wrong("it is no database container. Name one, its class, or a function that returns it: MODULE:NAME")
         return cast("DatabaseContainer", made)
 
-    def _imported(self, module: str) -> ModuleType:
+    def imported(self, module: str) -> ModuleType:
+        """Return a module. The working directory is among the places where it is looked for."""
         if not module:
             raise self._wrong("it names no module. Give MODULE:NAME")
         here = str(self.place)

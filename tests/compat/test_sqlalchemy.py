@@ -24,6 +24,7 @@ from app_db._compat.sqlalchemy import (
     is_executing,
     is_flushing,
     lend,
+    mapped_classes,
     prepare_to_commit,
     take_away,
     when_unmapped,
@@ -321,3 +322,17 @@ def test_the_timeout_of_a_pool_is_read_by_the_thread_that_waits() -> None:
     assert asked[-1] == 30
     assert engine.pool.recreate().timeout() == 0.01  # type: ignore[attr-defined]  # of a QueuePool
     engine.dispose()
+
+
+def test_all_mapped_classes_are_listed_also_those_of_another_registry() -> None:
+    """Without it, `app-db shell` has no models at hand."""
+
+    class OtherBase(DeclarativeBase):
+        pass
+
+    class Other(OtherBase):
+        __tablename__ = "others"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    assert {Item, Other} <= set(mapped_classes())
+    assert OtherBase not in mapped_classes()
