@@ -381,7 +381,10 @@ class Database:
     # -- by hand
 
     def shell(self, url: URL, settings: ConnectionSettings, password: str | None) -> Shell | None:
-        """Return how to use the database by hand; None if app_db knows no program for it. `url` is the URL to connect to."""
+        """Return how to use the database by hand; None if app_db knows no program for it.
+
+        `url` is that of the settings. `password` is the one to use: the URL's, or the one that a function has returned.
+        """
         return None
 
     # -- tables, and databases for tests

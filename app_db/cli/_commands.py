@@ -36,6 +36,7 @@ VERBS: Mapping[str, Mapping[str, str]] = {
         "recover": "settle what a crash left prepared",
         "in-doubt": "list what a crash left prepared, and change nothing",
     },
+    "_completion": {"completion": "print what makes a shell complete verbs, options and names"},
 }
 """By file: its verbs, and the line of each in `--help`."""
 
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
     try:
         verb, rest = _verb_first(rest)
         options = _parser(program, verb).parse_args(rest, common)
+        options.every_verb = lambda: _every_verb(program)
         return _run(Call(options, out, program, lambda: _find_container(common.container)))
     except AppDbError as error:
         out.error(str(error))
@@ -133,8 +135,8 @@ def _parser(program: str, wanted: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def every_verb(program: str) -> dict[str, argparse.ArgumentParser]:
-    """Return the parsers of all verbs, which takes the import of all their files."""
+def _every_verb(program: str) -> dict[str, argparse.ArgumentParser]:
+    """Return the parsers of all verbs, with their options."""
     commands = _Commands(_Parser(prog=program))
     for module in VERBS:
         import_module(f"app_db.cli.{module}").add_to(commands)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from app_db.cli._drawing import Graph, notes_of
+from app_db.cli._graphs import Graph, notes_of
 
 _LINE = 16
 """The height of a line of text."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from app_db._compat.sqlalchemy import mapped_classes
 from app_db._databases.registry import database_of
 from app_db._databases.shells import FILE, Shell
-from app_db.cli._calls import FINE, WRONG, Call, CannotRun, Commands
+from app_db.cli._calls import FINE, WRONG, Call, CannotRun, Commands, names_in
 from app_db.cli._connections import name_of, url_of
 from app_db.cli._finding import import_modules
 from app_db.container import Connection, DatabaseContainer
@@ -123,9 +123,10 @@ def _interact(banner: str, names: dict[str, Any], *, plain: bool) -> None:
 
 def _names(container: DatabaseContainer, unit: UnitOfWork | None) -> dict[str, Any]:
     """Return what is at hand. Without a unit, the providers stand for the sessions."""
-    providers = {
+    declared = [name for name in names_in(container) if isinstance(container.providers.get(name), Connection)]
+    providers: dict[str, Any] = {
         "session": container.session,
-        **{f"{name}_session": each.session for name, each in container.providers.items() if isinstance(each, Connection)},
+        **{f"{name}_session": container.connection(name).session for name in declared},
     }
     sessions = providers if unit is None else {name: provider() for name, provider in providers.items()}
     return {**_models(), **({} if unit is None else {"unit": unit}), **sessions, "container": container}
@@ -183,7 +184,7 @@ def _shell_of(container: DatabaseContainer, name: str) -> Shell:
     settings, url = container.settings().connection(name), url_of(container, name)
     database = database_of(url.get_backend_name())
     password = settings.load_password_provider()() if settings.password_provider else url.password
-    shell = database.shell(database.url(url, settings), settings, password)
+    shell = database.shell(url, settings, password)
     if shell is None:
         raise CannotRun(f"{name}: app_db knows no program for {url.get_backend_name()}. Use `app-db shell`.")
     return shell

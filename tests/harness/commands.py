@@ -18,32 +18,44 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from harness.paths import PYTHONPATH, ROOT
+from harness.terminals import Screen, Terminal
 
 _forking: dict[int, subprocess.Popen[bytes]] = {}
 """The process that forks, by the id of the one that uses it: a fork of that begins another one."""
 
 
 def app_db(
-    *arguments: str, environment: Mapping[str, str] | None = None, afresh: bool = False
+    *arguments: str, environment: Mapping[str, str] | None = None, afresh: bool = False, stdin: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command with these variables beside those of this process."""
+    """Run a command with these variables beside those of this process, and a text as its stdin."""
     command = [sys.executable, "-m", "app_db", *arguments]
     given = {**os.environ, "PYTHONPATH": PYTHONPATH, **(environment or {})}
     if afresh:
-        return subprocess.run(command, env=given, capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(command, input=stdin, env=given, capture_output=True, text=True, check=False, timeout=60)
     with tempfile.TemporaryDirectory() as directory:
-        out, err = Path(directory, "out"), Path(directory, "err")
-        code = _ask({"command": command[2:], "environment": given, "place": str(Path.cwd()), "out": str(out), "err": str(err)})
-        return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+        files = [Path(directory, name) for name in ("in", "out", "err")]
+        files[0].write_text(stdin)
+        code = _ask(command[2:], given, files)
+        return subprocess.CompletedProcess(command, code, files[1].read_text(), files[2].read_text())
 
 
-def _ask(what: dict[str, Any]) -> int:
+def in_terminal(*arguments: str, environment: Mapping[str, str] | None = None, typed: str = "") -> Screen:
+    """Run a command in a terminal of 100 columns, into which `typed` is typed."""
+    given = {**os.environ, "PYTHONPATH": PYTHONPATH, "TERM": "xterm-256color", **(environment or {})}
+    with Terminal() as terminal:
+        terminal.type(typed)
+        code = _ask(["app_db", *arguments], given, [terminal.path] * 3)
+        return Screen(code, terminal.read())
+
+
+def _ask(command: list[str], environment: Mapping[str, str], files: Sequence[Path | str]) -> int:
+    """Run a command whose stdin, stdout and stderr are these files."""
+    what = {"command": command, "environment": environment, "place": str(Path.cwd()), "files": [*map(str, files)]}
     process = _forking.get(os.getpid())
     if process is None:
         process = subprocess.Popen(
@@ -72,13 +84,13 @@ def _end() -> None:
 # ---- the process that forks ------------------------------------------------------------------------------------------------
 
 
-def _run(command: list[str], environment: dict[str, str], place: str, out: str, err: str) -> int:
+def _run(command: list[str], environment: dict[str, str], place: str, files: list[str]) -> int:
     """Be `python -m` in a fork; return the exit code."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(place)
-    for number, path in ((0, os.devnull), (1, out), (2, err)):
-        file = os.open(path, os.O_RDWR | os.O_CREAT)
+    for number, path in enumerate(files):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOCTTY)
         os.dup2(file, number)
         os.close(file)
     module, *sys.argv[1:] = command

@@ -1,0 +1,134 @@
+"""`app-db completion`: the scripts by which bash, zsh and fish complete verbs, options, their values and connection names.
+
+Verbs and options stand in the script. Connection names are asked for when they are wanted: `app-db completion names` prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from app_db._compat.argparse import actions_of
+from app_db.cli._calls import FINE, Call, Commands
+
+NAMES = "names"
+"""Stands for a shell, and prints the names of the connections."""
+
+
+def add_to(commands: Commands) -> None:
+    """Add `completion`."""
+    completion = commands.add("completion", _completion)
+    completion.add_argument("shell", choices=["bash", "zsh", "fish", NAMES], metavar="SHELL", help="bash, zsh or fish")
+
+
+def _completion(call: Call) -> int:
+    """Print a script that makes a shell complete verbs, options and the names of connections. For bash, write
+    `eval "$(app-db completion bash)"` into ~/.bashrc; for zsh the same with zsh into ~/.zshrc, after compinit; for fish,
+    `app-db completion fish | source` into ~/.config/fish/config.fish.
+    """
+    if call.options.shell == NAMES:
+        with suppress(Exception):  # where there is no container, there is nothing to complete
+            for name in call.names():
+                call.out.line(name)
+        return FINE
+    verbs = {name: _words_of(parser) for name, parser in call.options.every_verb().items()}
+    script = {"bash": _bash, "zsh": _zsh, "fish": _fish}[call.options.shell](verbs)
+    call.out.line(script)
+    call.out.data({"shell": call.options.shell, "script": script})
+    return FINE
+
+
+@dataclass
+class _Words:
+    """What may follow a verb."""
+
+    options: list[str] = field(default_factory=list)
+    values: dict[str, list[str]] = field(default_factory=dict)
+    """The values of options that have choices, and of the argument, as that of ""."""
+    takes_names: bool = False
+
+
+def _words_of(parser: argparse.ArgumentParser) -> _Words:
+    words = _Words()
+    for action in actions_of(parser):
+        words.options += [option for option in action.option_strings if option.startswith("--")]
+        if action.choices:
+            for option in action.option_strings or [""]:
+                words.values[option] = [str(choice) for choice in action.choices if choice != NAMES]
+        words.takes_names |= action.metavar == "NAME" and not action.option_strings
+    return words
+
+
+_COMMON = ["--container", "--json", "--help"]
+
+
+# ---- bash and zsh ---------------------------------------------------------------------------------------------------------
+
+
+def _bash(verbs: Mapping[str, _Words]) -> str:
+    return f"{_function(verbs)}\ncomplete -F _app_db app-db"
+
+
+def _zsh(verbs: Mapping[str, _Words]) -> str:
+    """Zsh can use the completions of bash, too."""
+    return f"autoload -Uz bashcompinit && bashcompinit\n{_bash(verbs)}"
+
+
+def _function(verbs: Mapping[str, _Words]) -> str:
+    lines = [
+        "_app_db() {",
+        '  local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" verb="" words="" each',
+        '  for each in "${COMP_WORDS[@]:1:$((COMP_CWORD-1))}"; do',
+        f'    case "$each" in {"|".join(verbs)}) verb="$each"; break;; esac',
+        "  done",
+        '  case "$verb:$before" in',
+        *(f'    {verb}:{option}) words="{" ".join(values)}";;' for verb, option, values in _choices(verbs) if option),
+        '    *) case "$verb" in',
+        f'      "") words="{" ".join([*verbs, *_COMMON, "--version"])}";;',
+        *(f"      {verb}) {_words_in_bash(words)};;" for verb, words in verbs.items()),
+        "    esac;;",
+        "  esac",
+        '  COMPREPLY=($(compgen -W "$words" -- "$word"))',
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+def _words_in_bash(words: _Words) -> str:
+    listed = " ".join([*words.options, *words.values.get("", [])])
+    asked = f'; [[ "$word" == -* ]] || words="$words $(app-db completion {NAMES} 2>/dev/null)"' if words.takes_names else ""
+    return f'words="{listed}"{asked}'
+
+
+def _choices(verbs: Mapping[str, _Words]) -> Iterator[tuple[str, str, list[str]]]:
+    for verb, words in verbs.items():
+        for option, values in words.values.items():
+            yield verb, option, values
+
+
+# ---- fish -----------------------------------------------------------------------------------------------------------------
+
+
+def _fish(verbs: Mapping[str, _Words]) -> str:
+    none = f"not __fish_seen_subcommand_from {' '.join(verbs)}"
+    lines = [
+        "complete -c app-db -f",
+        f"complete -c app-db -n '{none}' -a '{' '.join(verbs)}'",
+        f"complete -c app-db -n '{none}' -l version",
+        "complete -c app-db -l json",
+        "complete -c app-db -l container -x",
+    ]
+    for verb, words in verbs.items():
+        seen = f"complete -c app-db -n '__fish_seen_subcommand_from {verb}'"
+        lines += [
+            f"{seen} -l {option[2:]}" + (f" -x -a '{' '.join(words.values[option])}'" if option in words.values else "")
+            for option in words.options
+            if option not in _COMMON
+        ]
+        if "" in words.values:
+            lines.append(f"{seen} -a '{' '.join(words.values[''])}'")
+        if words.takes_names:
+            lines.append(f"{seen} -a '(app-db completion {NAMES} 2>/dev/null)'")
+    return "\n".join(lines)
