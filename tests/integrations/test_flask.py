@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -362,6 +363,9 @@ def test_its_command_line_is_that_of_app_db_for_the_applications_container(new_p
         recovered = run.invoke(args=["app-db", "recover", "--dry-run", "--grace", "0"])
         assert (recovered.exit_code, "is in doubt" in recovered.output) == (0, True), recovered.output
         assert "settle what a crash left prepared" in run.invoke(args=["app-db", "--help"]).output
+        assert run.invoke(args=["app-db", "--help"]).output.startswith("usage: flask app-db ")
+        shown = run.invoke(args=["app-db", "--json", "show", "writer"])
+        assert (shown.exit_code, json.loads(shown.output)["connections"][0]["name"]) == (0, "writer"), shown.output
         assert run.invoke(args=["app-db", "nonsense"]).exit_code == 2
 
 
