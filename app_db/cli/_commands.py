@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from app_db._wording import did_you_mean, in_one_line
 from app_db.cli._calls import COULD_NOT_RUN, EXIT_CODES, Call, CannotRun, Verb, listed
 from app_db.cli._printing import Printer
-from app_db.errors import AppDbError
 
 if TYPE_CHECKING:
     from app_db.container import DatabaseContainer
@@ -55,15 +54,19 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
         options = _parser(program, verb).parse_args(rest, common)
         options.every_verb = lambda: _every_verb(program)
         return _run(Call(options, out, program, lambda: _find_container(common.container)))
-    except AppDbError as error:
-        out.error(str(error))
     except CannotRun as error:
         out.error(str(error))
     except KeyboardInterrupt:
         out.error("Interrupted. Nothing is lost by that: run it again.")
     except Exception as error:  # noqa: BLE001  # a traceback does not help an operator
-        out.error(f"app_db could not go on: {in_one_line(error)}")
+        out.error(_explained(error))
     return COULD_NOT_RUN
+
+
+def _explained(error: Exception) -> str:
+    from app_db.errors import AppDbError  # here, because it imports SQLAlchemy
+
+    return str(error) if isinstance(error, AppDbError) else f"app_db could not go on: {in_one_line(error)}"
 
 
 def _find_container(option: str | None) -> DatabaseContainer:

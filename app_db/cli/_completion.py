@@ -24,9 +24,9 @@ def add_to(commands: Commands) -> None:
 
 
 def _completion(call: Call) -> int:
-    """Print a script that makes a shell complete verbs, options and the names of connections. For bash, write
-    `eval "$(app-db completion bash)"` into ~/.bashrc; for zsh the same with zsh into ~/.zshrc, after compinit; for fish,
-    `app-db completion fish | source` into ~/.config/fish/config.fish.
+    """Print a script that makes a shell complete verbs, options and the names of connections. Write it into a file:
+    ~/.local/share/bash-completion/completions/app-db for bash, ~/.config/fish/completions/app-db.fish for fish, and for zsh one
+    that ~/.zshrc sources after compinit.
     """
     if call.options.shell == NAMES:
         with suppress(Exception):  # where there is no container, there is nothing to complete

@@ -18,7 +18,7 @@ from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
 from app_db.cli import _recovering, main
 from harness import commands
 from harness.crashing import Zygote, variables
-from harness.paths import ROOT
+from harness.paths import ROOT, run_python
 from harness.servers import PASSWORD, PostgresServer
 from harness.stranded import Scene, stranded
 
@@ -364,6 +364,24 @@ def test_the_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> N
         assert left.value.code == 0
         shown = capsys.readouterr().out
         assert all(f"  {code}  " in shown for code in (0, 1, 2))
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "nonsense"])
+def test_what_needs_no_container_imports_none_of_the_libraries(argument: str) -> None:
+    """Importing them takes seconds on a small machine."""
+    program = """
+import sys
+from app_db.cli import main
+try:
+    code = main([sys.argv[1]])
+except SystemExit as ended:
+    code = ended.code
+print("exit code", code, *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+    code, *modules = run_python("-c", program, argument).stdout.rpartition("exit code")[2].split()
+    assert code == ("2" if argument == "nonsense" else "0")
+    heavy = {"sqlalchemy", "dependency_injector", "pydantic", "pydantic_settings", "transaction", "rich", "alembic", "IPython"}
+    assert heavy & set(modules) == set()
 
 
 def test_the_command_is_a_program_of_the_package() -> None:

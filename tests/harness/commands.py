@@ -107,7 +107,8 @@ def _run(command: list[str], environment: dict[str, str], place: str, files: lis
 
 def _main() -> None:
     for name in (
-        "app_db.cli",
+        "app_db.container",
+        *(f"app_db.cli.{name}" for name in ("_commands", "_finding", "_drawing", "_recovering", "_shells", "_showing")),
         "psycopg",
         "pymysql",
         *(f"sqlalchemy.dialects.{name}" for name in ("mysql", "postgresql", "sqlite")),

@@ -50,9 +50,15 @@ def constants(tree: ast.Module) -> set[str]:
     return {name for name in defined(tree) if name.isupper()}
 
 
+def _for_checkers(tree: ast.Module) -> list[ast.stmt]:
+    """What stands under TYPE_CHECKING in the root, which says by `__getattr__` where each name is."""
+    found = [node for node in tree.body if isinstance(node, ast.If) and "_HOMES" in ast.unparse(tree)]
+    return [inner for node in found for inner in node.body]
+
+
 def imported(tree: ast.Module) -> Iterator[str]:
-    """Public names a module takes from elsewhere, `from __future__` aside."""
-    for node in tree.body:
+    """Public names a module takes from elsewhere, `from __future__` aside. The root imports when it is asked for a name."""
+    for node in (*tree.body, *_for_checkers(tree)):
         if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__":
             names = (alias.asname or alias.name.partition(".")[0] for alias in node.names)
             yield from (name for name in names if not name.startswith("_"))
@@ -63,6 +69,21 @@ def test_the_root_lists_what_it_binds_in_order() -> None:
     names = listed(tree)
     assert names is not None
     assert names == sorted({*imported(tree), *defined(tree)})
+
+
+def test_the_root_finds_at_run_time_what_checkers_are_told() -> None:
+    told = {
+        alias.name: node.module
+        for node in _for_checkers(parse(ROOT))
+        if isinstance(node, ast.ImportFrom) and node.module != "app_db"
+        for alias in node.names
+    }
+    import app_db
+
+    assert told == {name: module for module, names in app_db._HOMES.items() for name in names.split()}
+    assert {*app_db.__all__, "container", "settings"} <= {*dir(app_db)}
+    with pytest.raises(AttributeError, match="module 'app_db' has no attribute 'nothing'"):
+        _ = app_db.nothing  # type: ignore[attr-defined]
 
 
 def test_the_root_fits_on_a_page() -> None:
