@@ -132,7 +132,7 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> objec
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell.text, _COLOURS[cell.style]) if isinstance(cell, Styled) else Text(cell) for cell in row))
     return table

@@ -1,0 +1,95 @@
+"""Without rich, a terminal shows plain text. With it, a progress bar appears only after a while."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+
+import pytest
+
+from app_db.cli import _printing
+from app_db.cli._printing import Cell, Printer, Styled
+
+
+class Screen(io.StringIO):
+    """A terminal that notes when something is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        count = super().write(text)
+        if "Settling" in text:
+            self.written.set()
+        return count
+
+
+@pytest.fixture
+def without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_printing, "find_spec", lambda name: None)
+
+
+def new_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """Return the terminal to which this process writes. Not a fixture: pytest's own capturing begins after those."""
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    return screen
+
+
+ROWS: list[list[Cell]] = [["writer", Styled("down", "bad")], ["a", "two\nlines"]]
+PLAIN = ["name    state", "writer  down", "a       two", "        lines"]
+
+
+def test_without_rich_a_terminal_has_plain_text(monkeypatch: pytest.MonkeyPatch, without_rich: None) -> None:
+    screen = new_screen(monkeypatch)
+    Printer().table(["name", "state"], ROWS)
+    Printer().line("[bold]no markup", "bad")
+    Printer().error("wrong")
+    assert screen.getvalue().splitlines() == [*PLAIN, "[bold]no markup", "wrong"]
+
+
+def test_with_rich_it_has_colours_and_takes_no_text_for_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = new_screen(monkeypatch)
+    pytest.importorskip("rich")
+    Printer().table(["[i]name", "state"], ROWS)
+    Printer().line("[bold]no markup", "bad")
+    shown = screen.getvalue()
+    assert "\x1b[31mdown" in shown
+    assert "[i]name" in shown
+    assert "[bold]no markup" in shown
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_is_shown_in_a_terminal_once_it_takes_long(
+    rich: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    screen = new_screen(monkeypatch)
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        request.getfixturevalue("without_rich")
+    with Printer().progress("Settling") as step:
+        step(1, 2)
+    assert screen.getvalue() == ""
+    monkeypatch.setattr(_printing, "_UNTIL_PROGRESS", 0.0)
+    with Printer().progress("Settling") as step:
+        step(1, 2)
+        assert screen.written.wait(10)
+
+
+def test_with_json_nothing_but_data_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = new_screen(monkeypatch)
+    monkeypatch.setattr(_printing, "_UNTIL_PROGRESS", 0.0)
+    printer = Printer(as_json=True)
+    with printer.progress("Settling"):
+        printer.line("text")
+        printer.table(["name"], [["a"]])
+        printer.data({"name": "ä"})
+    assert screen.getvalue() == '{\n  "name": "ä"\n}\n'
