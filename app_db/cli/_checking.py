@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from app_db._findings.find import find
-from app_db._findings.finding import Finding, Severity
 from app_db.cli._calls import FINE, WRONG, Call, Commands
-from app_db.cli._finding import modules_in_project
-from app_db.cli._printing import Style
+from app_db.cli._finding import module_names
+
+if TYPE_CHECKING:
+    from app_db._findings.finding import Finding, Severity
+    from app_db.cli._printing import Printer, Style
 
 _STYLES: dict[Severity, Style] = {"error": "bad", "warning": "warning", "hint": "dim"}
 
@@ -23,6 +23,7 @@ def add_to(commands: Commands) -> None:
     check.add_argument(
         "--modules",
         nargs="+",
+        default=[],
         metavar="PACKAGE",
         help="modules and packages of the application, to check their markers (default: [tool.app_db] modules in pyproject.toml)",
     )
@@ -33,50 +34,32 @@ def _check(call: Call) -> int:
     """Find everything about the databases that can be known beforehand: whether they can be reached, read and written as the
     settings say, whether their servers and tables are as units of work need them, and whether markers find their providers.
     """
-    container = call.container
-    modules: Sequence[str] = call.options.modules
-    if modules is None:
-        modules = modules_in_project()
-    if modules and (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    with call.out.progress("Asking the databases"):
-        found = find(container, modules)
-    names = [] if _has_no_settings(found) else [*container.settings().connections]
-    for line, style in report(found, names):
-        call.out.line(line, style)
-    call.out.data({"findings": [asdict(finding) for finding in found]})
-    return exit_code(found, strict=call.options.strict)
+    from app_db._findings.find import find
+
+    found = find(call.container, module_names(call.options.modules))
+    _report(found, call)
+    call.out.data([asdict(finding) for finding in found])
+    return WRONG if any(call.options.strict or finding.severity != "hint" for finding in found) else FINE
 
 
-def exit_code(found: Sequence[Finding], *, strict: bool) -> int:
-    """Return 1 if there is an error or a warning, and with `strict` also if there is a hint."""
-    return WRONG if any(strict or finding.severity != "hint" for finding in found) else FINE
-
-
-# ---- the report -----------------------------------------------------------------------------------------------------------
-
-
-def report(found: Sequence[Finding], names: Sequence[str]) -> Iterator[tuple[str, Style]]:
-    """Yield the lines of the report: the findings by connection, the worst first, and how many there are."""
+def _report(found: Sequence[Finding], call: Call) -> None:
+    """Print the findings by connection, the worst first, and how many there are."""
+    if not found:
+        call.out.line(f"Nothing is wrong with {', '.join(call.container.settings().connections)}.")
+        return
     heading: str | None = ""
     for finding in found:
         if finding.connection != heading:
             heading = finding.connection
-            yield "All connections" if heading is None else heading, "bold"
-        yield f"  {finding.severity}: {finding.what}", _STYLES[finding.severity]
-        yield f"    where: {finding.where}", ""
-        yield f"    to do: {finding.remedy}", ""
-    if found:
-        yield "", ""
-    yield _totals(found, names), "" if found else "good"
-
-
-def _totals(found: Sequence[Finding], names: Sequence[str]) -> str:
-    if not found:
-        return f"Nothing is wrong with {', '.join(names)}."
+            call.out.line("All connections" if heading is None else heading, "bold")
+        _print(finding, call.out)
     counts = Counter(finding.severity for finding in found)
-    return ", ".join(f"{number} {severity}{'' if number == 1 else 's'}" for severity, number in counts.most_common()) + "."
+    numbers = (f"{number} {severity}{'' if number == 1 else 's'}" for severity, number in counts.most_common())
+    call.out.line()
+    call.out.line(f"{', '.join(numbers)}.")
 
 
-def _has_no_settings(found: Sequence[Finding]) -> bool:
-    return any(finding.matter == "settings" and finding.connection is None for finding in found)
+def _print(finding: Finding, out: Printer) -> None:
+    out.line(f"  {finding.severity}: {finding.what}", _STYLES[finding.severity])
+    out.line(f"    where: {finding.where}")
+    out.line(f"    to do: {finding.remedy}")

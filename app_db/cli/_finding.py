@@ -51,24 +51,30 @@ def project_file() -> Path | None:
     return next((path for each in (place, *place.parents) if (path := each / "pyproject.toml").is_file()), None)
 
 
-def modules_in_project() -> list[str]:
-    """Return `modules` of [tool.app_db] in the nearest pyproject.toml. Raises CannotRun if that can't be read."""
-    file = project_file()
-    names: object = [] if file is None else _table_of(file).get("modules", [])
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise CannotRun(f'{file}: modules in [tool.app_db] is no list of texts. Write modules = ["shop.models"]')
-    return names
-
-
 def import_modules(given: Sequence[str]) -> None:
     """Import the modules that are given, or else those of `modules` in [tool.app_db]. Raises CannotRun or an AppDbError."""
-    for name in given:
-        _Named(name, f"--modules {name}", Path.cwd()).imported(name)
+    for module in _named_modules(given):
+        module.imported(module.name)
+
+
+def module_names(given: Sequence[str]) -> list[str]:
+    """Return the names of these modules, which can be imported from now on. Raises CannotRun."""
+    modules = _named_modules(given)
+    for module in modules:
+        module.enter()
+    return [module.name for module in modules]
+
+
+def _named_modules(given: Sequence[str]) -> list[_Named]:
+    if given:
+        return [_Named(name, f"--modules {name}", Path.cwd()) for name in given]
     file = project_file()
-    if given or file is None:
-        return
-    for name in modules_in_project():
-        _Named(name, f"{file}: {name!r} among the modules in [tool.app_db]", file.parent).imported(name)
+    names = [] if file is None else _table_of(file).get("modules", [])
+    if file is None:
+        return []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CannotRun(f'{file}: modules in [tool.app_db] is no list of texts. Write modules = ["shop.models"]')
+    return [_Named(name, f"{file}: {name!r} among the modules in [tool.app_db]", file.parent) for name in names]
 
 
 def _named_in_project() -> _Named | None:
@@ -128,9 +134,7 @@ class _Named:
         """Return a module. The working directory is among the places where it is looked for."""
         if not module:
             raise self._wrong("it names no module. Give MODULE:NAME")
-        here = str(self.place)
-        if here not in sys.path:
-            sys.path.insert(0, here)
+        self.enter()
         try:
             return import_module(module)
         except AppDbError:
@@ -141,6 +145,12 @@ class _Named:
             raise self._wrong(
                 f"the module {module!r} can't be imported ({type(error).__name__}). Import it in Python to see why"
             ) from None
+
+    def enter(self) -> None:
+        """Add the working directory to the places where modules are looked for."""
+        here = str(self.place)
+        if here not in sys.path:
+            sys.path.insert(0, here)
 
     def _called(self, make: Callable[[], object]) -> object:
         try:

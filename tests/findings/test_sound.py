@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from app_db.cli import main
 from harness.commands import app_db
 from harness.findings import run, user
 from harness.paths import ROOT, TESTS
+from harness.schemas import validated
 from harness.servers import PASSWORD, MariaDBServer, PostgresServer, PostgresStandby
 
 OPENED = """
@@ -93,7 +93,7 @@ def test_what_is_found_is_printed_by_connection(postgres: PostgresServer, postgr
     assert lines[-2:] == ["", "1 hint, 1 error."]
     assert "s3cr3t" not in done.stdout + as_json.stdout
     assert PASSWORD not in done.stdout + as_json.stdout
-    listed = json.loads(as_json.stdout)
+    listed = validated("check", as_json.stdout)
     assert [(finding["matter"], finding["connection"]) for finding in listed] == [
         ("reader-may-write", "main"),
         ("unreachable", "copy"),
@@ -111,7 +111,7 @@ def test_hints_fail_only_a_strict_check(postgres: PostgresServer, postgres_url: 
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("[tool.app_db]\nmodules = 'shop'", "no list of names"), ("[tool.app_db", "can't be read"), ("tool = 7", "can't be read")],
+    [("[tool.app_db]\nmodules = 'shop'", "no list of texts"), ("[tool.app_db", "not valid TOML"), ("tool = 7", "no table")],
 )
 def test_a_list_of_modules_that_can_not_be_read_is_one_clear_error(sqlite_url: str, text: str, says: str) -> None:
     Path("pyproject.toml").write_text(text)
