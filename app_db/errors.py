@@ -44,6 +44,11 @@ pickled. Each class has a page in the documentation, which `page` names.
      │    ├── IsolationTimeout
      │    └── IsolationBroken
      ├── CannotMakeDatabase
+     ├── MigrationError
+     │    ├── AlembicMissing (ImportError)
+     │    ├── UnusableMigrations
+     │    ├── MigrationFailed
+     │    └── MigrationLockTimeout (TimeoutError)
      └── DecisionFileUnusable
           ├── DecisionFileDamaged
           └── DecisionFileFull
@@ -52,8 +57,8 @@ pickled. Each class has a page in the documentation, which `page` names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from transaction.interfaces import AlreadyInTransaction, DoomedTransaction, NoTransaction, TransientError
@@ -62,6 +67,7 @@ from app_db._wording import did_you_mean
 
 __all__ = [
     "AbortedByRecovery",
+    "AlembicMissing",
     "AlreadyInUnitOfWork",
     "AppDbError",
     "AwaitRequired",
@@ -81,6 +87,10 @@ __all__ = [
     "IsolationBroken",
     "IsolationError",
     "IsolationTimeout",
+    "MigrationAccount",
+    "MigrationError",
+    "MigrationFailed",
+    "MigrationLockTimeout",
     "NoUnitOfWork",
     "NotAtomic",
     "NotReflected",
@@ -106,6 +116,7 @@ __all__ = [
     "UnknownTable",
     "UnknownVariable",
     "Unreflectable",
+    "UnusableMigrations",
 ]
 
 
@@ -775,6 +786,97 @@ class CannotMakeDatabase(AppDbError):
             f"The database {self.database!r} could not be created for the connection {self.connection!r} ({self.reason}). Each "
             "worker needs its own. Allow the user of that connection to create databases, or create it beforehand, or give each "
             "worker another URL and set app_db_worker_databases = false in the configuration of pytest."
+        )
+
+
+# ---- migrations --------------------------------------------------------------------------------------------------------
+
+
+class MigrationError(AppDbError):
+    """The base of errors of migrations."""
+
+
+class AlembicMissing(MigrationError, ImportError):
+    """Migrations are asked for, and Alembic is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def _text(self) -> str:
+        return "Migrations need Alembic, which is not installed. pip install 'app-db[alembic]'."
+
+
+class UnusableMigrations(MigrationError):
+    """The migrations of a connection can't be run as they are. Nothing was changed."""
+
+    def __init__(self, connection: str, problem: str, advice: str) -> None:
+        super().__init__(connection, problem, advice)
+        self.connection = connection
+        self.problem = problem
+        self.advice = advice
+
+    def _text(self) -> str:
+        return f"The migrations of {self.connection!r} can't be used: {self.problem}. {self.advice}."
+
+
+@dataclass(frozen=True)
+class MigrationAccount:
+    """What is in the databases after a migration has failed.
+
+    `committed` has by connection the revisions that are there, and `rolled_back` the connections whose revisions were undone.
+    `left` are those that were not begun. If `is_partial` is true, a part of the failed revision may be there too.
+    """
+
+    committed: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    rolled_back: Sequence[str] = ()
+    left: Sequence[str] = ()
+    is_partial: bool = False
+
+
+class MigrationFailed(MigrationError):
+    """A migration failed. `account` says what is in the databases now. `revision` is empty if a COMMIT failed."""
+
+    def __init__(self, connection: str, revision: str, reason: str, account: MigrationAccount) -> None:
+        super().__init__(connection, revision, reason, account)
+        self.connection = connection
+        self.revision = revision
+        self.reason = reason
+        self.account = account
+
+    def _text(self) -> str:
+        what = f"The revision {self.revision!r}" if self.revision else "The COMMIT of the migrations"
+        lines = [f"{what} of {self.connection!r} failed: {self.reason}."]
+        for name, revisions in self.account.committed.items():
+            lines.append(f"Committed, of {name!r}: {', '.join(revisions)}.")
+        if self.account.rolled_back:
+            lines.append(f"Rolled back: {_listed(self.account.rolled_back)}.")
+        if self.account.left:
+            lines.append(f"Not begun: {_listed(self.account.left)}.")
+        if self.account.is_partial:
+            lines.append(
+                f"Not all statements of {self.revision!r} can be rolled back, so a part of it may have stayed: compare, and "
+                "repair it by hand."
+            )
+        elif not self.account.committed:
+            lines.append("Nothing was changed.")
+        return " ".join([*lines, "Correct the cause, and migrate again."])
+
+
+class MigrationLockTimeout(MigrationError, TimeoutError):
+    """Another process held the lock of the migrations for too long. Nothing was changed in the database of `connection`."""
+
+    def __init__(self, connection: str, seconds: float, holder: str, committed: Sequence[str] = ()) -> None:
+        super().__init__(connection, seconds, holder, committed)
+        self.connection = connection
+        self.seconds = seconds
+        self.holder = holder
+        self.committed = tuple(committed)
+
+    def _text(self) -> str:
+        before = f"Migrated before: {_listed(self.committed)}. " if self.committed else ""
+        return (
+            f"The database of {self.connection!r} is being migrated by another process for more than {self.seconds:g} s. "
+            f"The lock is held by {self.holder}. {before}Wait for it, end it if it hangs, or raise `lock_timeout`."
         )
 
 

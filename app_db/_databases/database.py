@@ -18,6 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import AdaptedConnection
 
 from app_db._compat.sqlalchemy import is_executing
+from app_db._databases.migrating import MigrationRules
 from app_db._databases.readings import Syntax
 from app_db._databases.statements import transaction_verb
 from app_db.errors import CannotIsolate
@@ -137,6 +138,9 @@ class Database:
 
     sharing = SharingRules()
     """How units of an isolated test share one connection."""
+
+    migrating = MigrationRules()
+    """In which transaction migrations run, and under which lock."""
 
     waits_for_answers = True
     """Whether its drivers wait for a server. If so, an exception from a signal handler may leave an answer unread."""

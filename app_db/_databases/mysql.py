@@ -25,6 +25,7 @@ from app_db._databases.database import (
     quoted,
 )
 from app_db._databases.drivers.mysql_connections import AwaitedAsyncmy, NonBlockingPyMySQL
+from app_db._databases.migrating import MigrationRules, described_holder
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._databases.shells import FILE, Shell
 from app_db._databases.statements import Effect, assignments, bare_texts, effect_of
@@ -147,6 +148,39 @@ class MySQLSharing(SharingRules):
         return None if changed is None else f"{changed[0]} = {ask(f'SELECT @@SESSION.{changed[1]}')}"
 
 
+_MIGRATION_LOCK = "CONCAT('app_db ', MD5(CONCAT(:lock, ' ', COALESCE(DATABASE(), ''))))"
+"""The name of a lock on the server, which has the same names for all its databases, and at most 64 letters for each."""
+
+_MIGRATION_LOCK_HOLDER = f"SELECT ID, USER, HOST FROM information_schema.PROCESSLIST WHERE ID = IS_USED_LOCK({_MIGRATION_LOCK})"  # noqa: S608
+
+
+class MySQLMigrationRules(MigrationRules):
+    """MySQL and MariaDB: DDL ends every transaction, so the lock belongs to the connection."""
+
+    def begin(self, connection: Connection, locks: Sequence[str]) -> bool:
+        held: list[str] = []
+        for lock in locks:
+            if connection.scalar(text(f"SELECT GET_LOCK({_MIGRATION_LOCK}, 0)"), {"lock": lock}) != 1:
+                self.end(connection, held)
+                return False
+            held.append(lock)
+        connection.rollback()
+        return True
+
+    def holder(self, connection: Connection, locks: Sequence[str]) -> str:
+        for lock in locks:
+            found = connection.execute(text(_MIGRATION_LOCK_HOLDER), {"lock": lock}).first()
+            connection.rollback()
+            if found is not None:  # since when, the server does not say
+                return described_holder(found[0], f"{found[1]}@{found[2]}", "")
+        return super().holder(connection, locks)
+
+    def end(self, connection: Connection, locks: Sequence[str]) -> None:
+        for lock in locks:
+            connection.execute(text(f"SELECT RELEASE_LOCK({_MIGRATION_LOCK})"), {"lock": lock})
+        connection.rollback()
+
+
 def _tls_of_asyncmy(said: Mapping[str, object]) -> dict[str, object]:
     """Return what PyMySQL's arguments for TLS are in asyncmy's words, which has none for `write_timeout`."""
     files = {word: said[f"ssl_{word}"] for word in ("ca", "cert", "key") if said.get(f"ssl_{word}")}
@@ -165,6 +199,7 @@ class MySQL(Database):
 
     syntax = "mysql"
     sharing = MySQLSharing()
+    migrating = MySQLMigrationRules()
     creates_databases = True
 
     _drivers = frozenset({"pymysql", "MySQLdb", "mysql", "asyncmy", "aiomysql", "mariadb"})

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event, text
+from sqlalchemy import bindparam, event, text
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import DBAPIError
 
@@ -33,6 +33,7 @@ from app_db._databases.database import (
 )
 from app_db._databases.drivers.poolers import is_pooled
 from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
+from app_db._databases.migrating import MigrationRules, described_holder, moment
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._databases.shells import Shell
 from app_db._databases.statements import bare_texts
@@ -176,11 +177,47 @@ class PostgreSQLSharing(SharingRules):
         return f"SET LOCAL statement_timeout = '{ask('SHOW statement_timeout')}'"
 
 
+_ADVISORY_HOLDER = """
+SELECT held.pid, activity.application_name, activity.xact_start
+FROM pg_catalog.pg_locks AS held LEFT JOIN pg_catalog.pg_stat_activity AS activity ON activity.pid = held.pid
+WHERE held.locktype = 'advisory' AND held.granted AND held.objsubid = 1
+AND held.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+AND (held.classid::bigint << 32 | held.objid::bigint) IN :keys
+"""
+
+
+def _advisory_key(lock: str) -> int:
+    return int.from_bytes(hashlib.sha256(lock.encode()).digest()[:8], signed=True)
+
+
+class PostgreSQLMigrationRules(MigrationRules):
+    """PostgreSQL: all of it in one transaction, whose advisory lock works behind a transaction pooler too."""
+
+    transactional = True
+    lock_ends_with_transaction = True
+
+    def begin(self, connection: Connection, locks: Sequence[str]) -> bool:
+        # It does not wait on the server: CREATE INDEX CONCURRENTLY waits for all statements that run, and so for that one.
+        connection.execution_options(isolation_level="READ COMMITTED")  # in autocommit, the lock would be released at once
+        take = text("SELECT pg_try_advisory_xact_lock(:key)")
+        held = all(connection.scalar(take, {"key": _advisory_key(lock)}) for lock in locks)
+        if not held:
+            connection.rollback()
+        return held
+
+    def holder(self, connection: Connection, locks: Sequence[str]) -> str:
+        asked = text(_ADVISORY_HOLDER).bindparams(bindparam("keys", expanding=True))
+        found = connection.execute(asked, {"keys": [*map(_advisory_key, locks)]}).first()
+        connection.rollback()
+        return super().holder(connection, locks) if found is None else described_holder(found[0], found[1], moment(found[2]))
+
+
 class PostgreSQL(Database):
     """PostgreSQL, by psycopg or any other driver."""
 
     syntax = "postgresql"
     sharing = PostgreSQLSharing()
+    migrating = PostgreSQLMigrationRules()
     creates_databases = True
 
     _idle = 0  # libpq's PQTRANS_IDLE
@@ -545,8 +582,7 @@ class PostgreSQL(Database):
     @contextmanager
     def changing_tables(self, connection: Connection, lock: str) -> Generator[None]:
         connection.execution_options(isolation_level="READ COMMITTED")  # in autocommit, the lock would be released at once
-        key = int.from_bytes(hashlib.sha256(lock.encode()).digest()[:8], signed=True)
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _advisory_key(lock)})
         yield
         connection.commit()
 

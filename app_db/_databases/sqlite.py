@@ -10,6 +10,7 @@ import sqlite3
 import tempfile
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import lru_cache
@@ -19,11 +20,12 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import event
 from sqlalchemy.engine import AdaptedConnection
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
 from app_db._databases.database import NEVER, Database, SharingRules, driver_of, execute, milliseconds, on_execute
+from app_db._databases.migrating import MigrationRules
 from app_db._databases.shells import Shell
 from app_db._databases.statements import bare_texts
 from app_db._databases.time_limits import TIME_LIMIT, TimeLimit, limit_of_checkout
@@ -94,11 +96,70 @@ class SQLiteSharing(SharingRules):
             raise IntegrityError(f"FOREIGN KEY constraint failed ({violations[0][0]})")
 
 
+_VIOLATIONS = "app_db_violations"
+"""Key in a DBAPI connection's info: how many rows of each table violated a foreign key before a migration."""
+
+
+class SQLiteMigrationRules(MigrationRules):
+    """SQLite: all of it in one transaction, whose lock on the file keeps other migrations away.
+
+    Foreign keys are off meanwhile: Alembic alters a table by dropping it after copying it, and DROP TABLE would delete the rows
+    that refer to it. SQLite ignores the switch inside a transaction.
+    """
+
+    transactional = True
+    lock_ends_with_transaction = True
+    has_autocommit_blocks = False
+    alters_by_copying = True
+
+    def begin(self, connection: Connection, locks: Sequence[str]) -> bool:
+        dbapi_connection = connection.connection
+        usual_wait = _value(dbapi_connection, "PRAGMA busy_timeout")
+        execute(dbapi_connection, "PRAGMA foreign_keys = OFF", "PRAGMA busy_timeout = 0")
+        try:
+            connection.begin()
+        except DBAPIError as error:
+            execute(dbapi_connection, "PRAGMA foreign_keys = ON")
+            if not DATABASE.is_transient(error.orig or error):
+                raise
+            return False
+        finally:
+            execute(dbapi_connection, f"PRAGMA busy_timeout = {usual_wait}")
+        connection.info[_VIOLATIONS] = _violations(connection)
+        return True
+
+    def holder(self, connection: Connection, locks: Sequence[str]) -> str:
+        return "a process that writes to the file, or migrates it (SQLite does not say which)"
+
+    def check(self, connection: Connection) -> None:
+        before = connection.info.get(_VIOLATIONS, {})
+        for table, number in _violations(connection).items():
+            if number > before.get(table, 0):
+                raise sqlite3.IntegrityError(f"FOREIGN KEY constraint failed ({table})")
+
+    def end(self, connection: Connection, locks: Sequence[str]) -> None:
+        connection.info.pop(_VIOLATIONS, None)
+        execute(connection.connection, "PRAGMA foreign_keys = ON")
+
+
+def _value(dbapi_connection: PoolProxiedConnection, statement: str) -> Any:
+    cursor = dbapi_connection.cursor()
+    cursor.execute(statement)
+    found = cursor.fetchall()[0][0]
+    cursor.close()
+    return found
+
+
+def _violations(connection: Connection) -> Counter[str]:
+    return Counter(row[0] for row in connection.exec_driver_sql("PRAGMA foreign_key_check"))
+
+
 class SQLite(Database):
     """SQLite: WAL, foreign keys, and transactions that app_db begins instead of the driver."""
 
     syntax = "sqlite"
     sharing = SQLiteSharing()
+    migrating = SQLiteMigrationRules()
     creates_databases = True
     waits_for_answers = False
     has_one_writer = True

@@ -19,7 +19,10 @@ from app_db.errors import CannotReflect, UnknownConnection, UnknownTable, Unrefl
 from app_db.models._bases import CONNECTION, REFLECTED, Reflected, note_reflected, unreflected_models
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
     from sqlalchemy.engine.interfaces import ReflectedPrimaryKeyConstraint
+
+    from app_db.settings import ConnectionSettings
 
 
 _reflecting = Lock()
@@ -39,9 +42,13 @@ def connections_in(container: Container, names: Iterable[str] = ()) -> list[str]
 @contextmanager
 def _connected(container: Container, name: str) -> Generator[Connection]:
     engine = container.providers[f"{name}_engine"]()
-    settings = container.settings().connection(name)
-    with database_of(engine.dialect.name).engine_for_unit(engine, settings, ReadOnlyTerms()).connect() as connection:
+    with engine_that_reads(engine, container.settings().connection(name)).connect() as connection:
         yield connection
+
+
+def engine_that_reads(engine: Engine, settings: ConnectionSettings) -> Engine:
+    """Return `engine` with transactions that write nothing, and so don't wait for writers."""
+    return database_of(engine.dialect.name).engine_for_unit(engine, settings, ReadOnlyTerms())
 
 
 # ---- models -----------------------------------------------------------------------------------------------------------

@@ -83,14 +83,15 @@ def writable(container: Container, names: Iterable[str]) -> list[str]:
     found = connections_in(container, asked)
     if not asked:
         found = [name for name in found if own_tables(name)]
-    obstacles = {name: _obstacle(container.settings(), name) for name in found}
+    obstacles = {name: obstacle_to_changes(container.settings(), name) for name in found}
     for name, obstacle in obstacles.items():
         if obstacle and asked:
             raise InvalidUse(f"The tables of {name!r} can't be created or dropped: {obstacle}", "Name a writable connection")
     return [name for name, obstacle in obstacles.items() if not obstacle]
 
 
-def _obstacle(settings: DatabaseSettings, name: str) -> str:
+def obstacle_to_changes(settings: DatabaseSettings, name: str) -> str:
+    """Return why the tables of a connection can't be changed; empty if they can."""
     used, own = settings.connection(name), settings.connections.get(name)
     if own is None or own.mirror is not None:
         return "it mirrors another connection"
@@ -101,7 +102,7 @@ def _change(container: Container, name: str, tables: list[Table], verb: Callable
     """Create or drop tables of a connection while no other process does."""
     if not tables:
         return
-    _refuse_inside_unit(container, name)
+    refuse_inside_unit(container, name)
     engine: Engine = container.providers[f"{name}_engine"]()
     database = database_of(engine.dialect.name)
     for attempt in range(1, _ATTEMPTS + 1):
@@ -115,7 +116,7 @@ def _change(container: Container, name: str, tables: list[Table], verb: Callable
                 raise
 
 
-def _refuse_inside_unit(container: Container, name: str) -> None:
+def refuse_inside_unit(container: Container, name: str) -> None:
     """Raise InvalidUse in a unit that uses the database: the change would wait for the locks of the unit, for ever."""
     try:
         work = container.core.coordinator().get()

@@ -79,6 +79,13 @@ EXAMPLES: list[AppDbError] = [
     errors.DecisionFileDamaged("/srv/decisions", "SQLite says, database disk image is malformed"),
     errors.DecisionFileFull("/srv/decisions"),
     errors.CannotMakeDatabase("writer", "shop_gw0", "permission denied to create database"),
+    errors.AlembicMissing(),
+    errors.UnusableMigrations("writer", "there is no revision 'a1'", "The revisions are: b2"),
+    errors.MigrationFailed("writer", "a1", "ProgrammingError: no such column", errors.MigrationAccount()),
+    errors.MigrationFailed("log", "", "OperationalError: gone", errors.MigrationAccount({"writer": ["a1"]}, ["log"], ["web"])),
+    errors.MigrationFailed("log", "b2", "OperationalError: gone", errors.MigrationAccount(is_partial=True)),
+    errors.MigrationLockTimeout("writer", 60.0, "the connection 42 (shop, since 2026-01-02 03:04:05 UTC)"),
+    errors.MigrationLockTimeout("writer", 0.5, "another process", ["log"]),
     errors.CannotIsolate("writer", "A COMMIT sent as SQL", "Use SQLAlchemy's own methods"),
     errors.IsolationTimeout("writer", ["the thread 'MainThread', which uses 'writer'"], 5.0),
     errors.IsolationTimeout("", [], 5.0),
@@ -86,7 +93,7 @@ EXAMPLES: list[AppDbError] = [
     errors.HookFailed([ValueError("no mail server"), OSError("disk full")]),
 ]
 
-BASES = {errors.AppDbError, errors.UnitOfWorkError, errors.CommitError, errors.IsolationError}
+BASES = {errors.AppDbError, errors.UnitOfWorkError, errors.CommitError, errors.IsolationError, errors.MigrationError}
 """Never raised themselves: names to catch a family by."""
 
 

@@ -12,6 +12,7 @@ from harness.paths import run_python
 PACKAGES = [
     "aiohttp",
     "aiosqlite",
+    "alembic",
     "anyio",
     "asyncmy",
     "asyncpg",
@@ -66,6 +67,8 @@ if {"anyio", "aiohttp"} & set(modules):
     left_out |= {"app_db.integrations.taskiq"}  # taskiq needs both
 if "fcntl" in modules:
     left_out |= {"app_db.integrations.celery"}  # Celery's own modules want it, except on Windows
+if "alembic" in modules:
+    left_out |= {"app_db.migrations"}
 for framework in ("aiohttp", "celery", "flask", "pyramid", "taskiq"):
     if framework in modules:
         left_out |= {f"app_db.integrations.{framework}"}

@@ -1,0 +1,172 @@
+"""The chain of revisions of one connection: its folder, its settings for Alembic, and the table that has its revision."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from argparse import Namespace
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.script.revision import ResolutionError, RevisionError
+from alembic.util.exc import CommandError
+from sqlalchemy import inspect
+
+from app_db._databases.database import Database
+from app_db._databases.registry import database_of
+from app_db._wording import in_one_line
+from app_db.errors import UnusableMigrations
+
+if TYPE_CHECKING:
+    from alembic.script import Script
+    from sqlalchemy import Connection, Engine
+
+ENVIRONMENT = Path(__file__).parent / "_environment"
+VERSION_TABLE = "alembic_version"
+
+
+class Chain:
+    """The revisions of a connection, in the folder `versions`. `beside` are the folders of others in the same database."""
+
+    def __init__(self, name: str, versions: Path, engine: Engine, beside: Sequence[Path]) -> None:
+        self.name = name
+        self.versions = versions
+        self.engine = engine
+        self.beside = tuple(beside)
+        self.database: Database = database_of(engine.dialect.name)
+        self.reload()
+
+    def config(self, **attributes: Any) -> Config:
+        """Return a configuration for Alembic's commands. Its environment is app_db's, and not an env.py of the application."""
+        config = Config(stdout=io.StringIO(), cmd_opts=Namespace(quiet=True), attributes=attributes)
+        for option, value in {
+            "script_location": str(ENVIRONMENT),
+            "version_locations": str(self.versions),
+            "path_separator": "newline",
+            "version_path_separator": "newline",  # of Alembic before 1.16
+        }.items():
+            config.set_main_option(option, value.replace("%", "%%"))
+        return config
+
+    # ---- what is in the folder
+
+    def reload(self) -> None:
+        """Import all revisions. Raise UnusableMigrations if one can't be, or if there are two newest ones."""
+        self.script = ScriptDirectory.from_config(self.config())
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)  # a revision refers to one that is not there
+                heads = self.script.get_heads()
+                self.revisions: dict[str, Script] = {each.revision: each for each in self.script.walk_revisions()}
+        except Exception as error:  # a revision is a program, which may raise anything
+            raise self.unusable(f"{self._place(error)} can't be loaded ({in_one_line(error)})", "Correct it") from error
+        if len(heads) > 1:
+            raise self.unusable(
+                f"{self.versions} has {len(heads)} newest revisions, {', '.join(sorted(heads))}",
+                f"Write the id of one as the down_revision of another, as in down_revision = {min(heads)!r}",
+            )
+        self.head: str | None = heads[0] if heads else None
+        self._require("upgrade", self.revisions.values())
+
+    def _require(self, function: str, revisions: Iterable[Script]) -> None:
+        for each in revisions:
+            if not callable(getattr(each.module, function, None)):
+                raise self.unusable(f"{each.path} has no function {function}()", "Write one")
+
+    def _place(self, error: BaseException) -> str:
+        """Return the file that an error is about."""
+        files = [str(getattr(error, "filename", "") or "")]
+        trace = error.__traceback__
+        while trace is not None:
+            files.append(trace.tb_frame.f_code.co_filename)
+            trace = trace.tb_next
+        found = [file for file in files if Path(file).parent == self.versions]
+        return found[-1] if found else f"a file in {self.versions}"
+
+    def unusable(self, problem: str, advice: str) -> UnusableMigrations:
+        """Return the error about this chain."""
+        return UnusableMigrations(self.name, problem, advice)
+
+    def is_known(self, revision: str) -> bool:
+        """Return whether a revision, or what Alembic takes for one (`head`, `+1`, the beginning of an id), is in this chain."""
+        try:
+            return bool(self.script.get_revisions(revision)) or revision in ("head", "heads", "base")
+        except CommandError:
+            return False
+
+    def up_to(self, target: str, current: tuple[str, ...]) -> list[Script]:
+        """Return the revisions to run in order to get from the revision `current` up to `target`."""
+        with self._translated(target):
+            found = self.script.iterate_revisions(target, current, implicit_base=True)
+            return [*reversed([*found])]
+
+    def down_to(self, target: str, current: tuple[str, ...]) -> list[Script]:
+        """Return the revisions to undo in order to get from the revision `current` down to `target`."""
+        with self._translated(target):
+            found = [*self.script.iterate_revisions(current, target, select_for_downgrade=True)]
+        self._require("downgrade", found)
+        return found
+
+    def named(self, target: str) -> list[Script]:
+        """Return the revision that `target` names, in a list that is empty for `base`."""
+        with self._translated(target):
+            return [*filter(None, self.script.get_revisions(target))]  # Alembic gives None for `base`
+
+    @contextmanager
+    def _translated(self, target: str) -> Generator[None]:
+        try:
+            yield
+        except (CommandError, RevisionError) as error:
+            is_unknown = isinstance(error.__cause__ or error, ResolutionError)
+            problem = f"there is no revision {target!r}" if is_unknown else f"{target!r} is out of reach ({in_one_line(error)})"
+            raise self.unusable(problem, f"The revisions are: {self.listed()}") from error
+
+    def listed(self) -> str:
+        """Return the ids of all revisions, from the first to the newest."""
+        return ", ".join(reversed(self.revisions)) or "none"
+
+    # ---- what is in the database
+
+    def current(self, connection: Connection) -> tuple[str, ...]:
+        """Return the revision of a database, as a tuple that is empty if it has none."""
+        found = self.context(connection).get_current_heads()
+        if len(found) > 1 or not set(found) <= set(self.revisions):
+            raise self.unusable(
+                f"the database is at the revision {', '.join(sorted(found))}, which is not in {self.versions}",
+                "Run the code that has this revision, or bring its file back",
+            )
+        return found
+
+    def context(self, connection: Connection, **options: Any) -> MigrationContext:
+        """Return Alembic's view of a database."""
+        return MigrationContext.configure(connection, opts={"version_table": self.version_table(connection), **options})
+
+    def version_table(self, connection: Connection | None) -> str:
+        """Return the table that has the revision: `alembic_version`, or `alembic_version_NAME` if that belongs to another chain.
+
+        What is in the database decides first, so that the name stays when a connection moves to a database of its own, or no
+        longer is alone in it. Offline, without `connection`, nothing is known of that.
+        """
+        own = f"{VERSION_TABLE}_{self.name}"
+        usual = own if self.beside else VERSION_TABLE
+        if connection is None:
+            return usual
+        inspector = inspect(connection)
+        if inspector.has_table(own):
+            return own
+        if not (self.beside and inspector.has_table(VERSION_TABLE)):
+            return usual
+        found = set(MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_heads())
+        others = set[str]().union(*(ids_in(versions) for versions in self.beside))
+        is_of_another = not found or (not found <= set(self.revisions) and found <= others)
+        return own if is_of_another else VERSION_TABLE
+
+
+def ids_in(versions: Path) -> set[str]:
+    """Return the ids of the revisions in a folder."""
+    return {each.revision for each in ScriptDirectory(ENVIRONMENT, version_locations=[versions]).walk_revisions()}

@@ -1,0 +1,237 @@
+"""Brings databases to a revision: those that can in one transaction each, committed together, and the others one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from alembic import command
+from sqlalchemy import Connection
+
+from app_db._wording import in_one_line
+from app_db.container import DatabaseContainer
+from app_db.errors import AppDbError, MigrationAccount, MigrationFailed
+from app_db.migrations._chains import Chain
+from app_db.migrations._results import Migrated, Step
+from app_db.migrations._running import AUTOCOMMIT_BLOCK, configure, leaves_transaction, locked, run_command
+from app_db.models._reflection import engine_that_reads
+from app_db.models._schema import refuse_inside_unit
+
+if TYPE_CHECKING:
+    from alembic.script import Script
+
+Current = tuple[str, ...]
+"""The revision of a database; empty if it has none."""
+
+OnStep = Callable[[Step], object]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What is done to the databases: a command of Alembic, its target, and the revisions that it would run."""
+
+    command: Callable[..., object]
+    target: str
+    plan: Callable[[Chain, Current], Sequence[Script]]
+    runs_revisions: bool = True
+
+    def is_needed(self, chain: Chain, current: Current) -> bool:
+        """Return whether there is something to do."""
+        if self.runs_revisions:
+            return bool(self.plan(chain, current))
+        return current != tuple(each.revision for each in self.plan(chain, current))
+
+
+def upward(target: str) -> Verb:
+    """Return the verb that runs revisions up to `target`."""
+    return Verb(command.upgrade, target, lambda chain, current: chain.up_to(target, current))
+
+
+def downward(target: str) -> Verb:
+    """Return the verb that undoes revisions down to `target`."""
+    return Verb(command.downgrade, target, lambda chain, current: chain.down_to(target, current))
+
+
+def stamping(target: str) -> Verb:
+    """Return the verb that writes the revision and runs none."""
+    return Verb(command.stamp, target, lambda chain, _: chain.named(target), runs_revisions=False)
+
+
+def read_current(container: DatabaseContainer, chain: Chain) -> Current:
+    """Return the revision of a database, without waiting for other transactions."""
+    with engine_that_reads(chain.engine, container.settings().connection(chain.name)).connect() as connection:
+        return chain.current(connection)
+
+
+class Migration:
+    """One verb, applied to chains."""
+
+    def __init__(
+        self,
+        container: DatabaseContainer,
+        verb: Verb,
+        chains: Sequence[Chain],
+        *,
+        lock_timeout: float,
+        on_step: OnStep | None = None,
+    ) -> None:
+        self._container = container
+        self._verb = verb
+        self._chains = chains
+        self._lock_timeout = lock_timeout
+        self._on_step = on_step
+        self._before: dict[str, Current] = {}
+        self._after: dict[str, Current] = {}
+        self._run: dict[str, list[str]] = {}
+        self._committed: list[str] = []
+        """Connections, in the order in which their revisions became durable."""
+
+    def apply(self) -> tuple[Migrated, ...]:
+        """Do it, and return what was done. Nothing is locked if nothing is to be done."""
+        for chain in self._chains:
+            self._before[chain.name] = self._after[chain.name] = read_current(self._container, chain)
+        needed = [chain for chain in self._chains if self._verb.is_needed(chain, self._before[chain.name])]
+        for chain in needed:
+            refuse_inside_unit(self._container, chain.name)
+        alone = [chain for chain in needed if self._commits_by_itself(chain)]
+        together = [chain for chain in needed if chain not in alone]
+        self._apply_together(together, alone)
+        for position, chain in enumerate(alone):
+            self._apply_alone(chain, alone[position + 1 :])
+        return tuple(
+            Migrated(
+                chain.name,
+                next(iter(self._before[chain.name]), None),
+                next(iter(self._after[chain.name]), None),
+                tuple(self._run.get(chain.name, ())),
+            )
+            for chain in self._chains
+        )
+
+    def _commits_by_itself(self, chain: Chain) -> bool:
+        rules = chain.database.migrating
+        if not rules.transactional:
+            return True
+        if not self._verb.runs_revisions:
+            return False
+        leaving = [each for each in self._verb.plan(chain, self._before[chain.name]) if leaves_transaction(each)]
+        if leaving and not rules.has_autocommit_blocks:
+            raise chain.unusable(
+                f"the revision {leaving[0].revision!r} has an {AUTOCOMMIT_BLOCK}, which can't run while the lock "
+                f"of the migrations is held ({chain.engine.dialect.name})",
+                "Run its statements outside of migrations",
+            )
+        return bool(leaving)
+
+    # ---- in one transaction each, committed one after the other at the end
+
+    def _apply_together(self, chains: Sequence[Chain], later: Sequence[Chain]) -> None:
+        groups = self._by_transaction(chains)
+        with ExitStack() as stack:
+            connections = [stack.enter_context(locked(group, self._lock_timeout, self._committed)) for group in groups]
+            done: list[Chain] = []
+            for group, connection in zip(groups, connections, strict=True):
+                for chain in group:
+                    done.append(chain)
+                    with self._explained(chain, rolled_back=done, left=[*_without(chains, done), *later]):
+                        self._execute(chain, connection)
+                with self._explained(group[-1], rolled_back=done, left=[*_without(chains, done), *later]):
+                    group[0].database.migrating.check(connection)
+            for position, (group, connection) in enumerate(zip(groups, connections, strict=True)):
+                rest = [chain for others in groups[position:] for chain in others]
+                with self._explained(group[0], rolled_back=rest, left=later, at_commit=True):
+                    connection.commit()
+                self._committed += [chain.name for chain in group]
+
+    def _by_transaction(self, chains: Sequence[Chain]) -> list[list[Chain]]:
+        """Return chains in groups that share a transaction: two in one database would wait for each other without an end."""
+        groups: dict[object, list[Chain]] = {}
+        for chain in chains:
+            place = self._container.settings().connection(chain.name).place
+            groups.setdefault(place if chain.database.has_one_writer else chain.engine.url, []).append(chain)
+        return [*groups.values()]
+
+    # ---- each revision by itself
+
+    def _apply_alone(self, chain: Chain, left: Sequence[Chain]) -> None:
+        with locked([chain], self._lock_timeout, self._committed) as locking, ExitStack() as stack:
+            own = locking
+            if chain.database.migrating.lock_ends_with_transaction:
+                own = stack.enter_context(chain.engine.connect())
+            with self._explained(chain, left=left, is_alone=True):
+                self._execute(chain, own, one_by_one=True)
+            self._committed.append(chain.name)
+
+    # ---- both
+
+    def _execute(self, chain: Chain, connection: Connection, *, one_by_one: bool = False) -> None:
+        """Run what is still to be done now that the lock is held."""
+        current = chain.current(connection)
+        self._before[chain.name] = self._after[chain.name] = current
+        if not self._verb.is_needed(chain, current):
+            return
+        total = len(self._verb.plan(chain, current))
+        run = self._run.setdefault(chain.name, [])
+
+        def note(step: Any, heads: set[str], **_: object) -> None:
+            revision = step.up_revision_id
+            run.append(revision)
+            self._after[chain.name] = tuple(heads)
+            if self._on_step is not None:
+                self._on_step(Step(chain.name, revision, len(run), total))
+
+        def environment(context: Any) -> None:
+            noted = {"on_version_apply": note} if self._verb.runs_revisions else {}
+            configure(context, chain, connection, one_by_one=one_by_one, **noted)
+            with context.begin_transaction():
+                context.run_migrations()
+
+        run_command(chain, self._verb.command, self._verb.target, environment=environment)
+        if not self._verb.runs_revisions:
+            self._after[chain.name] = chain.current(connection)
+
+    @contextmanager
+    def _explained(
+        self,
+        chain: Chain,
+        *,
+        rolled_back: Sequence[Chain] = (),
+        left: Sequence[Chain] = (),
+        at_commit: bool = False,
+        is_alone: bool = False,
+    ) -> Generator[None]:
+        """Raise MigrationFailed, which says what is in the databases now, for whatever a revision raises."""
+        try:
+            yield
+        except AppDbError:
+            raise
+        except Exception as error:
+            run = self._run.get(chain.name, [])
+            committed = {name: self._run[name] for name in self._committed if self._run.get(name)}
+            if is_alone and run:
+                committed[chain.name] = run
+            account = MigrationAccount(
+                committed, [each.name for each in rolled_back], [each.name for each in left], is_partial=is_alone
+            )
+            revision = "" if at_commit else self._failing(chain, run)
+            raise MigrationFailed(chain.name, revision, _reason(error), account) from error
+
+    def _failing(self, chain: Chain, run: Sequence[str]) -> str:
+        plan = [each.revision for each in self._verb.plan(chain, self._before[chain.name])]
+        return next((revision for revision in plan if revision not in run), plan[-1] if plan else "")
+
+
+def _without(chains: Sequence[Chain], done: Sequence[Chain]) -> list[Chain]:
+    return [chain for chain in chains if chain not in done]
+
+
+def _reason(error: BaseException) -> str:
+    trace, names = error.__traceback__, set[str]()
+    while trace is not None:
+        names.add(trace.tb_frame.f_code.co_name)
+        trace = trace.tb_next
+    if isinstance(error, AssertionError) and AUTOCOMMIT_BLOCK in names:
+        return "it enters an autocommit_block, and nothing in its file says so. Write `autocommit = True` into the file"
+    return in_one_line(error)

@@ -1,0 +1,173 @@
+"""Runs Alembic's commands on a connection, and its environment for a connection of app_db."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Table
+
+from app_db._compat.os import after_fork_in_child
+from app_db.errors import MigrationLockTimeout
+from app_db.migrations._chains import VERSION_TABLE, Chain
+from app_db.models._bases import REFLECTED, metadata_of
+from app_db.models._schema import include_name
+
+if TYPE_CHECKING:
+    from alembic.script import Script
+    from sqlalchemy import Connection
+
+Environment = Any
+"""Alembic's EnvironmentContext, as its module `alembic.context` shows it."""
+
+AUTOCOMMIT_BLOCK = "autocommit_block"
+
+
+class _Alembic:
+    """Alembic, which has one `context` and one `op` in a process."""
+
+    lock = RLock()
+    """Held while it runs."""
+
+
+def _forget_parents_lock() -> None:
+    _Alembic.lock = RLock()
+
+
+after_fork_in_child(_forget_parents_lock)
+
+
+def run_command(
+    chain: Chain, command: Callable[..., Any], *arguments: object, environment: Callable[..., None], **more: Any
+) -> Any:
+    """Run one of `alembic.command` with this environment, and return what it returns."""
+    with _Alembic.lock:
+        return command(chain.config(app_db=environment), *arguments, **more)
+
+
+def configure(context: Environment, chain: Chain, connection: Connection, *, one_by_one: bool = False, **options: Any) -> None:
+    """Configure Alembic for a connection: what autogenerate compares, and where the revision is.
+
+    Alembic leaves a transaction that is open to the caller. With `one_by_one` none is, and it begins one for each revision.
+    """
+    version_table = chain.version_table(connection)
+    if one_by_one:
+        connection.rollback()
+    context.configure(
+        connection=connection,
+        version_table=version_table,
+        transaction_per_migration=one_by_one,
+        render_as_batch=chain.database.migrating.alters_by_copying,
+        **compared(chain),
+        **options,
+    )
+
+
+def compared(chain: Chain) -> dict[str, Any]:
+    """Return the options by which Alembic compares the models of a connection with its database.
+
+    Left out are app_db's own tables, version tables, reflected tables, and those of other connections in the same database.
+    """
+    metadata = metadata_of(chain.name)
+    reflected = {(table.schema, table.name) for table in metadata.tables.values() if table.info.get(REFLECTED)}
+    others = {
+        (table.schema, table.name)
+        for versions in chain.beside
+        for table in metadata_of(versions.parent.name).tables.values()
+        if table.key not in metadata.tables
+    }
+    schemas = {table.schema for table in metadata.tables.values()}
+
+    def is_ours(name: str | None, kind: str, parents: dict[str, str | None]) -> bool:
+        if kind == "schema":
+            return name in schemas or name is None
+        if kind == "table" and (str(name).startswith(VERSION_TABLE) or (parents.get("schema_name"), name) in others | reflected):
+            return False
+        return include_name(name, kind, parents)
+
+    def is_created(element: object, name: str | None, kind: str, *_: object) -> bool:
+        return not (isinstance(element, Table) and element.info.get(REFLECTED))
+
+    return {
+        "target_metadata": metadata,
+        "include_schemas": bool(schemas - {None}),
+        "include_name": is_ours,
+        "include_object": is_created,
+    }
+
+
+def leaves_transaction(script: Script) -> bool:
+    """Return whether a revision commits in its middle: it says `autocommit = True`, or has an `autocommit_block`."""
+    source = Path(script.path).read_text(encoding="utf-8")
+    return bool(getattr(script.module, "autocommit", False)) or AUTOCOMMIT_BLOCK in source
+
+
+# ---- the lock ---------------------------------------------------------------------------------------------------------------
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+"""Seconds between two attempts to take the lock."""
+
+
+@contextmanager
+def locked(group: Sequence[Chain], seconds: float, committed: Sequence[str] = ()) -> Generator[Connection]:
+    """Give a connection that holds the locks of chains in one database, in a transaction if its end releases them.
+
+    Raise MigrationLockTimeout if they are not free within `seconds`. It asks again and again, and never waits on the server: a
+    transaction that waits there would keep the process that holds the lock from CREATE INDEX CONCURRENTLY, and a connection from
+    other clients of a transaction pooler.
+    """
+    rules = group[0].database.migrating
+    locks = [f"app_db migrations {name}" for name in sorted(chain.name for chain in group)]
+    give_up, pause = time.monotonic() + seconds, _FIRST_PAUSE
+    with group[0].engine.connect() as connection:
+        while not rules.begin(connection, locks):
+            remaining = give_up - time.monotonic()
+            if remaining <= 0:
+                raise MigrationLockTimeout(group[0].name, seconds, rules.holder(connection, locks), committed)
+            time.sleep(min(pause, remaining))
+            pause = min(pause * 1.5, _LONGEST_PAUSE)
+        try:
+            yield connection
+        finally:
+            if not connection.invalidated:
+                connection.rollback()
+                rules.end(connection, locks)
+
+
+# ---- environments of Alembic's own command line ---------------------------------------------------------------------------
+
+
+def run_offline(context: Environment, chain: Chain, **options: Any) -> None:
+    """Write the SQL of revisions."""
+    context.configure(
+        url=chain.engine.url,
+        version_table=chain.version_table(None),
+        transactional_ddl=chain.database.migrating.transactional,
+        literal_binds=True,
+        dialect_opts={"paramstyle": "named"},
+        **options,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def run_environment(context: Environment, chain: Chain, lock_timeout: float) -> None:
+    """Do what the command line has asked for, in one transaction that holds the lock if all revisions can do with one."""
+    if context.is_offline_mode():
+        run_offline(context, chain)
+        return
+    rules = chain.database.migrating
+    is_one = rules.transactional and not any(map(leaves_transaction, chain.revisions.values()))
+    with locked([chain], lock_timeout) as locking, ExitStack() as stack:
+        is_apart = rules.lock_ends_with_transaction and rules.has_autocommit_blocks and not is_one
+        own = stack.enter_context(chain.engine.connect()) if is_apart else locking
+        configure(context, chain, own, one_by_one=not is_one)
+        with context.begin_transaction():
+            context.run_migrations()
+        if is_one:
+            rules.check(own)
+            own.commit()

@@ -1,0 +1,145 @@
+"""What can't be run is refused before anything is changed, by an error that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app_db import errors
+from app_db.migrations import check, current, downgrade, revision, stamp, upgrade
+from harness.migrated import Project
+from harness.paths import run_python
+
+
+@pytest.fixture
+def project(tmp_path: Path, sqlite_url: str) -> Project:
+    project = Project(tmp_path, writer=sqlite_url, log=f"{sqlite_url}.log")
+    project.write_three("writer")
+    return project
+
+
+def test_two_newest_revisions(project: Project) -> None:
+    project.write("writer", "d", down="b")
+    with pytest.raises(errors.UnusableMigrations, match=r"2 newest revisions, c, d\. .*down_revision = 'c'"):
+        upgrade(project.container)
+    assert project.all_tables("writer") == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("def upgrade(:", r"bad\.py can't be loaded \(SyntaxError"),
+        ("import nowhere", r"bad\.py can't be loaded \(ModuleNotFoundError: No module named 'nowhere'"),
+        ("x = 1", r"can't be loaded \(.*bad_py"),
+        ("revision, down_revision = 'bad', 'missing'", r"can't be loaded \(.*missing"),
+    ],
+    ids=["syntax", "import", "no revision", "no such revision before"],
+)
+def test_a_malformed_revision(project: Project, text: str, match: str) -> None:
+    (project.folder / "writer" / "versions" / "bad.py").write_text(text)
+    with pytest.raises(errors.UnusableMigrations, match=match):
+        current(project.container)
+    assert project.all_tables("writer") == set()
+
+
+def test_a_revision_without_a_function(project: Project) -> None:
+    (project.folder / "writer" / "versions" / "d.py").write_text("revision, down_revision = 'd', 'c'")
+    with pytest.raises(errors.UnusableMigrations, match=r"d\.py has no function upgrade\(\)"):
+        upgrade(project.container)
+    (project.folder / "writer" / "versions" / "d.py").write_text("revision, down_revision = 'd', 'c'\ndef upgrade(): ...")
+    stamp(project.container)
+    with pytest.raises(errors.UnusableMigrations, match=r"d\.py has no function downgrade\(\)"):
+        downgrade(project.container, "base")
+    stamp(project.container, "base")
+    assert project.tables("writer") == set()
+
+
+def test_an_unknown_connection(project: Project) -> None:
+    with pytest.raises(errors.UnknownConnection, match="'writter'"):
+        upgrade(project.container, connections=["writter"])
+
+
+@pytest.mark.parametrize("function", [upgrade, stamp])
+def test_an_unknown_revision(project: Project, function: object) -> None:
+    with pytest.raises(errors.UnusableMigrations, match=r"there is no revision 'nonsense'\. The revisions are: a, b, c"):
+        function(project.container, "nonsense")  # type: ignore[operator]
+    with pytest.raises(errors.UnusableMigrations, match=r"'-9'"):
+        downgrade(project.container, "-9")
+
+
+def test_a_connection_without_a_folder(project: Project) -> None:
+    with pytest.raises(errors.UnusableMigrations, match=r"'log'.*there is no folder .*log/versions"):
+        upgrade(project.container, connections=["log"])
+
+
+def test_no_folder_at_all(tmp_path: Path, sqlite_url: str) -> None:
+    with (
+        Project(tmp_path, writer=sqlite_url) as project,
+        pytest.raises(errors.InvalidUse, match=r"no migrations in .*elsewhere.*'writer'.*directory"),
+    ):
+        upgrade(project.container, directory="elsewhere")
+
+
+def test_read_only_connections_and_mirrors_have_none(tmp_path: Path, sqlite_url: str) -> None:
+    connections: dict[str, str | dict[str, object]] = {
+        "writer": sqlite_url,
+        "copy": {"mirror": "writer"},
+        "archive": {"url": f"{sqlite_url}.2", "read_only": True},
+    }
+    with Project(tmp_path, **connections) as project:
+        for name in connections:
+            project.write_three(name)
+        assert [each.connection for each in upgrade(project.container)] == ["writer"]
+        with pytest.raises(errors.InvalidUse, match="'copy' has no migrations: it mirrors"):
+            upgrade(project.container, connections=["copy"])
+        with pytest.raises(errors.InvalidUse, match=r"'archive' has no migrations: it is read-only.*ARCHIVE__READ_ONLY"):
+            check(project.container, connections=["archive"])
+
+
+def test_several_connections_are_not_undone_by_a_slip(project: Project) -> None:
+    project.write_three("log")
+    upgrade(project.container)
+    with pytest.raises(errors.InvalidUse, match=r"Several.*'log', 'writer'.*Name those to downgrade"):
+        downgrade(project.container, "-1")
+    with pytest.raises(errors.InvalidUse, match="Name those to write an empty revision for"):
+        revision(project.container, "empty", autogenerate=False)
+
+
+def test_inside_a_unit_of_work_that_uses_the_database(project: Project) -> None:
+    with project.container.transaction():
+        project.container.writer_session().connection()
+        with pytest.raises(errors.InvalidUse, match="inside a unit of work"):
+            upgrade(project.container)
+
+
+# ---- pyproject.toml --------------------------------------------------------------------------------------------------------
+
+
+def test_pyproject_names_the_folder(project: Project) -> None:
+    project.folder.rename("schema")
+    Path("pyproject.toml").write_text('[tool.app_db]\nmigrations = "schema"\n')
+    assert upgrade(project.container)[0].after == "c"
+    assert upgrade(project.container, directory="schema")[0].after == "c"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("[tool.app_db\n", r"pyproject\.toml is no valid TOML"),
+        ("[tool.app_db]\nmigrations = 3\n", r"does not name the folder.*migrations = "),
+        ("[tool]\napp_db = 'x'\n", r"does not name the folder"),
+    ],
+)
+def test_a_corrupt_pyproject(project: Project, text: str, match: str) -> None:
+    Path("pyproject.toml").write_text(text)
+    with pytest.raises(errors.InvalidUse, match=match):
+        upgrade(project.container)
+
+
+def test_without_alembic() -> None:
+    program = (
+        "import sys\nsys.modules['alembic'] = None\nimport app_db\n"
+        "try:\n    import app_db.migrations\nexcept app_db.errors.AlembicMissing as error:\n    print(error.message)"
+    )
+    assert run_python("-c", program).stdout == "Migrations need Alembic, which is not installed. pip install 'app-db[alembic]'.\n"
