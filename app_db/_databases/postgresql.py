@@ -201,7 +201,11 @@ class PostgreSQLMigrationRules(MigrationRules):
         connection.execution_options(isolation_level="READ COMMITTED")  # in autocommit, the lock would be released at once
         take = text("SELECT pg_try_advisory_xact_lock(:key)")
         held = all(connection.scalar(take, {"key": _advisory_key(lock)}) for lock in locks)
-        if not held:
+        if held:
+            # A result stays open on the server until the next one, and keeps a snapshot, for which CREATE INDEX CONCURRENTLY would
+            # wait. SHOW needs none.
+            connection.exec_driver_sql("SHOW transaction_isolation")
+        else:
             connection.rollback()
         return held
 

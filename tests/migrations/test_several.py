@@ -1,0 +1,247 @@
+"""Several connections: together where their databases can undo DDL, and one by one, with an account, where they can't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+
+from app_db import DatabaseContainer, errors
+from app_db.migrations import Step, current, downgrade, upgrade
+from harness.migrated import Child, Project, at_once
+
+NewUrl = Callable[[], str]
+
+FAIL = "op.execute('SELECT * FROM nowhere')"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def new_transactional_url(request: pytest.FixtureRequest) -> NewUrl:
+    found: NewUrl = request.getfixturevalue(f"new_{request.param}_url")
+    return found
+
+
+# ---- together ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_in_the_second_leaves_the_first_unchanged(tmp_path: Path, new_transactional_url: NewUrl) -> None:
+    with Project(tmp_path, first=new_transactional_url(), second=new_transactional_url()) as project:
+        project.write_three("first")
+        project.write("second", "x", create="made")
+        project.write("second", "y", FAIL, down="x")
+        with pytest.raises(errors.MigrationFailed, match=r"'y' of 'second' failed: .*nowhere") as caught:
+            upgrade(project.container)
+        assert caught.value.account == errors.MigrationAccount({}, ["first", "second"], [])
+        assert "Nothing was changed" in str(caught.value)
+        assert project.all_tables("first") == project.all_tables("second") == set()
+        project.write("second", "y", down="x")
+        assert [each.after for each in upgrade(project.container)] == ["c", "y"]
+
+
+def test_databases_of_two_kinds_are_one(tmp_path: Path, postgres_url: str, sqlite_url: str) -> None:
+    with Project(tmp_path, first=postgres_url, second=sqlite_url) as project:
+        project.write_three("first")
+        project.write("second", "x", FAIL)
+        with pytest.raises(errors.MigrationFailed, match="'x' of 'second'"):
+            upgrade(project.container)
+        assert project.all_tables("first") == project.all_tables("second") == set()
+
+
+def test_a_commit_that_fails_says_what_was_committed(tmp_path: Path, new_postgres_url: NewUrl) -> None:
+    deferred = """
+op.execute("CREATE TABLE one (id integer PRIMARY KEY, other integer REFERENCES one DEFERRABLE INITIALLY DEFERRED)")
+op.execute("INSERT INTO one VALUES (1, 2)")
+"""
+    with Project(tmp_path, a=new_postgres_url(), b=new_postgres_url(), c=new_postgres_url()) as project:
+        project.write_three("a")
+        project.write("b", "x", deferred)
+        project.write_three("c")
+        with pytest.raises(
+            errors.MigrationFailed, match="The COMMIT of the migrations of 'b' failed: ForeignKeyViolation"
+        ) as caught:
+            upgrade(project.container)
+        assert caught.value.account == errors.MigrationAccount({"a": ["a", "b", "c"]}, ["b", "c"], [])
+        assert (project.tables("b"), project.tables("c")) == (set(), set())
+        assert len(project.tables("a")) == 3
+
+
+def test_two_connections_to_one_database_share_a_transaction(tmp_path: Path, database_url: str) -> None:
+    """Two transactions would wait for each other's locks without an end: the second refers to a table that the first has made."""
+    with Project(tmp_path, first=database_url, second=database_url) as project:
+        project.write("first", "a", create="parents")
+        project.write(
+            "second",
+            "x",
+            "op.create_table('children', sa.Column('id', sa.Integer, sa.ForeignKey('parents.id'), primary_key=True))",
+            "op.drop_table('children')",
+        )
+        assert [each.after for each in upgrade(project.container)] == ["a", "x"]
+        assert project.tables("first") == {"parents", "children"}
+        downgrade(project.container, "base", connections=["second"])
+        downgrade(project.container, "base", connections=["first"])
+        assert project.tables("first") == set()
+
+
+def test_processes_with_several_connections_wait_for_each_other(tmp_path: Path, new_database_url: NewUrl) -> None:
+    with Project(tmp_path, first=new_database_url(), second=new_database_url()) as project:
+        project.write_three("first")
+        project.write_three("second")
+
+        def work(container: DatabaseContainer) -> object:
+            return upgrade(container, directory=project.folder)
+
+        reports = at_once(project, 3, work)
+        assert [report for report in reports if "error" in report] == []
+        assert [each.pending for each in current(project.container)] == [(), ()]
+
+
+# ---- one by one ----------------------------------------------------------------------------------------------------------
+
+
+def test_mariadb_comes_after_what_can_be_rolled_back_and_the_account_says_what_is_there(
+    tmp_path: Path, new_mariadb_url: NewUrl, postgres_url: str
+) -> None:
+    with Project(tmp_path, a=new_mariadb_url(), b=new_mariadb_url(), c=postgres_url) as project:
+        project.write("a", "x", create="made")
+        project.write("a", "y", f"op.execute('CREATE TABLE half (id INTEGER)')\n{FAIL}", down="x")
+        project.write_three("b")
+        project.write("c", "p", create="made")
+        steps: list[Step] = []
+        with pytest.raises(errors.MigrationFailed, match="'y' of 'a' failed") as caught:
+            upgrade(project.container, on_step=steps.append)
+        assert caught.value.account == errors.MigrationAccount({"c": ["p"], "a": ["x"]}, [], ["b"], is_partial=True)
+        assert "a part of it may have stayed" in str(caught.value)
+        assert [(step.connection, step.revision) for step in steps] == [("c", "p"), ("a", "x")]
+        assert (project.tables("a"), project.revision_in("a")) == ({"made", "half"}, ["x"])
+        assert project.tables("b") == set()
+        assert project.tables("c") == {"made"}
+
+
+def test_a_failure_in_what_can_be_rolled_back_leaves_mariadb_unchanged(
+    tmp_path: Path, mariadb_url: str, postgres_url: str
+) -> None:
+    with Project(tmp_path, a=mariadb_url, c=postgres_url) as project:
+        project.write_three("a")
+        project.write("c", "p", FAIL)
+        with pytest.raises(errors.MigrationFailed, match=r"Not begun: 'a'\. Nothing was changed"):
+            upgrade(project.container)
+        assert project.all_tables("a") == project.all_tables("c") == set()
+
+
+# ---- autocommit blocks ---------------------------------------------------------------------------------------------------
+
+INDEX = """
+op.execute("INSERT INTO table_a VALUES (1)")
+with op.get_context().autocommit_block():
+    op.execute("CREATE INDEX CONCURRENTLY by_id ON table_a (id)")
+op.execute("INSERT INTO table_a VALUES (2)")
+"""
+
+DROP_INDEX = """
+with op.get_context().autocommit_block():
+    op.execute("DROP INDEX CONCURRENTLY by_id")
+op.execute("DELETE FROM table_a")
+"""
+
+
+def indexes(project: Project, name: str) -> set[str]:
+    with project.container.providers[f"{name}_engine"]().connect() as connection:
+        return {*connection.execute(text("SELECT indexname FROM pg_indexes WHERE indexname = 'by_id'")).scalars()}
+
+
+@pytest.mark.timeout(60)
+def test_an_index_is_made_concurrently(tmp_path: Path, postgres_url: str) -> None:
+    with Project(tmp_path, writer=postgres_url) as project:
+        project.write_three("writer")
+        project.write("writer", "d", INDEX, DROP_INDEX, down="c")
+        assert upgrade(project.container)[0].revisions == ("a", "b", "c", "d")
+        assert indexes(project, "writer") == {"by_id"}
+        downgrade(project.container, "c")
+        assert indexes(project, "writer") == set()
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_wait_for_the_lock_do_not_hinder_it(tmp_path: Path, postgres_url: str) -> None:
+    with Project(tmp_path, writer=postgres_url) as project:
+        project.write_three("writer")
+        project.write("writer", "d", INDEX, DROP_INDEX, down="c")
+
+        def work(container: DatabaseContainer) -> object:
+            return upgrade(container, directory=project.folder)
+
+        reports = at_once(project, 5, work)
+        assert [report for report in reports if "error" in report] == []
+        assert indexes(project, "writer") == {"by_id"}
+
+
+def test_a_failure_after_an_autocommit_block_says_that_a_part_has_stayed(tmp_path: Path, new_postgres_url: NewUrl) -> None:
+    with Project(tmp_path, first=new_postgres_url(), second=new_postgres_url()) as project:
+        project.write_three("first")
+        project.write("first", "d", INDEX + FAIL, down="c")
+        project.write_three("second")
+        with pytest.raises(errors.MigrationFailed, match="'d' of 'first' failed") as caught:
+            upgrade(project.container)
+        committed = {"second": ["a", "b", "c"], "first": ["a", "b", "c"]}
+        assert caught.value.account == errors.MigrationAccount(committed, [], [], is_partial=True)
+        assert project.revision_in("first") == ["c"]
+        assert indexes(project, "first") == {"by_id"}
+
+
+def test_a_hidden_autocommit_block_is_refused_and_may_be_announced(tmp_path: Path, postgres_url: str) -> None:
+    usual, other = "op.get_context().autocommit_block()", "getattr(op.get_context(), 'autocommit' + '_block')()"
+    hidden, undo = INDEX.replace(usual, other), DROP_INDEX.replace(usual, other)
+    with Project(tmp_path, writer=postgres_url) as project:
+        project.write_three("writer")
+        project.write("writer", "d", hidden, undo, down="c")
+        with pytest.raises(errors.MigrationFailed, match=r"Write `autocommit = True` into the file\..*Nothing was changed"):
+            upgrade(project.container)
+        project.write("writer", "d", hidden, undo, down="c", more="autocommit = True")
+        assert upgrade(project.container)[0].after == "d"
+
+
+def test_sqlite_refuses_an_autocommit_block(tmp_path: Path, sqlite_url: str) -> None:
+    with Project(tmp_path, writer=sqlite_url) as project:
+        project.write("writer", "a", "with op.get_context().autocommit_block():\n    op.execute('VACUUM')")
+        with pytest.raises(errors.UnusableMigrations, match="'a' has an autocommit_block"):
+            upgrade(project.container)
+        assert project.all_tables("writer") == set()
+
+
+def test_mariadb_has_autocommit_blocks_too(tmp_path: Path, mariadb_url: str) -> None:
+    block = "with op.get_context().autocommit_block():\n    op.execute('CREATE TABLE made (id INTEGER)')"
+    with Project(tmp_path, writer=mariadb_url) as project:
+        project.write("writer", "a", block)
+        assert upgrade(project.container)[0].after == "a"
+        assert project.tables("writer") == {"made"}
+
+
+# ---- two-phase -----------------------------------------------------------------------------------------------------------
+
+
+def kill_between_commits(container: DatabaseContainer, name: str) -> None:
+    """Have this process die before the second connection commits."""
+    import os
+    import signal
+
+    @event.listens_for(container.providers[f"{name}_engine"](), "commit")
+    def die(connection: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_without_two_phase_a_kill_between_the_commits_is_made_good_by_the_next_process(
+    tmp_path: Path, new_postgres_url: NewUrl
+) -> None:
+    with Project(tmp_path, first=new_postgres_url(), second=new_postgres_url()) as project:
+        project.write_three("first")
+        project.write_three("second")
+
+        def work(container: DatabaseContainer) -> object:
+            kill_between_commits(container, "second")
+            return upgrade(container, directory=project.folder)
+
+        assert Child(project, work).result() == {}
+        assert [each.revision for each in current(project.container)] == ["c", None]
+        assert [each.revisions for each in upgrade(project.container)] == [(), ("a", "b", "c")]
