@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from sqlalchemy import MetaData, inspect
+
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
@@ -43,6 +45,20 @@ class MigrationRules:
 
     def end(self, connection: Connection, locks: Sequence[str]) -> None:
         """Undo what `begin` has set that outlives the transaction. No transaction is open."""
+
+    def left_in(self, connection: Connection) -> list[str]:
+        """Return what is in the database, such as `table orders`."""
+        inspector = inspect(connection)
+        found = {"table": inspector.get_table_names(), "view": inspector.get_view_names()}
+        if connection.dialect.supports_sequences:
+            found["sequence"] = inspector.get_sequence_names()
+        return [f"{kind} {name}" for kind, names in found.items() for name in names]
+
+    def clear(self, connection: Connection) -> None:
+        """Drop all tables."""
+        metadata = MetaData()
+        metadata.reflect(connection)
+        metadata.drop_all(connection)
 
 
 def described_holder(pid: object, program: object, since: object) -> str:

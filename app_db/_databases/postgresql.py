@@ -8,9 +8,9 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import bindparam, event, text
+from sqlalchemy import bindparam, event, inspect, text
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import DBAPIError
 
@@ -42,6 +42,7 @@ from app_db.errors import CannotIsolate, Problem, ReadOnlyViolation, SettingsErr
 if TYPE_CHECKING:
     import psycopg
     from sqlalchemy import URL
+    from sqlalchemy.dialects.postgresql.base import PGInspector
     from sqlalchemy.engine import Connection, Dialect, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -202,8 +203,8 @@ class PostgreSQLMigrationRules(MigrationRules):
         take = text("SELECT pg_try_advisory_xact_lock(:key)")
         held = all(connection.scalar(take, {"key": _advisory_key(lock)}) for lock in locks)
         if held:
-            # A result stays open on the server until the next one, and keeps a snapshot, for which CREATE INDEX CONCURRENTLY would
-            # wait. SHOW needs none.
+            # A result stays open on the server until the next one, and keeps a snapshot, for which CREATE INDEX CONCURRENTLY
+            # would wait. SHOW needs none.
             connection.exec_driver_sql("SHOW transaction_isolation")
         else:
             connection.rollback()
@@ -214,6 +215,15 @@ class PostgreSQLMigrationRules(MigrationRules):
         found = connection.execute(asked, {"keys": [*map(_advisory_key, locks)]}).first()
         connection.rollback()
         return super().holder(connection, locks) if found is None else described_holder(found[0], found[1], moment(found[2]))
+
+    def left_in(self, connection: Connection) -> list[str]:
+        enums = cast("PGInspector", inspect(connection)).get_enums()
+        return [*super().left_in(connection), *(f"type {enum['name']}" for enum in enums)]
+
+    def clear(self, connection: Connection) -> None:
+        super().clear(connection)
+        for enum in cast("PGInspector", inspect(connection)).get_enums():
+            connection.exec_driver_sql(f"DROP TYPE {quoted(connection, enum['name'])}")
 
 
 class PostgreSQL(Database):

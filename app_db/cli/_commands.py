@@ -31,6 +31,15 @@ VERBS: Mapping[str, Mapping[str, str]] = {
         "shell": "start Python in a unit of work, with sessions and models",
         "dbshell": "start the database's own program: psql, mariadb, sqlite3",
     },
+    "_migrations": {
+        "migrate": "run the pending migrations",
+        "revision": "write migrations for what has changed in the models",
+        "downgrade": "undo migrations",
+        "current": "show which revision each database has",
+        "history": "list all migrations",
+        "stamp": "note that a database is at a revision, and run nothing",
+        "sql": "print the SQL of migrations, and connect to nothing",
+    },
     "_recovering": {
         "recover": "settle what a crash left prepared",
         "in-doubt": "list what a crash left prepared, and change nothing",

@@ -12,18 +12,23 @@ DEFAULT = "migrations"
 
 
 def folder_of(directory: str | Path | None) -> Path:
-    """Return the folder of all chains: `directory`, `[tool.app_db] migrations` of ./pyproject.toml, or ./migrations."""
-    return Path(directory if directory is not None else _configured() or DEFAULT).absolute()
+    """Return the folder of all chains: `directory`, `[tool.app_db] migrations` of pyproject.toml, or ./migrations.
+
+    The pyproject.toml is the one in the working directory, or the nearest above it. What it names is seen from there.
+    """
+    if directory is not None:
+        return Path(directory).absolute()
+    here = Path.cwd()
+    file = next((found for place in (here, *here.parents) if (found := place / "pyproject.toml").is_file()), None)
+    configured = None if file is None else _configured(file)
+    return here / DEFAULT if file is None or configured is None else file.parent / configured
 
 
-def _configured() -> str | None:
-    file = Path("pyproject.toml")
-    if not file.is_file():
-        return None
+def _configured(file: Path) -> str | None:
     try:
         read = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidUse(f"{file.absolute()} is no valid TOML ({error})", "Correct it") from None
+        raise InvalidUse(f"{file} is no valid TOML ({error})", "Correct it") from None
     tool = read.get("tool")
     own: object = cast("dict[str, object]", tool).get("app_db") if isinstance(tool, dict) else None
     if own is None:
@@ -31,7 +36,7 @@ def _configured() -> str | None:
     found = cast("dict[str, object]", own).get("migrations") if isinstance(own, dict) else ()  # no table
     if not isinstance(found, str | None):
         raise InvalidUse(
-            f"[tool.app_db] in {file.absolute()} does not name the folder of the migrations",
+            f"[tool.app_db] in {file} does not name the folder of the migrations",
             'Write it as a table with a text in it: migrations = "migrations"',
         )
     return found

@@ -116,11 +116,13 @@ def test_inside_a_unit_of_work_that_uses_the_database(project: Project) -> None:
 # ---- pyproject.toml --------------------------------------------------------------------------------------------------------
 
 
-def test_pyproject_names_the_folder(project: Project) -> None:
+def test_pyproject_names_the_folder(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.folder.rename("schema")
     Path("pyproject.toml").write_text('[tool.app_db]\nmigrations = "schema"\n')
     assert upgrade(project.container)[0].after == "c"
     assert upgrade(project.container, directory="schema")[0].after == "c"
+    monkeypatch.chdir(project.folder.parent / "schema" / "writer")  # below it, as seen from the file
+    assert upgrade(project.container)[0].after == "c"
 
 
 @pytest.mark.parametrize(

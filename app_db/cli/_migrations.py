@@ -1,0 +1,170 @@
+"""The verbs of migrations: migrate, revision, downgrade, current, history, stamp and sql."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from app_db.cli._calls import FINE, WRONG, Call, Commands
+
+if TYPE_CHECKING:
+    from app_db.migrations import Check, Migrated, Revision
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a verb has to say: lines for readers, data for programs, and the exit code."""
+
+    lines: Sequence[str]
+    data: Any
+    code: int = FINE
+
+
+def add_to(commands: Commands) -> None:
+    """Add the verbs of migrations."""
+    migrate = _added(commands, "migrate", _migrate)
+    migrate.add_argument("revision", nargs="?", default="head", help="run those up to this one (default: all)")
+    migrate.add_argument("--check", action="store_true", help="change nothing, and say what is pending and how models differ")
+    revision = _added(commands, "revision", _revision)
+    revision.add_argument("-m", "--message", required=True, help="what has changed, in a few words")
+    revision.add_argument("--empty", action="store_true", help="write an empty one, to be filled by hand")
+    downgrade = _added(commands, "downgrade", _downgrade)
+    downgrade.add_argument("revision", help="undo those after this one: an id, -1 for the last one, base for all")
+    stamp = _added(commands, "stamp", _stamp)
+    stamp.add_argument("revision", nargs="?", default="head", help="the revision (default: the newest)")
+    _added(commands, "current", _current)
+    _added(commands, "history", _history)
+    sql = _added(commands, "sql", _sql)
+    sql.add_argument("revision", nargs="?", default="head", help="the SQL up to this revision (default: the newest)")
+    sql.add_argument("--from", dest="start", default="base", metavar="REVISION", help="leave out those up to this one")
+    sql.add_argument("--downgrade", action="store_true", help="print the SQL that undoes them")
+    for each in (migrate, downgrade, stamp):
+        each.add_argument(
+            "--lock-timeout",
+            type=float,
+            default=60.0,
+            metavar="SECONDS",
+            help="how long to wait for another process that migrates (default: %(default)g)",
+        )
+
+
+def _added(commands: Commands, name: str, report: Callable[[Call], _Report]) -> ArgumentParser:
+    def verb(call: Call) -> int:
+        found = report(call)
+        for line in found.lines:
+            call.out.line(line)
+        call.out.data(found.data)
+        return found.code
+
+    verb.__doc__ = report.__doc__
+    parser = commands.add(name, verb)
+    parser.add_argument(
+        "--connection", action="append", dest="connections", metavar="NAME", help="only this one; may be repeated"
+    )
+    parser.add_argument(
+        "--directory", metavar="FOLDER", help="where the migrations are (default: [tool.app_db] migrations, or ./migrations)"
+    )
+    return parser
+
+
+def _places(call: Call) -> dict[str, Any]:
+    return {"connections": call.options.connections, "directory": call.options.directory}
+
+
+# ---- changing databases ---------------------------------------------------------------------------------------------------
+
+
+def _migrate(call: Call) -> _Report:
+    """Run the pending migrations of all connections. Any number of processes may do it at the same time."""
+    from app_db.migrations import check, upgrade
+
+    if call.options.check:
+        return _checked(check(call.container, **_places(call)))
+    return _changed(upgrade(call.container, call.options.revision, lock_timeout=call.options.lock_timeout, **_places(call)))
+
+
+def _downgrade(call: Call) -> _Report:
+    """Undo migrations. Name the connection if several have migrations."""
+    from app_db.migrations import downgrade
+
+    return _changed(downgrade(call.container, call.options.revision, lock_timeout=call.options.lock_timeout, **_places(call)))
+
+
+def _stamp(call: Call) -> _Report:
+    """Note that a database is at a revision, and run nothing: for tables that are there already."""
+    from app_db.migrations import stamp
+
+    return _changed(stamp(call.container, call.options.revision, lock_timeout=call.options.lock_timeout, **_places(call)))
+
+
+def _changed(done: Sequence[Migrated]) -> _Report:
+    return _Report([_change(each) for each in done], [asdict(each) for each in done])
+
+
+def _change(done: Migrated) -> str:
+    if done.before == done.after:
+        return f"{done.connection}: nothing to do at {_named(done.after)}"
+    run = f", {len(done.revisions)} run" if done.revisions else ""
+    return f"{done.connection}: {_named(done.before)} -> {_named(done.after)}{run}"
+
+
+def _named(revision: str | None) -> str:
+    return revision or "no revision"
+
+
+def _checked(found: Sequence[Check]) -> _Report:
+    lines = []
+    for each in found:
+        lines += [f"{each.connection}: {revision} is pending" for revision in each.pending]
+        lines += [f"{each.connection}: {difference}" for difference in each.drift]
+        lines += [f"{each.connection}: nothing to do"] if each.is_clean else []
+    return _Report(lines, [asdict(each) for each in found], FINE if all(each.is_clean for each in found) else WRONG)
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------
+
+
+def _revision(call: Call) -> _Report:
+    """Write a migration for each connection whose models differ from its database. Read it before you run it."""
+    from app_db.migrations import revision
+
+    written = revision(call.container, call.options.message, autogenerate=not call.options.empty, **_places(call))
+    lines = [f"{each.connection}: {each.path}" for each in written] or ["Nothing was written: models and databases agree."]
+    return _Report(lines, [asdict(each) for each in written])
+
+
+# ---- looking at them ----------------------------------------------------------------------------------------------------
+
+
+def _current(call: Call) -> _Report:
+    """Show which revision each database has, and how many are pending."""
+    from app_db.migrations import current
+
+    found = current(call.container, **_places(call))
+    lines = [f"{each.connection}: {_named(each.revision)}, {len(each.pending) or 'none'} pending" for each in found]
+    return _Report(lines, [asdict(each) for each in found], WRONG if any(each.pending for each in found) else FINE)
+
+
+def _history(call: Call) -> _Report:
+    """List the migrations of each connection, from the first to the newest."""
+    from app_db.migrations import history
+
+    found = history(call.container, **_places(call))
+    return _Report([_line(each) for each in found], [asdict(each) for each in found])
+
+
+def _line(revision: Revision) -> str:
+    state = "" if revision.is_applied else " (pending)"
+    return f"{revision.connection}: {revision.revision} {revision.message.strip()}{state}"
+
+
+def _sql(call: Call) -> _Report:
+    """Print the SQL of migrations, and connect to nothing."""
+    from app_db.migrations import sql
+
+    texts = sql(
+        call.container, call.options.revision, start=call.options.start, downgrade=call.options.downgrade, **_places(call)
+    )
+    return _Report([f"-- {name}\n\n{text}" for name, text in texts.items()], texts)

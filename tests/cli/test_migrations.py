@@ -1,0 +1,72 @@
+"""The verbs of migrations, run as `python -m app_db`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.commands import app_db
+from harness.migrated import Project
+
+MODULE = """
+from app_db import Connection, DatabaseContainer
+from app_db.models import orm_base
+from sqlalchemy.orm import Mapped, mapped_column
+
+class Order(orm_base("writer")):
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+class Container(DatabaseContainer):
+    writer = Connection()
+"""
+
+
+@pytest.fixture
+def url(database_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", database_url)
+    Path("shop.py").write_text(MODULE)
+    return database_url
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    done = app_db(*arguments, "--container", "shop:Container")
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code < 2 else done.stderr
+
+
+def data(*arguments: str, code: int = 0) -> Any:
+    return json.loads(run(*arguments, "--json", code=code))
+
+
+def test_from_models_to_tables_and_back(url: str) -> None:
+    assert run("migrate", "--check", code=1) == "writer: table orders is missing in the database\n"
+    (written,) = data("revision", "-m", "orders")
+    revision = written["revision"]
+    assert Path(written["path"]).name == f"{revision}_orders.py"
+    assert run("current", code=1) == "writer: no revision, 1 pending\n"
+    assert run("history") == f"writer: {revision} orders (pending)\n"
+    assert "CREATE TABLE orders" in run("sql")
+    assert run("migrate") == f"writer: no revision -> {revision}, 1 run\n"
+    assert data("migrate") == [{"connection": "writer", "before": revision, "after": revision, "revisions": []}]
+    assert run("migrate", "--check") == "writer: nothing to do\n"
+    assert run("revision", "-m", "more").startswith("Nothing was written")
+    assert data("downgrade", "base")[0]["after"] is None
+    assert run("stamp") == f"writer: no revision -> {revision}\n"
+    assert run("current") == f"writer: {revision}, none pending\n"
+
+
+def test_what_can_not_run_says_why_and_exits_with_2(sqlite_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", sqlite_url)
+    Path("shop.py").write_text(MODULE)
+    assert "no migrations in" in run("migrate", code=2)
+    Project(tmp_path, writer=sqlite_url).write_three("writer")
+    assert "there is no revision 'nonsense'" in run("migrate", "nonsense", code=2)
+    assert "'writter'" in run("migrate", "--connection", "writter", code=2)
+    (tmp_path / "migrations" / "writer" / "versions" / "bad.py").write_text("revision = ")
+    assert "bad.py can't be loaded (SyntaxError" in run("current", code=2)
+    Path("pyproject.toml").write_text("[tool.app_db")
+    assert "no valid TOML" in run("history", code=2)
