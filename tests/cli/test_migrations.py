@@ -54,6 +54,8 @@ def test_from_models_to_tables_and_back(url: str) -> None:
     assert data("migrate") == [{"connection": "writer", "before": revision, "after": revision, "revisions": []}]
     assert run("migrate", "--check") == "writer: nothing to do\n"
     assert run("revision", "-m", "more").startswith("Nothing was written")
+    assert run("downgrade", "-1") == f"writer: {revision} -> no revision, 1 run\n"
+    run("migrate")
     assert data("downgrade", "base")[0]["after"] is None
     assert run("stamp") == f"writer: no revision -> {revision}\n"
     assert run("current") == f"writer: {revision}, none pending\n"
