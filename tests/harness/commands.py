@@ -108,7 +108,11 @@ def _run(command: list[str], environment: dict[str, str], place: str, files: lis
 def _main() -> None:
     for name in (
         "app_db.container",
-        *(f"app_db.cli.{name}" for name in ("_commands", "_finding", "_drawing", "_recovering", "_shells", "_showing")),
+        *(
+            f"app_db.cli.{name}"
+            for name in ("_commands", "_finding", "_drawing", "_recovering", "_shells", "_showing", "_checking", "_migrations")
+        ),
+        "app_db.migrations",
         "psycopg",
         "pymysql",
         *(f"sqlalchemy.dialects.{name}" for name in ("mysql", "postgresql", "sqlite")),

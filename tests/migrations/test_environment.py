@@ -48,6 +48,7 @@ def config(project: Project, name: str = "writer") -> Config:
     return found
 
 
+@pytest.mark.representative("sqlite")
 def test_its_commands_do_what_app_db_does(project: Project) -> None:
     command.upgrade(config(project), "b")
     assert current(project.container)[0].pending == ("c",)

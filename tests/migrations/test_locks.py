@@ -71,6 +71,7 @@ def test_they_do_so_fifty_times(tmp_path: Path, new_database_url: Callable[[], s
             migrate_at_once(project, number)
 
 
+@pytest.mark.representative("sqlite")
 def test_threads_migrate_once_too(tmp_path: Path, database_url: str) -> None:
     with Project(tmp_path, writer=database_url) as project:
         three_counted(project)
@@ -221,6 +222,7 @@ with op.get_context().autocommit_block():
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "aiosqlite", "asyncmy"])
+@pytest.mark.representative("asyncpg")
 def test_urls_for_coroutines(tmp_path: Path, request: pytest.FixtureRequest, driver: str) -> None:
     fixture, usual = {"asyncpg": ("postgres", "psycopg"), "aiosqlite": ("sqlite", ""), "asyncmy": ("mariadb", "pymysql")}[driver]
     url: str = request.getfixturevalue(f"{fixture}_url")
@@ -230,6 +232,7 @@ def test_urls_for_coroutines(tmp_path: Path, request: pytest.FixtureRequest, dri
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "asyncmy"])
+@pytest.mark.representative("asyncpg")
 def test_without_the_driver_for_threads(
     tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, driver: str
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_revision_that_can_not_be_run_again_is_found(project: Project, name: s
     assert failing(project, name) == [NAMES[3], NAMES[4]]
 
 
+@pytest.mark.exhaustive
 def test_a_type_that_is_left_behind_is_found(tmp_path: Path, postgres_url: str, name: str) -> None:
     with Project(tmp_path, **{name: postgres_url}) as project:
         project.write_three(name)

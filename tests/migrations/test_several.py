@@ -68,6 +68,7 @@ op.execute("INSERT INTO one VALUES (1, 2)")
         assert len(project.tables("a")) == 3
 
 
+@pytest.mark.representative("sqlite", "postgresql")
 def test_two_connections_to_one_database_share_a_transaction(tmp_path: Path, database_url: str) -> None:
     """Two transactions would wait for each other's locks without an end: the second refers to a table that the first has made."""
     with Project(tmp_path, first=database_url, second=database_url) as project:
@@ -85,6 +86,7 @@ def test_two_connections_to_one_database_share_a_transaction(tmp_path: Path, dat
         assert project.tables("first") == set()
 
 
+@pytest.mark.representative("postgresql")
 def test_processes_with_several_connections_wait_for_each_other(tmp_path: Path, new_database_url: NewUrl) -> None:
     with Project(tmp_path, first=new_database_url(), second=new_database_url()) as project:
         project.write_three("first")
@@ -177,6 +179,7 @@ def test_processes_that_wait_for_the_lock_do_not_hinder_it(tmp_path: Path, postg
         assert indexes(project, "writer") == {"by_id"}
 
 
+@pytest.mark.exhaustive
 def test_a_failure_after_an_autocommit_block_says_that_a_part_has_stayed(tmp_path: Path, new_postgres_url: NewUrl) -> None:
     with Project(tmp_path, first=new_postgres_url(), second=new_postgres_url()) as project:
         project.write_three("first")
@@ -190,6 +193,7 @@ def test_a_failure_after_an_autocommit_block_says_that_a_part_has_stayed(tmp_pat
         assert indexes(project, "first") == {"by_id"}
 
 
+@pytest.mark.exhaustive
 def test_a_hidden_autocommit_block_is_refused_and_may_be_announced(tmp_path: Path, postgres_url: str) -> None:
     usual, other = "op.get_context().autocommit_block()", "getattr(op.get_context(), 'autocommit' + '_block')()"
     hidden, undo = INDEX.replace(usual, other), DROP_INDEX.replace(usual, other)
@@ -231,6 +235,7 @@ def kill_between_commits(container: DatabaseContainer, name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.exhaustive
 def test_without_two_phase_a_kill_between_the_commits_is_made_good_by_the_next_process(
     tmp_path: Path, new_postgres_url: NewUrl
 ) -> None:

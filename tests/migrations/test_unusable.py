@@ -139,6 +139,7 @@ def test_a_corrupt_pyproject(project: Project, text: str, match: str) -> None:
         upgrade(project.container)
 
 
+@pytest.mark.exhaustive
 def test_without_alembic() -> None:
     program = (
         "import sys\nsys.modules['alembic'] = None\nimport app_db\n"

@@ -27,6 +27,7 @@ def test_all_pending_revisions_are_run_once(tmp_path: Path, database_url: str) -
         assert (found.revision, found.head, found.pending) == ("c", "c", ())
 
 
+@pytest.mark.representative("sqlite")
 def test_a_target_is_an_id_or_counted_from_here(tmp_path: Path, database_url: str) -> None:
     with Project(tmp_path, writer=database_url) as project:
         project.write_three("writer")
@@ -47,6 +48,7 @@ def test_revisions_are_undone_in_reverse(tmp_path: Path, database_url: str) -> N
         assert upgrade(project.container)[0].after == "c"
 
 
+@pytest.mark.representative("sqlite")
 def test_a_stamp_runs_nothing(tmp_path: Path, database_url: str) -> None:
     with Project(tmp_path, writer=database_url) as project:
         project.write_three("writer")
@@ -57,6 +59,7 @@ def test_a_stamp_runs_nothing(tmp_path: Path, database_url: str) -> None:
         assert current(project.container)[0].revision is None
 
 
+@pytest.mark.representative("sqlite")
 def test_each_revision_is_told_when_it_was_run(tmp_path: Path, database_url: str) -> None:
     with Project(tmp_path, writer=database_url) as project:
         project.write_three("writer")
@@ -65,6 +68,7 @@ def test_each_revision_is_told_when_it_was_run(tmp_path: Path, database_url: str
         assert steps == [Step("writer", each, number, 3) for number, each in enumerate("abc", 1)]
 
 
+@pytest.mark.representative("sqlite")
 def test_the_history_says_what_was_run(tmp_path: Path, database_url: str) -> None:
     with Project(tmp_path, writer=database_url) as project:
         project.write_three("writer")
@@ -99,6 +103,7 @@ def orders_on(name: str, *more: Column[Any]) -> None:
     Table("orders", metadata, Column("id", Integer, primary_key=True), *more)
 
 
+@pytest.mark.representative("sqlite")
 def test_revisions_are_written_from_models(tmp_path: Path, database_url: str) -> None:
     """From nothing to three revisions; the database is at each moment what the models say, and `check` says so."""
     name = new_name()
@@ -129,6 +134,7 @@ def test_revisions_are_written_from_models(tmp_path: Path, database_url: str) ->
         assert project.tables(name) == set()
 
 
+@pytest.mark.representative("sqlite")
 def test_looking_for_differences_changes_nothing(tmp_path: Path, database_url: str) -> None:
     name = new_name()
     orders_on(name)
@@ -156,6 +162,7 @@ def test_an_empty_revision_needs_no_database(tmp_path: Path) -> None:
         assert Path(written.path).parent == project.folder / name / "versions"
 
 
+@pytest.mark.representative("sqlite")
 def test_app_dbs_own_tables_and_those_that_are_reflected_are_left_alone(tmp_path: Path, database_url: str) -> None:
     name = new_name()
     orders_on(name)
@@ -203,6 +210,7 @@ def test_sqlite_refuses_a_revision_that_breaks_a_foreign_key(tmp_path: Path, sql
         assert project.revision_in("writer") == ["a"]
 
 
+@pytest.mark.representative("sqlite")
 def test_bootstrap_fills_what_migrations_have_made(tmp_path: Path, database_url: str) -> None:
     name = new_name()
     orders_on(name)
@@ -219,6 +227,7 @@ def test_bootstrap_fills_what_migrations_have_made(tmp_path: Path, database_url:
 # ---- one database, several chains -------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("sqlite")
 def test_chains_in_one_database_have_version_tables_of_their_own(tmp_path: Path, database_url: str) -> None:
     one, other = new_name(), new_name()
     orders_on(one)
@@ -232,6 +241,7 @@ def test_chains_in_one_database_have_version_tables_of_their_own(tmp_path: Path,
         assert project.all_tables(one) == {"orders", "events", f"alembic_version_{one}", f"alembic_version_{other}"}
 
 
+@pytest.mark.representative("sqlite")
 def test_a_version_table_keeps_its_name_when_a_second_chain_comes(tmp_path: Path, database_url: str) -> None:
     with Project(tmp_path, writer=database_url) as alone:
         alone.write_three("writer")
@@ -245,6 +255,7 @@ def test_a_version_table_keeps_its_name_when_a_second_chain_comes(tmp_path: Path
         assert upgrade(rest.container)[0].before == "first"
 
 
+@pytest.mark.representative("sqlite")
 def test_code_that_is_older_than_the_database_runs_nothing(tmp_path: Path, database_url: str) -> None:
     with Project(tmp_path, writer=database_url, log=database_url) as project:
         project.write_three("writer")
