@@ -170,7 +170,6 @@ class MySQLMigrationRules(MigrationRules):
     def holder(self, connection: Connection, locks: Sequence[str]) -> str:
         for lock in locks:
             found = connection.execute(text(_MIGRATION_LOCK_HOLDER), {"lock": lock}).first()
-            connection.rollback()
             if found is not None:  # since when, the server does not say
                 return described_holder(found[0], f"{found[1]}@{found[2]}", "")
         return super().holder(connection, locks)

@@ -198,23 +198,29 @@ class PostgreSQLMigrationRules(MigrationRules):
     lock_ends_with_transaction = True
 
     def begin(self, connection: Connection, locks: Sequence[str]) -> bool:
-        # It does not wait on the server: CREATE INDEX CONCURRENTLY waits for all statements that run, and so for that one.
         connection.execution_options(isolation_level="READ COMMITTED")  # in autocommit, the lock would be released at once
-        take = text("SELECT pg_try_advisory_xact_lock(:key)")
-        held = all(connection.scalar(take, {"key": _advisory_key(lock)}) for lock in locks)
-        if held:
-            # A result stays open on the server until the next one, and keeps a snapshot, for which CREATE INDEX CONCURRENTLY
-            # would wait. SHOW needs none.
-            connection.exec_driver_sql("SHOW transaction_isolation")
-        else:
+        held = self.take(connection, locks)
+        if not held:
             connection.rollback()
+        return held
+
+    def take(self, connection: Connection, locks: Sequence[str]) -> bool:
+        # It does not wait on the server: CREATE INDEX CONCURRENTLY waits for all statements that run, and so for that one.
+        one = text("SELECT pg_try_advisory_xact_lock(:key)")
+        held = all(connection.scalar(one, {"key": _advisory_key(lock)}) for lock in locks)
+        # A result stays open on the server until the next one, and keeps a snapshot, for which CREATE INDEX CONCURRENTLY
+        # would wait. SHOW needs none.
+        connection.exec_driver_sql("SHOW transaction_isolation")
         return held
 
     def holder(self, connection: Connection, locks: Sequence[str]) -> str:
         asked = text(_ADVISORY_HOLDER).bindparams(bindparam("keys", expanding=True))
         found = connection.execute(asked, {"keys": [*map(_advisory_key, locks)]}).first()
-        connection.rollback()
-        return super().holder(connection, locks) if found is None else described_holder(found[0], found[1], moment(found[2]))
+        if found is None:
+            return super().holder(connection, locks)
+        if found[0] is None:
+            return "a prepared transaction, which `app-db recover` settles"
+        return described_holder(found[0], found[1], moment(found[2]))
 
     def left_in(self, connection: Connection) -> list[str]:
         enums = cast("PGInspector", inspect(connection)).get_enums()

@@ -15,7 +15,7 @@ from app_db.container import DatabaseContainer
 from app_db.errors import AppDbError, MigrationAccount, MigrationFailed
 from app_db.migrations._chains import Chain
 from app_db.migrations._results import Migrated, Step
-from app_db.migrations._running import AUTOCOMMIT_BLOCK, configure, leaves_transaction, locked, run_command
+from app_db.migrations._running import AUTOCOMMIT_BLOCK, Patience, configure, leaves_transaction, locked, locks_of, run_command
 from app_db.models._reflection import engine_that_reads
 from app_db.models._schema import refuse_inside_unit
 
@@ -129,21 +129,61 @@ class Migration:
 
     def _apply_together(self, chains: Sequence[Chain], later: Sequence[Chain]) -> None:
         groups = self._by_transaction(chains)
+        if len(groups) > 1 and all(map(self._can_prepare, chains)):
+            self._apply_in_unit(groups, later)
+            return
         with ExitStack() as stack:
             connections = [stack.enter_context(locked(group, self._lock_timeout, self._committed)) for group in groups]
-            done: list[Chain] = []
-            for group, connection in zip(groups, connections, strict=True):
-                for chain in group:
-                    done.append(chain)
-                    with self._explained(chain, rolled_back=done, left=[*_without(chains, done), *later]):
-                        self._execute(chain, connection)
-                with self._explained(group[-1], rolled_back=done, left=[*_without(chains, done), *later]):
-                    group[0].database.migrating.check(connection)
+            self._run_groups(groups, connections, later)
             for position, (group, connection) in enumerate(zip(groups, connections, strict=True)):
                 rest = [chain for others in groups[position:] for chain in others]
                 with self._explained(group[0], rolled_back=rest, left=later, at_commit=True):
                     connection.commit()
                 self._committed += [chain.name for chain in group]
+
+    def _run_groups(self, groups: Sequence[Sequence[Chain]], connections: Sequence[Connection], later: Sequence[Chain]) -> None:
+        """Run what is to be done in open transactions, one for each group of chains."""
+        chains = [chain for group in groups for chain in group]
+        done: list[Chain] = []
+        for group, connection in zip(groups, connections, strict=True):
+            for chain in group:
+                done.append(chain)
+                with self._explained(chain, rolled_back=done, left=[*_without(chains, done), *later]):
+                    self._execute(chain, connection)
+            with self._explained(group[-1], rolled_back=done, left=[*_without(chains, done), *later]):
+                group[0].database.migrating.check(connection)
+
+    def _can_prepare(self, chain: Chain) -> bool:
+        """Return whether the connection is two-phase, and its engine that of its sessions."""
+        is_the_same = chain.engine is self._container.providers[f"{chain.name}_engine"]()
+        return is_the_same and self._container.settings().connection(chain.name).two_phase
+
+    def _apply_in_unit(self, groups: Sequence[Sequence[Chain]], later: Sequence[Chain]) -> None:
+        """Do it in one unit of work, which commits in all databases or in none, by two-phase commit."""
+        chains = [chain for group in groups for chain in group]
+        patience = Patience(self._lock_timeout)
+        while True:
+            try:
+                with (
+                    self._explained(chains[0], rolled_back=chains, left=later, at_commit=True),
+                    self._container.transaction(propagation="requires_new", isolation="READ COMMITTED"),
+                ):
+                    connections = [self._connection_in_unit(group) for group in groups]
+                    self._run_groups(groups, connections, later)
+            except _Held as held:
+                patience.wait(held.chain, lambda holder=held.holder: holder)  # type: ignore[misc]
+            else:
+                self._committed += [chain.name for chain in chains]
+                return
+
+    def _connection_in_unit(self, group: Sequence[Chain]) -> Connection:
+        """Return the unit's connection to a database. Raise _Held if another process holds the lock."""
+        rules, locks = group[0].database.migrating, locks_of(group)
+        lender = self._container.settings().lender_of(group[0].name, self._container.providers)
+        connection: Connection = self._container.providers[f"{lender or group[0].name}_session"]().connection()
+        if not rules.take(connection, locks):
+            raise _Held(group[0], rules.holder(connection, locks))
+        return connection
 
     def _by_transaction(self, chains: Sequence[Chain]) -> list[list[Chain]]:
         """Return chains in groups that share a transaction: two in one database would wait for each other without an end."""
@@ -205,7 +245,7 @@ class Migration:
         """Raise MigrationFailed, which says what is in the databases now, for whatever a revision raises."""
         try:
             yield
-        except AppDbError:
+        except (AppDbError, _Held):
             raise
         except Exception as error:
             run = self._run.get(chain.name, [])
@@ -221,6 +261,15 @@ class Migration:
     def _failing(self, chain: Chain, run: Sequence[str]) -> str:
         plan = [each.revision for each in self._verb.plan(chain, self._before[chain.name])]
         return next((revision for revision in plan if revision not in run), plan[-1] if plan else "")
+
+
+class _Held(Exception):
+    """Another process holds the lock, so the unit of work ends, and is tried again."""
+
+    def __init__(self, chain: Chain, holder: str) -> None:
+        super().__init__(chain, holder)
+        self.chain = chain
+        self.holder = holder
 
 
 def _without(chains: Sequence[Chain], done: Sequence[Chain]) -> list[Chain]:

@@ -112,24 +112,44 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 """Seconds between two attempts to take the lock."""
 
 
+class Patience:
+    """Asks for a lock again and again, for some seconds.
+
+    It never waits on the server: a transaction that waits there would keep the process that holds the lock from CREATE INDEX
+    CONCURRENTLY, and a connection from other clients of a transaction pooler.
+    """
+
+    def __init__(self, seconds: float, committed: Sequence[str] = ()) -> None:
+        self._seconds = seconds
+        self._committed = committed
+        self._give_up = time.monotonic() + seconds
+        self._pause = _FIRST_PAUSE
+
+    def wait(self, chain: Chain, holder: Callable[[], str]) -> None:
+        """Wait a moment. Raise MigrationLockTimeout, which names the holder, if the time is over."""
+        remaining = self._give_up - time.monotonic()
+        if remaining <= 0:
+            raise MigrationLockTimeout(chain.name, self._seconds, holder(), self._committed)
+        time.sleep(min(self._pause, remaining))
+        self._pause = min(self._pause * 1.5, _LONGEST_PAUSE)
+
+
+def locks_of(group: Sequence[Chain]) -> list[str]:
+    """Return the names of the locks of chains."""
+    return [f"app_db migrations {name}" for name in sorted(chain.name for chain in group)]
+
+
 @contextmanager
 def locked(group: Sequence[Chain], seconds: float, committed: Sequence[str] = ()) -> Generator[Connection]:
     """Give a connection that holds the locks of chains in one database, in a transaction if its end releases them.
 
-    Raise MigrationLockTimeout if they are not free within `seconds`. It asks again and again, and never waits on the server: a
-    transaction that waits there would keep the process that holds the lock from CREATE INDEX CONCURRENTLY, and a connection from
-    other clients of a transaction pooler.
+    Raise MigrationLockTimeout if they are not free within `seconds`.
     """
-    rules = group[0].database.migrating
-    locks = [f"app_db migrations {name}" for name in sorted(chain.name for chain in group)]
-    give_up, pause = time.monotonic() + seconds, _FIRST_PAUSE
+    rules, locks = group[0].database.migrating, locks_of(group)
+    patience = Patience(seconds, committed)
     with group[0].engine.connect() as connection:
         while not rules.begin(connection, locks):
-            remaining = give_up - time.monotonic()
-            if remaining <= 0:
-                raise MigrationLockTimeout(group[0].name, seconds, rules.holder(connection, locks), committed)
-            time.sleep(min(pause, remaining))
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
+            patience.wait(group[0], lambda: rules.holder(connection, locks))
         try:
             yield connection
         finally:

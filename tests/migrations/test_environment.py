@@ -78,3 +78,8 @@ def test_a_folder_that_is_named_like_no_connection(project: Project) -> None:
     (project.folder / "writer").rename(project.folder / "writter")
     with pytest.raises(errors.UnknownConnection, match="'writter'"):
         command.upgrade(config(project, "writter"), "head")
+
+
+def test_the_files_that_alembic_reads_are_in_the_wheel(installed: Path) -> None:
+    files = {path.name for path in (installed / "app_db" / "migrations" / "_environment").iterdir()}
+    assert files >= {"env.py", "script.py.mako"}

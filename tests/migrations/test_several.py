@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from sqlalchemy import event, text
 
 from app_db import DatabaseContainer, errors
 from app_db.migrations import Step, current, downgrade, upgrade
+from harness.crashing import Steps
 from harness.migrated import Child, Project, at_once
 
 NewUrl = Callable[[], str]
@@ -225,12 +228,10 @@ def test_mariadb_has_autocommit_blocks_too(tmp_path: Path, mariadb_url: str) -> 
 # ---- two-phase -----------------------------------------------------------------------------------------------------------
 
 
-def kill_between_commits(container: DatabaseContainer, name: str) -> None:
-    """Have this process die before the second connection commits."""
-    import os
-    import signal
+def die_before_second_commit(container: DatabaseContainer) -> None:
+    """Have this process die when the first of its databases has committed."""
 
-    @event.listens_for(container.providers[f"{name}_engine"](), "commit")
+    @event.listens_for(container.second_engine(), "commit")
     def die(connection: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -244,9 +245,79 @@ def test_without_two_phase_a_kill_between_the_commits_is_made_good_by_the_next_p
         project.write_three("second")
 
         def work(container: DatabaseContainer) -> object:
-            kill_between_commits(container, "second")
+            die_before_second_commit(container)
             return upgrade(container, directory=project.folder)
 
         assert Child(project, work).result() == {}
         assert [each.revision for each in current(project.container)] == ["c", None]
         assert [each.revisions for each in upgrade(project.container)] == [(), ("a", "b", "c")]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, new_postgres_url: NewUrl) -> Iterator[Project]:
+    """Two databases whose connections are two-phase, with three revisions each."""
+    given = {name: {"url": new_postgres_url(), "two_phase": True} for name in ("first", "second")}
+    with Project(tmp_path, **given) as project:
+        project.write_three("first")
+        project.write_three("second")
+        yield project
+        project.container.recovery().settle(grace=0)
+
+
+def test_two_phase_connections_are_one_unit_of_work(prepared: Project) -> None:
+    prepared.write("second", "d", FAIL, down="c")
+    with pytest.raises(errors.MigrationFailed, match=r"'d' of 'second' failed.*Nothing was changed"):
+        upgrade(prepared.container)
+    assert prepared.tables("first") == prepared.tables("second") == set()
+    prepared.write("second", "d", down="c")
+    assert [each.after for each in upgrade(prepared.container)] == ["c", "d"]
+    assert [each.before for each in downgrade(prepared.container, "base", connections=["first", "second"])] == ["c", "d"]
+
+
+def test_a_commit_that_fails_in_a_unit_changes_nothing(prepared: Project) -> None:
+    deferred = """
+op.execute("CREATE TABLE one (id integer PRIMARY KEY, other integer REFERENCES one DEFERRABLE INITIALLY DEFERRED)")
+op.execute("INSERT INTO one VALUES (1, 2)")
+"""
+    prepared.write("second", "d", deferred, down="c")
+    with pytest.raises((errors.MigrationFailed, errors.CommitError)):
+        upgrade(prepared.container)
+    assert prepared.tables("first") | prepared.tables("second") == {"app_db_decisions"}
+
+
+def test_processes_with_a_unit_wait_for_each_other(prepared: Project) -> None:
+    reports = at_once(prepared, 3, lambda container: upgrade(container, directory=prepared.folder))
+    assert [report for report in reports if "error" in report] == []
+    assert [each.pending for each in current(prepared.container)] == [(), ()]
+
+
+@pytest.mark.representative("20")
+@pytest.mark.parametrize("step", range(16, 32))
+def test_a_process_may_be_killed_at_each_step_of_the_commit(prepared: Project, step: int) -> None:
+    """Recovery settles what was prepared, and both databases agree. Before that, the error of the lock says what to do."""
+
+    def work(container: DatabaseContainer) -> object:
+        steps = Steps(step, None)
+        steps.watch()
+
+        def arm(done: Step) -> None:
+            steps.armed = (done.connection, done.revision) == ("second", "c")
+
+        return upgrade(container, directory=prepared.folder, on_step=arm)
+
+    assert "error" not in Child(prepared, work).result()
+    found = current(prepared.container)
+    if any(each.pending for each in found) and is_in_doubt(prepared):
+        with pytest.raises(errors.MigrationLockTimeout, match="a prepared transaction, which `app-db recover` settles"):
+            upgrade(prepared.container, lock_timeout=0)
+    prepared.container.recovery().settle(grace=0)
+    assert len({each.revision for each in current(prepared.container)}) == 1
+    assert {each.after for each in upgrade(prepared.container)} == {"c"}
+
+
+def is_in_doubt(project: Project) -> bool:
+    """Return whether the databases have prepared transactions, when the server has noticed that the process is gone."""
+    with project.container.first_engine().connect() as connection:
+        count = "SELECT count(*) FROM pg_prepared_xacts WHERE database IN (:first, :second)"
+        names = {name: project.container.settings().connection(name).sqlalchemy_url().database for name in ("first", "second")}
+        return bool(connection.scalar(text(count), names))
