@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from argparse import Namespace
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -59,10 +58,13 @@ class Chain:
         """Import all revisions. Raise UnusableMigrations if one can't be, or if there are two newest ones."""
         self.script = ScriptDirectory.from_config(self.config())
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)  # a revision refers to one that is not there
-                heads = self.script.get_heads()
-                self.revisions: dict[str, Script] = {each.revision: each for each in self.script.walk_revisions()}
+            heads = self.script.get_heads()
+            self.revisions: dict[str, Script] = {each.revision: each for each in self.script.walk_revisions()}
+        except KeyError as error:  # Alembic has warned, and goes on until it misses the revision
+            missing = error.args[0]
+            raise self.unusable(
+                f"a file in {self.versions} has the down_revision {missing!r}, which is not there", "Bring its file back"
+            ) from None
         except Exception as error:  # a revision is a program, which may raise anything
             raise self.unusable(f"{self._place(error)} can't be loaded ({in_one_line(error)})", "Correct it") from error
         if len(heads) > 1:

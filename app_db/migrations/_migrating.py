@@ -133,7 +133,9 @@ class Migration:
             self._apply_in_unit(groups, later)
             return
         with ExitStack() as stack:
-            connections = [stack.enter_context(locked(group, self._lock_timeout, self._committed)) for group in groups]
+            connections = _in_one_order(
+                groups, lambda group: stack.enter_context(locked(group, self._lock_timeout, self._committed))
+            )
             self._run_groups(groups, connections, later)
             for position, (group, connection) in enumerate(zip(groups, connections, strict=True)):
                 rest = [chain for others in groups[position:] for chain in others]
@@ -168,7 +170,7 @@ class Migration:
                     self._explained(chains[0], rolled_back=chains, left=later, at_commit=True),
                     self._container.transaction(propagation="requires_new", isolation="READ COMMITTED"),
                 ):
-                    connections = [self._connection_in_unit(group) for group in groups]
+                    connections = _in_one_order(groups, self._connection_in_unit)
                     self._run_groups(groups, connections, later)
             except _Held as held:
                 patience.wait(held.chain, lambda holder=held.holder: holder)  # type: ignore[misc]
@@ -261,6 +263,13 @@ class Migration:
     def _failing(self, chain: Chain, run: Sequence[str]) -> str:
         plan = [each.revision for each in self._verb.plan(chain, self._before[chain.name])]
         return next((revision for revision in plan if revision not in run), plan[-1] if plan else "")
+
+
+def _in_one_order(groups: Sequence[Sequence[Chain]], connect: Callable[[Sequence[Chain]], Connection]) -> list[Connection]:
+    """Return a connection for each group. All processes connect in the same order, or each could hold what another waits for."""
+    ordered = sorted(range(len(groups)), key=lambda position: min(chain.name for chain in groups[position]))
+    found = {position: connect(groups[position]) for position in ordered}
+    return [found[position] for position in range(len(groups))]
 
 
 class _Held(Exception):

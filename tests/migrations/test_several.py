@@ -103,6 +103,23 @@ def test_processes_with_several_connections_wait_for_each_other(tmp_path: Path, 
         assert [each.pending for each in current(project.container)] == [(), ()]
 
 
+def test_locks_are_taken_in_one_order_whatever_the_order_of_the_names(tmp_path: Path, new_postgres_url: NewUrl) -> None:
+    """Otherwise two processes could each hold what the other one waits for."""
+    with Project(tmp_path, first=new_postgres_url(), second=new_postgres_url()) as project:
+        taken: list[str] = []
+        for name in ("first", "second"):
+            project.write_three(name)
+
+            def note(*arguments: Any, name: str = name) -> None:
+                if "advisory" in arguments[2]:
+                    taken.append(name)
+
+            event.listen(project.container.providers[f"{name}_engine"](), "before_cursor_execute", note)
+        done = upgrade(project.container, connections=["second", "first"])
+        assert [each.connection for each in done] == ["second", "first"]
+        assert taken == ["first", "second"]
+
+
 # ---- one by one ----------------------------------------------------------------------------------------------------------
 
 
