@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect
@@ -11,6 +12,8 @@ from sqlalchemy.engine.reflection import ObjectKind
 from app_db._findings import matters
 from app_db._findings.asking import Asked, Question
 from app_db._findings.finding import Finding
+from app_db._wording import in_one_line
+from app_db.errors import AppDbError
 from app_db.models._bases import metadata_of
 
 if TYPE_CHECKING:
@@ -84,7 +87,29 @@ def _tables_without_transactions(asked: Asked) -> Iterator[Finding]:
         )
 
 
+def _pending_migrations(asked: Asked) -> Iterator[Finding]:
+    if find_spec("alembic") is None:
+        return
+    from app_db.migrations import current
+    from app_db.migrations._folders import folder_of
+    from app_db.migrations._selecting import changeable, versions_in
+
+    folder = folder_of(None)
+    if asked.name not in changeable(asked.container) or not versions_in(folder, asked.name).is_dir():
+        return
+    place = f"the folder {versions_in(folder, asked.name)}"
+    try:
+        [found] = current(asked.container, connections=[asked.name])
+    except AppDbError as error:
+        yield matters.PENDING.found(asked.name, f"The migrations can't be used: {in_one_line(error)}.", place, "Correct them.")
+        return
+    if found.pending:
+        names = ", ".join(found.pending)
+        what = f"Migrations have not been run: {names}."
+        yield matters.PENDING.found(asked.name, what, place, "Run them: app-db migrate.")
+
+
 SCHEMA: tuple[Question, ...] = (_the_models_tables,)
 """What is asked of mirrors, too."""
 
-QUESTIONS: tuple[Question, ...] = (*SCHEMA, _tables_without_transactions)
+QUESTIONS: tuple[Question, ...] = (*SCHEMA, _pending_migrations, _tables_without_transactions)

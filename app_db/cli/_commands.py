@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 VERBS: Mapping[str, Mapping[str, str]] = {
     "_showing": {"show": "show the connections, and where each setting came from"},
+    "_pinging": {"ping": "ask whether each database answers, and what it tells about itself"},
+    "_pools": {"pool": "list who is connected to each database"},
     "_checking": {"check": "check whether units of work can commit as promised"},
     "_drawing": {"graph": "draw the container as it is configured"},
     "_shells": {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from app_db.cli._calls import FINE, WRONG, Call, Commands
 
 if TYPE_CHECKING:
-    from app_db.migrations import Check, Migrated, Revision
+    from app_db.migrations import Check, Migrated, Revision, Step
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,14 @@ def _migrate(call: Call) -> _Report:
 
     if call.options.check:
         return _checked(check(call.container, **_places(call)))
-    return _changed(upgrade(call.container, call.options.revision, lock_timeout=call.options.lock_timeout, **_places(call)))
+    options = call.options
+    with call.out.progress("Migrating") as step:
+
+        def note(done: Step) -> None:
+            step(done.number, done.total, f"{done.connection} {done.revision}")
+
+        done = upgrade(call.container, options.revision, lock_timeout=options.lock_timeout, on_step=note, **_places(call))
+    return _changed(done)
 
 
 def _downgrade(call: Call) -> _Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,3 +52,34 @@ def test_tables_of_mariadb_that_have_no_transactions(mariadb_url: str) -> None:
     [finding] = found(goods=mariadb_url)
     assert (finding.matter, finding.severity) == ("no-transactions", "warning")
     assert finding.remedy == "ALTER TABLE `select` ENGINE=InnoDB gives it some."
+
+
+REVISION = """
+from alembic import op
+import sqlalchemy as sa
+
+revision, down_revision = "one", None
+
+
+def upgrade():
+    op.create_table("goods", sa.Column("name", sa.String(20), primary_key=True))
+
+
+def downgrade():
+    op.drop_table("goods")
+"""
+
+
+def test_migrations_that_have_not_been_run(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    versions = tmp_path / "migrations" / "goods" / "versions"
+    versions.mkdir(parents=True)
+    (versions / "one.py").write_text(REVISION)
+    run(database_url, GOODS)
+    [finding] = found(goods=database_url)
+    assert (finding.matter, finding.severity, finding.where) == ("pending-migrations", "warning", f"the folder {versions}")
+    assert "one" in finding.what
+    (versions / "other.py").write_text(REVISION.replace('"one"', '"other"'))
+    [finding] = found(goods=database_url)
+    assert finding.matter == "pending-migrations"
+    assert "can't be used: " in finding.what, "it has two heads"

@@ -108,10 +108,7 @@ def _run(command: list[str], environment: dict[str, str], place: str, files: lis
 def _main() -> None:
     for name in (
         "app_db.container",
-        *(
-            f"app_db.cli.{name}"
-            for name in ("_commands", "_finding", "_drawing", "_recovering", "_shells", "_showing", "_checking", "_migrations")
-        ),
+        *(f"app_db.cli.{path.stem}" for path in (ROOT / "app_db" / "cli").glob("_[a-z]*.py")),
         "app_db.migrations",
         "psycopg",
         "pymysql",

@@ -1,0 +1,87 @@
+"""`app-db pool`: who is connected to each database, as its server sees it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import DBAPIError
+
+from app_db._databases.registry import database_of
+from app_db._findings.asking import at_once
+from app_db._wording import in_one_line
+from app_db.cli._calls import FINE, WRONG, Call, Commands
+from app_db.cli._printing import Cell, Styled
+
+if TYPE_CHECKING:
+    from app_db._databases.inspection import ServerSession
+    from app_db.container import DatabaseContainer
+
+_PATIENCE = 5.0
+"""Seconds that a database has to answer."""
+
+
+def add_to(commands: Commands) -> None:
+    """Add `pool`."""
+    commands.add("pool", _pool).add_argument("names", nargs="*", metavar="NAME", help="a connection (default: all)")
+
+
+def _pool(call: Call) -> int:
+    """List who is connected to each database, those with the oldest transactions first: every process, as the server sees it.
+    Which unit of work holds a connection only its own process knows: container.pools() tells it there, and so does the error
+    of a full pool.
+    """
+    names = [name for name in call.names(call.options.names) if not _is_mirror(call.container, name)]
+    with call.out.progress("Asking the databases"):
+        found = at_once({name: partial(_sessions, call.container, name) for name in names}, _PATIENCE)
+    silent = f"no answer within {_PATIENCE:g} s"
+    answers = {name: silent if answer is None else answer for name, answer in found.items()}
+    rows = [row for name, answer in answers.items() if not isinstance(answer, str) for row in _rows(name, answer)]
+    call.out.table(["connection", "id", "client", "host", "state", "for", "transaction"], rows)
+    for name, answer in answers.items():
+        if isinstance(answer, str):
+            call.out.line(f"{name}: {answer}", "bad")
+        elif not answer:
+            call.out.line(f"{name}: nobody else is connected, or it has no server")
+    call.out.data(
+        {
+            "connections": [
+                {"name": name, "error": answer, "sessions": []}
+                if isinstance(answer, str)
+                else {"name": name, "error": None, "sessions": [asdict(each) for each in answer]}
+                for name, answer in answers.items()
+            ]
+        }
+    )
+    return WRONG if any(isinstance(answer, str) for answer in answers.values()) else FINE
+
+
+def _is_mirror(container: DatabaseContainer, name: str) -> bool:
+    declared = container.settings().connections.get(name)
+    return declared is None or declared.mirror is not None
+
+
+def _sessions(container: DatabaseContainer, name: str) -> list[ServerSession] | str:
+    """Return who is connected to a database, or why it can't be asked."""
+    engine = container.core.decision_logs().engine(name)
+    try:
+        with engine.connect() as connection:
+            return database_of(engine.dialect.name).inspection().sessions(connection)
+    except (DBAPIError, OSError) as error:
+        return in_one_line(error)
+
+
+def _rows(name: str, sessions: list[ServerSession]) -> list[list[Cell]]:
+    return [
+        [
+            name,
+            str(each.id),
+            each.client,
+            each.host,
+            each.state,
+            f"{each.in_state:.1f} s",
+            "" if each.in_transaction is None else Styled(f"{each.in_transaction:.1f} s", "warning"),
+        ]
+        for each in sessions
+    ]

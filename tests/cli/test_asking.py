@@ -1,0 +1,137 @@
+"""ping and pool: what databases tell about themselves, and about who is connected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+
+from harness.commands import app_db, in_terminal
+from harness.poolers import PgBouncer
+from harness.requiring import made
+from harness.schemas import validated
+from harness.servers import PASSWORD, PostgresServer, PostgresStandby
+
+NewUrl = Callable[[], str]
+
+NOWHERE = "postgresql+psycopg://shop:s3cr3t@127.0.0.1:1/shop"
+
+
+def variables(connections: Mapping[str, dict[str, str]]) -> dict[str, str]:
+    return {
+        f"APP_DB_CONNECTIONS__{name}__{field}".upper(): value
+        for name, given in connections.items()
+        for field, value in given.items()
+    }
+
+
+@contextmanager
+def in_transaction(url: str) -> Iterator[None]:
+    """Hold a transaction open, as another process would."""
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+        yield
+    engine.dispose()
+
+
+# ---- ping ------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_database_answers(database_url: str) -> None:
+    with in_transaction(database_url):
+        """Makes the file, if it is one."""
+    done = app_db("ping", "--json", environment=variables({"main": {"url": database_url}}))
+    [told] = validated("ping", done.stdout)["connections"]
+    assert (done.returncode, told["name"], told["status"], told["reason"]) == (0, "main", "up", "")
+    assert told["milliseconds"] > 0
+    assert told["version"]
+
+
+def test_a_standby_tells_its_role_and_its_lag(
+    new_postgres: Callable[..., PostgresServer], new_standby: Callable[[PostgresServer], PostgresStandby]
+) -> None:
+    primary = new_postgres()
+    standby = new_standby(primary)
+    given = {"writer": {"url": primary.url("postgres")}, "copy": {"url": standby.url("postgres"), "read_only": "true"}}
+    done = app_db("ping", "writer", "copy", environment=variables(given))
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()[1:]}
+    assert done.returncode == 0
+    assert " primary " in lines["writer"]
+    assert " replica, 0.0 s behind " in lines["copy"]
+
+
+@pytest.mark.parametrize("problem", ["down", "wrong password"])
+def test_a_database_that_does_not_answer_is_down_and_no_secret_is_shown(problem: str, postgres_url: str) -> None:
+    url = NOWHERE
+    if problem == "wrong password":
+        server = make_url(postgres_url)
+        url = server.set(username="nobody_of_that_name", password="s3cr3t").render_as_string(hide_password=False)
+    done = in_terminal("ping", environment=variables({"main": {"url": url}}))
+    assert done.code == 1
+    assert " down " in done.text
+    assert "s3cr3t" not in done.raw
+
+
+def test_a_pooler_is_told(postgres: PostgresServer, postgres_url: str) -> None:
+    pooler = made(lambda: PgBouncer(postgres))
+    try:
+        url = pooler.url(str(make_url(postgres_url).database))
+        done = app_db("ping", "--json", environment=variables({"main": {"url": url, "pooler": "transaction"}}))
+    finally:
+        pooler.close()
+    [told] = validated("ping", done.stdout)["connections"]
+    assert (done.returncode, told["pooler"]) == (0, True)
+    assert PASSWORD not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["ping", "mian"], "There is no connection 'mian'. Did you mean 'main'?"),
+        (["pool", "mian"], "There is no connection 'mian'. Did you mean 'main'?"),
+        (["ping", "--timeout", "0"], "--timeout 0: give seconds, more than 0"),
+        (["ping", "--timeout", "soon"], "invalid float value"),
+    ],
+)
+def test_what_can_not_be_asked_is_one_clear_error(arguments: list[str], says: str, sqlite_url: str) -> None:
+    done = app_db(*arguments, environment=variables({"main": {"url": sqlite_url}}))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+
+
+# ---- pool ------------------------------------------------------------------------------------------------------------------
+
+
+def test_who_holds_a_transaction_open_is_listed_first(postgres_url: str) -> None:
+    named = f"{postgres_url}{'&' if '?' in postgres_url else '?'}application_name=nightly"
+    with in_transaction(named):
+        done = app_db("pool", "--json", environment=variables({"main": {"url": postgres_url}}))
+        shown = app_db("pool", environment=variables({"main": {"url": postgres_url}}))
+    [told] = validated("pool", done.stdout)["connections"]
+    assert (done.returncode, told["error"]) == (0, None)
+    assert (told["sessions"][0]["client"], told["sessions"][0]["state"]) == ("nightly", "idle in transaction")
+    assert told["sessions"][0]["in_transaction"] >= 0
+    assert "nightly" in shown.stdout.splitlines()[1]
+
+
+def test_connections_of_mariadb_are_listed(mariadb_url: str) -> None:
+    engine = create_engine(mariadb_url)
+    with engine.connect() as connection:
+        connection.execute(text("CREATE TABLE goods (name VARCHAR(20)) ENGINE=InnoDB"))
+        connection.execute(text("INSERT INTO goods VALUES ('pen')"))
+        done = app_db("pool", "--json", environment=variables({"main": {"url": mariadb_url}}))
+    engine.dispose()
+    [told] = validated("pool", done.stdout)["connections"]
+    assert (done.returncode, len(told["sessions"])) == (0, 1)
+    assert told["sessions"][0]["state"] == "Sleep"
+
+
+def test_a_file_has_no_server_and_a_server_that_is_down_is_told(sqlite_url: str) -> None:
+    done = app_db("pool", environment=variables({"file": {"url": sqlite_url}, "gone": {"url": NOWHERE}}))
+    assert done.returncode == 1
+    assert "file: nobody else is connected, or it has no server" in done.stdout
+    assert "gone: " in done.stdout
+    assert "s3cr3t" not in done.stdout + done.stderr
