@@ -38,7 +38,8 @@ def _pool(call: Call) -> int:
     silent = f"no answer within {_PATIENCE:g} s"
     answers = {name: silent if answer is None else answer for name, answer in found.items()}
     rows = [row for name, answer in answers.items() if not isinstance(answer, str) for row in _rows(name, answer)]
-    call.out.table(["connection", "id", "client", "host", "state", "for", "transaction"], rows)
+    if rows:
+        call.out.table(["connection", "id", "client", "host", "state", "for", "transaction"], rows)
     for name, answer in answers.items():
         if isinstance(answer, str):
             call.out.line(f"{name}: {answer}", "bad")

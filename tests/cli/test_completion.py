@@ -59,6 +59,7 @@ def test_fish_completes_what_fits(tmp_path: Path) -> None:
     assert completed("app-db dbshell w") == ["warehouse", "writer"]
 
 
+@pytest.mark.exhaustive
 def test_zsh_completes_what_fits(tmp_path: Path) -> None:
     file = script_for("zsh", tmp_path)
     pexpect = pytest.importorskip("pexpect")

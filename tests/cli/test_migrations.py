@@ -42,7 +42,7 @@ def data(*arguments: str, code: int = 0) -> Any:
     return json.loads(run(*arguments, "--json", code=code))
 
 
-@pytest.mark.representative("sqlite")
+@pytest.mark.exhaustive
 def test_from_models_to_tables_and_back(url: str) -> None:
     assert run("migrate", "--check", code=1) == "writer: table orders is missing in the database\n"
     (written,) = data("revision", "-m", "orders")

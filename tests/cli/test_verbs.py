@@ -366,6 +366,7 @@ def is_sleeping(database: str, request: pytest.FixtureRequest, statement: str) -
     return int(server.execute(listed[database], [statement])[0][0])
 
 
+@pytest.mark.representative("sqlite")
 @pytest.mark.parametrize("database", ["sqlite", "postgresql", "mariadb"])
 def test_the_databases_own_program_is_on_the_database(database: str, request: pytest.FixtureRequest) -> None:
     need_program(*{"sqlite": ["sqlite3"], "postgresql": ["psql"], "mariadb": ["mariadb", "mysql"]}[database])

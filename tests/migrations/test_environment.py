@@ -80,6 +80,7 @@ def test_a_folder_that_is_named_like_no_connection(project: Project) -> None:
         command.upgrade(config(project, "writter"), "head")
 
 
+@pytest.mark.exhaustive
 def test_the_files_that_alembic_reads_are_in_the_wheel(installed: Path) -> None:
     files = {path.name for path in (installed / "app_db" / "migrations" / "_environment").iterdir()}
     assert files >= {"env.py", "script.py.mako"}

@@ -14,8 +14,7 @@ from app_db import Container, DatabaseSettings
 from app_db.errors import InvalidUse
 from app_db.logging import UnitFilter
 
-container = Container(settings=DatabaseSettings(_env_file=None, connections={"writer": {"url": "sqlite://", "echo": True}}))
-
+container: Container
 nothing = object()
 
 
@@ -30,6 +29,15 @@ class Kept(logging.Handler):
         self.lines.append((vars(record)["unit"], vars(record)["connection"], record.getMessage()))
 
 
+@pytest.fixture(autouse=True)
+def _made() -> Iterator[None]:
+    """The container is the module's, because some tests name it."""
+    global container
+    container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://", "echo": True}}))
+    yield
+    container.shutdown_resources()
+
+
 @pytest.fixture
 def kept() -> Iterator[Kept]:
     handler = Kept()
@@ -37,7 +45,6 @@ def kept() -> Iterator[Kept]:
     logging.root.addHandler(handler)
     yield handler
     logging.root.removeHandler(handler)
-    container.shutdown_resources()
 
 
 def test_a_record_has_the_number_of_its_unit(kept: Kept) -> None:
