@@ -20,6 +20,9 @@ _ENGINE_LOGGERS = "sqlalchemy.engine.Engine.", "sqlalchemy.pool.impl."
 """What precedes a connection's name in the names of SQLAlchemy's loggers, if the connection has ECHO=true."""
 
 
+_NONE = "-"
+
+
 class UnitFilter(logging.Filter):
     """Give each record the attributes `unit` and `connection`, for a formatter: `%(unit)s %(connection)s %(message)s`.
 
@@ -51,8 +54,8 @@ class UnitFilter(logging.Filter):
         """Add the attributes. Each record passes."""
         known = vars(record)
         for name, value in (("unit", self._unit), ("connection", lambda: _connection_of(record))):
-            given = known[name] if known.get(name) is not None else value()
-            known[name] = "-" if given is None else str(given)
+            given = value() if known.get(name) in (None, _NONE) else known[name]  # another filter may have found none
+            known[name] = _NONE if given is None else str(given)
         return True
 
     def _unit(self) -> int | None:

@@ -46,7 +46,7 @@ def app_db(
 
 def in_terminal(*arguments: str, environment: Mapping[str, str] | None = None, typed: str = "") -> Screen:
     """Run a command in a terminal of 100 columns, into which `typed` is typed."""
-    given = {**os.environ, "PYTHONPATH": PYTHONPATH, "TERM": "xterm-256color", **(environment or {})}
+    given = {**os.environ, "PYTHONPATH": PYTHONPATH, "TERM": "xterm-256color", "COLUMNS": "100", **(environment or {})}
     with Terminal() as terminal:
         terminal.type(typed)
         code = _ask(["app_db", *arguments], given, [terminal.path] * 3)

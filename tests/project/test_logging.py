@@ -68,6 +68,15 @@ def test_what_says_itself_what_it_is_about_is_believed(kept: Kept) -> None:
     assert kept.lines == [("7", "warehouse", "held")]
 
 
+def test_the_filters_of_two_containers_do_not_hinder_each_other(kept: Kept) -> None:
+    other = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
+    record = logging.makeLogRecord({"name": "shop", "msg": "inside"})
+    with container.transaction() as unit:
+        UnitFilter(other).filter(record)
+        UnitFilter(container).filter(record)
+    assert vars(record)["unit"] == str(unit.number)
+
+
 def test_tasks_have_their_own_units(kept: Kept) -> None:
     async def work(name: str) -> str:
         async with container.transaction() as unit:
