@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness.commands import app_db
+from harness.requiring import need, need_program
 from harness.schemas import validated
 
 SETTINGS = {"APP_DB_CONNECTIONS__WRITER__URL": "sqlite://", "APP_DB_CONNECTIONS__WAREHOUSE__URL": "sqlite://"}
@@ -17,8 +19,7 @@ NAMES = "warehouse\nwriter\n"
 
 def script_for(shell: str, place: Path) -> Path:
     """Return a file with the completions, and a function `app-db` that says what the program would when names are wanted."""
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
+    need_program(shell, shell)
     file = place / f"completion.{shell}"
     names = "printf 'warehouse\\nwriter\\n'"
     function = f"function app-db; {names}; end" if shell == "fish" else f"function app-db {{ {names}; }}"
@@ -62,7 +63,8 @@ def test_fish_completes_what_fits(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 def test_zsh_completes_what_fits(tmp_path: Path) -> None:
     file = script_for("zsh", tmp_path)
-    pexpect = pytest.importorskip("pexpect")
+    need("pexpect")
+    pexpect: Any = import_module("pexpect")
     shell = pexpect.spawn("zsh", ["-f", "-i"], env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "TERM": "dumb"}, timeout=20)
     try:
         shell.sendline(f"PS1='> '; autoload -Uz compinit && compinit -u -d {tmp_path}/dump; source {file}; echo READY$((1+1))")

@@ -10,6 +10,7 @@ import pytest
 
 from app_db.cli import _printing
 from app_db.cli._printing import Cell, Printer, Styled
+from harness.requiring import need
 
 
 class Screen(io.StringIO):
@@ -57,7 +58,7 @@ def test_without_rich_a_terminal_has_plain_text(monkeypatch: pytest.MonkeyPatch,
 
 def test_with_rich_it_has_colours_and_takes_no_text_for_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = new_screen(monkeypatch)
-    pytest.importorskip("rich")
+    need("rich")
     Printer().table(["[i]name", "state"], ROWS)
     Printer().line("[bold]no markup", "bad")
     shown = screen.getvalue()
@@ -72,7 +73,7 @@ def test_progress_is_shown_in_a_terminal_once_it_takes_long(
 ) -> None:
     screen = new_screen(monkeypatch)
     if rich:
-        pytest.importorskip("rich")
+        need("rich")
     else:
         request.getfixturevalue("without_rich")
     with Printer().progress("Settling") as step:

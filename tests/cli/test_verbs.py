@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import subprocess
@@ -23,7 +22,7 @@ from sqlalchemy import create_engine, text
 from harness.commands import app_db, in_terminal
 from harness.paths import PYTHONPATH
 from harness.poolers import PgBouncer
-from harness.requiring import made
+from harness.requiring import made, need, need_program
 from harness.schemas import schemas, validated
 from harness.servers import PASSWORD, PostgresServer
 
@@ -287,7 +286,7 @@ def test_modules_with_models_are_imported(shop: Path) -> None:
 def test_a_shell_in_a_terminal_commits_what_is_typed(prompt: str, shop: Path, sqlite_url: str) -> None:
     make_items(sqlite_url)
     if not prompt:
-        pytest.importorskip("IPython")
+        need("IPython")
     typed = "writer_session.add(Item(name='typed'))\nexit()\n"
     environment = {"APP_DB_CONNECTIONS__WRITER__URL": sqlite_url, "APP_DB_CONTAINER": "shop:container", "IPYTHONDIR": str(shop)}
     screen = in_terminal("shell", "--write", *filter(None, [prompt]), environment=environment, typed=typed)
@@ -304,9 +303,12 @@ RUNNING = {"postgresql": "SELECT pg_sleep(60)", "mariadb": "SELECT SLEEP(60)"}
 """Statements during which the program's command line is read."""
 
 
-def need_program(*names: str) -> None:
-    if not any(map(shutil.which, names)):
-        pytest.skip(f"{names[0]} is not installed")
+PROGRAMS = {
+    "sqlite": ("sqlite3", "sqlite3"),
+    "postgresql": ("postgresql-client", "psql"),
+    "mariadb": ("mariadb-client", "mariadb", "mysql"),
+}
+"""By database: the package of its program, and what that is called."""
 
 
 @pytest.mark.representative("mariadb")
@@ -314,7 +316,7 @@ def need_program(*names: str) -> None:
 def test_the_password_is_on_no_command_line_and_its_file_is_private_and_goes(
     database: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    need_program(*{"postgresql": ["psql"], "mariadb": ["mariadb", "mysql"]}[database])
+    need_program(*PROGRAMS[database])
     url = request.getfixturevalue({"postgresql": "postgres_url"}.get(database, "mariadb_url"))
     option = "-c" if database == "postgresql" else "-e"
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "APP_DB_CONNECTIONS__WRITER__URL": url, "TMPDIR": str(tmp_path)}
@@ -369,7 +371,7 @@ def is_sleeping(database: str, request: pytest.FixtureRequest, statement: str) -
 @pytest.mark.representative("sqlite")
 @pytest.mark.parametrize("database", ["sqlite", "postgresql", "mariadb"])
 def test_the_databases_own_program_is_on_the_database(database: str, request: pytest.FixtureRequest) -> None:
-    need_program(*{"sqlite": ["sqlite3"], "postgresql": ["psql"], "mariadb": ["mariadb", "mysql"]}[database])
+    need_program(*PROGRAMS[database])
     url = request.getfixturevalue({"postgresql": "postgres_url"}.get(database, f"{database}_url"))
     make_items(url)
     option = {"sqlite": [], "postgresql": ["-c"], "mariadb": ["-e"]}[database]
@@ -422,7 +424,7 @@ def pooled(postgres: PostgresServer) -> Iterator[PgBouncer]:
 
 
 def test_behind_a_pooler_the_verbs_do_the_same(pooled: PgBouncer, postgres_url: str, shop: Path) -> None:
-    need_program("psql")
+    need_program("postgresql-client", "psql")
     make_items(postgres_url)
     environment = {
         "APP_DB_CONNECTIONS__WRITER__URL": pooled.url(postgres_url.rpartition("/")[2]),
@@ -436,7 +438,7 @@ def test_behind_a_pooler_the_verbs_do_the_same(pooled: PgBouncer, postgres_url: 
 
 
 def test_a_wrong_password_and_a_database_that_is_down_are_explained(postgres_url: str) -> None:
-    need_program("psql")
+    need_program("postgresql-client", "psql")
     wrong = {
         "APP_DB_CONNECTIONS__WRITER__URL": re.sub(r"app_db:[^@]*@", "app_db:wr0ng@", postgres_url),
         "APP_DB_CONNECTIONS__WRITER__TWO_PHASE": "true",

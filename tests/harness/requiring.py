@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
@@ -66,6 +67,12 @@ class Servers(Mapping[str, Server]):
         """End those that were started."""
         for server in self._started.values():
             server.close()
+
+
+def need_program(package: str, *names: str) -> None:
+    """Go on only where one of these programs is installed."""
+    if not any(map(shutil.which, names)):
+        _do_without(f"{names[0]} is not installed. Debian and Ubuntu: apt-get install {package}")
 
 
 def need(*modules: str) -> None:
