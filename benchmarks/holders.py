@@ -58,7 +58,7 @@ def _noting_nothing() -> Iterator[None]:
     with (
         patch.object(HolderLog, "note", lambda *_: None),
         patch.object(HolderLog, "forget", lambda *_: None),
-        patch.object(sessions, "line_above", lambda: None),
-        patch.object(own_unit, "line_above", lambda: None),
+        patch.object(sessions, "_line_above", lambda: None),
+        patch.object(own_unit, "_line_above", lambda: None),
     ):
         yield

@@ -54,42 +54,43 @@ class Line(NamedTuple):
         return f"{shown}:{self.number} in {self.code.co_qualname}"
 
 
-_usual_depth = 1
-"""How many calls above `line_above` the last frame was that is not the application's, but was called by it."""
+class LineAbove:
+    """Finds the line of the application that has led to one place in app_db.
 
-
-def line_above() -> Line | None:
-    """Return the line of the application that led here, or None if there is none.
-
-    Most calls come as deep as the one before, and looking there first makes two frames where the walk makes ten: Python makes
-    frames when they are asked for.
+    Most calls come as deep there as the one before. So that depth is looked at first, which makes two frames where a walk makes
+    ten: Python makes frames when they are asked for.
     """
-    try:
-        inside = frame_at(_usual_depth)
-    except ValueError:  # it is not called as deep this time
-        return _walk_to_line(frame_at(1))
-    outside = inside.f_back
-    known = _is_inside.get
-    if outside is not None and known(inside.f_globals.get("__name__")) and known(outside.f_globals.get("__name__")) is False:
-        return Line(outside.f_code, outside.f_lasti)
-    return _walk_to_line(frame_at(1))
 
+    def __init__(self) -> None:
+        self._usual_depth = 1
+        """How many calls above the last frame was that is not the application's, but was called by it."""
 
-def _walk_to_line(frame: FrameType | None) -> Line | None:
-    """Walk up from a frame. In a greenlet of SQLAlchemy, the stack goes on where the coroutine waits for it."""
-    global _usual_depth  # noqa: PLW0603
-    depth = 0
-    waiting: Iterator[FrameType] | None = None
-    while frame is not None:
-        if not _belongs_inside(frame):
-            if waiting is None:
-                _usual_depth = max(depth, 1)
-            return Line(frame.f_code, frame.f_lasti)
-        frame, depth = frame.f_back, depth + 1
-        if frame is None:
-            waiting = waiting or frames_of_waiting_greenlets()
-            frame = next(waiting, None)
-    return None
+    def __call__(self) -> Line | None:
+        """Return the line, or None if no code of the application has led here."""
+        try:
+            inside = frame_at(self._usual_depth)
+        except ValueError:  # it is not called as deep this time
+            return self._walk(frame_at(1))
+        outside = inside.f_back
+        known = _is_inside.get
+        if outside is not None and known(inside.f_globals.get("__name__")) and known(outside.f_globals.get("__name__")) is False:
+            return Line(outside.f_code, outside.f_lasti)
+        return self._walk(frame_at(1))
+
+    def _walk(self, frame: FrameType | None) -> Line | None:
+        """Walk up from a frame. In a greenlet of SQLAlchemy, the stack goes on where the coroutine waits for it."""
+        depth = 0
+        waiting: Iterator[FrameType] | None = None
+        while frame is not None:
+            if not _belongs_inside(frame):
+                if waiting is None:
+                    self._usual_depth = max(depth, 1)
+                return Line(frame.f_code, frame.f_lasti)
+            frame, depth = frame.f_back, depth + 1
+            if frame is None:
+                waiting = waiting or frames_of_waiting_greenlets()
+                frame = next(waiting, None)
+        return None
 
 
 def _belongs_inside(frame: FrameType) -> bool:
@@ -227,6 +228,9 @@ SHOWN = 8
 """How many holders the error of a full pool names: those that have held their connections for longest."""
 
 
+_line_outside_units = LineAbove()
+
+
 class HolderLog:
     """The connections of an engine that are in use, and a warning for those that are held too long."""
 
@@ -241,7 +245,7 @@ class HolderLog:
     def note(self, record: ConnectionPoolEntry, checkout: Checkout | None) -> None:
         """Note that a connection was taken. Code outside of units has noted nothing before, and is looked for here."""
         if checkout is None:
-            checkout = Checkout(None, None, False, line_above())
+            checkout = Checkout(None, None, False, _line_outside_units())
             checkout.note_owner()
         checkout.log, checkout.record, checkout.since = self, record, time.monotonic()
         self._checkouts[id(record)] = record.info[CHECKOUT] = checkout

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
-from app_db._databases.holders import CHECKOUT, line_above
+from app_db._databases.holders import CHECKOUT, LineAbove
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine, ExceptionContext
 
 log = logging.getLogger("app_db")
+
+_line_above = LineAbove()
 
 _BEGAN = "app_db_statement_began"
 """Key in a connection's info. The value is when its statement was sent, by `time.monotonic()`."""
@@ -45,7 +47,7 @@ def log_slow_statements(engine: Engine, name: str, seconds: float) -> None:
         took = time.monotonic() - info.pop(_BEGAN, inf)
         if took < seconds:
             return
-        checkout, line = info.get(CHECKOUT), line_above()
+        checkout, line = info.get(CHECKOUT), _line_above()
         log.warning(
             "Slow statement on %r: %.3f s%s%s: %s",
             name,

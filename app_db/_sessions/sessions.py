@@ -22,7 +22,7 @@ from zope.sqlalchemy.datamanager import STATUS_CHANGED, join_transaction
 from app_db._compat.frames import caller_of, frame_at
 from app_db._compat.sqlalchemy import hand_over, is_flushing, note_detached, prepare_to_commit
 from app_db._databases.engines import built, next_checkout
-from app_db._databases.holders import Checkout, line_above
+from app_db._databases.holders import Checkout, LineAbove
 from app_db._databases.registry import database_of
 from app_db._databases.time_limits import limit_of_checkout
 from app_db._units.branches import Branch
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("app_db")
 
 S = TypeVar("S", bound="UnitSession")
+
+_line_above = LineAbove()
 
 
 class SessionConfig:
@@ -115,7 +117,7 @@ class SessionConfig:
         if work.rehearsal is not None:
             return
         may_be_rolled_back = not (self.asynchronous or self.database.waits_for_answers)
-        line = line_above() if work.transaction.status == "Active" else None  # the end of a unit is no line of its own
+        line = _line_above() if work.transaction.status == "Active" else None  # the end of a unit is no line of its own
         next_checkout.set(Checkout(work, work.checked_out, may_be_rolled_back, line))
         limit_of_checkout.set(work.time_limit)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from app_db._databases.holders import line_above
+from app_db._databases.holders import LineAbove
 from app_db._databases.interruptions import came_from_outside
 from app_db._liveness import Liveness, always
 from app_db._units.manager import ContextTransactionManager, TransactionManager, current, regain, suspend
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transaction import Transaction as ZopeTransaction
 
 log = logging.getLogger("app_db")
+
+_line_above = LineAbove()
 
 
 class OwnUnit(Role):
@@ -39,7 +41,7 @@ class OwnUnit(Role):
         else:
             self._begin_under(manager)
         work = self.work = Work(self.transaction, self.coordinator)
-        work.begun_by = self.begun_by or line_above()
+        work.begun_by = self.begun_by or _line_above()
         work.liveness = self.liveness
         work.outer = self.outer
         work.asynchronous = self.asynchronous
