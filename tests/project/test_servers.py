@@ -234,6 +234,7 @@ def test_another():
 """
 
 
+@pytest.mark.representative("1")
 @pytest.mark.parametrize("required", ["", "1"])
 def test_a_missing_server_is_announced_in_one_line_and_a_failure_where_it_is_required(tmp_path: Path, required: str) -> None:
     (tmp_path / "without_mariadb.py").write_text(WITHOUT_MARIADB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
@@ -101,6 +102,7 @@ def test_whatever_a_source_returns_makes_settings_or_one_error(content: Any) -> 
         assert problem.variable.startswith("APP_DB_")
 
 
+@pytest.mark.exhaustive
 @many
 @given(
     content=st.dictionaries(keys.map(".".join), trees, max_size=5), prefix=st.sampled_from(["app_db.", "sa.", "APP_DB_", "x."])

@@ -244,6 +244,7 @@ def test_the_session_that_finds_its_database_follows_too(container: Container, p
     assert autoflush()
 
 
+@pytest.mark.exhaustive
 def test_threads_never_make_an_engine_of_one_blocks_settings_that_another_one_keeps(
     container: Container, place: Callable[[str], str]
 ) -> None:
@@ -394,7 +395,7 @@ def test_an_override_is_entered_once_at_a_time(container: Container, place: Call
         assert where(container) == "meanwhile"
 
 
-@pytest.mark.representative("sqlite")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_two_hundred_overrides_leave_nothing_behind(request: pytest.FixtureRequest, kind: str) -> None:
     new_url = request.getfixturevalue(f"new_{kind}_url")
