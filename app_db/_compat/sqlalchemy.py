@@ -105,7 +105,7 @@ def when_unmapped(base: Any, refuse: Callable[[type[object]], NoReturn]) -> None
 
 
 def mapped_classes() -> list[type]:
-    """Return all classes that are mapped in this process. SQLAlchemy lists those of one registry only, and no registries."""
+    """Return all classes that are mapped in this process. SQLAlchemy has a list for each registry, and none of registries."""
     # Not `known.mappers`, which raises if a class is only being mapped.
     return [manager.class_ for known in _all_registries() for manager in list(known._managers) if manager.is_mapped]
 

@@ -71,12 +71,7 @@ def _build_engine(name: str, connection: ConnectionSettings, application: str) -
 
 def build_async_engine(name: str, settings: DatabaseSettings) -> AsyncEngine:
     """Return a new async engine for the connection `name`, from the same settings and tuned in the same way."""
-    require_greenlet()
-    from sqlalchemy.ext.asyncio import create_async_engine
-
-    connection = settings.connection(name)
-    engine = _build(name, connection, settings.application, for_coroutines, create_async_engine)
-    _setups[engine.sync_engine] = _Setup(name, engine.sync_engine, connection)
+    engine = _build_async_engine(name, settings.connection(name), settings.application)
     settle(name, engine)
     return engine
 
@@ -111,11 +106,15 @@ def build_engine_beside(name: str, connection: ConnectionSettings, application: 
     )
     if not is_awaited:
         return _build_engine(name, beside, application)
+    return _build_async_engine(name, beside, application)
+
+
+def _build_async_engine(name: str, connection: ConnectionSettings, application: str) -> AsyncEngine:
     require_greenlet()
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    engine = _build(name, beside, application, for_coroutines, create_async_engine)
-    _setups[engine.sync_engine] = _Setup(name, engine.sync_engine, beside)
+    engine = _build(name, connection, application, for_coroutines, create_async_engine)
+    _setups[engine.sync_engine] = _Setup(name, engine.sync_engine, connection)
     return engine
 
 

@@ -36,7 +36,7 @@ _is_inside: dict[Any, bool] = {None: True}
 
 
 class Line(NamedTuple):
-    """A line of the application's code. It is spelled only when somebody asks."""
+    """A line of the application's code. Its text is made only when somebody asks for it."""
 
     code: CodeType
     instruction: int
@@ -222,7 +222,7 @@ class Checkout:
 # ---- the connections of one engine -------------------------------------------------------------------------------------------
 
 holder_logs: weakref.WeakSet[HolderLog] = weakref.WeakSet()
-"""Those of all engines."""
+"""The logs of all engines."""
 
 SHOWN = 8
 """How many holders the error of a full pool names: those that have held their connections for longest."""

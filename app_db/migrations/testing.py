@@ -65,25 +65,33 @@ def migration_tests(
 
         def test_all_revisions_can_be_run(self, database: _Database) -> None:
             upgrade(database.container, **database.where)
-            assert current(database.container, **database.where)[0].pending == ()
+            _require("pending", current(database.container, **database.where)[0].pending, ())
 
         def test_the_database_is_what_the_models_say(self, database: _Database) -> None:
             upgrade(database.container, **database.where)
-            assert check(database.container, **database.where)[0].drift == ()
+            _require("differs from the models", check(database.container, **database.where)[0].drift, ())
 
         def test_each_revision_can_be_undone_and_run_again(self, database: _Database) -> None:
             while current(database.container, **database.where)[0].pending:
                 before = upgrade(database.container, "+1", **database.where)[0]
-                assert downgrade(database.container, "-1", **database.where)[0].after == before.before
-                assert upgrade(database.container, "+1", **database.where)[0].after == before.after
+                undone = downgrade(database.container, "-1", **database.where)[0]
+                _require("revision after it was undone", undone.after, before.before)
+                again = upgrade(database.container, "+1", **database.where)[0]
+                _require("revision after it was run again", again.after, before.after)
 
         def test_undoing_all_revisions_leaves_nothing(self, database: _Database) -> None:
             upgrade(database.container, **database.where)
             downgrade(database.container, "base", **database.where)
-            assert database.left() == []
+            _require("left behind", database.left(), [])
 
     marked: type[Any] = pytest.mark.parametrize("connection", names)(MigrationTests)
     return marked
+
+
+def _require(what: str, found: object, wanted: object) -> None:
+    """Raise AssertionError if something is not as it should be. pytest does not explain an `assert` of a library."""
+    if found != wanted:
+        raise AssertionError(f"{what}: {found!r}, and not {wanted!r}")
 
 
 class _Database:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
@@ -80,7 +79,7 @@ class MySQLInspection(Inspection):
         # SHOW is answered by each node of Galera, SELECT only by one that is in the cluster.
         told = by_name([*connection.exec_driver_sql(_VARIABLES), *connection.exec_driver_sql(_STATUS)])
         galera = _galera(told) if told.get("wsrep_on") == "ON" else None
-        source = self._replication(connection)
+        source = self._replication(connection) or None
         is_replica = source is not None or told.get("read_only", "OFF") != "OFF"
         problem = "" if source is None else _why_stopped(source)
         if galera is not None and galera != _SYNCED:
@@ -95,11 +94,15 @@ class MySQLInspection(Inspection):
         )
 
     def _replication(self, connection: Connection) -> Mapping[str, Any] | None:
-        """Return what the server tells about its replication; None if it is no replica, or the user may not ask."""
-        for statement in ("SHOW REPLICA STATUS", "SHOW SLAVE STATUS"):  # the second is for old servers
-            with suppress(DBAPIError):
+        """Return what the server tells about its replication: nothing if it follows no server, None if the user may not ask."""
+        for statement in ("SHOW REPLICA STATUS", "SHOW SLAVE STATUS"):
+            try:
                 row = connection.exec_driver_sql(statement).mappings().first()
-                return None if row is None else {str(key): value for key, value in row.items()}
+            except DBAPIError as error:
+                if code_of(error) != _NOT_A_REPLICA_QUERY:
+                    return None
+            else:
+                return {} if row is None else {str(key): value for key, value in row.items()}
         return None
 
     def failure(self, error: BaseException) -> Failure:
@@ -111,7 +114,8 @@ class MySQLInspection(Inspection):
         status = by_name(connection.exec_driver_sql(_STATUS))
         clock = connection.exec_driver_sql("SELECT UNIX_TIMESTAMP(NOW(6))").scalar_one()
         in_cluster = variables.get("wsrep_on") == "ON"
-        is_replica = self._is_replica(connection)
+        source = self._replication(connection)
+        is_replica = None if source is None else bool(source)
         is_writable = all(variables.get(name, "OFF") in ("OFF", "0") for name in ("read_only", "innodb_read_only"))
         refusal = _NOT_READY if in_cluster and status.get("wsrep_ready") == "OFF" else None if is_writable else _READ_ONLY
         return Server(
@@ -123,16 +127,6 @@ class MySQLInspection(Inspection):
             room=int(variables["max_connections"]),
             is_encrypted=bool(status.get("Ssl_cipher")),
         )
-
-    def _is_replica(self, connection: Connection) -> bool | None:
-        """Return whether the server follows another one; None if the user may not ask."""
-        for statement in ("SHOW REPLICA STATUS", "SHOW SLAVE STATUS"):
-            try:
-                return connection.exec_driver_sql(statement).first() is not None
-            except DBAPIError as error:
-                if code_of(error) != _NOT_A_REPLICA_QUERY:
-                    return None
-        return None
 
     def limits(self, connection: Connection) -> Limits:
         variables = by_name(connection.exec_driver_sql(_VARIABLES))
