@@ -16,6 +16,7 @@ from app_db.cli._calls import CannotRun
 from app_db.container import Connection, DatabaseContainer, container_of
 from app_db.errors import AppDbError
 from app_db.settings import DatabaseSettings
+from app_db.settings._project import project_file
 
 VARIABLE = "APP_DB_CONTAINER"
 """The environment variable that names the container. It is no setting: the container has the settings."""
@@ -43,12 +44,6 @@ def _named(option: str | None) -> _Named | None:
 
 
 # ---- pyproject.toml -----------------------------------------------------------------------------------------------------
-
-
-def project_file() -> Path | None:
-    """Return the nearest pyproject.toml, in the working directory or above it."""
-    place = Path.cwd()
-    return next((path for each in (place, *place.parents) if (path := each / "pyproject.toml").is_file()), None)
 
 
 def import_modules(given: Sequence[str]) -> None:

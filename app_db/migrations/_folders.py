@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from app_db.errors import InvalidUse
+from app_db.settings._project import project_file
 
 DEFAULT = "migrations"
 
@@ -18,10 +19,9 @@ def folder_of(directory: str | Path | None) -> Path:
     """
     if directory is not None:
         return Path(directory).absolute()
-    here = Path.cwd()
-    file = next((found for place in (here, *here.parents) if (found := place / "pyproject.toml").is_file()), None)
+    file = project_file()
     configured = None if file is None else _configured(file)
-    return here / DEFAULT if file is None or configured is None else file.parent / configured
+    return Path.cwd() / DEFAULT if file is None or configured is None else file.parent / configured
 
 
 def _configured(file: Path) -> str | None:
