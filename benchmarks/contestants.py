@@ -4,8 +4,10 @@ unit of work.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
@@ -207,10 +209,13 @@ def decorated(url: str, *, pool_size: int = 5, settings: Mapping[str, object] | 
     """
     container = shop(url, pool_size, settings)
     add_first_row(container.writer_engine())
-    units = {workload: asking(transactional, Shop, workload, __name__) for workload in ALL}
-    container.wire(modules=[__name__])
+    # A module of their own: the last container that wires a module gives the sessions of all its functions.
+    module = sys.modules[f"shop_{id(container)}"] = ModuleType(f"shop_{id(container)}")
+    units = {workload: asking(transactional, Shop, workload, module.__name__) for workload in ALL}
+    container.wire(modules=[module])
     yield units.__getitem__
     container.unwire()
+    del sys.modules[module.__name__]
     container.shutdown_resources()
 
 
