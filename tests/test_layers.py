@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "app_db"
-PLUGIN = ROOT / "pytest_app_db.py"
+PLUGIN = ROOT / "pytest_app_db"
 
 ROOMS = (
     ("_wording",),
@@ -263,7 +263,9 @@ def test_integrations_use_public_names_only() -> None:
 
 
 def test_the_plugin_of_pytest_stands_beside_the_package_and_uses_public_names_on_demand() -> None:
-    found = [found for found in imports_of(PLUGIN) if found.target.partition(".")[0] not in {*sys.stdlib_module_names, "pytest"}]
+    known = {*sys.stdlib_module_names, "pytest", PLUGIN.name}
+    imports = [found for module in PLUGIN.glob("*.py") for found in imports_of(module)]
+    found = [found for found in imports if found.target.partition(".")[0] not in known]
     assert [str(eager) for eager in found if not eager.on_demand] == []
     assert {found.target.partition(".")[0] for found in found} == {"app_db", "sqlalchemy"}
     names = {(found.target, name) for found in found if found.target.startswith(PACKAGE.name) for name in found.names}

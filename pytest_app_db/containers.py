@@ -1,0 +1,97 @@
+"""The container of the project's application, with the databases and tables that the tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import pytest
+
+from pytest_app_db.options import is_worker, urls_given
+
+if TYPE_CHECKING:
+    from app_db import DatabaseContainer
+
+PASTE = """\
+The fixtures of app_db need the container of your application. Put this into conftest.py:
+
+    import pytest
+    from shop import container  # wherever yours is
+
+    @pytest.fixture(scope="session")
+    def app_db_container():
+        return container
+"""
+
+
+@pytest.fixture(scope="session")
+def app_db_container() -> DatabaseContainer:
+    """The container of the application. The project overrides this fixture to return it."""
+    pytest.fail(PASTE, pytrace=False)
+
+
+_FixtureDef: TypeAlias = "pytest.FixtureDef[object]"
+
+_prepared = pytest.StashKey[list[object]]()
+"""The containers that have their databases. A fixture may return what an outer fixture of the same name has made."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: _FixtureDef, request: pytest.FixtureRequest) -> Generator[None, object, object]:
+    """Give the container its databases as soon as a fixture has returned it."""
+    value = yield
+    if fixturedef.argname == "app_db_container":
+        _prepare(value, fixturedef, request.config)
+    return value
+
+
+def _prepare(value: object, fixturedef: _FixtureDef, config: pytest.Config) -> None:
+    if not hasattr(value, "session_of"):
+        pytest.fail(
+            f"The fixture app_db_container returned {type(value).__name__}, which is no container of app_db. If it is the "
+            "container of your application, return the database container in it: `return container.db`, for example.",
+            pytrace=False,
+        )
+    container = cast("DatabaseContainer", value)
+    prepared = config.stash.setdefault(_prepared, [])
+    if any(container is other for other in prepared):
+        return
+    prepared.append(container)
+    fixturedef.addfinalizer(lambda: prepared.remove(container))
+    urls = urls_given(config)
+    if urls:
+        from app_db.testing import overridden
+
+        _enter(overridden(container, urls), fixturedef, config)
+    worker = getattr(config, "workerinput", {}).get("workerid")
+    if worker is not None and config.getini("app_db_worker_databases"):
+        from app_db.testing import worker_databases
+
+        _enter(worker_databases(container, worker), fixturedef, config)
+
+
+def _enter(block: AbstractContextManager[object], fixturedef: _FixtureDef, config: pytest.Config) -> None:
+    """Enter a block, and leave it when the fixture is torn down. If it can't be entered, the session ends with one error."""
+    from app_db import AppDbError
+
+    try:
+        block.__enter__()
+    except AppDbError as error:
+        if is_worker(config):
+            pytest.fail(str(error), pytrace=False)
+        pytest.exit(f"app_db: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+    fixturedef.addfinalizer(lambda: block.__exit__(None, None, None))
+
+
+@pytest.fixture(scope="session")
+def app_db_tables(app_db_container: DatabaseContainer) -> Generator[frozenset[str]]:
+    """Create the tables of the models for the session. A project whose tables come from migrations overrides this fixture.
+
+    Its value is the frozenset of connections whose tables it made. Rows that a test commits there
+    outside its isolation are deleted from tables that were empty.
+    """
+    from app_db.testing import made_tables
+
+    with made_tables(app_db_container) as names:
+        yield names

@@ -1,0 +1,155 @@
+"""The isolation of tests: the marker, the fixtures of a test, and the sessions with which it prepares and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_app_db.options import is_worker
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import Session
+
+    from app_db import DatabaseContainer
+    from app_db.testing import CapturedHooks, Isolation
+
+MARKER = "app_db(connections=None, isolation=True): isolate the test, or some of its connections; with isolation=False, don't"
+
+_MARKER_TAKES = "@pytest.mark.app_db takes connections=[...] and isolation=False:"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", MARKER)
+
+
+# ---- the marker ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Marked:
+    """The arguments of a test's marker."""
+
+    connections: Collection[str] | None = None
+    isolation: bool = True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    problems: list[str] = []
+    for item in items:
+        mark = item.get_closest_marker("app_db")
+        if mark is not None:
+            found = [f"{item.nodeid}: {problem}" for problem in _problems_of(mark)]
+            problems += found
+            if found or mark.kwargs.get("isolation", True):
+                _isolate_first(item)
+    if problems and not is_worker(config):  # a worker can't end the session, but each of these tests fails
+        raise pytest.UsageError("\n".join([_MARKER_TAKES, *problems]))
+
+
+def _isolate_first(item: Any) -> None:  # pytest has no public type for items with fixtures
+    """Add the isolation to a test's fixtures: before its own, which may write, and after those it shares with other tests.
+
+    An autouse fixture would do this too, at a cost for every test of every project.
+    """
+    names = [name for name in getattr(item, "fixturenames", ()) if name != "app_db_isolation"]
+    definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    own = (at for at, name in enumerate(names) if name in definitions and definitions[name][-1].scope == "function")
+    names.insert(next(own, len(names)), "app_db_isolation")
+    item.fixturenames = names
+
+
+def _problems_of(mark: pytest.Mark) -> Iterable[str]:
+    if mark.args:
+        yield f"{mark.args!r} was given without a name"
+    for name in mark.kwargs.keys() - {"connections", "isolation"}:
+        yield f"there is no argument {name!r}"
+    connections, isolation = mark.kwargs.get("connections"), mark.kwargs.get("isolation", True)
+    if connections is not None and (isinstance(connections, str) or not all(isinstance(name, str) for name in connections)):
+        yield f"connections={connections!r} is no list of names"
+    if not isinstance(isolation, bool):
+        yield f"isolation={isolation!r} is neither True nor False"
+
+
+def _marked(request: pytest.FixtureRequest) -> Marked:
+    mark = request.node.get_closest_marker("app_db")
+    if mark is None:
+        return Marked()
+    problems = [f"{request.node.nodeid}: {problem}" for problem in _problems_of(mark)]
+    if problems:
+        pytest.fail("\n".join([_MARKER_TAKES, *problems]), pytrace=False)
+    return Marked(**mark.kwargs)
+
+
+# ---- a test ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def app_db_isolation(
+    request: pytest.FixtureRequest, app_db_container: DatabaseContainer, app_db_tables: object
+) -> Generator[Isolation | None]:
+    """Roll back what the test writes, in every database, although it commits. The test fails if it leaves something open."""
+    marked = _marked(request)
+    if not marked.isolation:
+        yield None
+        return
+    from app_db.errors import IsolationBroken
+    from app_db.testing import RowCounts, isolated
+
+    rows = RowCounts(app_db_container, marked.connections) if request.config.getini("app_db_row_counts") else None
+    isolation = isolated(app_db_container, marked.connections)
+    yield isolation.__enter__()
+    problems: list[str] = []
+    try:
+        isolation.__exit__(None, None, None)
+    except IsolationBroken as broken:
+        problems += broken.problems
+    if rows is not None:
+        problems += rows.differences(app_db_tables if isinstance(app_db_tables, frozenset) else ())
+    if problems:
+        pytest.fail(
+            "\n".join([f"{request.node.nodeid} has left something behind:", *(f"  {each}" for each in problems)]), pytrace=False
+        )
+
+
+@pytest.fixture
+def app_db_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> Generator[Session]:
+    """A session of the default connection, for the test itself to prepare and to check, outside units of work."""
+    isolation = _require(app_db_isolation, request)
+    session = isolation.session(_default(isolation))
+    yield session
+    session.close()
+
+
+@pytest.fixture
+def app_db_async_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> Generator[AsyncSession]:
+    """Such a session for tests that are coroutines."""
+    isolation = _require(app_db_isolation, request)
+    session = isolation.async_session(_default(isolation))
+    yield session
+    session.sync_session.close()  # without awaiting: the event loop may be closed, and there is nothing to send
+
+
+def _require(isolation: Isolation | None, request: pytest.FixtureRequest) -> Isolation:
+    if isolation is None:
+        pytest.fail(f"{request.fixturename} needs an isolated test, and the marker says isolation=False", pytrace=False)
+    return isolation
+
+
+def _default(isolation: Isolation) -> str:
+    """Return the default connection: the writer, or the first connection if there is no writer."""
+    names = isolation.names
+    return "writer" if "writer" in names or not names else names[0]
+
+
+@pytest.fixture
+def app_db_hooks(app_db_container: DatabaseContainer) -> Generator[CapturedHooks]:
+    """The on-commit hooks of the test's units. They are collected and not run."""
+    from app_db.testing import captured_hooks
+
+    with captured_hooks(app_db_container) as hooks:
+        yield hooks
