@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
+from app_db._compat.clocks import monotonic
 from app_db._compat.contextlib import is_about_to_leave, is_entering, is_leaving, stack_of
 from app_db._compat.frames import frame_at
 
@@ -223,9 +224,9 @@ class LivingLock:
 
         `patience` is how long to wait, in seconds; 0 is for ever.
         """
-        give_up = time.monotonic() + patience if patience else math.inf
+        give_up = monotonic() + patience if patience else math.inf
         while not self.try_to_take(user):
-            if time.monotonic() > give_up:
+            if monotonic() > give_up:
                 return False
             self._wait()
         return True

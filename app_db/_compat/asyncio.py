@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import Context
@@ -48,6 +49,11 @@ def _shield_of_anyio() -> AbstractContextManager[object]:
     """Keep a cancelled scope of anyio from cancelling again in each iteration of the loop."""
     anyio = sys.modules.get("anyio")
     return nullcontext() if anyio is None else anyio.CancelScope(shield=True)
+
+
+async def pause(seconds: float) -> None:
+    """Wait by the real clock. `asyncio.sleep` goes by the clock of the loop, which stands still in tests that freeze time."""
+    await asyncio.get_running_loop().run_in_executor(None, time.sleep, seconds)
 
 
 def descriptor_of(transport: asyncio.BaseTransport | None) -> int | None:

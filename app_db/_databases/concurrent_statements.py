@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -13,6 +12,8 @@ from enum import Enum
 from functools import partial
 from math import inf
 from typing import Generic, TypeVar
+
+from app_db._compat.clocks import monotonic
 
 K = TypeVar("K")
 
@@ -107,7 +108,7 @@ def execute_together(
     so is what is not answered within `timeout` seconds.
     """
     executions = {key: _Execution(connection, statements) for key, (connection, statements) in work.items()}
-    until = time.monotonic() + timeout
+    until = monotonic() + timeout
     interruption: BaseException | None = None
     waiting = True
     while under_way := [execution for execution in executions.values() if execution.answer is None]:
@@ -121,7 +122,7 @@ def execute_together(
         except BaseException as error:  # noqa: BLE001  # the caller raises it, and needs the answers first
             waiting = waiting and interruption is None
             interruption = interruption or error
-            until = min(until, time.monotonic() + patience)
+            until = min(until, monotonic() + patience)
     answers = {key: execution.answer for key, execution in executions.items() if execution.answer is not None}
     return Results(answers, interruption)
 
@@ -180,7 +181,7 @@ def _wait_for_answers(executions: Sequence[_Execution], until: float) -> None:
         for execution in executions:
             if execution.answer is None:
                 selector.register(execution.connection.fileno(), execution.connection.events, execution)
-        while (waiting := list(selector.get_map().values())) and (now := time.monotonic()) < until:
+        while (waiting := list(selector.get_map().values())) and (now := monotonic()) < until:
             first = min(until, *(key.data.connection.deadline for key in waiting))
             ready = [key for key, _ in selector.select(min(max(first - now, 0.0), _LONGEST_SELECT))]
             for key in ready or waiting:

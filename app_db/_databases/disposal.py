@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 import weakref
 from asyncio import AbstractEventLoop, CancelledError, get_running_loop, timeout, to_thread
@@ -16,6 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
 
 from app_db._compat.asyncio import begin_unseen, outlast, running_loop
+from app_db._compat.clocks import monotonic
 from app_db._databases.registry import database_of
 
 if TYPE_CHECKING:
@@ -163,9 +163,9 @@ def _dispose_here(engine: AsyncEngine, ended: Event) -> None:
 
 def _wait_for_loop(engine: AsyncEngine, loop: AbstractEventLoop, ended: Event) -> None:
     """Wait until a loop has disposed an engine, then close the sockets of the connections that are left."""
-    began = ran = now = time.monotonic()
+    began = ran = now = monotonic()
     while not ended.wait(0.01) and now - began < _LONGEST_WAIT and now - ran < _LONGEST_STANDSTILL:
-        now = time.monotonic()
+        now = monotonic()
         if loop.is_closed():
             ended.set()  # the thread that waits for it in `_dispose_here` must end, too
         elif loop.is_running():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from asyncio import to_thread
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
+from app_db._compat.clocks import monotonic
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.database import PROTECTED, Database, driver_of
 from app_db._databases.disposal import retired, settle
@@ -279,7 +279,7 @@ def _watch_pool(engine: Engine, connection: ConnectionSettings, database: Databa
             record.info[TIME_LIMIT] = limit
             limit.cover(database, dbapi_connection)
         idle_since = record.info.get(_IDLE_SINCE)
-        if pings and idle_since is not None and time.monotonic() - idle_since > alive_window:
+        if pings and idle_since is not None and monotonic() - idle_since > alive_window:
             try:
                 dialect.do_ping(dbapi_connection)
             except dialect.loaded_dbapi.Error as error:
@@ -333,7 +333,7 @@ def _clean_up_what_is_returned(engine: Engine, database: Database, holders: Hold
                 record.invalidate()
                 return
             del record.info[TIME_LIMIT]
-        record.info[_IDLE_SINCE] = time.monotonic()
+        record.info[_IDLE_SINCE] = monotonic()
         holders.forget(record)
         if engine in retired:
             record.invalidate()

@@ -16,6 +16,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from app_db._compat.asyncio import running_loop
+from app_db._compat.clocks import monotonic
 from app_db._compat.frames import frame_at, frames_of_waiting_greenlets
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class Checkout:
         unit = None if self._unit is None else self._unit()
         return Holder(
             self.log.name,
-            time.monotonic() - self.since,
+            monotonic() - self.since,
             None if unit is None else unit.number,
             self._owner or (unit.owner() if unit is not None else "a unit that was dropped"),
             None if unit is None or unit.begun_at is None else str(unit.begun_at),
@@ -247,7 +248,7 @@ class HolderLog:
         if checkout is None:
             checkout = Checkout(None, None, False, _line_outside_units())
             checkout.note_owner()
-        checkout.log, checkout.record, checkout.since = self, record, time.monotonic()
+        checkout.log, checkout.record, checkout.since = self, record, monotonic()
         self._checkouts[id(record)] = record.info[CHECKOUT] = checkout
         if self.keeps_stacks:
             checkout.note_stack(frame_at(1))
@@ -283,7 +284,7 @@ class HolderLog:
     def warn(self) -> bool:
         """Log each connection once that is held too long. Return whether any is in use."""
         checkouts = list(self._checkouts.copy().values())
-        latest = time.monotonic() - (self.warns_after or 0.0)
+        latest = monotonic() - (self.warns_after or 0.0)
         for checkout in checkouts:
             if checkout.since <= latest and not checkout.is_told:
                 checkout.is_told = True

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
+from app_db._compat.clocks import monotonic
 from app_db._databases.holders import CHECKOUT, LineAbove
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ log = logging.getLogger("app_db")
 _line_above = LineAbove()
 
 _BEGAN = "app_db_statement_began"
-"""Key in a connection's info. The value is when its statement was sent, by `time.monotonic()`."""
+"""Key in a connection's info. The value is when its statement was sent, by `monotonic()`."""
 
 LONGEST_TEXT = 500
 """Characters of a statement that are logged. Parameters never are: they may be secret."""
@@ -30,7 +30,7 @@ def log_slow_statements(engine: Engine, name: str, seconds: float) -> None:
 
     @event.listens_for(engine, "before_cursor_execute")
     def note_beginning(connection: Connection, *_: Any) -> None:
-        _info(connection)[_BEGAN] = time.monotonic()
+        _info(connection)[_BEGAN] = monotonic()
 
     @event.listens_for(engine, "after_cursor_execute")
     def note_end(connection: Connection, cursor: object, statement: str, *_: Any) -> None:
@@ -44,7 +44,7 @@ def log_slow_statements(engine: Engine, name: str, seconds: float) -> None:
 
     def tell(connection: Connection, statement: str, then: str = "") -> None:
         info = _info(connection)
-        took = time.monotonic() - info.pop(_BEGAN, inf)
+        took = monotonic() - info.pop(_BEGAN, inf)
         if took < seconds:
             return
         checkout, line = info.get(CHECKOUT), _line_above()

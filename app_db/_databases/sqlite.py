@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import shutil
@@ -24,6 +23,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
+from app_db._compat.asyncio import pause
+from app_db._compat.clocks import monotonic
 from app_db._databases.database import NEVER, Database, SharingRules, driver_of, execute, milliseconds, on_execute
 from app_db._databases.migrating import MigrationRules
 from app_db._databases.shells import Shell
@@ -225,7 +226,7 @@ class SQLite(Database):
     def _interrupt_late_statements(self, engine: Engine, timeout: float) -> None:
         def set_deadline(cursor: object, statement: str, *parameters_and_context: Any) -> None:
             with suppress(NotImplementedError):
-                parameters_and_context[-1].root_connection.info[_STATEMENT_DEADLINE] = time.monotonic() + timeout
+                parameters_and_context[-1].root_connection.info[_STATEMENT_DEADLINE] = monotonic() + timeout
 
         on_execute(engine, set_deadline)
 
@@ -240,7 +241,7 @@ class SQLite(Database):
         connection.info[_READ_ONLY] = True
 
     def limit_statements(self, connection: Connection, seconds: float) -> None:
-        connection.info[_DEADLINE] = time.monotonic() + seconds
+        connection.info[_DEADLINE] = monotonic() + seconds
         self._interrupt_at_deadline(connection.connection.driver_connection, connection.info)
 
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
@@ -294,7 +295,7 @@ class SQLite(Database):
 
     def _interrupt_at_deadline(self, driver_connection: Any, info: Info) -> None:
         def past_deadline() -> bool:
-            return bool(time.monotonic() > min(info.get(_DEADLINE, NEVER), info.get(_STATEMENT_DEADLINE, NEVER)))
+            return bool(monotonic() > min(info.get(_DEADLINE, NEVER), info.get(_STATEMENT_DEADLINE, NEVER)))
 
         waiting = driver_connection.set_progress_handler(past_deadline, self._steps_between_looks)
         if waiting is not None:  # aiosqlite's
@@ -380,12 +381,12 @@ def _use_wal(dbapi_connection: DBAPIConnection) -> None:
 
 
 def _retry_to_use_wal(dbapi_connection: DBAPIConnection, seconds: float) -> None:
-    give_up = time.monotonic() + seconds
+    give_up = monotonic() + seconds
     while True:
         try:
             return execute(dbapi_connection, "PRAGMA journal_mode = WAL")
         except Exception as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF != 5 or time.monotonic() > give_up:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != 5 or monotonic() > give_up:
                 raise
         _sleep(dbapi_connection, 0.01)
 
@@ -402,7 +403,7 @@ def _limit_wait(dbapi_connection: DBAPIConnection | PoolProxiedConnection, limit
 
 def _sleep(dbapi_connection: DBAPIConnection, seconds: float) -> None:
     if isinstance(dbapi_connection, AdaptedConnection):
-        await_only(asyncio.sleep(seconds))
+        await_only(pause(seconds))
     else:
         time.sleep(seconds)
 

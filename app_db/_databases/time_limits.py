@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError, wait
@@ -19,6 +18,7 @@ from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, TypeVar
 
+from app_db._compat.clocks import monotonic
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.database import NEVER, Database, driver_of
 from app_db.errors import UnitOfWorkTimeout
@@ -53,17 +53,17 @@ class TimeLimit:
         self.next_look = NEVER
 
     def set(self, seconds: float, deadline: float) -> None:
-        """Set the deadline, by `time.monotonic()`, and the number of seconds that an error names."""
+        """Set the deadline, by `monotonic()`, and the number of seconds that an error names."""
         self.seconds, self.deadline, self.next_look = seconds, deadline, deadline + GRACE
         if self.watched:
             _watch.look_early(self)
 
     def remaining(self) -> float:
-        return max(self.deadline - time.monotonic(), 0.0)
+        return max(self.deadline - monotonic(), 0.0)
 
     def overtime(self) -> UnitOfWorkTimeout | None:
         """Return the error to raise if the deadline has passed, or None."""
-        return UnitOfWorkTimeout(self.seconds) if time.monotonic() >= self.deadline else None
+        return UnitOfWorkTimeout(self.seconds) if monotonic() >= self.deadline else None
 
     def refuse_overtime(self) -> None:
         error = self.overtime()
@@ -134,7 +134,7 @@ class TimedConnects:
         with suppress(IndexError):
             while True:
                 attempt = self._late.popleft()
-                if time.monotonic() < attempt.began + _KEPT:
+                if monotonic() < attempt.began + _KEPT:
                     return attempt
         return None
 
@@ -147,7 +147,7 @@ class _Attempt:
     """An attempt to connect, in a thread. The thread closes a connection that nobody takes."""
 
     def __init__(self, connect: Callable[[], DBAPIConnection]) -> None:
-        self.began = time.monotonic()
+        self.began = monotonic()
         self.made: Future[DBAPIConnection] = Future()
         self.taken: Future[None] = Future()
         Thread(target=copy_context().run, args=(self._run, connect), name="app_db-connect", daemon=True).start()
@@ -233,14 +233,14 @@ class _Watch:
     def _run(self) -> None:
         while True:
             with self._lock:
-                for limit in [each for each in self._limits if each.next_look <= time.monotonic()]:
+                for limit in [each for each in self._limits if each.next_look <= monotonic()]:
                     self._look(limit)
                 self._sleeps_until = min((limit.next_look for limit in self._limits), default=NEVER)
             with suppress(Empty):
-                self._wake_ups.get(timeout=min(max(self._sleeps_until - time.monotonic(), 0.0), _LONGEST_SLEEP))
+                self._wake_ups.get(timeout=min(max(self._sleeps_until - monotonic(), 0.0), _LONGEST_SLEEP))
 
     def _look(self, limit: TimeLimit) -> None:
-        limit.next_look = time.monotonic() + _NEXT_LOOK
+        limit.next_look = monotonic() + _NEXT_LOOK
         if limit.is_in_force():
             for watched in limit.watched.values():
                 watched.shut_if_waiting()

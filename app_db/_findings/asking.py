@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -14,6 +13,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from app_db._compat.clocks import monotonic
 from app_db._databases.database import Database, ReadOnlyTerms
 from app_db._databases.inspection import Failure, Inspection, Server
 from app_db._databases.registry import database_of
@@ -84,7 +84,7 @@ def at_once(jobs: Mapping[str, Callable[[], R]], patience: float) -> dict[str, R
 
 def _run(job: Callable[[], R], patience: float, future: Future[R]) -> None:
     limit = TimeLimit(lambda: True)
-    limit.set(patience, time.monotonic() + patience)
+    limit.set(patience, monotonic() + patience)
     limit_of_checkout.set(limit)
     try:
         future.set_result(job())
@@ -97,7 +97,7 @@ def _run(job: Callable[[], R], patience: float, future: Future[R]) -> None:
 
 def answers(asked: Asked, questions: Sequence[Question]) -> list[Finding]:
     """Return what is wrong with a connection. A question that fails is a finding, and the next one is asked."""
-    overtime = time.monotonic() + asked.patience
+    overtime = monotonic() + asked.patience
     try:
         engine = asked.container.core.decision_logs().engine(asked.name)
         reading = asked.database.engine_for_unit(engine, asked.own, ReadOnlyTerms())
@@ -107,7 +107,7 @@ def answers(asked: Asked, questions: Sequence[Question]) -> list[Finding]:
     except SettingsError as error:
         return [*refusals(asked.name, error, pooler=asked.own.variable("pooler"))]
     except Exception as error:  # noqa: BLE001  # whatever the driver or a password provider raises
-        is_late = time.monotonic() > overtime or isinstance(error, UnitOfWorkTimeout | PoolTimeoutError)
+        is_late = monotonic() > overtime or isinstance(error, UnitOfWorkTimeout | PoolTimeoutError)
         return [silence(asked) if is_late else _failure(asked, error)]
 
 

@@ -14,6 +14,7 @@ from sqlalchemy.dialects.sqlite import dialect
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 
+from app_db._compat.clocks import monotonic
 from app_db._databases.database import Rows
 from app_db._two_phase.decisions import SELECT_ID, decisions_table, insert_id
 from app_db._two_phase.file_checks import are_in_place, identities, require_usable, sync
@@ -156,7 +157,7 @@ class DecisionDatabase:
             except sqlite3.IntegrityError as error:
                 raise IntegrityError(statement, None, error) from error
             except sqlite3.Error as error:
-                if _code(error) not in _LOCKED or time.monotonic() > give_up:
+                if _code(error) not in _LOCKED or monotonic() > give_up:
                     raise self._problem(error) from error
             time.sleep(pause)
             pause = min(2 * pause, 0.001)

@@ -7,7 +7,6 @@ the disk. Threads that decide at the same time share both: the thread that gets 
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
+from app_db._compat.clocks import monotonic
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.database import Rows
 from app_db._liveness import LivingLock, WithBlock
@@ -67,7 +67,7 @@ class FileLog(DecisionLog):
 
     def _alone(self, use: Callable[[DecisionDatabase, float], T]) -> T:
         """Call `use` with the file while no other thread of this process uses it."""
-        give_up = time.monotonic() + self._lock_wait
+        give_up = monotonic() + self._lock_wait
         with _Turn(self, self._lock_wait) as is_ours:
             if not is_ours:
                 raise busy(self._path)
@@ -79,7 +79,7 @@ class FileLog(DecisionLog):
         ours = _PendingWrite(statement)
         self._waiting.append(ours)
         try:
-            self._have_written(ours, time.monotonic() + self._lock_wait)
+            self._have_written(ours, monotonic() + self._lock_wait)
         except BaseException:
             # An exception from a signal handler: if no thread has taken the statement yet, none may execute it later.
             with suppress(ValueError):
@@ -97,7 +97,7 @@ class FileLog(DecisionLog):
                 self._wake_next()
             if ours.is_answered:
                 return
-            if time.monotonic() > give_up:
+            if monotonic() > give_up:
                 raise self._withdrawn(ours)
             ours.sleep()
 

@@ -13,6 +13,7 @@ from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateTable
 
+from app_db._compat.clocks import monotonic
 from app_db._databases.database import Database, Rows
 from app_db._databases.registry import database_of
 from app_db._two_phase.decisions import INSERT, SELECT_ID, TABLE, Decision, DecisionLog, Verdict, decisions_table, insert_id
@@ -93,7 +94,7 @@ class TableLog(DecisionLog):
 
     def _found_or_made(self) -> str:
         """Return the content of the row with the id. Several processes may create it at once; the first wins."""
-        give_up = time.monotonic() + self._lock_wait
+        give_up = monotonic() + self._lock_wait
         for attempt in range(self._attempts):
             found = self._read(SELECT_ID)
             if found:
@@ -101,7 +102,7 @@ class TableLog(DecisionLog):
             try:
                 self._make()
             except DBAPIError:  # probably another process creates it too: IF NOT EXISTS does not prevent that error on PostgreSQL
-                if attempt == self._attempts - 1 or time.monotonic() > give_up:
+                if attempt == self._attempts - 1 or monotonic() > give_up:
                     raise
                 time.sleep(0.01 * attempt)
         return check_log_id(self._read(SELECT_ID)[0][0])

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from app_db._compat.clocks import monotonic
 from app_db._databases.containers import Container
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._two_phase.decision_logs import DecisionLogs
@@ -178,7 +179,7 @@ class Recovery:
         A unit that was prepared less than `grace` seconds ago is left to its committer. If the committer does not end it, this
         waits until the unit is old enough, for at most 10 s. `dry_run` changes nothing and does not wait.
         """
-        began = time.monotonic()
+        began = monotonic()
         if not self._logs.two_phase():
             return Settlement()
         settlement = self._settle_once(grace, set(), dry_run)
@@ -186,7 +187,7 @@ class Recovery:
         while settlement.under_way and not dry_run and watched < min(grace, GRACE):
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
-            watched = time.monotonic() - began
+            watched = monotonic() - began
             # By the clock of this host, because that of the database may differ: after so long, the committer is dead.
             dead = settlement.under_way if watched >= grace else set[str]()
             settlement = settlement.followed_by(self._settle_once(grace, dead, dry_run))
@@ -293,11 +294,11 @@ class Recovery:
 
     def _settle_branch(self, branch: BranchInDoubt, name: str, verdict: Verdict) -> None:
         commit = verdict is Verdict.COMMIT
-        until = time.monotonic() + _HELD_FOR
+        until = monotonic() + _HELD_FOR
         try:
             with self._connected(name) as (connection, verbs):
                 while (settling := verbs.settle(connection, str(branch.xid), commit=commit)) is Settling.HELD:
-                    if time.monotonic() > until:
+                    if monotonic() > until:
                         break
                     time.sleep(0.05)
         except Exception as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 
+from app_db._compat.clocks import monotonic
 from app_db._databases.interruptions import came_from_outside
 from app_db._databases.statements import Effect
 from app_db._units.branch_connections import BRANCH, BranchConnection, Stage
@@ -273,15 +274,15 @@ class Branch(BranchConnection):
     def _roll_back_transaction(self) -> None:
         # Another thread may be in the session, such as the worker of a cancelled coroutine. If the session were closed now,
         # that thread would go on with a new connection.
-        give_up = time.monotonic() + PATIENCE
-        while self.session is not None and self.session.is_flushing and time.monotonic() < give_up:
+        give_up = monotonic() + PATIENCE
+        while self.session is not None and self.session.is_flushing and monotonic() < give_up:
             time.sleep(0.005)
         while True:
             try:
                 if self._transaction is not None:
                     self._transaction.rollback()
             except IllegalStateChangeError:  # it is waiting for its connection
-                if time.monotonic() > give_up:
+                if monotonic() > give_up:
                     raise
                 time.sleep(0.005)
             else:

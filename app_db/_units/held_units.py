@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from typing import TYPE_CHECKING
 
+from app_db._compat.clocks import monotonic
 from app_db._databases.holders import Warner, holder_logs
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ class HeldUnits:
 
     def note(self, work: Work) -> None:
         """Look after a unit until it ends."""
-        self._units.setdefault(work.number, (weakref.ref(work), time.monotonic()))
+        self._units.setdefault(work.number, (weakref.ref(work), monotonic()))
         self._warner.ensure()
 
     def warn(self) -> bool:
         """Log each unit once that is open for too long, and again when it has ended. Return whether any is open."""
-        now = time.monotonic()
+        now = monotonic()
         with_connection = {holder.unit for holders in list(holder_logs) for holder in holders.holders()}
         for number, (unit, since) in self._units.copy().items():
             work = unit()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
+from app_db._compat.clocks import monotonic
 from app_db._compat.sqlalchemy import take_away
 from app_db._units.branches import PATIENCE
 from app_db._units.interfaces import TakingPart
@@ -103,8 +104,8 @@ class Overlay:
             self._wait_for(self._roll_back)
 
     def _roll_back(self) -> None:
-        give_up = time.monotonic() + PATIENCE
-        while self.session.is_flushing and time.monotonic() < give_up:  # in another thread, as in Branch
+        give_up = monotonic() + PATIENCE
+        while self.session.is_flushing and monotonic() < give_up:  # in another thread, as in Branch
             time.sleep(0.005)
         try:
             for transaction in self._transactions():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from inspect import unwrap
@@ -14,6 +13,7 @@ from sqlalchemy.exc import PendingRollbackError
 from transaction.interfaces import IRetryDataManager, ISavepointDataManager
 from zope.interface import implementer
 
+from app_db._compat.clocks import monotonic
 from app_db._databases.database import NEVER
 from app_db._databases.holders import Line, Taken, line_of
 from app_db._databases.time_limits import TimeLimit
@@ -218,7 +218,7 @@ class Work:
 
     def limit(self, timeout: float) -> None:
         """Limit the unit to `timeout` seconds from now. An earlier deadline stays."""
-        deadline = time.monotonic() + timeout
+        deadline = monotonic() + timeout
         if self.time_limit is None or deadline < self.time_limit.deadline:
             self.set_deadline(timeout, deadline)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from threading import Timer
 from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
+
+from app_db._compat.clocks import monotonic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,7 +146,7 @@ def _bar(console: Console, doing: str) -> Generator[Step]:
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task(doing, total=None)
-    began = time.monotonic()
+    began = monotonic()
     timer = Timer(_UNTIL_PROGRESS, bar.start)
     timer.daemon = True
     timer.start()
@@ -157,6 +158,6 @@ def _bar(console: Console, doing: str) -> Generator[Step]:
         yield step
     finally:
         timer.cancel()
-        if time.monotonic() - began >= _UNTIL_PROGRESS:
+        if monotonic() - began >= _UNTIL_PROGRESS:
             timer.join()  # or it could start after the end
         bar.stop()

@@ -12,6 +12,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
+from app_db._compat.clocks import monotonic
 from app_db._databases.engines import build_engine_beside
 from app_db._databases.facts import Facts
 from app_db._databases.registry import database_of
@@ -79,7 +80,7 @@ class Source:
 
     def ask(self, seconds: float, *, prepares: bool) -> Answer:
         """Return the answer. Without one, most drivers give up soon after so many seconds. `prepares`: ask what is in doubt."""
-        began = time.monotonic()
+        began = monotonic()
         in_time = True
         self._limit = TimeLimit(lambda: in_time)
         self._limit.set(seconds, began + seconds)
@@ -99,7 +100,7 @@ class Source:
             return Answer(error=self._reason(error))
         finally:
             in_time = False
-        return Answer(facts, (time.monotonic() - began) * 1000, in_doubt, self._unnoticed_pooler(facts))
+        return Answer(facts, (monotonic() - began) * 1000, in_doubt, self._unnoticed_pooler(facts))
 
     def _engine_for(self, seconds: float) -> Engine | AsyncEngine:
         if self._engine is None or self._seconds != seconds:

@@ -8,7 +8,6 @@ there is not asked again.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, wait
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
+from app_db._compat.clocks import monotonic
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.containers import Container
 from app_db._databases.engines import SHARED
@@ -123,7 +123,7 @@ class _Asker:
     """A thread that asks one database."""
 
     def __init__(self, source: Source, timeout: float, *, prepares: bool) -> None:
-        self.began = time.monotonic()
+        self.began = monotonic()
         self.answer: Future[Answer] = Future()
 
         def ask() -> None:
@@ -141,7 +141,7 @@ class _Round:
         self.told: Future[None] = Future()
         self._container = container
         self._askers = askers
-        self._deadline = time.monotonic() + timeout
+        self._deadline = monotonic() + timeout
         self._left = {asker.answer for asker in awaited}
         self._lock = Lock()
         for answer in [*self._left]:
@@ -156,11 +156,11 @@ class _Round:
                 self.told.set_result(None)
 
     def is_over(self) -> bool:
-        return self.told.done() or time.monotonic() >= self._deadline
+        return self.told.done() or monotonic() >= self._deadline
 
     def remaining(self, timeout: float) -> float:
         """Return how many seconds a caller waits who gives it `timeout`."""
-        return max(min(timeout, self._deadline - time.monotonic()), 0.0)
+        return max(min(timeout, self._deadline - monotonic()), 0.0)
 
     def report(self) -> Health:
         """Return what is known by now."""
@@ -172,7 +172,7 @@ class _Round:
 
 
 def _health_of(target: Target, asker: _Asker, container: Container) -> ConnectionHealth:
-    silence = f"it has not answered for {time.monotonic() - asker.began:.1f} s"
+    silence = f"it has not answered for {monotonic() - asker.began:.1f} s"
     answer = asker.answer.result() if asker.answer.done() else Answer(error=silence)
     engines: list[Engine] = container.core.state().engines(target.name) if target.own is None else [sync_engine_of(target.own)]
     pool = state_of(target.name, engines) if engines else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Table
 
+from app_db._compat.clocks import monotonic
 from app_db._compat.os import after_fork_in_child
 from app_db.errors import MigrationLockTimeout
 from app_db.migrations._chains import VERSION_TABLE, Chain
@@ -122,12 +123,12 @@ class Patience:
     def __init__(self, seconds: float, committed: Sequence[str] = ()) -> None:
         self._seconds = seconds
         self._committed = committed
-        self._give_up = time.monotonic() + seconds
+        self._give_up = monotonic() + seconds
         self._pause = _FIRST_PAUSE
 
     def wait(self, chain: Chain, holder: Callable[[], str]) -> None:
         """Wait a moment. Raise MigrationLockTimeout, which names the holder, if the time is over."""
-        remaining = self._give_up - time.monotonic()
+        remaining = self._give_up - monotonic()
         if remaining <= 0:
             raise MigrationLockTimeout(chain.name, self._seconds, holder(), self._committed)
         time.sleep(min(self._pause, remaining))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from asyncio import Task, current_task
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
-from app_db._compat.asyncio import running_loop
+from app_db._compat.asyncio import pause, running_loop
+from app_db._compat.clocks import monotonic
 from app_db._liveness import Liveness, LivingLock, WithBlock, always
 from app_db.errors import IsolationTimeout
 
@@ -27,7 +27,7 @@ _PAUSE = 0.001
 
 def _pause() -> None:
     if in_greenlet():
-        await_only(asyncio.sleep(_PAUSE))
+        await_only(pause(_PAUSE))
     else:
         time.sleep(_PAUSE)
 
@@ -77,9 +77,9 @@ class UnitLock:
         loop = running_loop()
         task = None if loop is None else current_task(loop)
         asker = Holder(connection, self._units(), threading.current_thread(), task, liveness)
-        give_up = time.monotonic() + self._patience
+        give_up = monotonic() + self._patience
         while not self._admit(asker):
-            if time.monotonic() > give_up:
+            if monotonic() > give_up:
                 raise IsolationTimeout(connection, [str(holder) for holder in self._blocking(asker)], self._patience)
             _pause()
         return asker

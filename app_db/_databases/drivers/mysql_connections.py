@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from math import inf
 from typing import TYPE_CHECKING
 
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from app_db._compat import pymysql
+from app_db._compat.clocks import monotonic
 from app_db._databases.concurrent_statements import DONE, Answer, AwaitedConnection, NonBlockingConnection, Outcome
 from app_db._databases.database import execute
 
@@ -32,13 +32,13 @@ class NonBlockingPyMySQL(NonBlockingConnection):
         return pymysql.descriptor_of(self._connection)
 
     def send(self, statement: str) -> None:
-        self.deadline = time.monotonic() + (pymysql.read_timeout_of(self._connection) or inf)
+        self.deadline = monotonic() + (pymysql.read_timeout_of(self._connection) or inf)
         pymysql.send(self._connection, statement)
 
     def collect(self, ready: bool) -> Answer | None:
         # Read only what has arrived: PyMySQL closes the connection if it is interrupted while it waits.
         if not ready and not pymysql.has_decrypted(self._connection):
-            return self._too_late() if time.monotonic() >= self.deadline else None
+            return self._too_late() if monotonic() >= self.deadline else None
         try:
             pymysql.receive(self._connection)
         except self.driver_error as error:
