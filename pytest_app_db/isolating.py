@@ -117,21 +117,17 @@ def app_db_isolation(
 
 
 @pytest.fixture
-def app_db_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> Generator[Session]:
+def app_db_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> Session:
     """A session of the default connection, for the test itself to prepare and to check, outside units of work."""
     isolation = _require(app_db_isolation, request)
-    session = isolation.session(_default(isolation))
-    yield session
-    session.close()
+    return isolation.session(_default(isolation))
 
 
 @pytest.fixture
-def app_db_async_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> Generator[AsyncSession]:
+def app_db_async_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> AsyncSession:
     """Such a session for tests that are coroutines."""
     isolation = _require(app_db_isolation, request)
-    session = isolation.async_session(_default(isolation))
-    yield session
-    session.sync_session.close()  # without awaiting: the event loop may be closed, and there is nothing to send
+    return isolation.async_session(_default(isolation))
 
 
 def _require(isolation: Isolation | None, request: pytest.FixtureRequest) -> Isolation:

@@ -76,6 +76,8 @@ class SharingRules:
     """Whether async drivers can go on using a connection after a cancellation while they waited for an answer."""
     reads_at_once = True
     """Whether executing a statement reads the whole result, so that later statements can't change it."""
+    fails_as_a_whole = False
+    """Whether a statement that fails makes its whole transaction fail."""
 
     def refuse(self, name: str, statement: str) -> None:
         """Raise an error if a statement would end the shared transaction."""
@@ -86,6 +88,9 @@ class SharingRules:
     def around(self, mark: str, read_only: bool) -> tuple[list[str], list[str], list[str]]:
         """Return what to execute before a unit's autonomous statement, after it, and after it has failed."""
         return [], [], []
+
+    def fail(self, say: Say) -> None:
+        """Make the transaction fail, where a statement that fails does that."""
 
     def check_deferred(self, say: Say) -> None:
         """Check deferred constraints, and raise the error that COMMIT would raise."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from math import ceil
 from typing import TYPE_CHECKING, Any, cast
@@ -143,6 +143,7 @@ class PostgreSQLSharing(SharingRules):
     """How units of an isolated test share a connection to PostgreSQL."""
 
     syntax = "postgresql"
+    fails_as_a_whole = True
     _prepares = re.compile(r"PREPARE\s+TRANSACTION\b", re.IGNORECASE)
 
     def refuse(self, name: str, statement: str) -> None:
@@ -157,6 +158,10 @@ class PostgreSQLSharing(SharingRules):
         if read_only:  # this ends with the savepoint
             return [f"SAVEPOINT {mark}", "SET LOCAL transaction_read_only = on"], back, back
         return [f"SAVEPOINT {mark}"], back[1:], back
+
+    def fail(self, say: Say) -> None:
+        with suppress(Exception):
+            say("SELECT 1/0")
 
     def check_deferred(self, say: Say) -> None:
         mark = new_mark()  # undone afterwards: later units say themselves when their constraints are checked

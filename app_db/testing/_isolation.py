@@ -20,7 +20,7 @@ from app_db.errors import CannotIsolate, InvalidUse
 from app_db.settings._urls import for_coroutines, for_threads
 from app_db.testing._serial_units import UnitLock
 from app_db.testing._shared_connection import SharedConnection, shared_by
-from app_db.testing._shared_engines import READ_ONLY, IsolatedConnection, async_sharing_engine, sharing_engine
+from app_db.testing._shared_engines import BESIDE, READ_ONLY, IsolatedConnection, async_sharing_engine, sharing_engine
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
@@ -43,6 +43,7 @@ class Isolation:
     def __init__(self, coordinator: Coordinator, connections: Iterable[IsolatedConnection], patience: float) -> None:
         self._coordinator = coordinator
         self._lock = UnitLock(self._units, patience)
+        self._sessions: list[Session] = []
         by_place: dict[object, list[IsolatedConnection]] = {}
         for connection in connections:
             by_place.setdefault(connection.settings.place, []).append(connection)
@@ -68,25 +69,33 @@ class Isolation:
         return self._databases[name].async_engine(name)
 
     def session(self, name: str = "writer") -> Session:
-        """Return a session to prepare and check with. To the test, what it flushes is committed at once.
+        """Return a session to prepare and check with. It commits and rolls back as it would outside a test.
 
         It belongs to no unit of work, and makes units wait only while it executes a statement.
+        Units see what it has flushed, before it commits. Commit what units shall keep: if it rolls
+        back after units have committed, their work is undone with its own, and the test fails at
+        its end. The isolation closes the session.
+
         Raises InvalidUse for a connection that is not isolated.
         """
-        return Session(_autocommit(self._database(name).engine(name)), expire_on_commit=False)
+        session = Session(_beside(self._database(name).engine(name)), expire_on_commit=False)
+        self._sessions.append(session)
+        return session
 
     def async_session(self, name: str = "writer") -> AsyncSession:
         """Return such a session for coroutines. It belongs to the event loop of its first use, which need not run yet."""
         from sqlalchemy.ext.asyncio import AsyncSession
 
         database = self._database(name)
-        engine = cache(lambda: _autocommit(database.async_engine(name).sync_engine))
+        engine = cache(lambda: _beside(database.async_engine(name).sync_engine))
 
         class SessionOfLoop(Session):
             def get_bind(self, *arguments: object, **options: object) -> Engine:
                 return engine()
 
-        return AsyncSession(sync_session_class=SessionOfLoop, expire_on_commit=False)
+        session = AsyncSession(sync_session_class=SessionOfLoop, expire_on_commit=False)
+        self._sessions.append(session.sync_session)
+        return session
 
     def _database(self, name: str) -> _Database:
         if name not in self._databases:
@@ -129,6 +138,8 @@ class Isolation:
         problems = [f"a unit of work is still under way, in {place}" for place in under_way.values()]
         for database in set(self._databases.values()):
             problems += database.end()
+        for session in self._sessions:
+            session.close()  # without awaiting it: there is nothing to send any more
         return problems
 
     def _under_way(self) -> dict[Transaction, str]:
@@ -140,8 +151,8 @@ class Isolation:
         return found
 
 
-def _autocommit(engine: Engine) -> Engine:
-    return engine.execution_options(isolation_level="AUTOCOMMIT")
+def _beside(engine: Engine) -> Engine:
+    return engine.execution_options(**{BESIDE: True})
 
 
 class _Database:

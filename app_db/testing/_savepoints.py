@@ -2,7 +2,8 @@
 
 A transaction is a savepoint: COMMIT releases it, and ROLLBACK rolls back to it. A database keeps
 savepoints as a stack, while transactions end in any order. A savepoint can be released only after
-every later savepoint is gone, so the release waits.
+every later savepoint is gone, so the release waits. Only the sessions that a test prepares and checks
+with make nothing wait: their savepoints are taken again, above what was released or rolled back.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Checkout:
     autocommit: bool
     """Whether each statement is a transaction of its own: in autocommit mode, and where the connection is read-only."""
     read_only: bool
+    beside: bool = False
+    """Whether the test itself uses it, beside the units of work: its transactions make no unit wait."""
     effect: Effect = Effect.READS
     failed: bool = False
     holder: Holder | None = None
@@ -49,6 +52,11 @@ class Savepoint:
     """The connections of other checkouts whose commits would be undone with it."""
     name: str = field(default_factory=new_mark)
 
+    @property
+    def stays_beside(self) -> bool:
+        """Whether it may be taken again above later ones: it is open, and of a session of the test."""
+        return self.outcome is None and self.checkout.beside
+
 
 class SavepointStack:
     """The savepoints of a shared connection, the oldest first. `execute` sends statements on that connection."""
@@ -58,11 +66,19 @@ class SavepointStack:
         self._stack: list[Savepoint] = []
         self.undone: list[str] = []
         """A sentence for each connection whose commit was undone."""
+        self._unseen: list[str] = []
+        """Those that the end of a transaction of the test itself has undone. They matter if the test goes on."""
 
     def clear(self) -> None:
         """Forget all savepoints: the transaction that they are in was rolled back."""
         self._stack.clear()
         self.undone.clear()
+        self._unseen.clear()
+
+    def look(self) -> None:
+        """Note that the test executes a statement, which sees what was undone."""
+        self.undone += self._unseen
+        self._unseen.clear()
 
     def begin(self, checkout: Checkout) -> None:
         """Begin the transaction of a checkout."""
@@ -72,8 +88,14 @@ class SavepointStack:
     def note_end(self, checkout: Checkout, *, commit: bool) -> None:
         """Note that a checkout has ended its transaction. `settle` carries it out."""
         for savepoint in self._stack:
-            if savepoint.checkout is checkout:
+            if savepoint.checkout is checkout and savepoint.outcome is None:
                 savepoint.outcome = commit
+
+    def note_write(self, checkout: Checkout) -> None:
+        """Note a write of a session of the test inside the transaction of a unit that began later. It is undone with that."""
+        own = max((index for index, each in enumerate(self._stack) if each.checkout is checkout), default=len(self._stack))
+        for later in self._stack[own + 1 : own + 2]:
+            later.committed_inside.add(checkout.connection)
 
     def savepoint(self, checkout: Checkout, name: str) -> None:
         """Take a savepoint inside a transaction."""
@@ -91,7 +113,7 @@ class SavepointStack:
         later = [later for later in self._stack[index + 1 :] if later.checkout is not checkout]
         self._execute(f"ROLLBACK TO SAVEPOINT {savepoint.name}", f"RELEASE SAVEPOINT {savepoint.name}")
         written = {later.checkout.connection for later in later if later.checkout.effect is Effect.WRITES}
-        self._note_undone(savepoint.committed_inside | written)
+        self._note_undone(checkout, savepoint.committed_inside | written)
         del self._stack[index:]
         checkout.failed = False
         for other in later:
@@ -99,12 +121,26 @@ class SavepointStack:
 
     def settle(self) -> None:
         """Release or roll back the savepoints at the top of the stack whose transactions have ended."""
-        while self._stack and self._stack[-1].outcome is not None:
-            first = len(self._stack) - 1
-            checkout = self._stack[first].checkout
-            while first and self._stack[first - 1].checkout is checkout and self._stack[first - 1].outcome is not None:
-                first -= 1  # the savepoints inside a transaction end with it
-            self._end(first)
+        while True:
+            end = len(self._stack)
+            while end and self._stack[end - 1].stays_beside:
+                end -= 1
+            if not end or self._stack[end - 1].outcome is None:
+                return
+            first = self._first_ended(end)
+            if self._stack[first].outcome and not all(above.checkout.is_clean for above in self._stack[end:]):
+                return  # its release would take away what those above can roll back to
+            self._end(first, end)
+
+    def _first_ended(self, end: int) -> int:
+        """Return where the transaction begins that has ended at the top: the savepoints inside a transaction end with it."""
+        first = end - 1
+        while self._stack[first].asked_for is not None and first:
+            before = self._stack[first - 1]
+            if before.checkout is not self._stack[first].checkout or before.outcome is None:
+                break
+            first -= 1
+        return first
 
     def keep(self, committed: Iterable[str]) -> None:
         """Move savepoints that have nothing to undo behind what these connections committed, so that they don't undo it."""
@@ -126,23 +162,31 @@ class SavepointStack:
     def _index(self, checkout: Checkout, name: str) -> int:
         return max(index for index, each in enumerate(self._stack) if each.checkout is checkout and each.asked_for == name)
 
-    def _end(self, first: int) -> None:
-        ended = self._stack[first:]
+    def _end(self, first: int, end: int) -> None:
+        ended, above = self._stack[first:end], self._stack[end:]
         savepoint, committed = ended[0], set[str]().union(*(each.committed_inside for each in ended))
         if not savepoint.outcome:
             self._execute(f"ROLLBACK TO SAVEPOINT {savepoint.name}")  # repeated if this is interrupted now
         del self._stack[first:]
         self._execute(f"RELEASE SAVEPOINT {savepoint.name}")
         if not savepoint.outcome:
-            self._note_undone(committed)
-            return
-        if savepoint.asked_for is None and savepoint.checkout.effect is Effect.WRITES:
-            committed.add(savepoint.checkout.connection)
-        self.keep(committed)
+            for each in above:
+                committed |= each.committed_inside | ({each.checkout.connection} if not each.checkout.is_clean else set())
+            self._note_undone(savepoint.checkout, committed)
+        else:
+            if savepoint.asked_for is None and savepoint.checkout.effect is Effect.WRITES:
+                committed.add(savepoint.checkout.connection)
+            self.keep(committed)
+        for each in above:
+            self._push(each)
 
-    def _note_undone(self, connections: Iterable[str]) -> None:
-        self.undone += [
+    def _note_undone(self, by: Checkout, connections: Iterable[str]) -> None:
+        noted = self._unseen if by.beside else self.undone
+        noted += [
             f"{connection}: what was committed inside another unit of work of the same database was undone with that, "
             "which would not happen outside a test"
+            if not by.beside
+            else f"{connection}: what was committed was undone with the transaction of a session of the test itself, which had "
+            "begun before, which would not happen outside a test. Commit what the session has prepared before units use it"
             for connection in sorted(connections)
         ]

@@ -103,7 +103,8 @@ class SharedConnection:
         Without `answers`, the connection is closed without waiting for the database, because its
         event loop is closed.
         """
-        problems = [_leak(checkout) for checkout in self._checked_out.values()] + self.savepoints.undone
+        # The sessions of the test itself are closed when everything is rolled back.
+        problems = [_leak(checkout) for checkout in self._checked_out.values() if not checkout.beside] + self.savepoints.undone
         connection = self._connection
         self._connection = self._real = self._units = self._claim = None
         self.savepoints.clear()
@@ -177,24 +178,35 @@ class SharedConnection:
             units.release(holder)
             raise
         checkout.holder = holder
+        if checkout.beside:
+            units.release(holder)
 
     def finish(self, checkout: Checkout | None, *, commit: bool) -> None:
         """Commit or roll back the transaction of a checkout."""
         if checkout is None or checkout.holder is None or not (commit or self._has(checkout)):
             return
         units = self._unit_lock(checkout)
+        if checkout.beside:
+            with Held(partial(units.acquire, checkout.connection), units.release):
+                # A server that has failed a transaction answers COMMIT with ROLLBACK.
+                self._finish(checkout, units, commit=commit and not checkout.failed)
+        else:
+            self._finish(checkout, units, commit=commit)
+
+    def _finish(self, checkout: Checkout, units: UnitLock, *, commit: bool) -> None:
         with self.statement_lock():
             if commit and checkout.effect >= Effect.MAY_WRITE:
                 self.rules.check_deferred(self._execute)
             self.savepoints.note_end(checkout, commit=commit)
-            holder, checkout.holder = checkout.holder, None
             try:
                 self.savepoints.settle()
                 if checkout.limit_before is not None:
                     statement, checkout.limit_before = checkout.limit_before, None
                     self._execute(statement)
             finally:
-                units.release(holder)
+                holder, checkout.holder = checkout.holder, None
+                if holder is not None:
+                    units.release(holder)
 
     def check_deferred(self) -> None:
         """Raise what a COMMIT would raise now: violations of deferred constraints."""
@@ -208,9 +220,10 @@ class SharedConnection:
             return
         self.rules.refuse(checkout.connection, text)
         units = self._unit_lock(checkout)
-        if checkout.autocommit:
+        self.savepoints.look()
+        if checkout.autocommit or checkout.beside:
             with Held(partial(units.acquire, checkout.connection), units.release), self.statement_lock():
-                self._autocommit(checkout, text, send)
+                self._alone(checkout, text, send)
             return
         with self.statement_lock():
             if checkout.limit_before is None:
@@ -223,19 +236,29 @@ class SharedConnection:
                 raise
             checkout.effect = max(checkout.effect, effect_of(text, self.rules.syntax))
 
-    def _autocommit(self, checkout: Checkout, text: str, send: Callable[[], None]) -> None:
+    def _alone(self, checkout: Checkout, text: str, send: Callable[[], None]) -> None:
+        """Send a statement whose failure must not disturb others: in autocommit mode, or of a session of the test itself."""
         before, after, after_failure = self.rules.around(new_mark(), checkout.read_only)
         self._execute(*before)
         try:
+            if checkout.failed:
+                self.rules.fail(self._execute)
             send()
         except BaseException as error:
+            checkout.failed = checkout.beside and self.rules.fails_as_a_whole
             self._close_if_interrupted(error)
             with suppress(Exception):  # the caller has to see why the statement failed, not this
                 self._execute(*after_failure)
             raise
         self._execute(*after)
-        if effect_of(text, self.rules.syntax) is Effect.WRITES:
-            self.savepoints.keep({checkout.connection})
+        effect = effect_of(text, self.rules.syntax)
+        if checkout.autocommit:
+            if effect is Effect.WRITES:
+                self.savepoints.keep({checkout.connection})
+            return
+        checkout.effect = max(checkout.effect, effect)
+        if effect is Effect.WRITES:
+            self.savepoints.note_write(checkout)
 
     def _close_if_interrupted(self, error: BaseException) -> None:
         """Close the connection if an exception from a signal handler came while the driver waited: the test can only fail then.

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 READ_ONLY = "app_db_read_only"
 """The execution option that makes a connection of an isolated engine read-only."""
 
+BESIDE = "app_db_beside"
+"""The execution option of an isolated engine for connections that the test itself uses, beside the units of work."""
+
 AsyncView = Callable[["DBAPIConnection"], Awaitable[object]]
 """Returns a connection for coroutines that uses a connection of the driver for threads."""
 
@@ -102,11 +105,16 @@ def _note_read_only(checkout: Checkout, read_only: object) -> None:
     checkout.autocommit = checkout.autocommit or checkout.read_only
 
 
+def _note_beside(checkout: Checkout, beside: object) -> None:
+    checkout.beside = bool(beside)
+
+
 _CHARACTERISTICS = immutabledict(
     {
         "isolation_level": _NotedOption(_note_isolation),
         "postgresql_readonly": _NotedOption(_note_read_only),
         READ_ONLY: _NotedOption(_note_read_only),
+        BESIDE: _NotedOption(_note_beside),
     }
 )
 

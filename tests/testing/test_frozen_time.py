@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,8 +34,10 @@ def freeze(request: pytest.FixtureRequest) -> Freeze:
 
 
 @pytest.fixture
-def container() -> Container:
-    return Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite://"}}))
+def container(tmp_path: Path) -> Iterator[Container]:
+    made = Container(settings=DatabaseSettings(connections={"writer": {"url": f"sqlite:///{tmp_path}/shop.db"}}))
+    yield made
+    made.shutdown_resources()
 
 
 def in_a_thread(function: Callable[[], object]) -> object:

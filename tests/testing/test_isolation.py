@@ -652,6 +652,7 @@ def test_what_an_outer_isolations_session_writes_inside_an_inner_one_is_undone_w
             with app.unit():
                 app.add("unit")
             session.execute(insert(Item).values(name="a"))
+            session.commit()
             assert seen(app) == ["a", "unit"]
         assert seen(app) == []
 
