@@ -268,7 +268,11 @@ def test_a_mariadb_that_is_read_only_is_a_replica_and_one_that_does_not_follow_i
     server.execute("CHANGE MASTER TO master_host = '127.0.0.1', master_port = 1, master_user = 'x'")
     told = health_of(container)
     assert (told.role, told.lag, told.status) == ("replica", None, "degraded")
-    assert told.reason == "replication has stopped (Slave_IO_Running, Slave_SQL_Running is No)"
+    assert told.reason == "replication has stopped (Slave_IO_Running is No, Slave_SQL_Running is No)"
+    server.execute("START SLAVE")  # nothing listens on port 1, as when the primary is dead
+    told = health_of(container)
+    assert (told.lag, told.status) == (None, "degraded")
+    assert told.reason.startswith("replication has stopped (Slave_IO_Running is ")
 
 
 @pytest.fixture

@@ -193,6 +193,7 @@ def _seconds_behind(source: Mapping[str, Any]) -> float | None:
 
 
 def _why_stopped(source: Mapping[str, Any]) -> str:
-    """Return that replication has stopped, or an empty string."""
-    stopped = [key for key in source if key.endswith(("_IO_Running", "_SQL_Running")) and source[key] == "No"]
-    return f"replication has stopped ({', '.join(stopped)} is No)" if stopped else ""
+    """Return that replication has stopped, or an empty string. A replica whose primary is gone is `Connecting` for ever."""
+    threads = {key: state for key, state in source.items() if key.endswith(("_IO_Running", "_SQL_Running"))}
+    stopped = [f"{key} is {state}" for key, state in threads.items() if state != "Yes"]
+    return f"replication has stopped ({', '.join(stopped)})" if stopped else ""
