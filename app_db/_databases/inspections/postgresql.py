@@ -36,10 +36,13 @@ SELECT current_setting('server_version'), pg_is_in_recovery(), pg_backend_pid(),
 _LAG = """
 SELECT CASE WHEN pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() AND has_receiver THEN 0
     ELSE extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp()) END,
-    pg_last_wal_receive_lsn() IS NOT NULL AND NOT has_receiver
+    pg_last_wal_receive_lsn() IS NOT NULL AND NOT has_receiver, pg_is_wal_replay_paused()
 FROM (SELECT EXISTS (SELECT FROM pg_stat_wal_receiver) AS has_receiver) AS told"""
 """A replica that follows an idle primary has replayed all, although its last transaction may be hours old. One that has received
 WAL since it started, and receives none, has lost its primary. One that is fed with files has never received any."""
+
+_LOST_PRIMARY = "replication has stopped: it receives nothing from its primary"
+_PAUSED = "replication has stopped: it does not apply what it receives, until SELECT pg_wal_replay_resume()"
 
 _IDENTITY = """
 SELECT CASE WHEN has_function_privilege('pg_catalog.pg_control_system()', 'EXECUTE')
@@ -97,25 +100,26 @@ class PostgreSQLInspection(Inspection):
         driver_connection = connection.connection.driver_connection
         said = pid_told_to(driver_connection)
         is_pooled = None if not said else said != pid
-        lag, has_lost_primary = self._lag(connection) if is_replica else (None, False)
+        lag, problem = self._replay(connection) if is_replica else (None, "")
         return Facts(
             version=version.partition(" ")[0],
             role="replica" if is_replica else "primary",
             lag=lag,
             pooler=is_pooled,
             tls=_tls_to_pooler(driver_connection) if is_pooled else tls,
-            problem="replication has stopped: it receives nothing from its primary" if has_lost_primary else "",
+            problem=problem,
         )
 
-    def _lag(self, connection: Connection) -> tuple[float | None, bool]:
-        """Return by how many seconds a replica is behind, and whether it has lost its primary."""
+    def _replay(self, connection: Connection) -> tuple[float | None, str]:
+        """Return by how many seconds a replica is behind, and why it does not follow its primary, if it doesn't."""
         try:
-            behind, has_lost_primary = connection.exec_driver_sql(_LAG).one()
+            behind, has_lost_primary, is_paused = connection.exec_driver_sql(_LAG).one()
         except DBAPIError:  # Aurora's replicas don't replay WAL
             connection.rollback()
-            return None, False
+            return None, ""
+        problem = _LOST_PRIMARY if has_lost_primary else _PAUSED if is_paused else ""
         # The clock with which the server compares its own is the primary's.
-        return None if behind is None else max(float(behind), 0.0), bool(has_lost_primary)
+        return None if behind is None else max(float(behind), 0.0), problem
 
     def failure(self, error: BaseException) -> Failure:
         # libpq gives no SQLSTATE for a connection that was refused, and servers speak the language of lc_messages. asyncpg does.
