@@ -177,6 +177,9 @@ class _Setup:
         built.add(engine.dialect)
         engine.dialect.connect = self.connect  # type: ignore[method-assign]
         name_pool(engine.pool, self._note_if_full)
+        if connection.slow_statement is not None:
+            # Now: a unit with a timeout listens to errors before it connects, and the listener that raises ends the event.
+            log_slow_statements(engine, name, connection.slow_statement)
 
     def connect(self, *arguments: object, **parameters: object) -> DBAPIConnection:
         """Set the engine up, and return a new DBAPI connection. An error says in a note which connection was wanted."""
@@ -253,8 +256,6 @@ class _Setup:
             return
         event.listen(engine, "handle_error", self._explain)
         self._database.tune(engine, self._connection, self._name)
-        if self._connection.slow_statement is not None:
-            log_slow_statements(engine, self._name, self._connection.slow_statement)
         _watch_pool(engine, self._connection, self._database, self.holders)
         _clean_up_what_is_returned(engine, self._database, self.holders)
         self._done = True

@@ -354,6 +354,18 @@ def test_a_slow_statement_that_fails_is_logged_too(new_postgres_url: Callable[[]
         assert any(", and failed, sent at " in record.getMessage() for record in logged("Slow statement"))
 
 
+@pytest.mark.parametrize("server", ["postgres", "mariadb"])
+def test_a_slow_statement_that_the_timeout_of_its_unit_stops_is_logged(
+    server: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = request.getfixturevalue(f"new_{server}_url")()
+    slow = {"postgres": "SELECT pg_sleep(10)", "mariadb": "SELECT sleep(10)"}[server]
+    with running(writer={"url": url, "slow_statement": 0.05}) as app, records(caplog) as logged:
+        with pytest.raises(UnitOfWorkTimeout), app.unit(timeout=0.5):
+            app.session().execute(text(slow))
+        assert any(f": {slow}" in record.getMessage() for record in logged("Slow statement"))
+
+
 def test_what_is_not_asked_for_costs_no_listener_and_no_thread(app: Application) -> None:
     threads = set(threading.enumerate())
     with app.unit():
