@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("app_db")
 
 
+_tellers: dict[int, HeldUnits] = {}
+"""By the number of a unit that is logged: what logs it. A unit may have asked for sessions of several connections."""
+
+
 class HeldUnits:
     """The open units that have asked for the session of a connection with HELD_WARNING."""
 
@@ -38,8 +42,14 @@ class HeldUnits:
             if work is None or not work.is_under_way():
                 del self._units[number]
                 if told := self._told.pop(number, None):
+                    _tellers.pop(number, None)
                     log.warning("Ended after about %.1f s: %s", now - since, told, extra={"unit": number})
-            elif now - since >= self._seconds and number not in self._told and number not in with_connection:
+            elif (
+                now - since >= self._seconds
+                and number not in self._told
+                and number not in with_connection
+                and _tellers.setdefault(number, self) is self
+            ):
                 begun = "" if work.begun_at is None else f", begun at {work.begun_at}"
                 self._told[number] = f"unit {number} of {work.owner()}{begun}"
                 log.warning("Open for %.1f s, without a connection: %s", now - since, self._told[number], extra={"unit": number})

@@ -294,6 +294,20 @@ def test_a_unit_that_is_open_too_long_without_a_connection_is_logged_too(
         assert logged("Held too long") == []
 
 
+def test_a_unit_with_sessions_of_several_connections_is_logged_once(
+    new_sqlite_url: Callable[[], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    writer, log_ = ({"url": new_sqlite_url(), "held_warning": 0.05} for _ in range(2))
+    with running(writer=writer, log=log_) as app, records(caplog) as logged:
+        with app.unit():
+            app.session("writer"), app.session("log")
+            until(lambda: logged("Open for"))
+            time.sleep(0.15)  # each connection's thread looks several times
+        until(lambda: logged("Ended after"))
+        time.sleep(0.15)
+        assert (len(logged("Open for")), len(logged("Ended after"))) == (1, 1)
+
+
 def test_a_unit_with_a_connection_is_named_once(new_sqlite_url: Callable[[], str], caplog: pytest.LogCaptureFixture) -> None:
     with running(writer={"url": new_sqlite_url(), "held_warning": 0.05}) as app, records(caplog) as logged:
         with app.unit():
