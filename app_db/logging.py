@@ -7,6 +7,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
+from app_db._compat.importing import is_being_imported
 from app_db._units.manager import current
 from app_db._wording import in_one_line
 from app_db.errors import InvalidUse
@@ -46,8 +47,11 @@ class UnitFilter(logging.Filter):
 
     def __init__(self, container: DatabaseContainer | str) -> None:
         super().__init__()
-        if isinstance(container, str) and not all(container.partition(":")):
-            raise InvalidUse(f"{container!r} names no container", "Write it as module:name, such as shop.db:container")
+        if isinstance(container, str):
+            if not all(container.partition(":")):
+                raise InvalidUse(f"{container!r} names no container", "Write it as module:name, such as shop.db:container")
+        elif not _is_container(container):
+            raise InvalidUse(f"{container!r} is no database container", "Give an instance, such as Container(), or its name")
         self._container: DatabaseContainer | str | None = container
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -73,18 +77,25 @@ class UnitFilter(logging.Filter):
         if not isinstance(named, str):
             return named
         module, _, path = named.partition(":")
+        if is_being_imported(module):  # what it logs meanwhile comes before the container
+            return None
         self._container = None  # what is logged while it is imported, has no unit
         try:
             found: Any = import_module(module)
             for part in path.split("."):
                 found = getattr(found, part)
-            found.core.coordinator  # noqa: B018  # raises if it is no container
+            if not _is_container(found):
+                raise InvalidUse(f"it is no database container, but {type(found).__name__}", "Name an instance")
         except Exception as error:  # noqa: BLE001  # the application may raise anything
             message = f"UnitFilter can't find the container {named!r} ({in_one_line(error)}). Records have no unit"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
             return None
         self._container = cast("DatabaseContainer", found)
         return self._container
+
+
+def _is_container(given: object) -> bool:
+    return not isinstance(given, type) and hasattr(given, "deferred_unit")
 
 
 def _connection_of(record: logging.LogRecord) -> str | None:

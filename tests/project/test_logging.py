@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import logging.config
+import sys
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -112,7 +116,41 @@ def test_a_configuration_may_name_the_container() -> None:
     logger.removeHandler(handler)
 
 
-@pytest.mark.parametrize("name", ["no_such_module_here:container", f"{__name__}:no_such_name", f"{__name__}:nothing"])
+LOGS_FIRST = """
+import logging
+logging.getLogger("shop").warning("the databases are set up")
+from app_db import Container, DatabaseSettings
+container = Container(settings=DatabaseSettings(_env_file=None, connections={"writer": {"url": "sqlite://"}}))
+"""
+
+
+def test_a_module_may_log_before_it_has_made_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logs_first.py").write_text(LOGS_FIRST)
+    monkeypatch.syspath_prepend(tmp_path)
+    handler = Kept()
+    handler.addFilter(UnitFilter("logs_first:container"))
+    logger = logging.getLogger("shop")
+    logger.addHandler(handler)
+    try:
+        made = import_module("logs_first").container
+        with made.transaction() as unit:
+            logger.warning("inside")
+            number = str(unit.number)
+    finally:
+        logger.removeHandler(handler)
+        sys.modules.pop("logs_first", None)
+    assert handler.lines == [("-", "-", "the databases are set up"), (number, "-", "inside")]
+
+
+@pytest.mark.parametrize("wrong", [Container, None, 42])
+def test_what_is_no_container_is_refused_before_anything_is_logged(wrong: Any) -> None:
+    with pytest.raises(InvalidUse, match=r"is no database container\. Give an instance"):
+        UnitFilter(wrong)
+
+
+@pytest.mark.parametrize(
+    "name", ["no_such_module_here:container", f"{__name__}:no_such_name", f"{__name__}:nothing", "app_db:Container"]
+)
 def test_a_container_that_can_not_be_found_is_told_once_and_no_log_call_fails(name: str) -> None:
     found = UnitFilter(name)
     record = logging.makeLogRecord({"name": "shop", "msg": "anything"})
