@@ -9,6 +9,7 @@ import traceback
 import weakref
 from asyncio import current_task
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -50,9 +51,9 @@ class Line(NamedTuple):
 
     def __str__(self) -> str:
         path = Path(self.code.co_filename)
-        here = Path.cwd()
-        shown = path.relative_to(here) if path.is_relative_to(here) else path
-        return f"{shown}:{self.number} in {self.code.co_qualname}"
+        with suppress(OSError, ValueError):  # the working directory was deleted, as after a deployment, or is another one
+            path = path.relative_to(Path.cwd())
+        return f"{path}:{self.number} in {self.code.co_qualname}"
 
 
 class LineAbove:

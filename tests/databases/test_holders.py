@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,6 +244,17 @@ def test_only_the_longest_are_named_of_many(new_sqlite_url: Callable[[], str]) -
         for connection in held:
             connection.close()
     assert notes_of(caught.value).endswith("\n  and 2 more")
+
+
+def test_holders_are_named_although_the_working_directory_is_gone(
+    app: Application, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with app.engine().connect(), app.engine().connect(), pytest.raises(PoolTimeout) as caught:
+        app.engine().connect()
+    assert notes_of(caught.value).count(f"taken at {__file__}:") == 2
 
 
 # ---- logs --------------------------------------------------------------------------------------------------------------------
