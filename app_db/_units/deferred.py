@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Token
 from threading import Lock
@@ -20,6 +21,10 @@ from app_db.errors import InvalidUse
 
 class _NotCommitted(Exception):  # it is never raised: it tells a unit to abort
     """The reason why a unit of work aborts that must not commit, where there was no error."""
+
+
+def _nothing() -> None:
+    """Return None, for a unit that is named after the line that begins it."""
 
 
 class DeferredUnit(WithBlock):
@@ -40,7 +45,7 @@ class DeferredUnit(WithBlock):
     (False, True)
     """
 
-    __slots__ = ("_awaited", "_coordinator", "_guard", "_manager", "_options", "_role", "_token", "is_over")
+    __slots__ = ("_awaited", "_coordinator", "_guard", "_manager", "_options", "_role", "_token", "begun_by", "is_over")
 
     def __init__(self, coordinator: Coordinator, options: Options, *, awaited: bool) -> None:
         manager = coordinator.manager
@@ -56,6 +61,8 @@ class DeferredUnit(WithBlock):
         self._guard = Lock()
         self._role: OwnUnit | None = None
         self._token: Token[Deferred | None] | None = None
+        self.begun_by: Callable[[], Callable[..., object] | None] = _nothing
+        """Returns the function that the unit is for, such as a request's, by which `container.pools()` names the unit."""
         self.is_over = False
         """Whether the unit has ended, or can't begin any more."""
 
@@ -112,6 +119,8 @@ class DeferredUnit(WithBlock):
             with self._guard:  # two threads of a request may ask at the same time
                 if self._role is None:
                     role = OwnUnit(self._coordinator, self._options, None, self.liveness_to_enter(), self._awaited)
+                    function = self.begun_by()
+                    role.begun_by = function if hasattr(function, "__code__") else None  # a class has no line
                     role.enter()
                     self._role = role
         found = self.begun()

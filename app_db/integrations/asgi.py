@@ -84,6 +84,7 @@ class UnitOfWorkMiddleware:
         if unit.is_one_too_many:
             await self.app(scope, body.receive, send)
             return None
+        unit.begun_by = lambda: self.endpoint(scope)
         with unit:
             response = _Response(unit, body, send, self._units, scope.setdefault(_COMMITTED, []))
             is_the_last = attempt >= self._units.attempts
@@ -107,6 +108,11 @@ class UnitOfWorkMiddleware:
             finally:
                 scope[REPEATS] = outer
         return None
+
+    def endpoint(self, scope: Scope) -> Callable[..., object] | None:
+        """Return the function that answers a request, after which its unit is named, if the framework has noted it."""
+        endpoint: Callable[..., object] | None = scope.get("endpoint")
+        return endpoint
 
     async def respond(self, scope: Scope, receive: Receive, send: Send, failure: Exception) -> bool:
         """Respond to a request that could not commit. Return False to have the error raised."""

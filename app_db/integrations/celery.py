@@ -139,6 +139,7 @@ def _in_unit(cls: type[Task], run: Any) -> Any:
             return function(*args, **kwargs)
         has_returned = False
 
+        @wraps(function)  # the unit is named after it
         def work() -> Any:
             nonlocal has_returned
             has_returned = False

@@ -45,6 +45,7 @@ def in_unit(container: DatabaseContainer, **options: Any) -> Callable[[Callable[
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             exits: list[BaseException] = []
 
+            @wraps(command)  # the unit is named after it
             def until_exit() -> R | None:
                 try:
                     return command(*args, **kwargs)

@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Unpack
 
@@ -131,6 +131,11 @@ class UnitOfWorkMiddleware(AsgiMiddleware):
                 await handled(scope, receive, send)
 
         super().__init__(attempt, container, **options)
+
+    def endpoint(self, scope: Scope) -> Callable[..., object] | None:
+        """Return the function of the route's handler."""
+        function: Callable[..., object] | None = getattr(scope.get("route_handler"), "fn", None)
+        return function
 
     async def respond(self, scope: Scope, receive: Receive, send: Send, failure: Exception) -> bool:
         """Respond to a commit that failed as Litestar does when the handler has raised the error."""

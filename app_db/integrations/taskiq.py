@@ -89,7 +89,9 @@ class UnitOfWorkMiddleware(TaskiqMiddleware):
         task = self.broker.find_task(message.task_name)
         if task is not None and not hasattr(task.original_func, "ends_unit"):
             task.original_func = _ending_unit(task.original_func)
-        _running.set(_Running(self._unit.anew(), message, _running.get()))
+        unit = self._unit.anew()
+        unit.begun_by = lambda: None if task is None else task.original_func
+        _running.set(_Running(unit, message, _running.get()))
         return message
 
     async def post_execute(self, message: TaskiqMessage, result: TaskiqResult[Any]) -> None:
