@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("app_db")
 
 _INSIDE = frozenset(
-    "app_db asyncio concurrent contextlib dependency_injector functools greenlet sqlalchemy threading transaction zope".split()
+    (
+        "alembic app_db asyncio concurrent contextlib dependency_injector functools greenlet pandas polyfactory sqlalchemy "
+        "sqlalchemy_continuum sqlmodel threading transaction zope"
+    ).split()
 )
-"""Packages whose frames are no lines of the application."""
+"""Packages whose frames are no lines of the application: they send statements for it."""
 
 _is_inside: dict[Any, bool] = {None: True}
 """By the name of a module, as its code is asked for with each checkout."""
