@@ -11,7 +11,6 @@ import asyncio
 from collections.abc import Hashable, Iterable
 from concurrent.futures import Future, wait
 from datetime import UTC, datetime
-from math import inf
 from threading import Lock, Thread
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
 TIMEOUT = 2.0
+
+_LONGEST = 3600
+"""The most seconds. Python and the drivers overflow beyond limits of their own."""
 
 
 def health(checks: Checks, *, timeout: float = TIMEOUT) -> Health:
@@ -91,8 +93,8 @@ class Checks:
 
 
 def _require_seconds(timeout: object) -> None:
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < inf:
-        raise InvalidUse(f"health(timeout={timeout!r}) gives no time limit", "Give seconds, more than 0")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= _LONGEST:
+        raise InvalidUse(f"health(timeout={timeout!r}) gives no time limit", f"Give seconds, more than 0 and up to {_LONGEST}")
 
 
 def build_checks(container: Container | None, name: str) -> Checks:

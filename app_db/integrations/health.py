@@ -16,6 +16,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from app_db import DatabaseContainer
+from app_db.errors import InvalidUse
 from app_db.health import Health
 from app_db.integrations._containers import require_container
 from app_db.integrations.asgi import Application, Receive, Scope, Send
@@ -32,6 +33,7 @@ _METHODS = ("GET", "HEAD")
 def asgi_health(container: DatabaseContainer, *, timeout: float = 2.0) -> Application:
     """Return an ASGI application that answers `/livez` and `/readyz`, the latter after at most `timeout` seconds."""
     require_container(container)
+    _require_seconds("asgi_health", timeout)
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -54,6 +56,7 @@ def wsgi_health(
 ) -> Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]]:
     """Return a WSGI application that answers `/livez` and `/readyz`, the latter after at most `timeout` seconds."""
     require_container(container)
+    _require_seconds("wsgi_health", timeout)
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
@@ -63,6 +66,12 @@ def wsgi_health(
         return [answer.body]
 
     return application
+
+
+def _require_seconds(function: str, timeout: object) -> None:
+    """Raise InvalidUse for what `container.health()` would refuse at each request."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= 3600:
+        raise InvalidUse(f"{function}(timeout={timeout!r}) gives no time limit", "Give seconds, more than 0 and up to 3600")
 
 
 class _Answer:

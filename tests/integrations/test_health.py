@@ -162,6 +162,15 @@ def test_what_is_no_container_is_refused(make: Callable[[Any], Any], wrong: obje
         make(wrong)
 
 
+@pytest.mark.parametrize("wrong", [0, -1, "2", True, None, float("inf"), float("nan"), 1e10])
+@pytest.mark.parametrize("make", [asgi_health, wsgi_health])
+def test_a_time_limit_that_is_none_is_refused_before_the_first_probe(
+    make: Callable[..., Any], wrong: Any, sound: DatabaseContainer
+) -> None:
+    with pytest.raises(InvalidUse, match=rf"{make.__name__}\(timeout=.*Give seconds, more than 0 and up to 3600"):
+        make(sound, timeout=wrong)
+
+
 SERVED = """
 import sys
 from app_db import DatabaseSettings, container_of
