@@ -35,6 +35,8 @@ class ConnectionHealth:
     role: Role | None = None
     lag: float | None = None
     """Seconds by which a replica is behind."""
+    max_lag: float | None = None
+    """The seconds by which it may be behind and still be up: `MAX_LAG` of its settings. None if there is no limit."""
     galera: str | None = None
     """The state of a node of a Galera cluster, such as `Synced`."""
     pooler: bool | None = None
@@ -93,7 +95,9 @@ def _checks(health: ConnectionHealth) -> Iterator[tuple[str, dict[str, object]]]
         most = {} if pool.most == inf else {"most": pool.most}
         yield "connections", {**_observed(pool.in_use, "connections", is_fine=not pool.is_full), **most}
     if health.lag is not None:
-        yield "replicationLag", _observed(round(health.lag, 3), "s", is_fine=True)
+        is_fine = health.max_lag is None or health.lag <= health.max_lag
+        limit = {} if health.max_lag is None else {"most": health.max_lag}
+        yield "replicationLag", {**_observed(round(health.lag, 3), "s", is_fine=is_fine), **limit}
     if health.oldest_in_doubt is not None:
         yield "inDoubt", _observed(round(health.oldest_in_doubt, 3), "s", is_fine=health.status == "up")
 

@@ -179,7 +179,7 @@ def _health_of(target: Target, asker: _Asker, container: Container) -> Connectio
     engines: list[Engine] = container.core.state().engines(target.name) if target.own is None else [sync_engine_of(target.own)]
     pool = state_of(target.name, engines) if engines else None
     in_doubt = answer.in_doubt.get(target.name)
-    status, reason = _judged(answer, pool, in_doubt)
+    status, reason = _judged(target, answer, pool, in_doubt)
     facts = answer.facts
     return ConnectionHealth(
         name=target.name,
@@ -190,6 +190,7 @@ def _health_of(target: Target, asker: _Asker, container: Container) -> Connectio
         version=facts.version,
         role=facts.role,
         lag=facts.lag,
+        max_lag=target.connection.max_lag,
         galera=facts.galera,
         pooler=facts.pooler,
         tls=facts.tls,
@@ -198,11 +199,14 @@ def _health_of(target: Target, asker: _Asker, container: Container) -> Connectio
     )
 
 
-def _judged(answer: Answer, pool: PoolState | None, in_doubt: float | None) -> tuple[Status, str]:
+def _judged(target: Target, answer: Answer, pool: PoolState | None, in_doubt: float | None) -> tuple[Status, str]:
     """Return the status of a connection and the reason."""
     if answer.error:
         return "down", answer.error
     reasons = [answer.facts.problem] if answer.facts.problem else []
+    connection, lag = target.connection, answer.facts.lag
+    if lag is not None and connection.max_lag is not None and lag > connection.max_lag:
+        reasons.append(f"it is {lag:.1f} s behind its primary, and {connection.variable('max_lag')} is {connection.max_lag:g}")
     if pool is not None and pool.is_full:
         reasons.append(f"its pool is full: {pool.in_use} connections are in use")
     if in_doubt is not None and in_doubt > GRACE:

@@ -164,6 +164,7 @@ class ConnectionSettings(Group):
     begin_with_statement: bool = False
     pooler: Literal["transaction", "none"] | None = None
     required: bool | None = None
+    max_lag: _Finite | None = Field(default=None, gt=0)
     statement_timeout: _Finite | None = Field(default=None, gt=0)
     slow_statement: _Finite | None = Field(default=None, gt=0)
     held_warning: _Finite | None = Field(default=None, gt=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from sqlalchemy import NullPool, create_engine, make_url
@@ -96,13 +98,32 @@ def test_a_replica_tells_its_lag_and_is_not_required(
     standby = new_standby(primary)
     primary.execute("CREATE TABLE earlier ()", database="shop")
     standby.catch_up()
-    container = new_container(writer=primary.url("shop"), reader={"url": standby.url("shop"), "read_only": True})
+    follows = {"url": standby.url("shop"), "read_only": True}
+    container = new_container(
+        writer=primary.url("shop"), reader=follows, strict={**follows, "replica_of": "writer", "max_lag": 1e-6}
+    )
     told = health_of(container, "reader")
     assert (told.status, told.role, told.lag, told.required) == ("up", "replica", 0.0, False)
+    assert health_of(container, "strict").status == "up"
     assert health_of(container).role == "primary"
 
-    standby.pause()
+    standby.execute("ALTER SYSTEM SET recovery_min_apply_delay = '1h'")
+    standby.execute("SELECT pg_reload_conf()")
     primary.execute("CREATE TABLE later ()", database="shop")
+    standby.receive()
+    wait_until(lambda: (health_of(container, "reader").lag or 0) > 0)
+    assert health_of(container, "reader").status == "up", "there is no limit"
+    late = health_of(container, "strict")
+    assert late.status == "degraded"
+    assert re.fullmatch(r"it is \d+\.\d s behind its primary, and APP_DB_CONNECTIONS__STRICT__MAX_LAG is 1e-06", late.reason)
+    checks: Any = container.health(timeout=20).as_json()["checks"]
+    assert [checks[f"{name}:replicationLag"][0]["status"] for name in ("reader", "strict")] == ["pass", "warn"]
+    standby.execute("ALTER SYSTEM RESET recovery_min_apply_delay")
+    standby.execute("SELECT pg_reload_conf()")
+    standby.catch_up()
+
+    standby.pause()
+    primary.execute("CREATE TABLE last ()", database="shop")
     standby.receive()
     behind = health_of(container, "reader")
     assert behind.lag is not None

@@ -893,6 +893,7 @@ def test_every_setting_is_in_the_example(variable: str) -> None:
         variable,
         variable.replace("__WRITER__MIRROR", "__READER__MIRROR"),
         variable.replace("__WRITER__REPLICA_OF", "__READER__REPLICA_OF"),
+        variable.replace("__WRITER__MAX_LAG", "__READER__MAX_LAG"),
     ]
     assert any(line.removeprefix("# ").startswith((f"{form}=", f"{form}__")) for line in lines for form in forms)
 
