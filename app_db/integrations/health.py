@@ -4,6 +4,7 @@
 |---|---|
 | `/livez` | 200 as long as the process answers. No database is asked |
 | `/readyz` | 200, or 503 if a required connection is down. The body is `application/health+json` |
+| `/poolz` | only with `pools=True`: how full the pools of this process are, and who holds their connections, as JSON |
 
 Mount them in an application of any framework, or serve them alone.
 """
@@ -11,8 +12,11 @@ Mount them in an application of any framework, or serve them alone.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from http import HTTPStatus
+from math import inf
 from typing import TYPE_CHECKING
 
 from app_db import DatabaseContainer
@@ -26,14 +30,18 @@ if TYPE_CHECKING:
 
 __all__ = ["asgi_health", "wsgi_health"]
 
-_LIVE, _READY = "/livez", "/readyz"
+_LIVE, _READY, _POOLS = "/livez", "/readyz", "/poolz"
 _METHODS = ("GET", "HEAD")
 
 
-def asgi_health(container: DatabaseContainer, *, timeout: float = 2.0) -> Application:
-    """Return an ASGI application that answers `/livez` and `/readyz`, the latter after at most `timeout` seconds."""
+def asgi_health(container: DatabaseContainer, *, timeout: float = 2.0, pools: bool = False) -> Application:
+    """Return an ASGI application that answers `/livez` and `/readyz`, the latter after at most `timeout` seconds.
+
+    With `pools`, it answers `/poolz` too. That names functions, files and lines of the application.
+    """
     require_container(container)
     _require_seconds("asgi_health", timeout)
+    paths = _paths("asgi_health", pools)
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -41,7 +49,8 @@ def asgi_health(container: DatabaseContainer, *, timeout: float = 2.0) -> Applic
         elif scope["type"] == "http":
             path, method = _path_in(scope), scope["method"]
             asks = path == _READY and method in _METHODS
-            answer = _Answer(path, method, await container.async_health(timeout=timeout) if asks else None)
+            health = await container.async_health(timeout=timeout) if asks else None
+            answer = _Answer(container, paths, path, method, health)
             headers = [(name.lower().encode(), value.encode()) for name, value in answer.headers]
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
             await send({"type": "http.response.body", "body": answer.body})
@@ -52,16 +61,20 @@ def asgi_health(container: DatabaseContainer, *, timeout: float = 2.0) -> Applic
 
 
 def wsgi_health(
-    container: DatabaseContainer, *, timeout: float = 2.0
+    container: DatabaseContainer, *, timeout: float = 2.0, pools: bool = False
 ) -> Callable[[WSGIEnvironment, StartResponse], Iterable[bytes]]:
-    """Return a WSGI application that answers `/livez` and `/readyz`, the latter after at most `timeout` seconds."""
+    """Return a WSGI application that answers `/livez` and `/readyz`, the latter after at most `timeout` seconds.
+
+    With `pools`, it answers `/poolz` too. That names functions, files and lines of the application.
+    """
     require_container(container)
     _require_seconds("wsgi_health", timeout)
+    paths = _paths("wsgi_health", pools)
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
         asks = path == _READY and method in _METHODS
-        answer = _Answer(path, method, container.health(timeout=timeout) if asks else None)
+        answer = _Answer(container, paths, path, method, container.health(timeout=timeout) if asks else None)
         start_response(f"{answer.status.value} {answer.status.phrase}", answer.headers)
         return [answer.body]
 
@@ -74,16 +87,35 @@ def _require_seconds(function: str, timeout: object) -> None:
         raise InvalidUse(f"{function}(timeout={timeout!r}) gives no time limit", "Give seconds, more than 0 and up to 3600")
 
 
+def _paths(function: str, pools: object) -> tuple[str, ...]:
+    """Return the paths that are answered."""
+    if not isinstance(pools, bool):
+        raise InvalidUse(f"{function}(pools={pools!r}) is neither True nor False", "Give True to have /poolz answered")
+    return (_LIVE, _READY, _POOLS) if pools else (_LIVE, _READY)
+
+
+def _pools_of(container: DatabaseContainer) -> dict[str, object]:
+    """Return what `container.pools()` tells, for JSON. Stacks are left out: they quote the source of the application."""
+    pools = {name: asdict(state) for name, state in container.pools().items()}
+    for pool in pools.values():
+        pool["most"] = None if pool["most"] == inf else pool["most"]
+        for holder in pool["holders"]:
+            del holder["stack"]
+    return {"pid": os.getpid(), "pools": pools}
+
+
 class _Answer:
     """The answer to one request. `health` is given for a path that asks for it."""
 
-    def __init__(self, path: str, method: str, health: Health | None) -> None:
+    def __init__(
+        self, container: DatabaseContainer, paths: tuple[str, ...], path: str, method: str, health: Health | None
+    ) -> None:
         self.headers = [("Cache-Control", "no-store"), ("Content-Type", "application/health+json")]
         self.status = HTTPStatus.OK
         document: dict[str, object] = {"status": "pass"}
-        if path not in (_LIVE, _READY):
+        if path not in paths:
             self.status = HTTPStatus.NOT_FOUND
-            document = {"status": "fail", "output": f"ask {_LIVE} or {_READY}"}
+            document = {"status": "fail", "output": f"ask {', '.join(paths[:-1])} or {paths[-1]}"}
         elif method not in _METHODS:
             self.status = HTTPStatus.METHOD_NOT_ALLOWED
             document = {"status": "fail", "output": "ask by GET or HEAD"}
@@ -92,6 +124,9 @@ class _Answer:
             document = health.as_json()
             if health.status == "down":
                 self.status = HTTPStatus.SERVICE_UNAVAILABLE
+        elif path == _POOLS:
+            document = _pools_of(container)
+            self.headers[1] = ("Content-Type", "application/json")
         body = json.dumps(document).encode()
         self.headers.append(("Content-Length", str(len(body))))
         self.body = b"" if method == "HEAD" else body

@@ -162,6 +162,46 @@ def test_what_is_no_container_is_refused(make: Callable[[Any], Any], wrong: obje
         make(wrong)
 
 
+def poolz_by_asgi(container: DatabaseContainer) -> Any:
+    return serving(asgi_health(container, pools=True))
+
+
+def poolz_by_wsgi(container: DatabaseContainer) -> Any:
+    return serving_wsgi(validator(wsgi_health(container, pools=True)))
+
+
+@pytest.mark.parametrize("serve", [poolz_by_asgi, poolz_by_wsgi])
+def test_the_pools_are_told_where_that_is_asked_for(serve: Serve, sqlite_url: str) -> None:
+    pool = {"max_overflow": -1, "stacks": True}
+    with container_with(writer={"url": sqlite_url, "pool": pool}) as container, serve(container) as address, client() as one:
+        with container.transaction() as unit:
+            number = unit.number
+            container.connection("writer").session().connection()
+            answer = one.get(f"{address}/poolz")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+        told = answer.json()["pools"]["writer"]
+        [holder] = told.pop("holders")
+        assert told == {"connection": "writer", "in_use": 1, "idle": 0, "most": None, "is_full": False}
+        assert (holder["unit"], holder["owner"]) == (number, "thread 'MainThread'")
+        assert holder["begun_at"].endswith(" in test_the_pools_are_told_where_that_is_asked_for")
+        assert "stack" not in holder
+        assert one.get(f"{address}/other").json()["output"] == "ask /livez, /readyz or /poolz"
+        assert one.post(f"{address}/poolz").status_code == 405
+
+
+@pytest.mark.representative("by_asgi")
+@pytest.mark.parametrize("serve", [by_asgi, by_wsgi])
+def test_the_pools_are_not_told_otherwise(serve: Serve, sound: DatabaseContainer) -> None:
+    with serve(sound) as address, client() as one:
+        assert one.get(f"{address}/poolz").status_code == 404
+
+
+@pytest.mark.parametrize("make", [asgi_health, wsgi_health])
+def test_the_pools_are_told_or_not(make: Callable[..., Any], sound: DatabaseContainer) -> None:
+    with pytest.raises(InvalidUse, match="Give True to have /poolz answered"):
+        make(sound, pools="writer")
+
+
 @pytest.mark.parametrize("wrong", [0, -1, "2", True, None, float("inf"), float("nan"), 1e10])
 @pytest.mark.parametrize("make", [asgi_health, wsgi_health])
 def test_a_time_limit_that_is_none_is_refused_before_the_first_probe(
