@@ -17,6 +17,7 @@ from app_db._compat.sqlalchemy import lend
 from app_db._databases.statements import Effect
 from app_db._sessions.routes import Routes
 from app_db._sessions.sessions import UnitSession
+from app_db._units.held_units import HeldUnits
 from app_db._units.savepoints import require_savepoints
 from app_db.errors import AppDbError, AwaitRequired, InvalidUse, ReplicaUnavailable
 
@@ -51,7 +52,8 @@ class OverlayConfig:
     autonomous = False
     has_branches = False
     may_keep_decisions = False
-    held_units = None
+    held_units: HeldUnits | None = None
+    """Looks after the units that ask for such a session, by the HELD_WARNING of all connections."""
     name: str
     routes: Any
     """`Routes`, or an object with the same methods."""
@@ -93,6 +95,7 @@ class RoutingConfig(OverlayConfig):
         self._settings = settings
         self._names = names
         self._routes: tuple[DatabaseSettings, Routes] | None = None
+        self.held_units = HeldUnits(seconds) if (seconds := settings().held_warning) is not None else None
 
     @property
     def routes(self) -> Routes:

@@ -320,6 +320,19 @@ def test_a_unit_with_sessions_of_several_connections_is_logged_once(
         assert (len(logged("Open for")), len(logged("Ended after"))) == (1, 1)
 
 
+def test_a_unit_with_the_session_that_finds_its_database_is_logged_too(
+    new_sqlite_url: Callable[[], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = DatabaseSettings(_env_file=None, held_warning=0.05, connections={"writer": {"url": new_sqlite_url()}})
+    container = Container(settings=settings)
+    with records(caplog) as logged:
+        with container.transaction() as unit:
+            container.session()
+            until(lambda: logged("Open for"))
+        assert f": unit {unit.number} of thread 'MainThread', begun at " in logged("Open for")[0].getMessage()
+    container.shutdown_resources()
+
+
 def test_a_unit_with_a_connection_is_named_once(new_sqlite_url: Callable[[], str], caplog: pytest.LogCaptureFixture) -> None:
     with running(writer={"url": new_sqlite_url(), "held_warning": 0.05}) as app, records(caplog) as logged:
         with app.unit():
