@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from app_db import DatabaseContainer
-    from app_db.testing import CapturedHooks, Isolation
+    from app_db.testing import CapturedHooks, Isolation, RowWatch
 
 MARKER = "app_db(connections=None, isolation=True): isolate the test, or some of its connections; with isolation=False, don't"
 
@@ -88,9 +88,32 @@ def _marked(request: pytest.FixtureRequest) -> Marked:
 # ---- a test ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def app_db_row_watches(app_db_tables: object) -> Generator[dict[DatabaseContainer, RowWatch]]:
+    """The rows of each container whose tests are isolated. What the last tests have committed is told at the end."""
+    watches: dict[DatabaseContainer, RowWatch] = {}
+    yield watches
+    problems = [problem for watch in watches.values() for problem in watch.differences(_made(app_db_tables))]
+    if problems:
+        _fail("The last tests", problems)
+
+
+def _made(tables: object) -> frozenset[str]:
+    """Return the connections whose tables were made for the tests. A fixture of the project may return anything."""
+    return tables if isinstance(tables, frozenset) else frozenset()
+
+
+def _fail(subject: str, problems: Iterable[str]) -> NoReturn:
+    lines = "".join(f"\n  {each}" for each in problems)
+    pytest.fail(f"{subject} has left something behind:{lines}", pytrace=False)
+
+
 @pytest.fixture
 def app_db_isolation(
-    request: pytest.FixtureRequest, app_db_container: DatabaseContainer, app_db_tables: object
+    request: pytest.FixtureRequest,
+    app_db_container: DatabaseContainer,
+    app_db_tables: object,
+    app_db_row_watches: dict[DatabaseContainer, RowWatch],
 ) -> Generator[Isolation | None]:
     """Roll back what the test writes, in every database, although it commits. The test fails if it leaves something open."""
     marked = _marked(request)
@@ -98,9 +121,14 @@ def app_db_isolation(
         yield None
         return
     from app_db.errors import IsolationBroken
-    from app_db.testing import RowCounts, isolated
+    from app_db.testing import RowWatch, isolated
 
-    rows = RowCounts(app_db_container, marked.connections) if request.config.getini("app_db_row_counts") else None
+    rows = None
+    if request.config.getini("app_db_row_counts"):
+        rows = app_db_row_watches.get(app_db_container) or app_db_row_watches.setdefault(
+            app_db_container, RowWatch(app_db_container)
+        )
+        rows.before_test(request.node.nodeid)
     isolation = isolated(app_db_container, marked.connections)
     yield isolation.__enter__()
     problems: list[str] = []
@@ -109,11 +137,9 @@ def app_db_isolation(
     except IsolationBroken as broken:
         problems += broken.problems
     if rows is not None:
-        problems += rows.differences(app_db_tables if isinstance(app_db_tables, frozenset) else ())
+        problems += rows.after_test(_made(app_db_tables), marked.connections, suspect=bool(problems))
     if problems:
-        pytest.fail(
-            "\n".join([f"{request.node.nodeid} has left something behind:", *(f"  {each}" for each in problems)]), pytrace=False
-        )
+        _fail(request.node.nodeid, problems)
 
 
 @pytest.fixture

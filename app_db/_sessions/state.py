@@ -134,6 +134,8 @@ class StateHolder:
         self.container = container
         """The container, or None for the providers of a container class."""
         self.state = self.new_state()
+        self.plans: dict[object, object] = {}
+        """What isolations of the container have found out about it."""
 
     def new_state(self) -> State:
         return State(build_decision_logs(self.container))

@@ -6,6 +6,7 @@ They work with every test runner. The pytest plugin has fixtures for them.
 from app_db._units.hooks import CapturedHook, CapturedHooks
 from app_db.testing._isolation import Isolation
 from app_db.testing._row_counts import RowCounts
+from app_db.testing._row_watch import RowWatch
 from app_db.testing._switches import (
     IsolatedTestCase,
     captured_hooks,
@@ -22,6 +23,7 @@ __all__ = [
     "IsolatedTestCase",
     "Isolation",
     "RowCounts",
+    "RowWatch",
     "captured_hooks",
     "isolated",
     "made_tables",

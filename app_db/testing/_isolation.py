@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import AbstractEventLoop
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING
@@ -14,13 +14,12 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import greenlet_spawn, in_greenlet
 
 from app_db._compat.asyncio import running_loop
-from app_db._databases.registry import database_of
 from app_db._units.manager import current
 from app_db.errors import CannotIsolate, InvalidUse
-from app_db.settings._urls import for_coroutines, for_threads
+from app_db.settings._urls import for_coroutines
 from app_db.testing._serial_units import UnitLock
 from app_db.testing._shared_connection import SharedConnection, shared_by
-from app_db.testing._shared_engines import BESIDE, READ_ONLY, IsolatedConnection, async_sharing_engine, sharing_engine
+from app_db.testing._shared_engines import BESIDE, READ_ONLY, async_sharing_engine, sharing_engine
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from app_db._databases.database import Terms
     from app_db._units.coordinator import Coordinator
+    from app_db.testing._plans import Place
 
 _shared: WeakKeyDictionary[Engine, SharedConnection] = WeakKeyDictionary()
 """By real engine. They last as long as that engine, so that each test finds the statements that earlier tests have compiled."""
@@ -40,33 +40,26 @@ class Isolation:
     Its sessions prepare and check what the test is about, outside units of work.
     """
 
-    def __init__(self, coordinator: Coordinator, connections: Iterable[IsolatedConnection], patience: float) -> None:
+    def __init__(self, coordinator: Coordinator, places: Mapping[str, Place], patience: float) -> None:
         self._coordinator = coordinator
+        self._places = places
+        self._patience = patience
         self._lock = UnitLock(self._units, patience)
         self._sessions: list[Session] = []
-        by_place: dict[object, list[IsolatedConnection]] = {}
-        for connection in connections:
-            by_place.setdefault(connection.settings.place, []).append(connection)
-        self._databases = {
-            connection.name: database
-            for group in by_place.values()
-            if any(not connection.settings.read_only for connection in group)  # or there is nothing to roll back
-            for database in [_Database(group, self._lock, patience)]
-            for connection in group
-        }
+        self._databases: dict[Place, _Database] = {}
 
     @property
     def names(self) -> Sequence[str]:
         """The connections that are isolated: all of them, except those to databases without a writable connection."""
-        return sorted(self._databases)
+        return sorted(self._places)
 
     def engine(self, name: str) -> Engine:
         """Return the engine of a connection while it is isolated."""
-        return self._databases[name].engine(name)
+        return self._database(name).engine(name)
 
     def async_engine(self, name: str) -> AsyncEngine:
         """Return the engine for coroutines of a connection while it is isolated."""
-        return self._databases[name].async_engine(name)
+        return self._database(name).async_engine(name)
 
     def session(self, name: str = "writer") -> Session:
         """Return a session to prepare and check with. It commits and rolls back as it would outside a test.
@@ -98,10 +91,12 @@ class Isolation:
         return session
 
     def _database(self, name: str) -> _Database:
-        if name not in self._databases:
+        place = self._places.get(name)
+        if place is None:
             known = ", ".join(self.names) or "none"
             raise InvalidUse(f"The connection {name!r} is not isolated", f"Those that are: {known}")
-        return self._databases[name]
+        # Another thread may make one at the same time.
+        return self._databases.get(place) or self._databases.setdefault(place, _Database(place, self._lock, self._patience))
 
     # -- what units of work call
 
@@ -136,7 +131,7 @@ class Isolation:
             with suppress(Exception):  # it can't be awaited here, and its connections are reported below
                 transaction.abort()
         problems = [f"a unit of work is still under way, in {place}" for place in under_way.values()]
-        for database in set(self._databases.values()):
+        for database in self._databases.values():
             problems += database.end()
         for session in self._sessions:
             session.close()  # without awaiting it: there is nothing to send any more
@@ -158,24 +153,16 @@ def _beside(engine: Engine) -> Engine:
 class _Database:
     """One database of the container, and the connections to it."""
 
-    def __init__(self, connections: Sequence[IsolatedConnection], lock: UnitLock, patience: float) -> None:
-        self._connections = {connection.name: connection for connection in connections}
-        writable = [connection for connection in connections if not connection.settings.read_only]
-        self._root = min(writable, key=lambda connection: (not connection.settings.transactional, connection.name))
+    def __init__(self, place: Place, lock: UnitLock, patience: float) -> None:
+        self._connections = place.connections
+        self._root = place.root
+        self._drivers = place.drivers
+        self._async_view = place.async_view
         self._lock = lock
         self._patience = patience
         self._ready: dict[SharedConnection, AbstractEventLoop | None] = {}
         self._used: SharedConnection | None = None
         self._reals: dict[AbstractEventLoop | None, Engine] = {}  # kept, because `reset_singletons()` in a test makes new ones
-        threads, coroutines = for_threads(self._root.url), for_coroutines(self._root.url)
-        if not database_of(threads.get_backend_name()).has_savepoints:
-            raise CannotIsolate(
-                self._root.name,
-                f"A database without savepoints ({threads.get_backend_name()})",
-                f"Leave it out, isolated(container, connections=[...]), or give {self._root.name!r} another database in tests",
-            )
-        self._drivers = threads.get_driver_name(), coroutines.get_driver_name()
-        self._async_view = database_of(threads.get_backend_name()).async_view(*self._drivers)
 
     def engine(self, name: str) -> Engine:
         real = self._real(None)

@@ -41,6 +41,18 @@ class RowCounts:
         """
         return [sentence for name, now in self._count() for sentence in self._differences(name, now, emptied=name in own)]
 
+    def moved_on(self, own: Collection[str] = (), connections: Collection[str] | None = None) -> list[str]:
+        """Return the same for some connections, or for all, and compare with the rows of this moment from now on."""
+        found: list[str] = []
+        for name, now in self._count():
+            if connections is None or name in connections:
+                found += self._differences(name, now, emptied=name in own)
+            before = self._before.get(name)
+            if name in own and not isinstance(now, str) and not isinstance(before, str | None):
+                now = {table: rows if before.get(table, rows) else 0 for table, rows in now.items()}  # noqa: PLW2901
+            self._before[name] = now
+        return found
+
     def _differences(self, name: str, now: Mapping[str, int] | str, *, emptied: bool) -> Iterator[str]:
         before = self._before.get(name, {})
         if isinstance(before, str):

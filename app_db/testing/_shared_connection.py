@@ -23,6 +23,7 @@ from app_db._databases.registry import database_of
 from app_db._databases.statements import Effect, effect_of
 from app_db._wording import in_one_line
 from app_db.errors import CannotIsolate
+from app_db.testing._outside import checkouts
 from app_db.testing._savepoints import Checkout, SavepointStack
 from app_db.testing._serial_units import Held, StatementLock, UnitLock
 
@@ -82,6 +83,8 @@ class SharedConnection:
         connection: Connection | None = None
         try:
             connection = self._real.connect()
+            if shared_by(self._real) is None:
+                checkouts.note_isolated()
             connection.begin()
             self._outermost = new_mark()
             self._connection = connection
@@ -279,6 +282,7 @@ class SharedConnection:
 
     def check_out(self, info: MutableMapping[str, object], connection: str, *, autocommit: bool, read_only: bool) -> None:
         """Note that the shared connection was checked out."""
+        checkouts.note_isolated()
         checkout = info[CHECKOUT] = Checkout(connection, autocommit or read_only, read_only)
         self._checked_out[id(checkout)] = checkout
 

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import logging
 import unittest
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import ClassVar, TypeVar
 
-from dependency_injector import providers
 from sqlalchemy import Engine, Table, inspect
 
 from app_db._liveness import WithBlock
-from app_db._sessions.providers import Held
 from app_db._units.hooks import CapturedHooks
 from app_db._units.manager import current
-from app_db._wording import did_you_mean
-from app_db.container import ConnectionContainer, DatabaseContainer
-from app_db.errors import ConnectionNotConfigured, InvalidUse, IsolationBroken
+from app_db.container import DatabaseContainer
+from app_db.errors import InvalidUse, IsolationBroken
 from app_db.models._schema import own_tables, writable
 from app_db.settings import DatabaseSettings
 from app_db.testing._isolation import Isolation
-from app_db.testing._overrides import Override, connections_of
-from app_db.testing._shared_engines import IsolatedConnection
+from app_db.testing._overrides import Override
+from app_db.testing._plans import Plan, named_connections, plan_for
 from app_db.testing._throw_away import ThrowAway
 from app_db.testing._worker_databases import WorkerDatabases
 
@@ -71,22 +68,21 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
     ) -> None:
         self._container = container
         self._patience = patience
-        self._connections = _connections_of(container, connections)
-        self._stack = ExitStack()
-        self._isolation: Isolation | None = None
+        self._connections = connections
+        if connections is not None:
+            named_connections(container, connections)  # now, where the names were written
+        self._plan: Plan | None = None
 
     def __enter__(self) -> Isolation:
         coordinator = self._container.core.coordinator()
-        if self._isolation is not None or current(coordinator.manager) is not None:
+        if self._plan is not None or current(coordinator.manager) is not None:
             raise InvalidUse("A test is isolated before its first unit of work, and once", "Put `isolated(...)` around the unit")
         self._liveness = self.liveness_to_enter()
         self._liveness.torn = self
-        isolation = self._isolation = Isolation(coordinator, self._configured(), self._patience)
-        for name in isolation.names:
-            connection = self._connections[name]
-            for provider, make in ((connection.engine, isolation.engine), (connection.async_engine, isolation.async_engine)):
-                self._stack.enter_context(provider.override(providers.Callable(make, name)))
-        self._stack.callback(setattr, coordinator, "rehearsal", coordinator.rehearsal)
+        self._plan = plan_for(self._container, self._connections)
+        self._rehearsal = coordinator.rehearsal
+        isolation = Isolation(coordinator, self._plan.places, self._patience)
+        self._plan.begin(isolation)
         coordinator.rehearsal = isolation
         return isolation
 
@@ -100,11 +96,15 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
                 error.add_note(f"app_db: {problem}")
 
     def _end(self) -> list[str]:
-        isolation, self._isolation = self._isolation, None
+        plan, self._plan = self._plan, None
+        if plan is None or plan.isolation is None:
+            return []
+        isolation = plan.isolation
         try:
-            return [] if isolation is None else isolation.end()
+            return isolation.end()
         finally:
-            self._stack.close()
+            plan.end()
+            self._container.core.coordinator().rehearsal = self._rehearsal
 
     def torn_down(self) -> None:
         """End the isolation: an exception removed its `with` statement before `__exit__` could run."""
@@ -118,29 +118,6 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
         from app_db._units.to_the_end import to_the_end
 
         await to_the_end(self._leave, error)
-
-    def _configured(self) -> Iterator[IsolatedConnection]:
-        settings = self._container.settings()
-        for name, connection in self._connections.items():
-            with suppress(ConnectionNotConfigured):  # as without the isolation, its first use raises that
-                engines = _unless_overridden(connection.engine), _unless_overridden(connection.async_engine)
-                yield IsolatedConnection(name, settings.connection(name), *engines)
-
-
-def _connections_of(container: DatabaseContainer, names: Collection[str] | None) -> dict[str, ConnectionContainer]:
-    """Return the connections of a container, or those that are named."""
-    connections = connections_of(container)
-    for name in names or ():
-        if name not in connections:
-            advice = f"{did_you_mean(name, connections)} The connections are {', '.join(connections)}".lstrip()
-            raise InvalidUse(f"There is no connection {name!r} to isolate", advice)
-    return {name: provider.container for name, provider in connections.items() if names is None or name in names}
-
-
-def _unless_overridden(provider: Held[T]) -> Callable[[], T]:
-    """Return a function that returns what a provider returns now, before the isolation overrides it."""
-    overriding: Sequence[Callable[[], T]] = provider.overridden
-    return overriding[-1] if overriding else provider.own
 
 
 # ---- other databases ---------------------------------------------------------------------------------------------------

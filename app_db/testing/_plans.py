@@ -1,0 +1,135 @@
+"""What an isolation of a container needs to know of it. Tests follow each other quickly, so it is kept for the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from dependency_injector import providers
+
+from app_db._databases.registry import database_of
+from app_db._wording import did_you_mean
+from app_db.container import ConnectionContainer, DatabaseContainer
+from app_db.errors import CannotIsolate, ConnectionNotConfigured, InvalidUse
+from app_db.settings._urls import for_coroutines, for_threads
+from app_db.testing._overrides import connections_of
+from app_db.testing._shared_engines import IsolatedConnection
+
+if TYPE_CHECKING:
+    from app_db._sessions.providers import Held
+    from app_db.settings import DatabaseSettings
+    from app_db.testing._isolation import Isolation
+
+T = TypeVar("T")
+
+
+class Place:
+    """A database, the connections to it, and the one that is shared by all of them."""
+
+    def __init__(self, connections: Sequence[IsolatedConnection]) -> None:
+        self.connections = {connection.name: connection for connection in connections}
+        writable = [connection for connection in connections if not connection.settings.read_only]
+        self.root = min(writable, key=lambda connection: (not connection.settings.transactional, connection.name))
+        threads, coroutines = for_threads(self.root.url), for_coroutines(self.root.url)
+        kind = database_of(threads.get_backend_name())
+        if not kind.has_savepoints:
+            raise CannotIsolate(
+                self.root.name,
+                f"A database without savepoints ({threads.get_backend_name()})",
+                f"Leave it out, isolated(container, connections=[...]), or give {self.root.name!r} another database in tests",
+            )
+        self.drivers = threads.get_driver_name(), coroutines.get_driver_name()
+        self.async_view = kind.async_view(*self.drivers)
+
+
+class Plan:
+    """The databases to isolate, by connection, and the providers that stand in for those of their engines."""
+
+    def __init__(self, container: DatabaseContainer, settings: DatabaseSettings, names: Collection[str] | None) -> None:
+        self.settings = settings
+        self.isolation: Isolation | None = None
+        """The isolation that is carried out by this plan now."""
+        self._stand_ins: list[tuple[Held[Any], providers.Callable[Any]]] = []
+        by_place: dict[object, list[IsolatedConnection]] = {}
+        for connection in self._configured(named_connections(container, names)):
+            by_place.setdefault(connection.settings.place, []).append(connection)
+        self.places = {
+            connection.name: place
+            for group in by_place.values()
+            if any(not connection.settings.read_only for connection in group)  # or there is nothing to roll back
+            for place in [Place(group)]
+            for connection in group
+        }
+
+    def _configured(self, connections: dict[str, ConnectionContainer]) -> Iterator[IsolatedConnection]:
+        for name, connection in connections.items():
+            with suppress(ConnectionNotConfigured):  # as without the isolation, its first use raises that
+                settings = self.settings.connection(name)
+                own = [self._outside(connection.engine, self._engine, name)]
+                own += [self._outside(connection.async_engine, self._async_engine, name)]
+                yield IsolatedConnection(name, settings, *own)
+
+    def _outside(self, provider: Held[T], instead: Callable[[str], T], name: str) -> Callable[[], T]:
+        """Return a function that returns what a provider returns outside the isolation."""
+        stand_in = providers.Callable(instead, name)
+        self._stand_ins.append((provider, stand_in))
+
+        def outside() -> T:
+            overriding: Sequence[Callable[[], T]] = provider.overridden
+            before = overriding[: overriding.index(stand_in)] if stand_in in overriding else overriding
+            return before[-1]() if before else provider.own()
+
+        return outside
+
+    def _engine(self, name: str) -> object:
+        return self._running.engine(name)
+
+    def _async_engine(self, name: str) -> object:
+        return self._running.async_engine(name)
+
+    @property
+    def _running(self) -> Isolation:
+        if self.isolation is None:
+            raise CannotIsolate("", "An engine of an isolation that has ended", "Ask the container for it again")
+        return self.isolation
+
+    def begin(self, isolation: Isolation) -> None:
+        """Let the container give isolated engines."""
+        self.isolation = isolation
+        for provider, stand_in in self._stand_ins:
+            provider.override(stand_in)
+
+    def end(self) -> None:
+        """Let the container give its own engines again. Overrides that were made meanwhile stay."""
+        for provider, stand_in in self._stand_ins:
+            overriding: Sequence[Any] = provider.overridden
+            if overriding and overriding[-1] is stand_in:
+                provider.reset_last_overriding()
+            elif stand_in in overriding:
+                provider.reset_override()
+                for other in overriding:
+                    if other is not stand_in:
+                        provider.override(other)
+        self.isolation = None
+
+
+def plan_for(container: DatabaseContainer, connections: Collection[str] | None) -> Plan:
+    """Return a plan that is not in use, for all connections of a container or those that are named."""
+    settings = container.settings()
+    kept = cast("dict[object, Plan]", container.core.holder().plans)
+    key = None if connections is None else frozenset(connections)
+    plan = kept.get(key)
+    if plan is None or plan.settings is not settings:
+        plan = kept[key] = Plan(container, settings, connections)
+    return plan if plan.isolation is None else Plan(container, settings, connections)
+
+
+def named_connections(container: DatabaseContainer, names: Collection[str] | None) -> dict[str, ConnectionContainer]:
+    """Return the connections of a container, or those that are named."""
+    connections = connections_of(container)
+    for name in names or ():
+        if name not in connections:
+            advice = f"{did_you_mean(name, connections)} The connections are {', '.join(connections)}".lstrip()
+            raise InvalidUse(f"There is no connection {name!r} to isolate", advice)
+    return {name: provider.container for name, provider in connections.items() if names is None or name in names}
