@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,18 @@ from app_db.container import DatabaseContainer
 from app_db.errors import AppDbError, MigrationAccount, MigrationFailed
 from app_db.migrations._chains import Chain
 from app_db.migrations._results import Migrated, Step
-from app_db.migrations._running import AUTOCOMMIT_BLOCK, Patience, configure, leaves_transaction, locked, locks_of, run_command
+from app_db.migrations._running import (
+    AUTOCOMMIT_BLOCK,
+    EndsTransaction,
+    Patience,
+    Transaction,
+    commit_rest,
+    configure,
+    leaves_transaction,
+    locked,
+    locks_of,
+    run_command,
+)
 from app_db.models._reflection import engine_that_reads
 from app_db.models._schema import refuse_inside_unit
 
@@ -216,8 +227,11 @@ class Migration:
             return
         total = len(self._verb.plan(chain, current))
         run = self._run.setdefault(chain.name, [])
+        guard = nullcontext() if one_by_one else Transaction(connection, chain).guarded()
 
         def note(step: Any, heads: set[str], **_: object) -> None:
+            if one_by_one:
+                commit_rest(connection)
             revision = step.up_revision_id
             run.append(revision)
             self._after[chain.name] = tuple(heads)
@@ -227,7 +241,7 @@ class Migration:
         def environment(context: Any) -> None:
             noted = {"on_version_apply": note} if self._verb.runs_revisions else {}
             configure(context, chain, connection, one_by_one=one_by_one, **noted)
-            with context.begin_transaction():
+            with guard, context.begin_transaction():
                 context.run_migrations()
 
         run_command(chain, self._verb.command, self._verb.target, environment=environment)
@@ -286,6 +300,8 @@ def _without(chains: Sequence[Chain], done: Sequence[Chain]) -> list[Chain]:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, EndsTransaction):
+        return str(error)
     trace, names = error.__traceback__, set[str]()
     while trace is not None:
         names.add(trace.tb_frame.f_code.co_name)

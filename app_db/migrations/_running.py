@@ -9,10 +9,11 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Table
+from sqlalchemy import Table, event
 
 from app_db._compat.clocks import monotonic
 from app_db._compat.os import after_fork_in_child
+from app_db._databases.statements import transaction_verb
 from app_db.errors import MigrationLockTimeout
 from app_db.migrations._chains import VERSION_TABLE, Chain
 from app_db.models._bases import REFLECTED, metadata_of
@@ -107,6 +108,67 @@ def leaves_transaction(script: Script) -> bool:
     return bool(getattr(script.module, "autocommit", False)) or AUTOCOMMIT_BLOCK in source
 
 
+# ---- the transaction ----------------------------------------------------------------------------------------------------
+
+
+class EndsTransaction(Exception):
+    """A revision ends the transaction that app_db has begun. The text is a phrase for MigrationFailed."""
+
+
+class Transaction:
+    """The transaction in which revisions run. It holds the lock, and a failure must be able to undo all of it.
+
+    While it is guarded, a commit is refused before it is sent. A rollback is sent, because it may be the answer to an error; the
+    next statement is refused, which would run without the lock.
+    """
+
+    def __init__(self, connection: Connection, chain: Chain) -> None:
+        self._connection = connection
+        self._database = chain.database
+        self._begun = connection.get_transaction()
+
+    @contextmanager
+    def guarded(self) -> Generator[None]:
+        """Refuse in this block what ends the transaction."""
+        listeners: dict[str, Callable[..., Any]] = {
+            "commit": self._refuse_commit,
+            "before_cursor_execute": self._refuse_statement,
+        }
+        for name, listener in listeners.items():
+            event.listen(self._connection, name, listener)
+        try:
+            yield
+        finally:
+            for name, listener in listeners.items():
+                event.remove(self._connection, name, listener)
+
+    def _refuse_commit(self, connection: Connection) -> None:
+        connection.connection.rollback()  # SQLAlchemy sends no ROLLBACK after a commit whose listener has raised
+        raise self._error("commit")
+
+    def _refuse_statement(self, connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        if verb := transaction_verb(statement, self._database.syntax):
+            raise self._error(verb)
+        if connection.get_transaction() is not self._begun:
+            raise self._error("rollback")
+
+    def _error(self, verb: str) -> EndsTransaction:
+        alone = ", or write `autocommit = True` into the file" if self._database.migrating.has_autocommit_blocks else ""
+        return EndsTransaction(
+            f"it sends {verb.upper()}, but the transaction is that of app_db, which commits all revisions at the end. "
+            f"Leave it out{alone}"
+        )
+
+
+def commit_rest(connection: Connection) -> None:
+    """Commit what a revision that is committed by itself has written since it ended the transaction that Alembic began.
+
+    Alembic commits its own transaction only. The revision's id, which it writes last, would be rolled back.
+    """
+    if connection.in_transaction():
+        connection.commit()
+
+
 # ---- the lock ---------------------------------------------------------------------------------------------------------------
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
@@ -186,9 +248,20 @@ def run_environment(context: Environment, chain: Chain, lock_timeout: float) -> 
     with locked([chain], lock_timeout) as locking, ExitStack() as stack:
         is_apart = rules.lock_ends_with_transaction and rules.has_autocommit_blocks and not is_one
         own = stack.enter_context(chain.engine.connect()) if is_apart else locking
-        configure(context, chain, own, one_by_one=not is_one)
-        with context.begin_transaction():
-            context.run_migrations()
-        if is_one:
-            rules.check(own)
-            own.commit()
+        if not is_one:
+
+            def note(**_: object) -> None:
+                commit_rest(own)
+
+            configure(context, chain, own, one_by_one=True, on_version_apply=note)
+            with context.begin_transaction():
+                context.run_migrations()
+            return
+        configure(context, chain, own)
+        try:
+            with Transaction(own, chain).guarded(), context.begin_transaction():
+                context.run_migrations()
+        except EndsTransaction as error:
+            raise chain.unusable(f"one of them can't run: {error}", "Nothing was changed") from error
+        rules.check(own)
+        own.commit()

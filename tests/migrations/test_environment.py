@@ -65,6 +65,14 @@ def test_its_commands_do_what_app_db_does(project: Project) -> None:
     assert "CREATE TABLE IF NOT EXISTS table_c" in found.output_buffer.getvalue()
 
 
+def test_a_revision_that_commits_is_refused(tmp_path: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with project_with_env(tmp_path, sqlite_url, monkeypatch) as project:
+        project.write("writer", "d", "op.get_bind().commit()", down="c")
+        with pytest.raises(errors.UnusableMigrations, match=r"it sends COMMIT.*Nothing was changed"):
+            command.upgrade(config(project), "head")
+        assert project.all_tables("writer") == set()
+
+
 @pytest.mark.timeout(60)
 def test_an_index_is_made_concurrently(tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with project_with_env(tmp_path, postgres_url, monkeypatch) as project:
