@@ -24,19 +24,19 @@ class _Report:
 
 def add_to(commands: Commands) -> None:
     """Add the verbs of migrations."""
-    migrate = _added(commands, "migrate", _migrate)
+    migrate = _added(commands, "migrate", _migrate, with_models=True)
     migrate.add_argument("revision", nargs="?", default="head", help="run those up to this one (default: all)")
     migrate.add_argument("--check", action="store_true", help="change nothing, and say what is pending and how models differ")
-    revision = _added(commands, "revision", _revision)
+    revision = _added(commands, "revision", _revision, with_models=True)
     revision.add_argument("-m", "--message", required=True, help="what has changed, in a few words")
     revision.add_argument("--empty", action="store_true", help="write an empty one, to be filled by hand")
     downgrade = _added(commands, "downgrade", _downgrade)
     downgrade.add_argument("revision", help="undo those after this one: an id, -1 for the last one, base for all")
-    stamp = _added(commands, "stamp", _stamp)
+    stamp = _added(commands, "stamp", _stamp, with_models=True)
     stamp.add_argument("revision", nargs="?", default="head", help="the revision (default: the newest)")
     _added(commands, "current", _current)
     _added(commands, "history", _history)
-    sql = _added(commands, "sql", _sql)
+    sql = _added(commands, "sql", _sql, with_models=True)
     sql.add_argument("revision", nargs="?", default="head", help="the SQL up to this revision (default: the newest)")
     sql.add_argument("--from", dest="start", default="base", metavar="REVISION", help="leave out those up to this one")
     sql.add_argument("--downgrade", action="store_true", help="print the SQL that undoes them")
@@ -50,8 +50,12 @@ def add_to(commands: Commands) -> None:
         )
 
 
-def _added(commands: Commands, name: str, report: Callable[[Call], _Report]) -> ArgumentParser:
+def _added(commands: Commands, name: str, report: Callable[[Call], _Report], *, with_models: bool = False) -> ArgumentParser:
     def verb(call: Call) -> int:
+        from app_db.cli._finding import import_modules
+
+        if with_models:  # without them, their tables would look as if the models were deleted
+            import_modules(())
         found = report(call)
         for line in found.lines:
             call.out.line(line)

@@ -62,6 +62,20 @@ def test_from_models_to_tables_and_back(url: str) -> None:
     assert run("current") == f"writer: {revision}, none pending\n"
 
 
+def test_models_in_modules_of_their_own_are_imported(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise each of their tables looks as if its model was deleted, and a revision would drop it."""
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", sqlite_url)
+    models, container = MODULE.split("class Container")
+    Path("models_apart.py").write_text(models)
+    Path("shop.py").write_text(f"from app_db import Connection, DatabaseContainer\nclass Container{container}")
+    Path("pyproject.toml").write_text('[tool.app_db]\nmodules = ["models_apart"]\n')
+    (written,) = data("revision", "-m", "orders")
+    run("migrate")
+    assert run("migrate", "--check") == "writer: nothing to do\n"
+    assert run("revision", "-m", "again").startswith("Nothing was written")
+    assert "create_table('orders'" in Path(written["path"]).read_text()
+
+
 def test_what_can_not_run_says_why_and_exits_with_2(sqlite_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", sqlite_url)
     Path("shop.py").write_text(MODULE)
