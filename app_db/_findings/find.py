@@ -41,6 +41,7 @@ def find(
         *_not_configured(container, settings),
         *across.separate_rows(settings),
         *two_phase.apart(settings),
+        *tables.stray_migrations(container),
         *_databases(container, settings, now, patience),
         *wiring.findings(container, modules),
     ]

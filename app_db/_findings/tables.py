@@ -13,8 +13,10 @@ from app_db._findings import matters
 from app_db._findings.asking import Asked, Question
 from app_db._findings.finding import Finding
 from app_db._wording import in_one_line
+from app_db.container import DatabaseContainer
 from app_db.errors import AppDbError
 from app_db.models._bases import metadata_of
+from app_db.models._reflection import connections_in
 
 if TYPE_CHECKING:
     from sqlalchemy.schema import Table
@@ -107,6 +109,28 @@ def _pending_migrations(asked: Asked) -> Iterator[Finding]:
         names = ", ".join(found.pending)
         what = f"Migrations have not been run: {names}."
         yield matters.PENDING.found(asked.name, what, place, "Run them: app-db migrate.")
+
+
+def stray_migrations(container: DatabaseContainer) -> Iterator[Finding]:
+    """Yield the folders of migrations that are named like no connection of the container."""
+    if find_spec("alembic") is None:
+        return
+    from app_db.migrations._folders import folder_of
+
+    try:
+        folder = folder_of(None)
+    except AppDbError:
+        return  # each connection is asked about its migrations, and answers with this error
+    known = connections_in(container)
+    for versions in sorted(folder.glob("*/versions")):
+        name = versions.parent.name
+        if name not in known and versions.is_dir():
+            yield matters.STRAY.found(
+                None,
+                f"The migrations of {name!r} are never run: the container has no such connection.",
+                f"the folder {versions}",
+                f"Rename the folder, or remove it. The connections are: {', '.join(known)}.",
+            )
 
 
 SCHEMA: tuple[Question, ...] = (_the_models_tables,)

@@ -103,8 +103,9 @@ def with_engines(container: DatabaseContainer, names: Sequence[str], work: Calla
     """Call `work` with the engines of connections, and return what it returns.
 
     They are the engines for threads, by the driver for threads that belongs to the configured one. Where only the driver for
-    coroutines is installed, they are such engines, and `work` runs on an event loop of its own.
+    coroutines is installed, they are such engines, and `work` runs on an event loop of its own. Raises UnknownConnection.
     """
+    connections_in(container, names)
     without_threads = [name for name in names if not _has_driver_for_threads(container, name)]
     engines: dict[str, Engine] = {name: container.providers[f"{name}_engine"]() for name in names if name not in without_threads}
     if not without_threads:

@@ -83,3 +83,15 @@ def test_migrations_that_have_not_been_run(database_url: str, tmp_path: Path, mo
     [finding] = found(goods=database_url)
     assert finding.matter == "pending-migrations"
     assert "can't be used: " in finding.what, "it has two heads"
+
+
+def test_migrations_of_a_connection_that_does_not_exist(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stray = tmp_path / "migrations" / "godos" / "versions"
+    stray.mkdir(parents=True)
+    run(sqlite_url, GOODS)
+    [finding] = found(goods=sqlite_url)
+    assert (finding.matter, finding.severity, finding.where) == ("stray-migrations", "warning", f"the folder {stray}")
+    assert "The connections are: goods." in finding.remedy
+    stray.parent.rename(tmp_path / "migrations" / "goods")
+    assert found(goods=sqlite_url) == []

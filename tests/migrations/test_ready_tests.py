@@ -109,6 +109,13 @@ def test_a_folder_without_migrations_is_refused(tmp_path: Path, sqlite_url: str)
         migration_tests(project.new_container, directory=tmp_path / "elsewhere")
 
 
+def test_a_folder_that_is_named_like_no_connection(tmp_path: Path, sqlite_url: str) -> None:
+    project = Project(tmp_path, writer=sqlite_url)
+    project.write_three("writter")
+    with pytest.raises(errors.UnknownConnection, match=r"no 'writter'\. Did you mean 'writer'"):
+        failing(project, "writter")
+
+
 @pytest.mark.exhaustive
 def test_pytest_collects_them_for_each_connection(tmp_path: Path) -> None:
     first = Project(tmp_path, a="sqlite://", b="sqlite://")
