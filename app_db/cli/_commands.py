@@ -67,8 +67,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
         return _run(Call(options, out, program, lambda: _find_container(common.container)))
     except CannotRun as error:
         out.error(str(error))
-    except KeyboardInterrupt:
-        out.error("Interrupted. Nothing is lost by that: run it again.")
+    except KeyboardInterrupt as error:
+        out.error(" ".join(["Interrupted.", *(_notes(error) or ["Nothing is lost by that: run it again."])]))
     except Exception as error:  # noqa: BLE001  # a traceback does not help an operator
         out.error(_explained(error))
     return COULD_NOT_RUN
@@ -77,7 +77,14 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
 def _explained(error: Exception) -> str:
     from app_db.errors import AppDbError  # here, because it imports SQLAlchemy
 
-    return str(error) if isinstance(error, AppDbError) else f"app_db could not go on: {in_one_line(error)}"
+    if isinstance(error, AppDbError):
+        return str(error)
+    return " ".join([f"app_db could not go on: {in_one_line(error)}.", *_notes(error)])
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Return what app_db has noted on another library's error: the connection, and the variable to look at."""
+    return getattr(error, "__notes__", [])
 
 
 def _find_container(option: str | None) -> DatabaseContainer:

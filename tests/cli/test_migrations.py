@@ -76,6 +76,17 @@ def test_models_in_modules_of_their_own_are_imported(sqlite_url: str, monkeypatc
     assert "create_table('orders'" in Path(written["path"]).read_text()
 
 
+@pytest.mark.parametrize("verb", ["migrate", "current", "migrate --check"])
+def test_a_database_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str) -> None:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", "postgresql+psycopg://a:secret@127.0.0.1:1/x")
+    Path("shop.py").write_text(MODULE)
+    Project(tmp_path, writer="sqlite://").write_three("writer")
+    said = run(*verb.split(), code=2)
+    assert "the connection 'writer' to postgresql+psycopg://a:***@127.0.0.1:1/x could not be made" in said
+    assert "Look at APP_DB_CONNECTIONS__WRITER__URL." in said
+    assert "secret" not in said
+
+
 def test_what_can_not_run_says_why_and_exits_with_2(sqlite_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", sqlite_url)
     Path("shop.py").write_text(MODULE)
