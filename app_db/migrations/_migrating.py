@@ -263,7 +263,7 @@ class Migration:
             yield
         except (AppDbError, _Held):
             raise
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             run = self._run.get(chain.name, [])
             committed = {name: self._run[name] for name in self._committed if self._run.get(name)}
             if is_alone and run:
@@ -272,7 +272,12 @@ class Migration:
                 committed, [each.name for each in rolled_back], [each.name for each in left], is_partial=is_alone
             )
             revision = "" if at_commit else self._failing(chain, run)
-            raise MigrationFailed(chain.name, revision, _reason(error), account) from error
+            failed = MigrationFailed(chain.name, revision, _reason(error), account)
+            if isinstance(error, Exception):
+                raise failed from error
+            if not at_commit:  # a COMMIT that is interrupted may have been done
+                error.add_note(failed.message)
+            raise
 
     def _failing(self, chain: Chain, run: Sequence[str]) -> str:
         plan = [each.revision for each in self._verb.plan(chain, self._before[chain.name])]
@@ -300,6 +305,8 @@ def _without(chains: Sequence[Chain], done: Sequence[Chain]) -> list[Chain]:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted"
     if isinstance(error, EndsTransaction):
         return str(error)
     trace, names = error.__traceback__, set[str]()

@@ -142,6 +142,18 @@ def test_mariadb_comes_after_what_can_be_rolled_back_and_the_account_says_what_i
         assert project.tables("c") == {"made"}
 
 
+def test_an_interruption_says_what_may_have_stayed(tmp_path: Path, mariadb_url: str) -> None:
+    with Project(tmp_path, writer=mariadb_url) as project:
+        project.write("writer", "x", "op.execute('CREATE TABLE half (id INTEGER)')\nraise KeyboardInterrupt")
+        with pytest.raises(KeyboardInterrupt) as caught:
+            upgrade(project.container)
+        [note] = caught.value.__notes__
+        assert note.startswith(
+            "The revision 'x' of 'writer' failed: it was interrupted. Not all statements of 'x' can be rolled back"
+        )
+        assert project.tables("writer") == {"half"}
+
+
 def test_a_failure_in_what_can_be_rolled_back_leaves_mariadb_unchanged(
     tmp_path: Path, mariadb_url: str, postgres_url: str
 ) -> None:
