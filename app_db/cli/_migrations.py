@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,30 +85,43 @@ def _migrate(call: Call) -> _Report:
     """Run the pending migrations of all connections. Any number of processes may do it at the same time."""
     from app_db.migrations import check, upgrade
 
-    if call.options.check:
-        return _checked(check(call.container, **_places(call)))
     options = call.options
-    with call.out.progress("Migrating") as step:
+    if options.check:
+        with call.out.progress("Comparing models and databases"):
+            return _checked(check(call.container, **_places(call)))
+    with _noted(call, "Migrating") as note:
+        done = upgrade(call.container, options.revision, lock_timeout=options.lock_timeout, on_step=note, **_places(call))
+    return _changed(done)
+
+
+@contextmanager
+def _noted(call: Call, doing: str) -> Generator[Callable[[Step], None]]:
+    """Show progress, and give the function that is to be called after each revision."""
+    with call.out.progress(doing) as step:
 
         def note(done: Step) -> None:
             step(done.number, done.total, f"{done.connection} {done.revision}")
 
-        done = upgrade(call.container, options.revision, lock_timeout=options.lock_timeout, on_step=note, **_places(call))
-    return _changed(done)
+        yield note
 
 
 def _downgrade(call: Call) -> _Report:
     """Undo migrations. Name the connection if several have migrations."""
     from app_db.migrations import downgrade
 
-    return _changed(downgrade(call.container, call.options.revision, lock_timeout=call.options.lock_timeout, **_places(call)))
+    options = call.options
+    with _noted(call, "Undoing migrations") as note:
+        done = downgrade(call.container, options.revision, lock_timeout=options.lock_timeout, on_step=note, **_places(call))
+    return _changed(done)
 
 
 def _stamp(call: Call) -> _Report:
     """Note that a database is at a revision, and run nothing: for tables that are there already."""
     from app_db.migrations import stamp
 
-    return _changed(stamp(call.container, call.options.revision, lock_timeout=call.options.lock_timeout, **_places(call)))
+    options = call.options
+    with call.out.progress("Waiting for the lock"):
+        return _changed(stamp(call.container, options.revision, lock_timeout=options.lock_timeout, **_places(call)))
 
 
 def _changed(done: Sequence[Migrated]) -> _Report:
@@ -141,7 +155,8 @@ def _revision(call: Call) -> _Report:
     """Write a migration for each connection whose models differ from its database. Read it before you run it."""
     from app_db.migrations import revision
 
-    written = revision(call.container, call.options.message, autogenerate=not call.options.empty, **_places(call))
+    with call.out.progress("Comparing models and databases"):
+        written = revision(call.container, call.options.message, autogenerate=not call.options.empty, **_places(call))
     lines = [f"{each.connection}: {each.path}" for each in written] or ["Nothing was written: models and databases agree."]
     return _Report(lines, [asdict(each) for each in written])
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app_db.cli import main
+from app_db.cli._printing import Printer
 from harness.commands import app_db
 from harness.migrated import Project
 
@@ -74,6 +78,29 @@ def test_models_in_modules_of_their_own_are_imported(sqlite_url: str, monkeypatc
     assert run("migrate", "--check") == "writer: nothing to do\n"
     assert run("revision", "-m", "again").startswith("Nothing was written")
     assert "create_table('orders'" in Path(written["path"]).read_text()
+
+
+def test_what_may_take_long_shows_progress(sqlite_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", sqlite_url)
+    Project(tmp_path, writer=sqlite_url).write_three("writer")
+    shown: list[tuple[object, ...]] = []
+
+    @contextmanager
+    def progress(printer: Printer, doing: str) -> Iterator[Callable[..., None]]:
+        shown.append((doing,))
+        yield lambda *step: shown.append(step)
+
+    monkeypatch.setattr(Printer, "progress", progress)
+    for arguments in (["migrate"], ["downgrade", "a"], ["stamp", "c"], ["migrate", "--check"]):
+        main(arguments)
+    assert shown == [
+        ("Migrating",),
+        *[(number, 3, f"writer {each}") for number, each in enumerate("abc", 1)],
+        ("Undoing migrations",),
+        *[(number, 2, f"writer {each}") for number, each in enumerate("cb", 1)],
+        ("Waiting for the lock",),
+        ("Comparing models and databases",),
+    ]
 
 
 @pytest.mark.parametrize("verb", ["migrate", "current", "migrate --check"])
