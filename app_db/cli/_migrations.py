@@ -38,8 +38,10 @@ def add_to(commands: Commands) -> None:
     _added(commands, "current", _current)
     _added(commands, "history", _history)
     sql = _added(commands, "sql", _sql, with_models=True)
-    sql.add_argument("revision", nargs="?", default="head", help="the SQL up to this revision (default: the newest)")
-    sql.add_argument("--from", dest="start", default="base", metavar="REVISION", help="leave out those up to this one")
+    sql.add_argument("revision", nargs="?", help="the SQL up to this revision (default: head; with --downgrade, base)")
+    sql.add_argument(
+        "--from", dest="start", metavar="REVISION", help="begin after this one (default: base; with --downgrade, head)"
+    )
     sql.add_argument("--downgrade", action="store_true", help="print the SQL that undoes them")
     for each in (migrate, downgrade, stamp):
         each.add_argument(

@@ -94,13 +94,6 @@ class Chain:
         """Return the error about this chain."""
         return UnusableMigrations(self.name, problem, advice)
 
-    def is_known(self, revision: str) -> bool:
-        """Return whether a revision, or what Alembic takes for one (`head`, `+1`, the beginning of an id), is in this chain."""
-        try:
-            return bool(self.script.get_revisions(revision)) or revision in ("head", "heads", "base")
-        except CommandError:
-            return False
-
     def up_to(self, target: str, current: tuple[str, ...]) -> list[Script]:
         """Return the revisions to run in order to get from the revision `current` up to `target`."""
         with self._translated(target):
@@ -115,15 +108,21 @@ class Chain:
         return found
 
     def named(self, target: str) -> list[Script]:
-        """Return the revision that `target` names, in a list that is empty for `base`."""
+        """Return the revision that `target` names, in a list that is empty for `base`. It names one of its own: not `-1`."""
         with self._translated(target):
+            if target.startswith(("+", "-")):
+                raise self.unusable(
+                    f"{target!r} counts from another revision", f"Give an id, head or base. The revisions are: {self.listed()}"
+                )
             return [*filter(None, self.script.get_revisions(target))]  # Alembic gives None for `base`
 
     @contextmanager
     def _translated(self, target: str) -> Generator[None]:
+        if not target:  # of which Alembic makes an AssertionError, or `base`
+            raise self.unusable(f"{target!r} names no revision", f"The revisions are: {self.listed()}")
         try:
             yield
-        except (CommandError, RevisionError) as error:
+        except (CommandError, RevisionError, AssertionError) as error:
             is_unknown = isinstance(error.__cause__ or error, ResolutionError)
             problem = f"there is no revision {target!r}" if is_unknown else f"{target!r} is out of reach ({in_one_line(error)})"
             raise self.unusable(problem, f"The revisions are: {self.listed()}") from error

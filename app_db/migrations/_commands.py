@@ -229,24 +229,25 @@ def _written(chain: Chain, made: Any) -> tuple[Revision, ...]:
 
 def sql(
     container: DatabaseContainer,
-    revision: str = "head",
+    revision: str | None = None,
     *,
-    start: str = "base",
+    start: str | None = None,
     downgrade: bool = False,
     connections: Names = None,
     directory: str | Path | None = None,
 ) -> dict[str, str]:
     """Return the SQL of the revisions after `start` up to `revision`, by connection, and connect to no database.
 
-    With `downgrade=True` it is the SQL that undoes the revisions from `start` down to `revision`.
+    It is the SQL of all revisions, unless these are given. With `downgrade=True` it is the SQL that undoes the revisions from
+    `start` down to `revision`.
     """
     folder = folder_of(directory)
-    verb = command.downgrade if downgrade else command.upgrade
+    verb, first, last = (command.downgrade, "head", "base") if downgrade else (command.upgrade, "base", "head")
+    start, revision = first if start is None else start, last if revision is None else revision
 
     def write(chain: Chain) -> tuple[str, str]:
         for each in (start, revision):
-            if not chain.is_known(each):
-                raise chain.unusable(f"there is no revision {each!r}", f"The revisions are: {chain.listed()}")
+            chain.named(each)
         buffer = io.StringIO()
 
         def environment(context: Any) -> None:

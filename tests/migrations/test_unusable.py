@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app_db import errors
-from app_db.migrations import check, current, downgrade, revision, stamp, upgrade
+from app_db.migrations import check, current, downgrade, revision, sql, stamp, upgrade
 from harness.migrated import Project
 from harness.paths import run_python
 
@@ -67,6 +67,22 @@ def test_an_unknown_revision(project: Project, function: object) -> None:
         function(project.container, "nonsense")  # type: ignore[operator]
     with pytest.raises(errors.UnusableMigrations, match=r"'-9'"):
         downgrade(project.container, "-9")
+
+
+@pytest.mark.parametrize("target", ["", None, "@"])
+@pytest.mark.parametrize("function", [upgrade, downgrade, stamp])
+def test_what_names_no_revision(project: Project, function: object, target: str | None) -> None:
+    upgrade(project.container)
+    with pytest.raises(errors.UnusableMigrations, match=r"The revisions are: a, b, c\."):
+        function(project.container, target)  # type: ignore[operator]
+    assert project.revision_in("writer") == ["c"]
+
+
+@pytest.mark.parametrize("target", ["-1", "+1"])
+@pytest.mark.parametrize("function", [stamp, sql])
+def test_a_stamp_and_sql_do_not_count_from_here(project: Project, function: object, target: str) -> None:
+    with pytest.raises(errors.UnusableMigrations, match=r"counts from another revision\. Give an id, head or base"):
+        function(project.container, target)  # type: ignore[operator]
 
 
 def test_a_connection_without_a_folder(project: Project) -> None:

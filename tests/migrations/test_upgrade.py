@@ -91,6 +91,8 @@ def test_sql_is_written_without_a_connection(tmp_path: Path) -> None:
         (undone,) = sql(project.container, "a", start="c", downgrade=True, connections=["writer"]).values()
         assert "DROP TABLE IF EXISTS table_c" in undone
         assert "table_a" not in undone
+        (undone,) = sql(project.container, downgrade=True, connections=["writer"]).values()
+        assert undone.index("DROP TABLE IF EXISTS table_c") < undone.index("DROP TABLE IF EXISTS table_a")
         with pytest.raises(errors.UnusableMigrations, match="'nonsense'"):
             sql(project.container, "nonsense")
 
