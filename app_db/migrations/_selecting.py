@@ -75,6 +75,8 @@ def changeable(container: DatabaseContainer) -> list[str]:
 
 
 def _require_changeable(container: DatabaseContainer, names: Iterable[str]) -> None:
+    if isinstance(names, str):
+        raise InvalidUse(f"`connections` is a list of names, and not a text ({names!r})", f"Write connections=[{names!r}]")
     for name in connections_in(container, names):
         if obstacle := obstacle_to_changes(container.settings(), name):
             raise InvalidUse(f"The connection {name!r} has no migrations: {obstacle}", "Name a writable connection")

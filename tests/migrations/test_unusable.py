@@ -61,6 +61,12 @@ def test_an_unknown_connection(project: Project) -> None:
         upgrade(project.container, connections=["writter"])
 
 
+@pytest.mark.parametrize("function", [upgrade, check])
+def test_one_name_instead_of_a_list(project: Project, function: object) -> None:
+    with pytest.raises(errors.InvalidUse, match=r"Write connections=\['writer'\]"):
+        function(project.container, connections="writer")  # type: ignore[operator]
+
+
 @pytest.mark.parametrize("function", [upgrade, stamp])
 def test_an_unknown_revision(project: Project, function: object) -> None:
     with pytest.raises(errors.UnusableMigrations, match=r"there is no revision 'nonsense'\. The revisions are: a, b, c"):
