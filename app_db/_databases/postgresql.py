@@ -213,9 +213,10 @@ class PostgreSQLMigrationRules(MigrationRules):
         # It does not wait on the server: CREATE INDEX CONCURRENTLY waits for all statements that run, and so for that one.
         one = text("SELECT pg_try_advisory_xact_lock(:key)")
         held = all(connection.scalar(one, {"key": _advisory_key(lock)}) for lock in locks)
-        # A result stays open on the server until the next one, and keeps a snapshot, for which CREATE INDEX CONCURRENTLY
-        # would wait. SHOW needs none.
-        connection.exec_driver_sql("SHOW transaction_isolation")
+        # This transaction sends nothing while other databases are migrated, or while the revisions run on a connection of their
+        # own. A result stays open on the server until the next one, and keeps a snapshot, for which CREATE INDEX CONCURRENTLY
+        # would wait. SET needs none.
+        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         return held
 
     def holder(self, connection: Connection, locks: Sequence[str]) -> str:

@@ -132,6 +132,15 @@ def test_the_holder_is_named(tmp_path: Path, request: pytest.FixtureRequest, dat
         assert upgrade(project.container)[0].before == "a"
 
 
+@pytest.mark.parametrize("more", ["", "autocommit = True"], ids=["in its transaction", "beside it"])
+def test_the_server_does_not_end_the_transaction_that_holds_the_lock(tmp_path: Path, postgres_url: str, more: str) -> None:
+    short = {"options": "-c idle_in_transaction_session_timeout=200"}
+    wait = "import time\ntime.sleep(0.5)" if not more else "op.execute('SELECT pg_sleep(0.5)')"
+    with Project(tmp_path, writer={"url": postgres_url, "connect_args": short}) as project:
+        project.write("writer", "a", wait, more=more)
+        assert upgrade(project.container)[0].after == "a"
+
+
 def test_nothing_is_locked_when_nothing_is_pending(tmp_path: Path, database_url: str) -> None:
     """A process that holds the lock, and a transaction that writes, keep nobody from starting."""
     with Project(tmp_path, writer=database_url) as project:
