@@ -164,6 +164,15 @@ def test_an_empty_revision_needs_no_database(tmp_path: Path) -> None:
         assert Path(written.path).parent == project.folder / name / "versions"
 
 
+def test_a_message_may_have_backslashes_and_quotes(tmp_path: Path, sqlite_url: str) -> None:
+    message = '"move" C:\\users to """home""" and "work"\\'
+    name = new_name()
+    with Project(tmp_path, **{name: sqlite_url}) as project:
+        (written,) = revision(project.container, message, autogenerate=False, connections=[name])
+        assert written.message == message
+        assert upgrade(project.container)[0].after == written.revision
+
+
 @pytest.mark.representative("sqlite")
 def test_app_dbs_own_tables_and_those_that_are_reflected_are_left_alone(tmp_path: Path, database_url: str) -> None:
     name = new_name()
