@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from argparse import Namespace
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import decode_source
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = Path(__file__).parent / "_environment"
 VERSION_TABLE = "alembic_version"
+
+_ID = re.compile(r"""^revision\b[^=\n]*=\s*["']([^"'\n]+)["']""", re.MULTILINE)
 
 
 class Chain:
@@ -56,6 +60,7 @@ class Chain:
 
     def reload(self) -> None:
         """Import all revisions. Raise UnusableMigrations if one can't be, or if there are two newest ones."""
+        self._require_different_ids()
         self.script = ScriptDirectory.from_config(self.config())
         try:
             heads = self.script.get_heads()
@@ -74,6 +79,18 @@ class Chain:
             )
         self.head: str | None = heads[0] if heads else None
         self._require("upgrade", self.revisions.values())
+
+    def _require_different_ids(self) -> None:
+        """Raise UnusableMigrations if two files have one id: Alembic would warn, and run one of them."""
+        files: dict[str, Path] = {}
+        for file in sorted(self.versions.glob("*.py")):
+            with suppress(SyntaxError, UnicodeDecodeError):  # which is explained when the file is imported
+                if found := _ID.search(decode_source(file.read_bytes())):
+                    if found[1] in files:
+                        raise self.unusable(
+                            f"{files[found[1]]} and {file.name} have the same id {found[1]!r}", "Give one of them another id"
+                        )
+                    files[found[1]] = file
 
     def _require(self, function: str, revisions: Iterable[Script]) -> None:
         for each in revisions:

@@ -26,6 +26,15 @@ def test_two_newest_revisions(project: Project) -> None:
     assert project.all_tables("writer") == set()
 
 
+@pytest.mark.parametrize("twice", ["b", "c"])
+def test_two_revisions_with_one_id(project: Project, twice: str) -> None:
+    file = project.folder / "writer" / "versions" / f"{twice}.py"
+    (file.parent / "copy.py").write_text(file.read_text())
+    with pytest.raises(errors.UnusableMigrations, match=rf"{twice}\.py and copy\.py have the same id '{twice}'"):
+        upgrade(project.container)
+    assert project.all_tables("writer") == set()
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
