@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import decode_source
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +95,11 @@ class Chain:
 
     def _require(self, function: str, revisions: Iterable[Script]) -> None:
         for each in revisions:
-            if not callable(getattr(each.module, function, None)):
+            found = getattr(each.module, function, None)
+            if not callable(found):
                 raise self.unusable(f"{each.path} has no function {function}()", "Write one")
+            if iscoroutinefunction(found):
+                raise self.unusable(f"{function}() of {each.path} is a coroutine function, which would not run", "Write def")
 
     def _place(self, error: BaseException) -> str:
         """Return the file that an error is about."""

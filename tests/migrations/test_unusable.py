@@ -65,6 +65,12 @@ def test_a_revision_without_a_function(project: Project) -> None:
     assert project.tables("writer") == set()
 
 
+def test_a_coroutine_function(project: Project) -> None:
+    (project.folder / "writer" / "versions" / "d.py").write_text("revision, down_revision = 'd', 'c'\nasync def upgrade(): ...")
+    with pytest.raises(errors.UnusableMigrations, match=r"upgrade\(\) of .*d\.py is a coroutine function"):
+        upgrade(project.container)
+
+
 def test_an_unknown_connection(project: Project) -> None:
     with pytest.raises(errors.UnknownConnection, match="'writter'"):
         upgrade(project.container, connections=["writter"])
