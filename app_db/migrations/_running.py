@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import decode_source
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,7 @@ def compared(chain: Chain) -> dict[str, Any]:
 
 def leaves_transaction(script: Script) -> bool:
     """Return whether a revision commits in its middle: it says `autocommit = True`, or has an `autocommit_block`."""
-    source = Path(script.path).read_text(encoding="utf-8")
+    source = decode_source(Path(script.path).read_bytes())
     return bool(getattr(script.module, "autocommit", False)) or AUTOCOMMIT_BLOCK in source
 
 

@@ -48,6 +48,13 @@ def test_revisions_are_undone_in_reverse(tmp_path: Path, database_url: str) -> N
         assert upgrade(project.container)[0].after == "c"
 
 
+def test_a_revision_may_name_its_encoding(tmp_path: Path, sqlite_url: str) -> None:
+    with Project(tmp_path, writer=sqlite_url) as project:
+        file = project.write("writer", "a", create="table_a")
+        file.write_bytes(b"# -*- coding: latin-1 -*-\n# caf\xe9\n" + file.read_bytes())
+        assert upgrade(project.container)[0].after == "a"
+
+
 @pytest.mark.representative("sqlite")
 def test_a_stamp_runs_nothing(tmp_path: Path, database_url: str) -> None:
     with Project(tmp_path, writer=database_url) as project:
