@@ -19,7 +19,7 @@ from app_db.migrations._folders import folder_of
 from app_db.migrations._migrating import Migration, OnStep, Verb, downward, read_current, stamping, upward
 from app_db.migrations._results import Check, Current, Migrated, Revision
 from app_db.migrations._running import compared, configure, run_command, run_environment, run_offline
-from app_db.migrations._selecting import Names, chains, with_chains, with_chains_or_models, with_engines
+from app_db.migrations._selecting import Names, chains, with_chains, with_chains_or_models, with_engines, with_models
 from app_db.models._reflection import connections_in, engine_that_reads
 
 if TYPE_CHECKING:
@@ -185,10 +185,15 @@ def revision(
     Read what was written before you run it: Alembic does not see all changes, and takes a renamed column for a new one. With
     `autogenerate=False` nothing connects, and an empty revision is written for each connection in `connections`, or for the only
     one with migrations or models.
+
+    A connection whose models are not imported is left out: its revision would drop all tables. If it is named, InvalidUse is
+    raised.
     """
     folder = folder_of(directory)
     names = with_chains_or_models(container, connections, folder)
-    if not autogenerate:
+    if autogenerate:
+        names = with_models(names, is_asked=connections is not None)
+    else:
         _the_only(names, connections, "write an empty revision for")
 
     def write(chain: Chain) -> tuple[Revision, ...]:

@@ -64,6 +64,18 @@ def with_chains_or_models(container: DatabaseContainer, names: Names, folder: Pa
     return found
 
 
+def with_models(names: Sequence[str], *, is_asked: bool) -> list[str]:
+    """Return those of `names` that have models. Raises InvalidUse if none has, and if one that the caller has named has none."""
+    found = [name for name in names if own_tables(name)]
+    if len(found) < len(names) and (is_asked or not found):
+        listed = ", ".join(repr(name) for name in names if name not in found)
+        raise InvalidUse(
+            f"No models of {listed} are imported, so a revision would drop all tables there",
+            "Import the modules of the models before, or write an empty revision with `autogenerate=False` (--empty)",
+        )
+    return found
+
+
 def changeable(container: DatabaseContainer) -> list[str]:
     """Return the connections whose tables can be changed: neither mirrors, nor read-only, and with settings."""
     found = []

@@ -163,6 +163,18 @@ def test_a_revision_is_not_written_before_the_pending_ones_are_run(tmp_path: Pat
             revision(project.container, "again")
 
 
+def test_tables_of_models_that_were_not_imported_are_not_dropped(tmp_path: Path, sqlite_url: str) -> None:
+    name, other = new_name(), new_name()
+    orders_on(name)
+    with Project(tmp_path, **{name: sqlite_url, other: f"{sqlite_url}.2"}) as project:
+        project.write_three(other)
+        upgrade(project.container)
+        assert [each.connection for each in revision(project.container, "orders")] == [name]
+        with pytest.raises(errors.InvalidUse, match=rf"No models of '{other}' are imported.*would drop all tables.*--empty"):
+            revision(project.container, "more", connections=[name, other])
+        assert len(revision(project.container, "by hand", autogenerate=False, connections=[other])) == 1
+
+
 def test_an_empty_revision_needs_no_database(tmp_path: Path) -> None:
     name = new_name()
     with Project(tmp_path, **{name: "postgresql://nobody@127.0.0.1:1/nowhere"}) as project:
