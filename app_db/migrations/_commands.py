@@ -201,8 +201,6 @@ def revision(
         if not autogenerate:
             return _written(chain, run_command(chain, command.revision, environment=_nothing, **given))
         with engine_that_reads(chain.engine, container.settings().connection(chain.name)).connect() as connection:
-            if pending := _pending(chain, chain.current(connection)):
-                raise chain.unusable(f"{', '.join(pending)} not yet run on the database", "Run upgrade() first")
 
             def environment(context: Any) -> None:
                 configure(context, chain, connection, dont_mutate=True, process_revision_directives=_drop_empty)
@@ -211,7 +209,14 @@ def revision(
             made = run_command(chain, command.revision, environment=environment, autogenerate=True, **given)
         return _written(chain, made)
 
-    return sum(_for_each(container, names, folder, write), ())
+    def write_all(found: list[Chain]) -> tuple[Revision, ...]:
+        if autogenerate:  # all of them before the first file is written, which would be pending at the next try
+            for chain in found:
+                if pending := _pending(chain, read_current(container, chain)):
+                    raise chain.unusable(f"{', '.join(pending)} not yet run on the database", "Run upgrade() first")
+        return sum(map(write, found), ())
+
+    return _on_chains(container, names, folder, write_all)
 
 
 def _nothing(context: Any) -> None:

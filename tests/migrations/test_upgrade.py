@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Column, ForeignKey, Integer, String, Table
+from sqlalchemy.exc import OperationalError
 
 from app_db import errors
 from app_db.migrations import Migrated, Step, check, current, downgrade, history, revision, sql, stamp, upgrade
@@ -173,6 +174,17 @@ def test_tables_of_models_that_were_not_imported_are_not_dropped(tmp_path: Path,
         with pytest.raises(errors.InvalidUse, match=rf"No models of '{other}' are imported.*would drop all tables.*--empty"):
             revision(project.container, "more", connections=[name, other])
         assert len(revision(project.container, "by hand", autogenerate=False, connections=[other])) == 1
+
+
+def test_no_revision_is_written_if_one_of_the_databases_is_down(tmp_path: Path, sqlite_url: str) -> None:
+    names = new_name(), new_name()
+    for name in names:
+        orders_on(name)
+    nowhere = "postgresql+psycopg://nobody@127.0.0.1:1/nowhere"
+    with Project(tmp_path, **dict(zip(names, (sqlite_url, nowhere), strict=True))) as project:
+        with pytest.raises(OperationalError):
+            revision(project.container, "orders")
+        assert list(project.folder.rglob("*.py")) == []
 
 
 def test_an_empty_revision_needs_no_database(tmp_path: Path) -> None:
