@@ -155,11 +155,15 @@ class Chain:
     # ---- what is in the database
 
     def current(self, connection: Connection) -> tuple[str, ...]:
-        """Return the revision of a database, as a tuple that is empty if it has none."""
-        found = self.context(connection).get_current_heads()
-        if len(found) > 1 or not set(found) <= set(self.revisions):
+        """Return the revision of a database, as a tuple that is empty if it has none.
+
+        There are several after a process was killed between two revisions that a later one merges, where each is committed by
+        itself.
+        """
+        found: tuple[str, ...] = self.context(connection).get_current_heads()
+        if unknown := set(found) - set(self.revisions):
             raise self.unusable(
-                f"the database is at the revision {', '.join(sorted(found))}, which is not in {self.versions}",
+                f"the database is at the revision {', '.join(sorted(unknown))}, which is not in {self.versions}",
                 "Run the code that has this revision, or bring its file back",
             )
         return found
@@ -187,6 +191,11 @@ class Chain:
         others = set[str]().union(*(ids_in(versions) for versions in self.beside))
         is_of_another = not found or (not found <= set(self.revisions) and found <= others)
         return own if is_of_another else VERSION_TABLE
+
+
+def shown(current: tuple[str, ...]) -> str | None:
+    """Return the revision of a database as results have it: usually one id, None if there is none."""
+    return ", ".join(sorted(current)) or None
 
 
 def ids_in(versions: Path) -> set[str]:

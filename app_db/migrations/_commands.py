@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 from app_db.container import DatabaseContainer
 from app_db.errors import InvalidUse
-from app_db.migrations._chains import Chain
+from app_db.migrations._chains import Chain, shown
 from app_db.migrations._differences import described
 from app_db.migrations._folders import folder_of
 from app_db.migrations._migrating import Migration, OnStep, Verb, downward, read_current, stamping, upward
@@ -116,7 +116,7 @@ def current(
 
     def look(chain: Chain) -> Current:
         found = read_current(container, chain)
-        return Current(chain.name, next(iter(found), None), chain.head, _pending(chain, found))
+        return Current(chain.name, shown(found), chain.head, _pending(chain, found))
 
     return _for_each(container, with_chains(container, connections, folder), folder, look)
 

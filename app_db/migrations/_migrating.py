@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from app_db._wording import in_one_line
 from app_db.container import DatabaseContainer
 from app_db.errors import AppDbError, MigrationAccount, MigrationFailed
-from app_db.migrations._chains import Chain
+from app_db.migrations._chains import Chain, shown
 from app_db.migrations._results import Migrated, Step
 from app_db.migrations._running import (
     AUTOCOMMIT_BLOCK,
@@ -114,8 +114,8 @@ class Migration:
         return tuple(
             Migrated(
                 chain.name,
-                next(iter(self._before[chain.name]), None),
-                next(iter(self._after[chain.name]), None),
+                shown(self._before[chain.name]),
+                shown(self._after[chain.name]),
                 tuple(self._run.get(chain.name, ())),
             )
             for chain in self._chains

@@ -29,7 +29,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Current:
-    """The revision of a connection's database (None: no revision), the newest in the folder, and those between them."""
+    """The revision of a connection's database (None: no revision), the newest in the folder, and those between them.
+
+    A database may be at several, such as `b, c`, in the middle of branches that a later revision merges.
+    """
 
     connection: str
     revision: str | None

@@ -60,6 +60,15 @@ def test_they_pass_on_sound_migrations_and_leave_the_database_empty(project: Pro
     assert project.all_tables(name) == set()
 
 
+def test_they_pass_on_revisions_that_were_merged(tmp_path: Path, sqlite_url: str, name: str) -> None:
+    project = Project(tmp_path, **{name: sqlite_url})
+    for revision, down in (("a", None), ("b", "a"), ("c", "a"), ("m", None), ("n", "m")):
+        file = project.write(name, revision, down=down, create=f"table_{revision}" if revision in "abc" else "")
+        if revision == "m":
+            file.write_text(file.read_text().replace("down_revision = None", "down_revision = ('b', 'c')"))
+    assert failing(project, name) == []
+
+
 @pytest.mark.representative("sqlite")
 def test_two_newest_revisions_are_found(project: Project, name: str) -> None:
     project.write(name, "d", down="b")

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import event, text
 
 from app_db import DatabaseContainer, errors
-from app_db.migrations import Step, current, downgrade, upgrade
+from app_db.migrations import Migrated, Step, current, downgrade, upgrade
 from harness.crashing import Steps
 from harness.migrated import Child, Project, at_once
 
@@ -42,6 +42,14 @@ def test_a_failure_in_the_second_leaves_the_first_unchanged(tmp_path: Path, new_
         assert project.all_tables("first") == project.all_tables("second") == set()
         project.write("second", "y", down="x")
         assert [each.after for each in upgrade(project.container)] == ["c", "y"]
+
+
+def merged(project: Project, name: str, upgrade: str = "pass") -> None:
+    """Write two revisions after one, and one that merges them."""
+    for revision, down in (("a", None), ("b", "a"), ("c", "a")):
+        project.write(name, revision, down=down, create=f"table_{revision}")
+    file = project.write(name, "m", upgrade)
+    file.write_text(file.read_text().replace("down_revision = None", "down_revision = ('b', 'c')"))
 
 
 def test_databases_of_two_kinds_are_one(tmp_path: Path, postgres_url: str, sqlite_url: str) -> None:
@@ -140,6 +148,18 @@ def test_mariadb_comes_after_what_can_be_rolled_back_and_the_account_says_what_i
         assert (project.tables("a"), project.revision_in("a")) == ({"made", "half"}, ["x"])
         assert project.tables("b") == set()
         assert project.tables("c") == {"made"}
+
+
+def test_a_merge_that_failed_is_run_by_the_next_process(tmp_path: Path, mariadb_url: str) -> None:
+    """The database is at both of the merged revisions meanwhile."""
+    with Project(tmp_path, writer=mariadb_url) as project:
+        merged(project, "writer", FAIL)
+        with pytest.raises(errors.MigrationFailed, match="'m' of 'writer' failed"):
+            upgrade(project.container)
+        [found] = current(project.container)
+        assert (found.revision, found.pending) == ("b, c", ("m",))
+        merged(project, "writer")
+        assert upgrade(project.container) == (Migrated("writer", "b, c", "m", ("m",)),)
 
 
 def test_an_interruption_says_what_may_have_stayed(tmp_path: Path, mariadb_url: str) -> None:
