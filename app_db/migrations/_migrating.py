@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -108,7 +109,9 @@ class Migration:
             refuse_inside_unit(self._container, chain.name)
         alone = [chain for chain in needed if self._commits_by_itself(chain)]
         together = [chain for chain in needed if chain not in alone]
-        self._apply_together(together, alone)
+        rounds = self._rounds(together)
+        for position, chains in enumerate(rounds):
+            self._apply_together(chains, [*(chain for later in rounds[position + 1 :] for chain in later), *alone])
         for position, chain in enumerate(alone):
             self._apply_alone(chain, alone[position + 1 :])
         return tuple(
@@ -197,6 +200,22 @@ class Migration:
         if not rules.take(connection, locks):
             raise _Held(group[0], rules.holder(connection, locks))
         return connection
+
+    def _rounds(self, chains: Sequence[Chain]) -> list[list[Chain]]:
+        """Return chains in rounds, which have one transaction for each database.
+
+        Connections of two users to one database can't share a transaction, and one of two would wait for the locks of the other:
+        for ever, because the server does not see that both belong to one process.
+        """
+        rounds: list[list[Chain]] = []
+        seen: Counter[object] = Counter()
+        for group in self._by_transaction(chains):
+            place = self._container.settings().connection(group[0].name).place
+            if seen[place] == len(rounds):
+                rounds.append([])
+            rounds[seen[place]] += group
+            seen[place] += 1
+        return rounds
 
     def _by_transaction(self, chains: Sequence[Chain]) -> list[list[Chain]]:
         """Return chains in groups that share a transaction: two in one database would wait for each other without an end."""

@@ -97,6 +97,22 @@ def test_two_connections_to_one_database_share_a_transaction(tmp_path: Path, dat
         assert project.tables("first") == set()
 
 
+def test_connections_with_two_urls_of_one_database_do_not_wait_for_each_other(tmp_path: Path, postgres_url: str) -> None:
+    """As of two users: they can't share a transaction, so the first commits before the second begins."""
+    given = {"url": f"{postgres_url}?application_name=other", "statement_timeout": 2}
+    with Project(tmp_path, first=postgres_url, second=given) as project:
+        project.write("first", "a", create="parents")
+        upgrade(project.container)
+        project.write("first", "b", "op.add_column('parents', sa.Column('name', sa.String))", down="a")
+        refers = "op.create_table('children', sa.Column('id', sa.Integer, sa.ForeignKey('parents.id'), primary_key=True))"
+        project.write("second", "x", f"{refers}\n{FAIL}")
+        with pytest.raises(errors.MigrationFailed, match="'x' of 'second' failed: UndefinedTable") as caught:
+            upgrade(project.container)
+        assert caught.value.account == errors.MigrationAccount({"first": ["b"]}, ["second"], [])
+        project.write("second", "x", refers)
+        assert [each.after for each in upgrade(project.container)] == ["b", "x"]
+
+
 @pytest.mark.representative("postgresql")
 def test_processes_with_several_connections_wait_for_each_other(tmp_path: Path, new_database_url: NewUrl) -> None:
     with Project(tmp_path, first=new_database_url(), second=new_database_url()) as project:
