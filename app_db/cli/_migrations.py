@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from app_db.cli._calls import FINE, WRONG, Call, Commands
+from app_db.cli._calls import FINE, WRONG, Call, CannotRun, Commands
 
 if TYPE_CHECKING:
     from app_db.migrations import Check, Migrated, Revision, Step
@@ -89,6 +89,8 @@ def _migrate(call: Call) -> _Report:
 
     options = call.options
     if options.check:
+        if options.revision != "head":
+            raise CannotRun(f"--check looks at all revisions, and runs none. Leave out {options.revision!r}, or --check")
         with call.out.progress("Comparing models and databases"):
             return _checked(check(call.container, **_places(call)))
     with _noted(call, "Migrating") as note:

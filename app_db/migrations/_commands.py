@@ -101,7 +101,9 @@ def stamp(
 def _the_only(found: list[str], asked: Names, verb: str) -> list[str]:
     if asked is None and len(found) > 1:
         listed = ", ".join(map(repr, found))
-        raise InvalidUse(f"Several connections have migrations: {listed}", f"Name those to {verb} with `connections`")
+        raise InvalidUse(
+            f"Several connections have migrations: {listed}", f"Name those to {verb} with `connections` (--connection)"
+        )
     return found
 
 
