@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
-from pkgutil import walk_packages
+from pkgutil import iter_modules
 from types import FunctionType, ModuleType
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ def findings(container: DatabaseContainer, names: Iterable[str]) -> Iterator[Fin
     for name in dict.fromkeys(_with_submodules(names)):
         try:
             module = import_module(name)
-        except Exception as error:  # noqa: BLE001  # the application may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the application may raise anything
             remedy = "Run this where the application runs, and import the module in Python to see why."
             yield matters.MODULE.found(None, f"The module {name!r} can't be imported: {type(error).__name__}.", name, remedy)
             continue
@@ -56,11 +56,14 @@ def _with_submodules(names: Iterable[str]) -> Iterator[str]:
     for name in names:
         yield name
         path = None
-        with suppress(Exception):  # found when it is imported again
+        with suppress(Exception, SystemExit):  # found when it is imported again
             path = getattr(import_module(name), "__path__", None)
         if path is not None:
-            found = (module.name for module in walk_packages(path, f"{name}.", onerror=lambda _: None))
-            yield from (module for module in found if not module.endswith(".__main__"))  # it may start the application
+            for module in iter_modules(path, f"{name}."):
+                if module.ispkg:
+                    yield from _with_submodules([module.name])
+                elif not module.name.endswith(".__main__"):  # it may start the application
+                    yield module.name
 
 
 # ---- wiring ---------------------------------------------------------------------------------------------------------------

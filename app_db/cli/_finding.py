@@ -136,7 +136,7 @@ class _Named:
             raise
         except ModuleNotFoundError as error:
             raise self._wrong(f"there is no module {error.name!r}. Run this where the application runs") from None
-        except Exception as error:  # noqa: BLE001  # the application may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the application may raise anything
             raise self._wrong(
                 f"the module {module!r} can't be imported ({type(error).__name__}). Import it in Python to see why"
             ) from None
@@ -152,7 +152,7 @@ class _Named:
             return make()
         except AppDbError:
             raise
-        except Exception as error:  # noqa: BLE001  # the application may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the application may raise anything
             raise self._wrong(f"calling it failed ({type(error).__name__}). Call it in Python to see why") from None
 
     def _wrong(self, message: str) -> CannotRun:

@@ -238,6 +238,9 @@ def needs(something):
 
 def fails():
     raise ValueError("s3cr3t")
+
+def leaves():
+    raise SystemExit(0)
 """
 
 
@@ -245,6 +248,7 @@ def fails():
 def shop(tmp_path: Path) -> Path:
     """A module in the working directory."""
     (tmp_path / "shop.py").write_text(SHOP)
+    (tmp_path / "program.py").write_text("raise SystemExit(0)")
     (tmp_path / "broken.py").write_text("raise ValueError('s3cr3t')")
     (tmp_path / "lacking.py").write_text("import something_that_is_not_there")
     return tmp_path
@@ -272,6 +276,8 @@ def test_a_container_may_be_named(name: str, shop: Path, scene: Scene) -> None:
         ("shop:Shop.writer", "it is no database container"),
         ("shop:needs", "calling it failed (TypeError)"),
         ("shop:fails", "calling it failed (ValueError)"),
+        ("shop:leaves", "calling it failed (SystemExit)"),
+        ("program", "the module 'program' can't be imported (SystemExit)"),
         ("", "it names no module"),
         (":Shop", "it names no module"),
     ],

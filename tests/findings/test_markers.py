@@ -146,6 +146,21 @@ def test_a_module_that_can_not_be_imported(checked: Checked, tmp_path: Path) -> 
     assert finding.matter == "module"
 
 
+def test_a_module_that_ends_the_process_is_a_finding_and_the_others_are_looked_at(checked: Checked, tmp_path: Path) -> None:
+    for package in ("ending_shop", "ending_shop/jobs"):
+        (tmp_path / package).mkdir()
+    (tmp_path / "ending_shop" / "__init__.py").write_text("")
+    (tmp_path / "ending_shop" / "jobs" / "__init__.py").write_text("raise SystemExit(0)")
+    (tmp_path / "ending_shop" / "run.py").write_text("import sys; sys.exit(0)")
+    (tmp_path / "ending_shop" / "see.py").write_text("raise ValueError")
+    found = checked("later_shop", SOUND, wired=["later_shop"], modules=("ending_shop", "later_shop"))
+    assert [(finding.matter, finding.where) for finding in found] == [
+        ("module", "ending_shop.jobs"),
+        ("module", "ending_shop.run"),
+        ("module", "ending_shop.see"),
+    ]
+
+
 def test_all_modules_of_a_package_are_looked_at_and_it_is_not_started(checked: Checked, tmp_path: Path) -> None:
     package = tmp_path / "packed_shop"
     package.mkdir()
