@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from app_db._wording import did_you_mean, in_one_line
 from app_db.cli._calls import COULD_NOT_RUN, EXIT_CODES, Call, CannotRun, Verb, listed
@@ -58,13 +58,17 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
     """
     program = program or _program()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    common, rest = _common_options(program, given)
-    out = Printer(as_json=common.json)
+    out = Printer(as_json="--json" in _before_dashes(given))
     try:
+        common, rest = _common_options(program, given)
         verb, rest = _verb_first(rest)
         options = _parser(program, verb).parse_args(rest, common)
         options.every_verb = lambda: _every_verb(program)
         return _run(Call(options, out, program, lambda: _find_container(common.container)))
+    except _WrongUsage as error:
+        if not out.as_json:
+            print(error.usage, end="", file=sys.stderr)
+        out.error(str(error))
     except CannotRun as error:
         out.error(str(error))
     except KeyboardInterrupt as error:
@@ -122,13 +126,18 @@ def _without_log_records() -> Generator[None]:
 
 def _common_options(program: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the options that may stand before or after the verb, and the arguments without them."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False, usage=f"{program} COMMAND …")
+    own = _before_dashes(arguments)
+    parser = _Arguments(prog=program, add_help=False, allow_abbrev=False, usage=f"{program} COMMAND …")
     _add_common(parser)
     parser.add_argument("--version", action=_ShowVersion, nargs=0)
     parser.set_defaults(container=None, json=False)
-    common, rest = parser.parse_known_args(arguments[:end])
-    return common, [*rest, *arguments[end:]]
+    common, rest = parser.parse_known_args(own)
+    return common, [*rest, *arguments[len(own) :]]
+
+
+def _before_dashes(arguments: list[str]) -> list[str]:
+    """Return the arguments before `--`. Those after it belong to the program that dbshell starts."""
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +187,22 @@ def _verb_first(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, list(arguments)
 
 
-class _Parser(argparse.ArgumentParser):
+class _WrongUsage(CannotRun):
+    """The arguments can't be read."""
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class _Arguments(argparse.ArgumentParser):
+    """A parser that leaves it to `main` to print what is wrong: `--json` prints it as JSON."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _WrongUsage(f"{self.prog}: error: {message}", self.format_usage())
+
+
+class _Parser(_Arguments):
     """A parser with the options that every verb has, and the exit codes below its help."""
 
     def __init__(self, **arguments: Any) -> None:

@@ -46,7 +46,7 @@ def add_to(commands: Commands) -> None:
     )
     dbshell = commands.add("dbshell", _dbshell)
     dbshell.add_argument("name", metavar="NAME", help="the connection")
-    dbshell.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="arguments of the program, after --")
+    dbshell.add_argument("arguments", nargs="*", default=[], metavar="ARGUMENT", help="arguments of the program, after --")
 
 
 # ---- shell ----------------------------------------------------------------------------------------------------------------

@@ -126,8 +126,21 @@ def test_an_unknown_command_is_explained_in_one_line() -> None:
     assert json.loads(done.stderr)["error"].startswith("There is no command 'xyz'. There are: ")
 
 
-@pytest.mark.parametrize("arguments", [(), ("recover", "--nonsense"), ("recover", "--container")])
-def test_what_argparse_refuses_has_the_exit_code_2(arguments: Any) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "python -m app_db: error: the following arguments are required: COMMAND"),
+        (("recover", "--nonsense"), "python -m app_db: error: unrecognized arguments: --nonsense"),
+        (("recover", "--container"), "python -m app_db: error: argument --container: expected one argument"),
+        (("graph", "--format", "png"), "python -m app_db graph: error: argument --format: invalid choice: 'png'"),
+        (("dbshell",), "python -m app_db dbshell: error: the following arguments are required: NAME\n"),
+    ],
+)
+def test_what_argparse_refuses_has_the_exit_code_2(arguments: Any, says: str) -> None:
     done = app_db(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: python -m app_db")
+    assert says in done.stderr
+    done = app_db("--json", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert json.loads(done.stderr)["error"].startswith(says.strip())
