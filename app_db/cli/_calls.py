@@ -96,6 +96,17 @@ def listed(head: str, names: Iterable[str]) -> str:
     return f"{head}: {', '.join(map(repr, names)) or 'none'}."
 
 
+def seconds(text: str) -> float:
+    """Return the value of an option that takes seconds, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds. Give 0 or more")
+    return value
+
+
 Verb = Callable[[Call], int]
 """Does what a verb says, and returns the exit code."""
 

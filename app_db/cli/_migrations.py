@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from app_db.cli._calls import FINE, WRONG, Call, CannotRun, Commands
+from app_db.cli._calls import FINE, WRONG, Call, CannotRun, Commands, seconds
 
 if TYPE_CHECKING:
     from app_db.migrations import Check, Migrated, Revision, Step
@@ -46,7 +46,7 @@ def add_to(commands: Commands) -> None:
     for each in (migrate, downgrade, stamp):
         each.add_argument(
             "--lock-timeout",
-            type=float,
+            type=seconds,
             default=60.0,
             metavar="SECONDS",
             help="how long to wait for another process that migrates (default: %(default)g)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from app_db.cli._calls import FINE, WRONG, Call, CannotRun, Commands
+from app_db.cli._calls import FINE, WRONG, Call, CannotRun, Commands, seconds
 from app_db.cli._printing import Cell, Style, Styled
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def add_to(commands: Commands) -> None:
     """Add `ping`."""
     ping = commands.add("ping", _ping)
     ping.add_argument("names", nargs="*", metavar="NAME", help="a connection (default: all)")
-    ping.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="how long to wait (default: %(default)g)")
+    ping.add_argument("--timeout", type=seconds, default=5.0, metavar="SECONDS", help="how long to wait (default: %(default)g)")
 
 
 def _ping(call: Call) -> int:
@@ -27,8 +27,8 @@ def _ping(call: Call) -> int:
     """
     names = call.names(call.options.names)
     timeout: float = call.options.timeout
-    if not 0 < timeout < float("inf"):
-        raise CannotRun(f"--timeout {timeout:g}: give seconds, more than 0")
+    if timeout == 0:
+        raise CannotRun("--timeout 0: give more than 0 seconds.")
     with call.out.progress("Asking the databases"):
         found = call.container.health(timeout=timeout).connections
     asked = [found[name] for name in names if name in found]

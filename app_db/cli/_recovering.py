@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from typing import Any
 
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.recovery import GRACE, BranchInDoubt, BranchState, Settlement, UnitInDoubt
-from app_db.cli._calls import FINE, WRONG, Call, Commands
+from app_db.cli._calls import FINE, WRONG, Call, Commands, seconds
 
 
 def add_to(commands: Commands) -> None:
@@ -21,19 +20,12 @@ def add_to(commands: Commands) -> None:
     for each in (recover, in_doubt):
         each.add_argument(
             "--grace",
-            type=_seconds,
+            type=seconds,
             default=GRACE,
             metavar="SECONDS",
             help="wait for what was prepared less than so long ago, because its process may still commit it "
             "(default: %(default)g)",
         )
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError("give seconds, 0 or more")
-    return seconds
 
 
 def _recover(call: Call) -> int:
@@ -159,11 +151,11 @@ def _datetime(at: float) -> datetime | None:
         return None
 
 
-def _duration(seconds: float) -> str:
+def _duration(took: float) -> str:
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
+        if took >= 2 * length:
+            return f"{took / length:.0f} {unit}"
+    return f"{max(took, 0):.0f} s"
 
 
 def _totals(settlement: Settlement, application: str, dry_run: bool) -> str:

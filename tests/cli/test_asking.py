@@ -92,8 +92,8 @@ def test_a_pooler_is_told(postgres: PostgresServer, postgres_url: str) -> None:
     [
         (["ping", "mian"], "There is no connection 'mian'. Did you mean 'main'?"),
         (["pool", "mian"], "There is no connection 'mian'. Did you mean 'main'?"),
-        (["ping", "--timeout", "0"], "--timeout 0: give seconds, more than 0"),
-        (["ping", "--timeout", "soon"], "invalid float value"),
+        (["ping", "--timeout", "0"], "--timeout 0: give more than 0 seconds"),
+        (["ping", "--timeout", "soon"], "argument --timeout: 'soon' is no number of seconds. Give 0 or more"),
     ],
 )
 def test_what_can_not_be_asked_is_one_clear_error(arguments: list[str], says: str, sqlite_url: str) -> None:

@@ -163,11 +163,12 @@ def test_what_a_killed_process_left_is_recovered(postgres: PostgresServer, new_p
         assert postgres.prepared_transactions(database) == []
 
 
-@pytest.mark.parametrize("grace", ["-1", "nan", "inf", "soon"])
-def test_a_grace_that_is_none_is_refused(grace: str) -> None:
-    done = app_db("recover", f"--grace={grace}")
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "soon"])
+@pytest.mark.parametrize(("verb", "option"), [("recover", "--grace"), ("migrate", "--lock-timeout"), ("ping", "--timeout")])
+def test_what_is_no_number_of_seconds_is_refused(verb: str, option: str, seconds: str) -> None:
+    done = app_db(verb, f"{option}={seconds}", environment={"APP_DB_CONNECTIONS__WRITER__URL": "sqlite://"})
     assert done.code == 2
-    assert "--grace" in done.err
+    assert f"argument {option}: {seconds!r} is no number of seconds. Give 0 or more" in done.err
 
 
 # ---- the page, where a server can't easily be made to fill it ------------------------------------------------------------
