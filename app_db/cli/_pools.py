@@ -6,13 +6,14 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from app_db._databases.registry import database_of
 from app_db._findings.asking import at_once
-from app_db._wording import in_one_line
+from app_db._findings.finding import described
 from app_db.cli._calls import FINE, WRONG, Call, Commands
 from app_db.cli._printing import Cell, Styled
+from app_db.errors import SettingsError, UnitOfWorkTimeout
 
 if TYPE_CHECKING:
     from app_db._databases.inspection import ServerSession
@@ -35,8 +36,7 @@ def _pool(call: Call) -> int:
     names = [name for name in call.names(call.options.names) if not _is_mirror(call.container, name)]
     with call.out.progress("Asking the databases"):
         found = at_once({name: partial(_sessions, call.container, name) for name in names}, _PATIENCE)
-    silent = f"no answer within {_PATIENCE:g} s"
-    answers = {name: silent if answer is None else answer for name, answer in found.items()}
+    answers = {name: _silence() if answer is None else answer for name, answer in found.items()}
     rows = [row for name, answer in answers.items() if not isinstance(answer, str) for row in _rows(name, answer)]
     if rows:
         call.out.table(["connection", "id", "client", "host", "state", "for", "transaction"], rows)
@@ -69,8 +69,16 @@ def _sessions(container: DatabaseContainer, name: str) -> list[ServerSession] | 
     try:
         with engine.connect() as connection:
             return database_of(engine.dialect.name).inspection().sessions(connection)
-    except (DBAPIError, OSError) as error:
-        return in_one_line(error)
+    except (UnitOfWorkTimeout, PoolTimeoutError):
+        return _silence()
+    except SettingsError as error:
+        return " ".join(map(str, error.problems))
+    except Exception as error:  # noqa: BLE001  # whatever the driver or a password provider raises
+        return described(error)
+
+
+def _silence() -> str:
+    return f"no answer within {_PATIENCE:g} s"
 
 
 def _rows(name: str, sessions: list[ServerSession]) -> list[list[Cell]]:

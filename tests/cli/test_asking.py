@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
+from app_db.cli import _pools, main
 from harness.commands import app_db, in_terminal
 from harness.poolers import PgBouncer
 from harness.requiring import made
@@ -135,3 +138,34 @@ def test_a_file_has_no_server_and_a_server_that_is_down_is_told(sqlite_url: str)
     assert "file: nobody else is connected, or it has no server" in done.stdout
     assert "gone: " in done.stdout
     assert "s3cr3t" not in done.stdout + done.stderr
+
+
+def test_a_database_that_can_not_be_asked_keeps_no_other_from_being_listed(
+    postgres: PostgresServer, postgres_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_pools, "_PATIENCE", 1.0)
+    monkeypatch.syspath_prepend(".")
+    Path("passwords.py").write_text("def fail():\n    raise ValueError('s3cr3t')\n")
+    pooler = made(lambda: PgBouncer(postgres))
+    with socket.socket() as silent, in_transaction(postgres_url):
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        given = {
+            "main": {"url": postgres_url},
+            "pooled": {"url": pooler.url(make_url(postgres_url).database or "")},
+            "secret": {"url": NOWHERE.replace(":s3cr3t", ""), "password_provider": "passwords:fail"},
+            "silent": {"url": NOWHERE.replace(":1/", f":{silent.getsockname()[1]}/")},
+        }
+        for variable, value in variables(given).items():
+            monkeypatch.setenv(variable, value)
+        try:
+            assert main(["pool", "--json"]) == 1
+        finally:
+            pooler.close()
+    shown = capsys.readouterr()
+    told = {each["name"]: each for each in validated("pool", shown.out)["connections"]}
+    assert "s3cr3t" not in shown.out + shown.err
+    assert told["main"]["sessions"][0]["state"] == "idle in transaction"
+    assert told["pooled"]["error"].startswith("APP_DB_CONNECTIONS__POOLED__POOLER: is not set, and a pooler")
+    assert told["secret"]["error"] == "ValueError"
+    assert told["silent"]["error"] == "no answer within 1 s"
