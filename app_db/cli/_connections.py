@@ -109,7 +109,7 @@ def _configured(
         own.two_phase,
         own.transactional,
         engine is not None,
-        _mirror_of(settings, name),
+        mirror_of(settings, name),
         settings.replicas().get(name),
         lender,
         own.pooler,
@@ -128,7 +128,7 @@ def url_of(container: DatabaseContainer, name: str) -> URL:
     return container.settings().connection(name).sqlalchemy_url() if engine is None else engine.url
 
 
-def _mirror_of(settings: DatabaseSettings, name: str) -> str | None:
+def mirror_of(settings: DatabaseSettings, name: str) -> str | None:
     """Return the connection that another one mirrors. A `reader` that is not configured is the writer, read-only."""
     own = settings.connections.get(name)
     return "writer" if own is None else own.mirror

@@ -12,6 +12,7 @@ from app_db._databases.registry import database_of
 from app_db._findings.asking import at_once
 from app_db._findings.finding import described
 from app_db.cli._calls import FINE, WRONG, Call, Commands
+from app_db.cli._connections import mirror_of
 from app_db.cli._printing import Cell, Styled
 from app_db.errors import SettingsError, UnitOfWorkTimeout
 
@@ -33,7 +34,7 @@ def _pool(call: Call) -> int:
     Which unit of work holds a connection only its own process knows: container.pools() tells it there, and so does the error
     of a full pool.
     """
-    names = [name for name in call.names(call.options.names) if not _is_mirror(call.container, name)]
+    names = list(dict.fromkeys(_asked_for(call.container, name) for name in call.names(call.options.names)))
     with call.out.progress("Asking the databases"):
         found = at_once({name: partial(_sessions, call.container, name) for name in names}, _PATIENCE)
     answers = {name: _silence() if answer is None else answer for name, answer in found.items()}
@@ -58,9 +59,12 @@ def _pool(call: Call) -> int:
     return WRONG if any(isinstance(answer, str) for answer in answers.values()) else FINE
 
 
-def _is_mirror(container: DatabaseContainer, name: str) -> bool:
-    declared = container.settings().connections.get(name)
-    return declared is None or declared.mirror is not None
+def _asked_for(container: DatabaseContainer, name: str) -> str:
+    """Return the connection at the end of a connection's mirrors. They have the same database."""
+    settings = container.settings()
+    while (mirrored := mirror_of(settings, name)) is not None:
+        name = mirrored
+    return name
 
 
 def _sessions(container: DatabaseContainer, name: str) -> list[ServerSession] | str:

@@ -120,6 +120,20 @@ def test_who_holds_a_transaction_open_is_listed_first(postgres_url: str) -> None
     assert "nightly" in shown.stdout.splitlines()[1]
 
 
+def test_a_mirror_has_the_connections_of_what_it_mirrors(postgres_url: str) -> None:
+    """A reader that is not configured is one of the writer."""
+    Path("shop.py").write_text(
+        "from app_db import Connection, DatabaseContainer\n"
+        "class Shop(DatabaseContainer):\n    writer, reader = Connection(), Connection()\n"
+    )
+    with in_transaction(postgres_url):
+        done = app_db(
+            "pool", "reader", "--json", "--container", "shop:Shop", environment=variables({"writer": {"url": postgres_url}})
+        )
+    [told] = validated("pool", done.stdout)["connections"]
+    assert (done.returncode, told["name"], len(told["sessions"])) == (0, "writer", 1)
+
+
 def test_connections_of_mariadb_are_listed(mariadb_url: str) -> None:
     engine = create_engine(mariadb_url)
     with engine.connect() as connection:
