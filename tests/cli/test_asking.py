@@ -110,13 +110,17 @@ def test_what_can_not_be_asked_is_one_clear_error(arguments: list[str], says: st
 
 def test_who_holds_a_transaction_open_is_listed_first(postgres_url: str) -> None:
     named = f"{postgres_url}{'&' if '?' in postgres_url else '?'}application_name=nightly"
-    with in_transaction(named):
+    idle = create_engine(postgres_url)
+    with in_transaction(named), idle.connect() as connection:
+        connection.rollback()
         done = app_db("pool", "--json", environment=variables({"main": {"url": postgres_url}}))
         shown = app_db("pool", environment=variables({"main": {"url": postgres_url}}))
+    idle.dispose()
     [told] = validated("pool", done.stdout)["connections"]
     assert (done.returncode, told["error"]) == (0, None)
     assert (told["sessions"][0]["client"], told["sessions"][0]["state"]) == ("nightly", "idle in transaction")
     assert told["sessions"][0]["in_transaction"] >= 0
+    assert [each["in_transaction"] for each in told["sessions"] if each["state"] == "idle"] == [None]
     assert "nightly" in shown.stdout.splitlines()[1]
 
 

@@ -70,12 +70,14 @@ END
 _SESSIONS = """
 SELECT pid, coalesce(nullif(application_name, ''), usename, ''), coalesce(host(client_addr), ''), coalesce(state, 'hidden'),
     greatest(extract(epoch FROM clock_timestamp() - state_change), 0)::float8,
-    greatest(extract(epoch FROM clock_timestamp() - xact_start), 0)::float8
+    CASE WHEN xact_start IS NOT NULL THEN greatest(extract(epoch FROM clock_timestamp() - xact_start), 0)::float8 END
 FROM pg_catalog.pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
 ORDER BY xact_start NULLS LAST, pid
 """
-"""Of other users' sessions the server hides what they do, unless the user has the role pg_read_all_stats."""
+"""greatest() ignores NULL: without CASE, a session without a transaction would have one since 0 s.
+
+Of other users' sessions the server hides what they do, unless the user has the role pg_read_all_stats."""
 
 _STANDBY = Trouble(
     "The server is a standby, which refuses every write.",
