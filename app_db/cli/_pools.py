@@ -12,7 +12,7 @@ from app_db._databases.registry import database_of
 from app_db._findings.asking import at_once
 from app_db._findings.finding import described
 from app_db.cli._calls import FINE, WRONG, Call, Commands
-from app_db.cli._connections import mirror_of
+from app_db.cli._connections import mirror_of, url_of
 from app_db.cli._printing import Cell, Styled
 from app_db.errors import SettingsError, UnitOfWorkTimeout
 
@@ -69,6 +69,9 @@ def _asked_for(container: DatabaseContainer, name: str) -> str:
 
 def _sessions(container: DatabaseContainer, name: str) -> list[ServerSession] | str:
     """Return who is connected to a database, or why it can't be asked."""
+    url = url_of(container, name)
+    if database_of(url.get_backend_name()).file_of(url) is not None:
+        return []  # connecting would create the file
     engine = container.core.decision_logs().engine(name)
     try:
         with engine.connect() as connection:

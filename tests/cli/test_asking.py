@@ -154,6 +154,7 @@ def test_a_file_has_no_server_and_a_server_that_is_down_is_told(sqlite_url: str)
     done = app_db("pool", environment=variables({"file": {"url": sqlite_url}, "gone": {"url": NOWHERE}}))
     assert done.returncode == 1
     assert "file: nobody else is connected, or it has no server" in done.stdout
+    assert not Path(make_url(sqlite_url).database or "").exists()
     assert "gone: " in done.stdout
     assert "s3cr3t" not in done.stdout + done.stderr
 
