@@ -17,9 +17,10 @@ from app_db._compat.clocks import monotonic
 from app_db._databases.database import Database, ReadOnlyTerms
 from app_db._databases.inspection import Failure, Inspection, Server
 from app_db._databases.registry import database_of
+from app_db._databases.telling import described
 from app_db._databases.time_limits import TimeLimit, limit_of_checkout
 from app_db._findings import matters
-from app_db._findings.finding import Finding, described, place_of, place_of_database
+from app_db._findings.finding import Finding, place_of, place_of_database
 from app_db.container import DatabaseContainer
 from app_db.errors import SettingsError, UnitOfWorkTimeout
 from app_db.settings import ConnectionSettings, DatabaseSettings

@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from sqlalchemy.exc import DBAPIError
-
-from app_db._wording import in_one_line
-from app_db.errors import AppDbError
 from app_db.settings import DatabaseSettings
 
 Severity = Literal["error", "warning", "hint"]
@@ -59,10 +55,3 @@ def place_of_database(settings: DatabaseSettings, name: str) -> str:
     fields = ("mirror", "url", "host", "database", "driver")
     field = next((field for field in fields if own is not None and getattr(own, field) is not None), "url")
     return place_of(settings, "connections", name, field)
-
-
-def described(error: BaseException) -> str:
-    """Return an error in one line. Of an error of the application's, whose message may have a secret in it, only the class."""
-    if isinstance(error, DBAPIError | OSError | AppDbError):
-        return in_one_line(error)
-    return type(error).__name__

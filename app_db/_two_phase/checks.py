@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from app_db._databases.telling import described
 from app_db._two_phase.decision_logs import DecisionLogs
 from app_db._two_phase.decisions import Verdict
 from app_db._two_phase.xids import new_unit_id
-from app_db._wording import in_one_line
 from app_db.errors import Problem, TwoPhaseUnavailable
 
 log = logging.getLogger("app_db")
@@ -41,7 +41,7 @@ def _server(logs: DecisionLogs, name: str) -> str | None:
             return verbs.problem(connection)
     except Exception as error:
         log.debug("The server of %r can't be asked", name, exc_info=True)
-        return f"the server can't be asked whether it can prepare ({in_one_line(error)})."
+        return f"the server can't be asked whether it can prepare ({described(error)})."
 
 
 def log_problems(logs: DecisionLogs) -> Iterator[Problem]:
@@ -56,4 +56,4 @@ def log_problems(logs: DecisionLogs) -> Iterator[Problem]:
         configured.forget([unit])
     except Exception as error:
         log.debug("Nothing can be written to %s", configured.place, exc_info=True)
-        yield Problem(logs.variable("decision_log"), f"decisions can't be written to {configured.place} ({in_one_line(error)}).")
+        yield Problem(logs.variable("decision_log"), f"decisions can't be written to {configured.place} ({described(error)}).")

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 from app_db._compat.clocks import monotonic
 from app_db._databases.containers import Container
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
+from app_db._databases.telling import described
 from app_db._two_phase.decision_logs import DecisionLogs
 from app_db._two_phase.decisions import Decision, DecisionLog, Verdict
 from app_db._two_phase.xids import Xid, log_of
-from app_db._wording import in_one_line
 from app_db.settings import DatabaseSettings
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ class Recovery:
             log.warning("%s can't be asked how %s ends", decision_log.place, unit.unit, exc_info=True)
             unit.reason = (
                 "it may have been decided to commit it, or its committer may be doing so at this moment, in "
-                f"{decision_log.place} ({in_one_line(error)})"
+                f"{decision_log.place} ({described(error)})"
             )
             return None
 
@@ -303,7 +303,7 @@ class Recovery:
                     time.sleep(0.05)
         except Exception as error:
             log.warning("%s of %r could not be settled", branch.xid, name, exc_info=True)
-            branch.state, branch.reason = BranchState.FAILED, in_one_line(error)
+            branch.state, branch.reason = BranchState.FAILED, described(error)
         else:
             settled = BranchState.COMMITTED if commit else BranchState.ROLLED_BACK
             branch.state, branch.reason = _UNSETTLED.get(settling, settled), ""
@@ -363,7 +363,7 @@ def _noting(subject: str, unreachable: dict[str, str] | None) -> Generator[None]
         if unreachable is None:
             raise
         log.warning("Recovery can't reach %s", subject, exc_info=True)
-        unreachable[subject] = in_one_line(error)
+        unreachable[subject] = described(error)
 
 
 def build_recovery(container: Container, decision_logs: DecisionLogs) -> Recovery:

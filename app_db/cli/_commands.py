@@ -16,7 +16,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from app_db._wording import did_you_mean, in_one_line
+from app_db._wording import did_you_mean
 from app_db.cli._calls import COULD_NOT_RUN, EXIT_CODES, Call, CannotRun, Verb, listed
 from app_db.cli._printing import Printer
 
@@ -79,11 +79,12 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
 
 
 def _explained(error: Exception) -> str:
-    from app_db.errors import AppDbError  # here, because it imports SQLAlchemy
+    from app_db._databases.telling import described  # here, because it imports SQLAlchemy
+    from app_db.errors import AppDbError
 
     if isinstance(error, AppDbError):
         return str(error)
-    return " ".join([f"app_db could not go on: {in_one_line(error)}.", *_notes(error)])
+    return " ".join([f"app_db could not go on: {described(error)}.", *_notes(error)])
 
 
 def _notes(error: BaseException) -> list[str]:

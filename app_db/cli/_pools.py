@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from app_db._databases.registry import database_of
+from app_db._databases.telling import described
 from app_db._findings.asking import at_once
-from app_db._findings.finding import described
 from app_db.cli._calls import FINE, WRONG, Call, Commands
 from app_db.cli._connections import mirror_of, url_of
 from app_db.cli._printing import Cell, Styled

@@ -20,13 +20,17 @@ from typing import TYPE_CHECKING, Any
 from app_db._compat.sqlalchemy import mapped_classes
 from app_db._databases.registry import database_of
 from app_db._databases.shells import FILE, Shell
+from app_db._databases.telling import described
 from app_db.cli._calls import FINE, WRONG, Call, CannotRun, Commands, names_in
 from app_db.cli._connections import name_of, url_of
 from app_db.cli._finding import import_modules
 from app_db.container import Connection, DatabaseContainer
 
 if TYPE_CHECKING:
+    from sqlalchemy import URL
+
     from app_db import UnitOfWork
+    from app_db.settings import ConnectionSettings
 
 HERE = "<stdin>"
 """What the program is called that is read from stdin."""
@@ -183,11 +187,21 @@ def _dbshell(call: Call) -> int:
 def _shell_of(container: DatabaseContainer, name: str) -> Shell:
     settings, url = container.settings().connection(name), url_of(container, name)
     database = database_of(url.get_backend_name())
-    password = settings.load_password_provider()() if settings.password_provider else url.password
-    shell = database.shell(url, settings, password)
+    shell = database.shell(url, settings, _password(settings, url))
     if shell is None:
         raise CannotRun(f"{name}: app_db knows no program for {url.get_backend_name()}. Use `app-db shell`.")
     return shell
+
+
+def _password(settings: ConnectionSettings, url: URL) -> str | None:
+    if not settings.password_provider:
+        return url.password
+    provider = settings.load_password_provider()
+    try:
+        return provider()
+    except Exception as error:
+        variable = settings.variable("password_provider")
+        raise CannotRun(f"{variable}: calling it failed ({described(error)}). Call it in Python to see why.") from error
 
 
 @contextmanager

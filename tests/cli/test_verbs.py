@@ -20,6 +20,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from harness.commands import app_db, in_terminal
+from harness.migrated import Project
 from harness.paths import PYTHONPATH
 from harness.poolers import PgBouncer
 from harness.requiring import made, need, need_program
@@ -450,6 +451,23 @@ def test_a_wrong_password_and_a_database_that_is_down_are_explained(postgres_url
         data = validated("recover", run("recover", "--json", environment=environment, code=1))
         assert says.lower() in data["unreachable"]["writer"].lower()
         assert "wr0ng" not in str(data)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [(("recover",), 1), (("current",), 2), (("pool",), 1), (("dbshell", "writer"), 2), (("ping",), 1)]
+)
+def test_the_words_of_a_password_provider_that_fails_are_not_shown(command: tuple[str, ...], code: int, tmp_path: Path) -> None:
+    Path("passwords.py").write_text("def fail():\n    raise ValueError('s3cr3t')\n")
+    Project(tmp_path, writer="sqlite://").write_three("writer")
+    environment = {
+        "APP_DB_CONNECTIONS__WRITER__URL": "postgresql+psycopg://shop@127.0.0.1:1/shop",
+        "APP_DB_CONNECTIONS__WRITER__PASSWORD_PROVIDER": "passwords:fail",
+        "APP_DB_CONNECTIONS__WRITER__TWO_PHASE": "true",
+    }
+    done = app_db(*command, environment=environment)
+    assert done.returncode == code
+    assert "s3cr3t" not in done.stdout + done.stderr
+    assert "ValueError" in done.stdout + done.stderr
 
 
 def test_every_verb_has_a_schema_that_is_one() -> None:
