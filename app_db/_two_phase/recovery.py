@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("app_db")
 
+OnUnit = Callable[[int, int], None]
+"""Is told how many units are done, and how many there are."""
+
 GRACE = 10.0
 """Seconds for which a prepared branch is left to its committer. Without it, recovery would abort units that are committing."""
 
@@ -173,16 +176,17 @@ class Recovery:
         """
         return self._in_doubt()
 
-    def settle(self, *, grace: float = GRACE, dry_run: bool = False) -> Settlement:
+    def settle(self, *, grace: float = GRACE, dry_run: bool = False, on_unit: OnUnit | None = None) -> Settlement:
         """Commit or roll back all branches that are in doubt. Return what was found and done, and what was left.
 
         A unit that was prepared less than `grace` seconds ago is left to its committer. If the committer does not end it, this
-        waits until the unit is old enough, for at most 10 s. `dry_run` changes nothing and does not wait.
+        waits until the unit is old enough, for at most 10 s. `dry_run` changes nothing and does not wait. `on_unit`
+        is called after each unit, with how many are done and how many there are.
         """
         began = monotonic()
         if not self._logs.two_phase():
             return Settlement()
-        settlement = self._settle_once(grace, set(), dry_run)
+        settlement = self._settle_once(grace, set(), dry_run, on_unit)
         pause, watched = 0.05, 0.0
         while settlement.under_way and not dry_run and watched < min(grace, GRACE):
             time.sleep(pause)
@@ -190,20 +194,22 @@ class Recovery:
             watched = monotonic() - began
             # By the clock of this host, because that of the database may differ: after so long, the committer is dead.
             dead = settlement.under_way if watched >= grace else set[str]()
-            settlement = settlement.followed_by(self._settle_once(grace, dead, dry_run))
+            before = len(settlement.units) - len(settlement.under_way)
+            settlement = settlement.followed_by(self._settle_once(grace, dead, dry_run, on_unit, before))
         return settlement
 
-    def _settle_once(self, grace: float, dead: set[str], dry_run: bool) -> Settlement:
+    def _settle_once(self, grace: float, dead: set[str], dry_run: bool, on_unit: OnUnit | None, before: int = 0) -> Settlement:
         """Do all steps of a recovery once: read the logs, find prepared branches, find out or decide how each unit ends, carry
         that out, and remove decisions that are no longer needed.
 
         The logs are read before the databases are asked. A decision that was read, and whose branches are not prepared
-        afterwards, has been carried out.
+        afterwards, has been carried out. `before` is how many units earlier rounds have done.
         """
         settlement = Settlement()
         logs = self._existing_logs(settlement.unreachable)
         decisions = self._decisions(logs, settlement.unreachable)
         settlement.units = self._in_doubt(settlement.unreachable)
+        total = before + len(settlement.units)
         for unit in settlement.units:
             unit.is_under_way = unit.unit not in dead and _is_young(unit, grace)
             if dry_run or not unit.is_under_way:
@@ -212,6 +218,9 @@ class Recovery:
                 unit.reason = f"it was prepared less than {grace:g} s ago, and is left to its committer"
             elif unit.verdict is not None and not dry_run:
                 self._carry_out(unit, unit.verdict)
+            before += not unit.is_under_way
+            if on_unit is not None:
+                on_unit(before, total)
         settlement.forgotten = self._forget(decisions, settlement, dry_run)
         return settlement
 

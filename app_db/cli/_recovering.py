@@ -40,8 +40,13 @@ def _in_doubt(call: Call) -> int:
 
 def _settle(call: Call, *, dry_run: bool) -> int:
     recovery, application = call.container.recovery(), call.container.settings().application
-    with call.out.progress(f"Settling what of {application!r} is in doubt"):
-        settlement = recovery.settle(grace=call.options.grace, dry_run=dry_run)
+    doing = f"{'Looking for' if dry_run else 'Settling'} what of {application!r} is in doubt"
+    with call.out.progress(doing) as step:
+
+        def note(done: int, total: int) -> None:
+            step(done, total, f"{doing}: {done} of {total}")
+
+        settlement = recovery.settle(grace=call.options.grace, dry_run=dry_run, on_unit=note)
     for line in _report(settlement, application, dry_run):
         call.out.line(line)
     call.out.data(_data(settlement, application, dry_run))

@@ -159,6 +159,7 @@ def test_what_takes_longer_than_a_second_shows_a_bar_in_a_terminal(new_postgres_
         scene.prepare(scene.new_unit(), "writer")
         as_json = in_terminal("recover", "--grace", "5", "--json", environment=environment)
     assert (shown.code, "Settling what of" in shown.raw, "0:00:01" in shown.raw) == (0, True, True)
+    assert "is in doubt: 0 of 1" in shown.raw
     assert shown.text.endswith("1 unit of " + repr(scene.settings.application) + " in doubt, 1 settled, 0 left.")
     assert "Settling" not in again.raw + as_json.raw
 

@@ -444,6 +444,17 @@ def test_a_young_unit_is_settled_when_it_is_old_enough(scene: Scene) -> None:
     assert not settlement.left
 
 
+def test_progress_counts_the_units_of_all_rounds(scene: Scene) -> None:
+    for _ in "ab":
+        scene.prepare(scene.new_unit(), "writer")
+    told: list[tuple[int, int]] = []
+    settlement = scene.recover(grace=0.5, on_unit=lambda done, total: told.append((done, total)))
+    assert len(settlement.units) == 2
+    assert told[0] == (0, 2)
+    assert told[-1] == (2, 2)
+    assert told == sorted(told)
+
+
 def test_a_unit_that_its_committer_ends_in_time_is_no_longer_spoken_of(scene: Scene) -> None:
     unit = scene.prepare(scene.new_unit(), "writer", "warehouse")
 
@@ -763,7 +774,9 @@ def test_resources_are_initialised_with_a_recovery_where_the_settings_say_so(sce
     assert scene.rows("writer") == []
     container = scene.new_container(recover_at_start=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app_db._two_phase.recovery.Recovery.settle.__kwdefaults__", {"grace": 0.0, "dry_run": False})
+        patch.setattr(
+            "app_db._two_phase.recovery.Recovery.settle.__kwdefaults__", {"grace": 0.0, "dry_run": False, "on_unit": None}
+        )
         container.init_resources()
     assert scene.rows("writer") == scene.rows("warehouse") == [unit]
 
