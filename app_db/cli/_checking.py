@@ -36,7 +36,9 @@ def _check(call: Call) -> int:
     """
     from app_db._findings.find import find
 
-    found = find(call.container, module_names(call.options.modules))
+    modules = module_names(call.options.modules)
+    with call.out.progress("Checking the databases"):
+        found = find(call.container, modules)
     _report(found, call)
     call.out.data([asdict(finding) for finding in found])
     return WRONG if any(call.options.strict or finding.severity != "hint" for finding in found) else FINE

@@ -124,7 +124,7 @@ def _stamp(call: Call) -> _Report:
     from app_db.migrations import stamp
 
     options = call.options
-    with call.out.progress("Waiting for the lock"):
+    with call.out.progress("Stamping the databases"):
         return _changed(stamp(call.container, options.revision, lock_timeout=options.lock_timeout, **_places(call)))
 
 
@@ -172,7 +172,8 @@ def _current(call: Call) -> _Report:
     """Show which revision each database has, and how many are pending."""
     from app_db.migrations import current
 
-    found = current(call.container, **_places(call))
+    with call.out.progress("Asking the databases"):
+        found = current(call.container, **_places(call))
     lines = [f"{each.connection}: {_named(each.revision)}, {len(each.pending) or 'none'} pending" for each in found]
     return _Report(lines, [asdict(each) for each in found], WRONG if any(each.pending for each in found) else FINE)
 
@@ -181,7 +182,8 @@ def _history(call: Call) -> _Report:
     """List the migrations of each connection, from the first to the newest."""
     from app_db.migrations import history
 
-    found = history(call.container, **_places(call))
+    with call.out.progress("Asking the databases"):
+        found = history(call.container, **_places(call))
     return _Report([_line(each) for each in found], [asdict(each) for each in found])
 
 

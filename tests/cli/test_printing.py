@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from app_db.cli import _printing
+from app_db.cli import _printing, main
 from app_db.cli._printing import Cell, Printer, Styled
+from harness.migrated import Project
 from harness.requiring import need
 
 
@@ -83,6 +85,27 @@ def test_progress_is_shown_in_a_terminal_once_it_takes_long(
     with Printer().progress("Settling") as step:
         step(1, 2)
         assert screen.written.wait(10)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("ping", "pool", "check", "recover", "in-doubt", "revision -m x", "migrate"),
+        *("migrate --check", "current", "history", "downgrade base", "stamp"),
+    ],
+)
+def test_each_verb_that_asks_databases_shows_progress(
+    command: str, monkeypatch: pytest.MonkeyPatch, sqlite_url: str, tmp_path: Path
+) -> None:
+    need("rich")
+    Project(tmp_path, writer=sqlite_url).write_three("writer")
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", sqlite_url)
+    if command.startswith("revision"):
+        assert main(["migrate"]) == 0
+    screen = new_screen(monkeypatch)
+    monkeypatch.setattr(_printing, "_UNTIL_PROGRESS", 0.0)
+    assert main(command.split()) in (0, 1), screen.getvalue()
+    assert "━" in screen.getvalue()
 
 
 def test_with_json_nothing_but_data_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
