@@ -122,6 +122,21 @@ def test_a_pooler_that_the_settings_do_not_name(postgres: PostgresServer, postgr
         pooler.close()
 
 
+def test_what_a_pooler_refuses(postgres: PostgresServer, postgres_url: str) -> None:
+    pooler = made(lambda: PgBouncer(postgres))
+    try:
+        url = make_url(pooler.url(str(make_url(postgres_url).database)))
+        for refused, matter in (
+            (url.set(password="s3cr3t"), "login"),
+            (url.set(username="nobody_knows"), "login"),
+            (url.set(database="nowhere"), "no-database"),
+        ):
+            given = {"url": refused.render_as_string(hide_password=False), "pooler": "transaction"}
+            assert matters(found(main=given)) == [(matter, "main")]
+    finally:
+        pooler.close()
+
+
 def test_a_pooler_that_is_named_and_not_there(postgres_url: str) -> None:
     assert matters(found(main={"url": postgres_url, "pooler": "transaction"})) == [("no-pooler", "main")]
 

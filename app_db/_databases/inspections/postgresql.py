@@ -79,6 +79,10 @@ ORDER BY xact_start NULLS LAST, pid
 
 Of other users' sessions the server hides what they do, unless the user has the role pg_read_all_stats."""
 
+_LOGIN_REFUSED = ("password authentication failed", "no password supplied", "SASL authentication failed", "no such user")
+_DATABASE_REFUSED = ("does not exist", "CONNECT privilege", "no such database")
+"""The last words of each are PgBouncer's."""
+
 _STANDBY = Trouble(
     "The server is a standby, which refuses every write.",
     "Give the URL of the primary, or set READ_ONLY=true for the connection.",
@@ -126,9 +130,9 @@ class PostgreSQLInspection(Inspection):
     def failure(self, error: BaseException) -> Failure:
         # libpq gives no SQLSTATE for a connection that was refused, and servers speak the language of lc_messages. asyncpg does.
         said, code = str(error), getattr(error, "sqlstate", None)
-        if code in ("28P01", "28000") or "password authentication failed" in said or "no password supplied" in said:
+        if code in ("28P01", "28000") or any(words in said for words in _LOGIN_REFUSED):
             return Failure.LOGIN
-        is_refused = code in ("3D000", "42501") or ("FATAL" in said and ("does not exist" in said or "CONNECT privilege" in said))
+        is_refused = code in ("3D000", "42501") or ("FATAL" in said and any(words in said for words in _DATABASE_REFUSED))
         if is_refused:
             return Failure.LOGIN if 'role "' in said else Failure.DATABASE
         return Failure.SERVER
