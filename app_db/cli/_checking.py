@@ -46,6 +46,8 @@ def _check(call: Call) -> int:
 
 def _report(found: Sequence[Finding], call: Call) -> None:
     """Print the findings by connection, the worst first, and how many there are."""
+    from app_db._findings.finding import SEVERITIES
+
     if not found:
         call.out.line(f"Nothing is wrong with {', '.join(call.container.settings().connections)}.")
         return
@@ -56,7 +58,7 @@ def _report(found: Sequence[Finding], call: Call) -> None:
             call.out.line("All connections" if heading is None else heading, "bold")
         _print(finding, call.out)
     counts = Counter(finding.severity for finding in found)
-    numbers = (f"{number} {severity}{'' if number == 1 else 's'}" for severity, number in counts.most_common())
+    numbers = (f"{counts[each]} {each}{'' if counts[each] == 1 else 's'}" for each in SEVERITIES if counts[each])
     call.out.line()
     call.out.line(f"{', '.join(numbers)}.")
 

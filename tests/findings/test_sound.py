@@ -90,7 +90,7 @@ def test_what_is_found_is_printed_by_connection(postgres: PostgresServer, postgr
     ]
     assert lines[4] == "copy"
     assert lines[5].startswith("  error: The server can't be reached: OperationalError: ")
-    assert lines[-2:] == ["", "1 hint, 1 error."]
+    assert lines[-2:] == ["", "1 error, 1 hint."]
     assert "s3cr3t" not in done.stdout + as_json.stdout
     assert PASSWORD not in done.stdout + as_json.stdout
     listed = validated("check", as_json.stdout)
