@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from app_db.cli._calls import FINE, WRONG, Call, Commands
-from app_db.cli._finding import module_names
 
 if TYPE_CHECKING:
     from app_db._findings.finding import Finding, Severity
@@ -35,6 +34,7 @@ def _check(call: Call) -> int:
     settings say, whether their servers and tables are as units of work need them, and whether markers find their providers.
     """
     from app_db._findings.find import find
+    from app_db.cli._finding import module_names
 
     modules = module_names(call.options.modules)
     with call.out.progress("Checking the databases"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app_db.cli._calls import FINE, Call, Commands
-from app_db.cli._graphs import Graph, graph_of, notes_of
-from app_db.cli._pictures import picture_of
+
+if TYPE_CHECKING:
+    from app_db.cli._graphs import Graph
 
 
 def add_to(commands: Commands) -> None:
@@ -20,6 +21,9 @@ def _graph(call: Call) -> int:
     """Draw the container as it is configured: connections, databases, replicas, mirrors, the decision log, and the providers
     that are overridden. Nothing is connected to.
     """
+    from app_db.cli._graphs import graph_of
+    from app_db.cli._pictures import picture_of
+
     graph = graph_of(call.container)
     if call.options.format == "svg":
         call.out.line(picture_of(graph))
@@ -34,6 +38,8 @@ def _graph(call: Call) -> int:
 
 
 def _text(graph: Graph) -> Iterator[str]:
+    from app_db.cli._graphs import notes_of
+
     yield graph.container
     branches = [(stored.text, stored.connections) for stored in graph.databases]
     if graph.log and graph.log_holder is None:
@@ -61,6 +67,8 @@ def _is_of_connection(graph: Graph, name: str) -> bool:
 
 
 def _mermaid(graph: Graph) -> Iterator[str]:
+    from app_db.cli._graphs import notes_of
+
     yield "flowchart LR"
     yield f"  container([{_quoted(graph.container)}])"
     for number, stored in enumerate(graph.databases):
@@ -88,6 +96,8 @@ def _quoted(*lines: str) -> str:
 
 
 def _data(graph: Graph) -> dict[str, Any]:
+    from app_db.cli._graphs import notes_of
+
     return {
         "container": graph.container,
         "databases": [

@@ -6,15 +6,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-
-from app_db._databases.registry import database_of
-from app_db._databases.telling import described
-from app_db._findings.asking import at_once
 from app_db.cli._calls import FINE, WRONG, Call, Commands
-from app_db.cli._connections import mirror_of, url_of
 from app_db.cli._printing import Cell, Styled
-from app_db.errors import SettingsError, UnitOfWorkTimeout
 
 if TYPE_CHECKING:
     from app_db._databases.inspection import ServerSession
@@ -34,6 +27,8 @@ def _pool(call: Call) -> int:
     Which unit of work holds a connection only its own process knows: container.pools() tells it there, and so does the error
     of a full pool.
     """
+    from app_db._findings.asking import at_once
+
     names = list(dict.fromkeys(_asked_for(call.container, name) for name in call.names(call.options.names)))
     with call.out.progress("Asking the databases"):
         found = at_once({name: partial(_sessions, call.container, name) for name in names}, _PATIENCE)
@@ -61,6 +56,8 @@ def _pool(call: Call) -> int:
 
 def _asked_for(container: DatabaseContainer, name: str) -> str:
     """Return the connection at the end of a connection's mirrors. They have the same database."""
+    from app_db.cli._connections import mirror_of
+
     settings = container.settings()
     while (mirrored := mirror_of(settings, name)) is not None:
         name = mirrored
@@ -69,6 +66,13 @@ def _asked_for(container: DatabaseContainer, name: str) -> str:
 
 def _sessions(container: DatabaseContainer, name: str) -> list[ServerSession] | str:
     """Return who is connected to a database, or why it can't be asked."""
+    from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+    from app_db._databases.registry import database_of
+    from app_db._databases.telling import described
+    from app_db.cli._connections import url_of
+    from app_db.errors import SettingsError, UnitOfWorkTimeout
+
     url = url_of(container, name)
     if database_of(url.get_backend_name()).file_of(url) is not None:
         return []  # connecting would create the file

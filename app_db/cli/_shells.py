@@ -17,19 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from app_db._compat.sqlalchemy import mapped_classes
-from app_db._databases.registry import database_of
-from app_db._databases.shells import FILE, Shell
-from app_db._databases.telling import described
 from app_db.cli._calls import FINE, WRONG, Call, CannotRun, Commands, names_in
-from app_db.cli._connections import name_of, url_of
-from app_db.cli._finding import import_modules
-from app_db.container import Connection, DatabaseContainer
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
     from app_db import UnitOfWork
+    from app_db._databases.shells import Shell
+    from app_db.container import DatabaseContainer
     from app_db.settings import ConnectionSettings
 
 HERE = "<stdin>"
@@ -68,6 +63,8 @@ def _shell(call: Call) -> int:
     """Start Python in a unit of work, with the container, the sessions and the models at hand. What is written on stdin is run
     as a program. The unit is read-only, or commits at the end with --write; after an error in a program it is rolled back.
     """
+    from app_db.cli._finding import import_modules
+
     container, write = call.container, call.options.write
     import_modules(call.options.modules)
     if call.out.as_json:
@@ -127,6 +124,8 @@ def _interact(banner: str, names: dict[str, Any], *, plain: bool) -> None:
 
 def _names(container: DatabaseContainer, unit: UnitOfWork | None) -> dict[str, Any]:
     """Return what is at hand. Without a unit, the providers stand for the sessions."""
+    from app_db.container import Connection
+
     declared = [name for name in names_in(container) if isinstance(container.providers.get(name), Connection)]
     providers: dict[str, Any] = {
         "session": container.session,
@@ -138,6 +137,8 @@ def _names(container: DatabaseContainer, unit: UnitOfWork | None) -> dict[str, A
 
 def _models() -> dict[str, type]:
     """Return the models by name. If several have the same name, each is called by its module as well."""
+    from app_db._compat.sqlalchemy import mapped_classes
+
     models = [model for model in mapped_classes() if not model.__module__.startswith("app_db.")]
     names = [model.__name__ for model in models]
     return {
@@ -147,6 +148,8 @@ def _models() -> dict[str, type]:
 
 
 def _banner(call: Call, names: Mapping[str, Any]) -> str:
+    from app_db.cli._connections import name_of
+
     models = [name for name, value in names.items() if isinstance(value, type)]
     others = [name for name in names if name not in models]
     how = "It commits at the end" if call.options.write else "It is read-only; start with --write to change data"
@@ -171,6 +174,8 @@ def _dbshell(call: Call) -> int:
     """Start the database's own program: psql, mariadb or sqlite3. The password is not on its command line. That of a read-only
     connection is read-only. Arguments of the program may follow after --.
     """
+    from app_db._databases.shells import FILE
+
     [name] = call.names([call.options.name])
     shell = _shell_of(call.container, name)
     program = next(filter(None, map(shutil.which, shell.programs)), None)
@@ -185,6 +190,9 @@ def _dbshell(call: Call) -> int:
 
 
 def _shell_of(container: DatabaseContainer, name: str) -> Shell:
+    from app_db._databases.registry import database_of
+    from app_db.cli._connections import url_of
+
     settings, url = container.settings().connection(name), url_of(container, name)
     database = database_of(url.get_backend_name())
     shell = database.shell(url, settings, _password(settings, url))
@@ -194,6 +202,8 @@ def _shell_of(container: DatabaseContainer, name: str) -> Shell:
 
 
 def _password(settings: ConnectionSettings, url: URL) -> str | None:
+    from app_db._databases.telling import described
+
     if not settings.password_provider:
         return url.password
     provider = settings.load_password_provider()

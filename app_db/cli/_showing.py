@@ -7,10 +7,10 @@ from math import isinf
 from typing import TYPE_CHECKING, Any
 
 from app_db.cli._calls import FINE, WRONG, Call, Commands
-from app_db.cli._connections import Configured, common_origins, configured, decision_log, name_of, number
 from app_db.cli._printing import Cell, Styled
 
 if TYPE_CHECKING:
+    from app_db.cli._connections import Configured
     from app_db.settings._reading import Origin
 
 
@@ -23,6 +23,8 @@ def _show(call: Call) -> int:
     """Show the connections: the database, with secrets masked, how it is used, its pool, and the most connections that one
     process opens. Then show where each setting came from. Nothing is connected to.
     """
+    from app_db.cli._connections import common_origins, configured, decision_log, name_of
+
     container = call.container
     given = [] if not call.options.names else call.names(call.options.names)
     found = [each for each in configured(container) if not given or each.name in given]
@@ -51,6 +53,8 @@ def _show(call: Call) -> int:
 
 
 def _row(each: Configured) -> list[Cell]:
+    from app_db.cli._connections import number
+
     name = each.name if each.database else Styled(each.name, "bad")
     capacity = number(each.threads) if each.declared and each.database else ""
     return [name, each.url, ", ".join(each.use) or "read and write", each.pool, capacity]

@@ -13,9 +13,10 @@ from sqlalchemy import text
 
 from app_db import DatabaseContainer, DatabaseSettings, container_of
 from app_db._two_phase.decisions import Verdict
-from app_db._two_phase.recovery import BranchInDoubt, BranchState, Settlement, UnitInDoubt
+from app_db._two_phase.recovery import GRACE, BranchInDoubt, BranchState, Settlement, UnitInDoubt
 from app_db._two_phase.xids import Xid, new_log_id, new_unit_id
-from app_db.cli import _recovering, main
+from app_db.cli import _recovering, _settlements, main
+from app_db.cli._commands import VERBS
 from harness import commands
 from harness.crashing import Zygote, variables
 from harness.paths import ROOT, run_python
@@ -175,13 +176,17 @@ def test_what_is_no_number_of_seconds_is_refused(verb: str, option: str, seconds
 
 
 def page(*units: UnitInDoubt, dry_run: bool = False) -> str:
-    return "\n".join(_recovering._report(Settlement(list(units)), "shop", dry_run))
+    return "\n".join(_settlements.report(Settlement(list(units)), "shop", dry_run))
 
 
 def unit_of(*states: BranchState, verdict: Verdict | None = Verdict.COMMIT, unit: str = "", begun_at: float = 0) -> UnitInDoubt:
     unit = unit or new_unit_id(new_log_id())
     branches = [BranchInDoubt(Xid("shop", unit, "writer"), ["writer"], state=state) for state in states]
     return UnitInDoubt(unit, begun_at, branches, verdict)
+
+
+def test_the_grace_is_that_of_recovery() -> None:
+    assert _recovering._GRACE == GRACE
 
 
 def test_a_unit_that_others_settled_is_not_said_to_be_rolled_back() -> None:
@@ -206,7 +211,7 @@ def test_any_time_can_be_printed(begun_at: float) -> None:
     ("seconds", "shown"), [(-5, "0 s"), (1.2, "1 s"), (119, "119 s"), (121, "2 min"), (7201, "2 h"), (86400 * 3, "3 d")]
 )
 def test_ages_are_rounded_to_what_matters(seconds: float, shown: str) -> None:
-    assert _recovering._duration(seconds) == shown
+    assert _settlements._duration(seconds) == shown
 
 
 def test_without_two_phase_connections_there_is_nothing_to_recover_and_nothing_connects() -> None:
@@ -373,20 +378,24 @@ def test_the_exit_codes_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> N
         assert all(f"  {code}  " in shown for code in (0, 1, 2))
 
 
-@pytest.mark.parametrize("argument", ["--help", "--version", "nonsense"])
-def test_what_needs_no_container_imports_none_of_the_libraries(argument: str) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "--version", "nonsense", "completion bash", *(f"{verb} --help" for verbs in VERBS.values() for verb in verbs)],
+)
+@pytest.mark.representative("--help", "--version", "nonsense", "completion bash", "recover --help")
+def test_what_needs_no_container_imports_none_of_the_libraries(arguments: str) -> None:
     """Importing them takes seconds on a small machine."""
     program = """
 import sys
 from app_db.cli import main
 try:
-    code = main([sys.argv[1]])
+    code = main(sys.argv[1:])
 except SystemExit as ended:
     code = ended.code
 print("exit code", code, *sorted({name.partition(".")[0] for name in sys.modules}))
 """
-    code, *modules = run_python("-c", program, argument).stdout.rpartition("exit code")[2].split()
-    assert code == ("2" if argument == "nonsense" else "0")
+    code, *modules = run_python("-c", program, *arguments.split()).stdout.rpartition("exit code")[2].split()
+    assert code == ("2" if arguments == "nonsense" else "0")
     heavy = {"sqlalchemy", "dependency_injector", "pydantic", "pydantic_settings", "transaction", "rich", "alembic", "IPython"}
     assert heavy & set(modules) == set()
 
