@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from app_db._wording import did_you_mean
 from app_db.cli._calls import COULD_NOT_RUN, EXIT_CODES, Call, CannotRun, Verb, listed
-from app_db.cli._printing import Printer
+from app_db.cli._printing import Printer, make_printable
 
 if TYPE_CHECKING:
     from app_db.container import DatabaseContainer
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
     Without `arguments` it reads those of the process. `program` is what the usage calls it. Errors are printed, and not raised.
     """
     program = program or _program()
+    make_printable()
     given = list(sys.argv[1:] if arguments is None else arguments)
     out = Printer(as_json="--json" in _before_dashes(given))
     try:
@@ -71,6 +73,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
         out.error(str(error))
     except CannotRun as error:
         out.error(str(error))
+    except BrokenPipeError:  # the reader has ended, as `head` does
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends, which would write again
     except KeyboardInterrupt as error:
         out.error(" ".join(["Interrupted.", *(_notes(error) or ["Nothing is lost by that: run it again."])]))
     except Exception as error:  # noqa: BLE001  # a traceback does not help an operator
@@ -101,7 +105,9 @@ def _find_container(option: str | None) -> DatabaseContainer:
 def _run(call: Call) -> int:
     with _without_log_records():
         try:
-            return int(call.options.verb(call))
+            code = int(call.options.verb(call))
+            sys.stdout.flush()  # so that what can't be written is an error here
+            return code
         finally:
             call.close()
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from io import TextIOWrapper
+from pathlib import Path
 from threading import Timer
 from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
 
@@ -65,12 +67,12 @@ class Printer:
     def data(self, data: object) -> None:
         """Print what there is to say as JSON, by the schema of the verb."""
         if self.as_json:
-            print(json.dumps(data, indent=2, ensure_ascii=False))
+            print(_json(data))
 
     def error(self, text: str) -> None:
         """Print to stderr why the command could not run."""
         if self.as_json:
-            print(json.dumps({"error": text}, indent=2, ensure_ascii=False), file=sys.stderr)
+            print(_json({"error": text}), file=sys.stderr)
         elif console := _console(sys.stderr):
             console.print(text, style=_COLOURS["bad"], markup=False, highlight=False, soft_wrap=True)
         else:
@@ -95,6 +97,24 @@ class Printer:
                 yield lambda *_: None
             finally:
                 timer.cancel()
+
+
+def _json(data: object) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=not _is_unicode(sys.stdout))
+
+
+def make_printable() -> None:
+    """Replace characters that the encoding of stdout and stderr lacks, and streams that are closed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # until the process ends
+        elif mode == "w" and isinstance(stream, TextIOWrapper) and not _is_unicode(stream):
+            stream.reconfigure(errors="replace")
+
+
+def _is_unicode(stream: TextIO) -> bool:
+    return (stream.encoding or "utf-8").lower().replace("-", "").startswith("utf")
 
 
 # ---- plain text -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from app_db.cli import _recovering, _settlements, main
 from app_db.cli._commands import VERBS
 from harness import commands
 from harness.crashing import Zygote, variables
-from harness.paths import ROOT, run_python
+from harness.paths import PYTHONPATH, ROOT, run_python
 from harness.servers import PASSWORD, PostgresServer
 from harness.stranded import Scene, stranded
 
@@ -356,6 +359,30 @@ def test_tables_of_mariadb_that_have_no_transactions_are_named(new_mariadb_url: 
             f"    to do: ALTER TABLE {quoted} ENGINE=InnoDB gives it some.",
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        ("{app_db} completion bash | head -c 0", 2, ""),
+        ("{app_db} completion bash >&-", 0, ""),
+        ("{app_db} nonsense 2>&-", 2, ""),
+        ("{app_db} completion bash >/dev/full", 2, "No space left on device"),
+    ],
+)
+def test_what_can_not_be_printed_is_no_traceback(command: str, code: int, says: str) -> None:
+    """A pipe whose reader has ended, closed streams, and a full disk."""
+    done = subprocess.run(
+        ["bash", "-c", "set -o pipefail; " + command.format(app_db=f"{sys.executable} -m app_db")],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert says in done.stdout + done.stderr
+    if not says:
+        assert done.stderr == ""
 
 
 def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
