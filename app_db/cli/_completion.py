@@ -48,6 +48,8 @@ class _Words:
     values: dict[str, list[str]] = field(default_factory=dict)
     """The values of options that have choices, and of the argument, as that of ""."""
     takes_names: bool = False
+    options_with_names: list[str] = field(default_factory=list)
+    """The options whose value is the name of a connection."""
 
 
 def _words_of(parser: argparse.ArgumentParser) -> _Words:
@@ -57,9 +59,14 @@ def _words_of(parser: argparse.ArgumentParser) -> _Words:
         if action.choices:
             for option in action.option_strings or [""]:
                 words.values[option] = [str(choice) for choice in action.choices if choice != NAMES]
-        words.takes_names |= action.metavar == "NAME" and not action.option_strings
+        if action.metavar == "NAME":
+            words.options_with_names += action.option_strings
+            words.takes_names |= not action.option_strings
     return words
 
+
+_ASKED = f"$(app-db completion {NAMES} 2>/dev/null)"
+"""Asks for the names of the connections, in bash and zsh."""
 
 _COMMON = ["--container", "--json", "--help"]
 
@@ -85,6 +92,7 @@ def _function(verbs: Mapping[str, _Words]) -> str:
         "  done",
         '  case "$verb:$before" in',
         *(f'    {verb}:{option}) words="{" ".join(values)}";;' for verb, option, values in _choices(verbs) if option),
+        *(f'    {verb}:{option}) words="{_ASKED}";;' for verb, words in verbs.items() for option in words.options_with_names),
         '    *) case "$verb" in',
         f'      "") words="{" ".join([*verbs, *_COMMON, "--version"])}";;',
         *(f"      {verb}) {_words_in_bash(words)};;" for verb, words in verbs.items()),
@@ -98,7 +106,7 @@ def _function(verbs: Mapping[str, _Words]) -> str:
 
 def _words_in_bash(words: _Words) -> str:
     listed = " ".join([*words.options, *words.values.get("", [])])
-    asked = f'; [[ "$word" == -* ]] || words="$words $(app-db completion {NAMES} 2>/dev/null)"' if words.takes_names else ""
+    asked = f'; [[ "$word" == -* ]] || words="$words {_ASKED}"' if words.takes_names else ""
     return f'words="{listed}"{asked}'
 
 
@@ -122,13 +130,15 @@ def _fish(verbs: Mapping[str, _Words]) -> str:
     ]
     for verb, words in verbs.items():
         seen = f"complete -c app-db -n '__fish_seen_subcommand_from {verb}'"
-        lines += [
-            f"{seen} -l {option[2:]}" + (f" -x -a '{' '.join(words.values[option])}'" if option in words.values else "")
-            for option in words.options
-            if option not in _COMMON
-        ]
+        lines += [f"{seen} -l {option[2:]}{_values_in_fish(words, option)}" for option in words.options if option not in _COMMON]
         if "" in words.values:
             lines.append(f"{seen} -a '{' '.join(words.values[''])}'")
         if words.takes_names:
-            lines.append(f"{seen} -a '(app-db completion {NAMES} 2>/dev/null)'")
+            lines.append(f"{seen} -a '{_ASKED[1:]}'")
     return "\n".join(lines)
+
+
+def _values_in_fish(words: _Words, option: str) -> str:
+    if option in words.options_with_names:
+        return f" -x -a '{_ASKED[1:]}'"
+    return f" -x -a '{' '.join(words.values[option])}'" if option in words.values else ""

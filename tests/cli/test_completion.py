@@ -45,6 +45,7 @@ def test_bash_completes_what_fits(tmp_path: Path) -> None:
     assert completed("app-db", "--json", "graph", "--format", "") == ["text", "mermaid", "svg"]
     assert completed("app-db", "recover", "--d") == ["--dry-run"]
     assert completed("app-db", "dbshell", "w") == ["warehouse", "writer"]
+    assert completed("app-db", "migrate", "--connection", "w") == ["warehouse", "writer"]
     assert completed("app-db", "completion", "f") == ["fish"]
 
 
@@ -58,6 +59,7 @@ def test_fish_completes_what_fits(tmp_path: Path) -> None:
     assert completed("app-db graph --format ") == ["mermaid", "svg", "text"]
     assert "--dry-run" in completed("app-db recover --")
     assert completed("app-db dbshell w") == ["warehouse", "writer"]
+    assert completed("app-db migrate --connection w") == ["warehouse", "writer"]
 
 
 @pytest.mark.exhaustive
@@ -73,6 +75,7 @@ def test_zsh_completes_what_fits(tmp_path: Path) -> None:
             ("rec\t", "app-db recover"),
             ("recover --dr\t", "app-db recover --dry-run"),
             ("dbshell wa\t", "dbshell warehouse"),
+            ("migrate --connection wa\t", "migrate --connection warehouse"),
         ):
             shell.send(f"app-db {typed}")
             shell.expect_exact(completed)
