@@ -60,10 +60,15 @@ class Call:
     def names(self, given: Sequence[str] = ()) -> list[str]:
         """Return the names of the connections that were given; of all in the container and the settings, if none was.
 
-        Raises CannotRun for a name that no connection has.
+        Raises CannotRun for a name that no connection has, or one that has no settings.
         """
+        from app_db.container import Connection
+
         known = names_in(self.container)
         for name in given:
+            if name not in known and isinstance(self.container.providers.get(name), Connection):
+                variable = self.container.settings().variable("connections", name, "url")
+                raise CannotRun(f"The container has the connection {name!r}, and it has no settings. Set {variable}.")
             if name not in known:
                 raise CannotRun(f"There is no connection {name!r}.{did_you_mean(name, known)} {listed('There are', known)}")
         return list(dict.fromkeys(given)) or known

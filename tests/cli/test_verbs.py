@@ -128,6 +128,12 @@ def test_an_unknown_connection_is_explained_with_near_names(shop: Path) -> None:
         assert run(verb, "writr", environment=SETTINGS, code=2, says=says) == ""
 
 
+def test_a_connection_of_the_container_without_settings_is_told_what_to_set(shop: Path) -> None:
+    says = "The container has the connection 'nowhere', and it has no settings. Set APP_DB_CONNECTIONS__NOWHERE__URL.\n"
+    for verb in ("show", "ping", "pool", "dbshell"):
+        assert run(verb, "nowhere", environment=SETTINGS, code=2, says=says) == ""
+
+
 def test_an_engine_of_the_applications_own_is_shown_by_its_url(shop: Path) -> None:
     (shop / "own.py").write_text(
         "from app_db import Connection, DatabaseContainer\nfrom sqlalchemy import create_engine\n"
