@@ -29,8 +29,7 @@ def find_container(option: str | None) -> DatabaseContainer:
     """
     named = _named(option)
     if named is None:
-        settings = DatabaseSettings()
-        return container_of(*settings.connections)(settings=settings)
+        return container_of(*DatabaseSettings().connections)()  # given settings would be an override, which graph shows
     return named.container()
 
 

@@ -176,6 +176,11 @@ def test_what_is_overridden_is_in_each_form_of_the_graph(shop: Path) -> None:
     assert json.loads(run(*arguments, "--json", environment=SETTINGS))["overridden"] == ["writer_session"]
 
 
+def test_nothing_is_overridden_in_a_container_of_the_settings() -> None:
+    environment = {"APP_DB_CONNECTIONS__WRITER__URL": "sqlite:///shop.db"}
+    assert run("graph", environment=environment).splitlines() == ["Container", "└─ sqlite shop.db", "   └─ writer"]
+
+
 def test_the_picture_is_valid_xml_whose_boxes_lie_within_it_and_do_not_overlap(shop: Path) -> None:
     environment = {**SETTINGS, "APP_DB_DECISION_LOG": f"file:{shop}/a<b>&c"}
     root = ET.fromstring(run("graph", "--format", "svg", environment=environment))
