@@ -56,7 +56,7 @@ def _row(each: Configured) -> list[Cell]:
     from app_db.cli._connections import number
 
     name = each.name if each.database else Styled(each.name, "bad")
-    capacity = number(each.threads) if each.declared and each.database else ""
+    capacity = number(each.threads) if each.threads else ""  # SQLite has no server, and counts 0
     return [name, each.url, ", ".join(each.use) or "read and write", each.pool, capacity]
 
 
