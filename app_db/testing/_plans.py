@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from dependency_injector import providers
 
@@ -18,8 +18,10 @@ from app_db.testing._shared_engines import IsolatedConnection
 
 if TYPE_CHECKING:
     from app_db._sessions.providers import Held
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
     from app_db.settings import DatabaseSettings
-    from app_db.testing._isolation import Isolation
 
 T = TypeVar("T")
 
@@ -43,13 +45,20 @@ class Place:
         self.async_view = kind.async_view(*self.drivers)
 
 
+class Engines(Protocol):
+    """An isolation, as a plan knows it."""
+
+    def engine(self, name: str) -> Engine: ...
+
+    def async_engine(self, name: str) -> AsyncEngine: ...
+
+
 class Plan:
     """The databases to isolate, by connection, and the providers that stand in for those of their engines."""
 
     def __init__(self, container: DatabaseContainer, settings: DatabaseSettings, names: Collection[str] | None) -> None:
         self.settings = settings
-        self.isolation: Isolation | None = None
-        """The isolation that is carried out by this plan now."""
+        self._isolation: Engines | None = None
         self._stand_ins: list[tuple[Held[Any], providers.Callable[Any]]] = []
         by_place: dict[object, list[IsolatedConnection]] = {}
         for connection in self._configured(named_connections(container, names)):
@@ -82,6 +91,11 @@ class Plan:
 
         return outside
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether an isolation goes by this plan now."""
+        return self._isolation is not None
+
     def _engine(self, name: str) -> object:
         return self._running.engine(name)
 
@@ -89,14 +103,14 @@ class Plan:
         return self._running.async_engine(name)
 
     @property
-    def _running(self) -> Isolation:
-        if self.isolation is None:
+    def _running(self) -> Engines:
+        if self._isolation is None:
             raise CannotIsolate("", "An engine of an isolation that has ended", "Ask the container for it again")
-        return self.isolation
+        return self._isolation
 
-    def begin(self, isolation: Isolation) -> None:
+    def begin(self, isolation: Engines) -> None:
         """Let the container give isolated engines."""
-        self.isolation = isolation
+        self._isolation = isolation
         for provider, stand_in in self._stand_ins:
             provider.override(stand_in)
 
@@ -111,7 +125,7 @@ class Plan:
                 for other in overriding:
                     if other is not stand_in:
                         provider.override(other)
-        self.isolation = None
+        self._isolation = None
 
 
 def plan_for(container: DatabaseContainer, connections: Collection[str] | None) -> Plan:
@@ -122,7 +136,7 @@ def plan_for(container: DatabaseContainer, connections: Collection[str] | None) 
     plan = kept.get(key)
     if plan is None or plan.settings is not settings:
         plan = kept[key] = Plan(container, settings, connections)
-    return plan if plan.isolation is None else Plan(container, settings, connections)
+    return plan if not plan.is_in_use else Plan(container, settings, connections)
 
 
 def named_connections(container: DatabaseContainer, names: Collection[str] | None) -> dict[str, ConnectionContainer]:

@@ -72,6 +72,7 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
         if connections is not None:
             named_connections(container, connections)  # now, where the names were written
         self._plan: Plan | None = None
+        self._isolation: Isolation | None = None
 
     def __enter__(self) -> Isolation:
         coordinator = self._container.core.coordinator()
@@ -79,9 +80,9 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
             raise InvalidUse("A test is isolated before its first unit of work, and once", "Put `isolated(...)` around the unit")
         self._liveness = self.liveness_to_enter()
         self._liveness.torn = self
-        self._plan = plan_for(self._container, self._connections)
         self._rehearsal = coordinator.rehearsal
-        isolation = Isolation(coordinator, self._plan.places, self._patience)
+        self._plan = plan_for(self._container, self._connections)
+        isolation = self._isolation = Isolation(coordinator, self._plan.places, self._patience)
         self._plan.begin(isolation)
         coordinator.rehearsal = isolation
         return isolation
@@ -97,14 +98,13 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
 
     def _end(self) -> list[str]:
         plan, self._plan = self._plan, None
-        if plan is None or plan.isolation is None:
-            return []
-        isolation = plan.isolation
+        isolation, self._isolation = self._isolation, None
         try:
-            return isolation.end()
+            return [] if isolation is None else isolation.end()
         finally:
-            plan.end()
-            self._container.core.coordinator().rehearsal = self._rehearsal
+            if plan is not None:
+                plan.end()
+                self._container.core.coordinator().rehearsal = self._rehearsal
 
     def torn_down(self) -> None:
         """End the isolation: an exception removed its `with` statement before `__exit__` could run."""

@@ -98,7 +98,7 @@ def test_what_may_take_long_shows_progress(sqlite_url: str, monkeypatch: pytest.
         *[(number, 3, f"writer {each}") for number, each in enumerate("abc", 1)],
         ("Undoing migrations",),
         *[(number, 2, f"writer {each}") for number, each in enumerate("cb", 1)],
-        ("Waiting for the lock",),
+        ("Stamping the databases",),
         ("Comparing models and databases",),
     ]
 

@@ -90,7 +90,7 @@ def test_progress_is_shown_in_a_terminal_once_it_takes_long(
 @pytest.mark.parametrize(
     "command",
     [
-        *("ping", "pool", "check", "recover", "in-doubt", "revision -m x", "migrate"),
+        *("ping", "pool", "check", "recover", "in-doubt", "revision -m x --empty", "migrate"),
         *("migrate --check", "current", "history", "downgrade base", "stamp"),
     ],
 )
