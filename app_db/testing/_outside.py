@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+from contextlib import suppress
 
 from sqlalchemy import event
 from sqlalchemy.pool import Pool
-
-if sys.platform != "win32":
-    from resource import RUSAGE_CHILDREN, getrusage
 
 
 class Checkouts:
@@ -41,7 +38,14 @@ checkouts = Checkouts()
 
 def activity() -> object:
     """Return something that differs from what it was if this process may have committed something outside of the isolation."""
-    if sys.platform == "win32":
-        return checkouts.outside
-    children = getrusage(RUSAGE_CHILDREN)
-    return checkouts.outside, children.ru_utime, children.ru_stime, children.ru_minflt
+    return checkouts.outside, _ended_processes()
+
+
+def _ended_processes() -> object:
+    """Return what the processes that this one has started and waited for have used together. Windows does not say."""
+    with suppress(ImportError):
+        from resource import RUSAGE_CHILDREN, getrusage
+
+        used = getrusage(RUSAGE_CHILDREN)
+        return used.ru_utime, used.ru_stime, used.ru_minflt
+    return None

@@ -17,10 +17,10 @@ from app_db.testing._overrides import connections_of
 from app_db.testing._shared_engines import IsolatedConnection
 
 if TYPE_CHECKING:
-    from app_db._sessions.providers import Held
     from sqlalchemy.engine import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from app_db._sessions.providers import Held
     from app_db.settings import DatabaseSettings
 
 T = TypeVar("T")
