@@ -6,5 +6,10 @@ Coverage begins to measure later, and would miss what the package does when it i
 modules import pytest and the standard library only, and app_db when a fixture is used.
 """
 
-pytest_plugins = ["pytest_app_db.options", "pytest_app_db.containers", "pytest_app_db.isolating"]
+pytest_plugins = [
+    "pytest_app_db.options",
+    "pytest_app_db.containers",
+    "pytest_app_db.isolating",
+    "pytest_app_db.cases",
+]
 """The modules with hooks and fixtures. pytest imports them."""

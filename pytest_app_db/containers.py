@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -42,37 +42,43 @@ def pytest_fixture_setup(fixturedef: _FixtureDef, request: pytest.FixtureRequest
     """Give the container its databases as soon as a fixture has returned it."""
     value = yield
     if fixturedef.argname == "app_db_container":
-        _prepare(value, fixturedef, request.config)
+        prepare(_require_container(value), request.config, fixturedef.addfinalizer)
     return value
 
 
-def _prepare(value: object, fixturedef: _FixtureDef, config: pytest.Config) -> None:
+def _require_container(value: object) -> DatabaseContainer:
     if not hasattr(value, "session_of"):
         pytest.fail(
             f"The fixture app_db_container returned {type(value).__name__}, which is no container of app_db. If it is the "
             "container of your application, return the database container in it: `return container.db`, for example.",
             pytrace=False,
         )
-    container = cast("DatabaseContainer", value)
+    return cast("DatabaseContainer", value)
+
+
+def prepare(container: DatabaseContainer, config: pytest.Config, at_end: Callable[[Callable[[], object]], object]) -> None:
+    """Give a container the databases of the run, unless it has them. `at_end` takes what gives it its own back."""
     prepared = config.stash.setdefault(_prepared, [])
     if any(container is other for other in prepared):
         return
     prepared.append(container)
-    fixturedef.addfinalizer(lambda: prepared.remove(container))
+    at_end(lambda: prepared.remove(container))
     urls = urls_given(config)
     if urls:
         from app_db.testing import overridden
 
-        _enter(overridden(container, urls), fixturedef, config)
+        _enter(overridden(container, urls), config, at_end)
     worker = getattr(config, "workerinput", {}).get("workerid")
     if worker is not None and config.getini("app_db_worker_databases"):
         from app_db.testing import worker_databases
 
-        _enter(worker_databases(container, worker), fixturedef, config)
+        _enter(worker_databases(container, worker), config, at_end)
 
 
-def _enter(block: AbstractContextManager[object], fixturedef: _FixtureDef, config: pytest.Config) -> None:
-    """Enter a block, and leave it when the fixture is torn down. If it can't be entered, the session ends with one error."""
+def _enter(
+    block: AbstractContextManager[object], config: pytest.Config, at_end: Callable[[Callable[[], object]], object]
+) -> None:
+    """Enter a block, and leave it at the end. If it can't be entered, the session ends with one error."""
     from app_db import AppDbError
 
     try:
@@ -81,7 +87,7 @@ def _enter(block: AbstractContextManager[object], fixturedef: _FixtureDef, confi
         if is_worker(config):
             pytest.fail(str(error), pytrace=False)
         pytest.exit(f"app_db: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
-    fixturedef.addfinalizer(lambda: block.__exit__(None, None, None))
+    at_end(lambda: block.__exit__(None, None, None))
 
 
 @pytest.fixture(scope="session")

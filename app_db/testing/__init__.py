@@ -5,8 +5,10 @@ They work with every test runner. The pytest plugin has fixtures for them.
 
 from app_db._units.hooks import CapturedHook, CapturedHooks
 from app_db.testing._isolation import Isolation
+from app_db.testing._overrides import is_overridden
 from app_db.testing._row_counts import RowCounts
 from app_db.testing._row_watch import RowWatch
+from app_db.testing._runner import Runner, running_under
 from app_db.testing._switches import (
     IsolatedTestCase,
     captured_hooks,
@@ -24,10 +26,13 @@ __all__ = [
     "Isolation",
     "RowCounts",
     "RowWatch",
+    "Runner",
     "captured_hooks",
+    "is_overridden",
     "isolated",
     "made_tables",
     "overridden",
+    "running_under",
     "sqlite",
     "worker_databases",
 ]

@@ -20,6 +20,15 @@ from app_db.settings._urls import UNREADABLE_URL, URL_PARTS, parse_url
 _Provider = providers.Provider[Any]
 
 
+_open: list[Override] = []
+"""The blocks that have been entered and not left."""
+
+
+def is_overridden(container: DatabaseContainer) -> bool:
+    """Return whether a container has other settings for the length of a block, or is isolated."""
+    return any(block.container is container for block in _open) or container.core.coordinator().rehearsal is not None
+
+
 class Override:
     """A block, for `with` or `async with`, in which a container has other settings. It gives those settings.
 
@@ -48,6 +57,7 @@ class Override:
             self.container.settings.override(providers.Object(settings))
             self._own, holder.state = holder.state, holder.new_state()
             self._rehearsal, coordinator.rehearsal = coordinator.rehearsal, None  # other databases are not isolated
+        _open.append(self)
         return settings
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -86,6 +96,7 @@ class Override:
                     provider.override(each)
             coordinator.rehearsal = self._rehearsal
             state, holder.state, self._own = holder.state, cast("State", self._own), None
+        _open[:] = [block for block in _open if block is not self]
         return state
 
 

@@ -21,6 +21,7 @@ from app_db.settings import DatabaseSettings
 from app_db.testing._isolation import Isolation
 from app_db.testing._overrides import Override
 from app_db.testing._plans import Plan, named_connections, plan_for
+from app_db.testing._runner import runner
 from app_db.testing._throw_away import ThrowAway
 from app_db.testing._worker_databases import WorkerDatabases
 
@@ -186,6 +187,7 @@ def made_tables(container: DatabaseContainer) -> Generator[frozenset[str]]:
 
     At the end it drops the tables of those connections only.
     """
+    runner().prepare(container)
     names = [name for name in writable(container, ()) if not _has_some(container.providers[f"{name}_engine"](), own_tables(name))]
     container.create_all()
     try:
@@ -263,4 +265,5 @@ class IsolatedTestCase(unittest.TestCase):
                 f"{type(self).__name__} has no container to isolate",
                 "Write `container = container`, your application's, in the class",
             )
+        runner().prepare_case(container)
         self.isolation = self.enterContext(isolated(container, self.connections))
