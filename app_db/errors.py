@@ -773,7 +773,7 @@ class IsolationBroken(IsolationError):
 
 
 class CannotMakeDatabase(AppDbError):
-    """The database of one worker, for tests that run in several processes, could not be created."""
+    """A database that tests need for themselves could not be created."""
 
     def __init__(self, connection: str, database: str, reason: str) -> None:
         super().__init__(connection, database, reason)
@@ -783,9 +783,10 @@ class CannotMakeDatabase(AppDbError):
 
     def _text(self) -> str:
         return (
-            f"The database {self.database!r} could not be created for the connection {self.connection!r} ({self.reason}). Each "
-            "worker needs its own. Allow the user of that connection to create databases, or create it beforehand, or give each "
-            "worker another URL and set app_db_worker_databases = false in the configuration of pytest."
+            f"The database {self.database!r} could not be created for the connection {self.connection!r} ({self.reason}). Let "
+            "the user of that connection create databases, and end what is in the way. For workers of pytest-xdist, you can also "
+            "create it beforehand, or give each worker another URL and set app_db_worker_databases = false in the configuration "
+            "of pytest."
         )
 
 

@@ -27,6 +27,7 @@ NAMES = (
     "routing",
     "two_phase",
     "isolation",
+    "fresh",
     "imports",
     "building",
     "holders",

@@ -11,5 +11,6 @@ pytest_plugins = [
     "pytest_app_db.containers",
     "pytest_app_db.isolating",
     "pytest_app_db.cases",
+    "pytest_app_db.fresh",
 ]
 """The modules with hooks and fixtures. pytest imports them."""

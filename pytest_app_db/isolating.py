@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from app_db import DatabaseContainer
     from app_db.testing import CapturedHooks, Isolation, RowWatch
 
-MARKER = "app_db(connections=None, isolation=True): isolate the test, or some of its connections; with isolation=False, don't"
+MARKER = (
+    "app_db(connections=None, isolation=True, fresh=False): isolate the test, or some of its connections; with isolation=False, "
+    "don't; with fresh=True, give it copies of the databases instead"
+)
 
-_MARKER_TAKES = "@pytest.mark.app_db takes connections=[...] and isolation=False:"
+_MARKER_TAKES = "@pytest.mark.app_db takes connections=[...], isolation=False or fresh=True:"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,6 +38,7 @@ class Marked:
 
     connections: Collection[str] | None = None
     isolation: bool = True
+    fresh: bool = False
 
 
 @pytest.hookimpl(trylast=True)
@@ -46,33 +50,38 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             found = [f"{item.nodeid}: {problem}" for problem in _problems_of(mark)]
             problems += found
             if found or mark.kwargs.get("isolation", True):
-                _isolate_first(item)
+                _first(item, "app_db_fresh" if mark.kwargs.get("fresh") is True and not found else "app_db_isolation")
     if problems and not is_worker(config):  # a worker can't end the session, but each of these tests fails
         raise pytest.UsageError("\n".join([_MARKER_TAKES, *problems]))
 
 
-def _isolate_first(item: Any) -> None:  # pytest has no public type for items with fixtures
-    """Add the isolation to a test's fixtures: before its own, which may write, and after those it shares with other tests.
+def _first(item: Any, fixture: str) -> None:  # pytest has no public type for items with fixtures
+    """Add a fixture to those of a test: before its own, which may write, and after those it shares with other tests.
 
     An autouse fixture would do this too, at a cost for every test of every project.
     """
-    names = [name for name in getattr(item, "fixturenames", ()) if name != "app_db_isolation"]
+    names = [name for name in getattr(item, "fixturenames", ()) if name != fixture]
     definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
     own = (at for at, name in enumerate(names) if name in definitions and definitions[name][-1].scope == "function")
-    names.insert(next(own, len(names)), "app_db_isolation")
+    names.insert(next(own, len(names)), fixture)
     item.fixturenames = names
 
 
 def _problems_of(mark: pytest.Mark) -> Iterable[str]:
     if mark.args:
         yield f"{mark.args!r} was given without a name"
-    for name in mark.kwargs.keys() - {"connections", "isolation"}:
+    for name in mark.kwargs.keys() - {"connections", "isolation", "fresh"}:
         yield f"there is no argument {name!r}"
     connections, isolation = mark.kwargs.get("connections"), mark.kwargs.get("isolation", True)
     if connections is not None and (isinstance(connections, str) or not all(isinstance(name, str) for name in connections)):
         yield f"connections={connections!r} is no list of names"
     if not isinstance(isolation, bool):
         yield f"isolation={isolation!r} is neither True nor False"
+    fresh = mark.kwargs.get("fresh", False)
+    if not isinstance(fresh, bool):
+        yield f"fresh={fresh!r} is neither True nor False"
+    elif fresh and (connections is not None or "isolation" in mark.kwargs):
+        yield "with fresh=True all databases are copied and nothing is isolated, so there is nothing else to say"
 
 
 def _marked(request: pytest.FixtureRequest) -> Marked:
@@ -117,7 +126,7 @@ def app_db_isolation(
 ) -> Generator[Isolation | None]:
     """Roll back what the test writes, in every database, although it commits. The test fails if it leaves something open."""
     marked = _marked(request)
-    if not marked.isolation:
+    if not marked.isolation or marked.fresh:
         yield None
         return
     from app_db.errors import IsolationBroken
@@ -158,7 +167,8 @@ def app_db_async_session(request: pytest.FixtureRequest, app_db_isolation: Isola
 
 def _require(isolation: Isolation | None, request: pytest.FixtureRequest) -> Isolation:
     if isolation is None:
-        pytest.fail(f"{request.fixturename} needs an isolated test, and the marker says isolation=False", pytrace=False)
+        said = "fresh=True" if _marked(request).fresh else "isolation=False"
+        pytest.fail(f"{request.fixturename} needs an isolated test, and the marker says {said}", pytrace=False)
     return isolation
 
 

@@ -415,9 +415,23 @@ class Database:
         """Return the name of the database that a test worker uses in place of `database`."""
         return f"{database}_{worker}"
 
+    first_database: str | None = None
+    """The database to connect to where that of the settings does not exist; None if there is none."""
+
+    def has_database(self, connected: Connected, database: str) -> bool:
+        """Return whether a database exists. `connected` connects to another one."""
+        raise NotImplementedError
+
     def create_database(self, connected: Connected, database: str) -> None:
         """Create a database unless it exists. `connected` connects to another one."""
         raise NotImplementedError
+
+    def copy_database(self, connected: Connected, source: str, database: str) -> None:
+        """Create a database with the tables and rows of `source`, to which no connection may be open."""
+        raise NotImplementedError
+
+    def roll_back_prepared(self, beside: Connected, inside: Connected, database: str) -> None:
+        """Roll back the prepared transactions of a database that could not be dropped with them. `inside` connects to it."""
 
     def drop_database(self, connected: Connected, database: str) -> None:
         """Drop a database if it exists. `connected` connects to another one."""

@@ -26,6 +26,7 @@ from app_db._databases.database import (
 )
 from app_db._databases.drivers.mysql_connections import AwaitedAsyncmy, NonBlockingPyMySQL
 from app_db._databases.migrating import MigrationRules, described_holder
+from app_db._databases.mysql_copies import copy_schema
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
 from app_db._databases.shells import FILE, Shell
 from app_db._databases.statements import Effect, assignments, bare_texts, effect_of
@@ -526,6 +527,17 @@ class MySQL(Database):
         finally:
             if not connection.invalidated:
                 connection.execute(text("SELECT RELEASE_LOCK(:name)"), {"name": name})
+
+    first_database = "information_schema"
+
+    def has_database(self, connected: Connected, database: str) -> bool:
+        with connected() as connection:
+            found = text("SELECT 1 FROM information_schema.schemata WHERE schema_name = :name")
+            return connection.scalar(found, {"name": database}) is not None
+
+    def copy_database(self, connected: Connected, source: str, database: str) -> None:
+        with connected() as connection:
+            copy_schema(connection, source, database)
 
     def create_database(self, connected: Connected, database: str) -> None:
         with connected() as connection:

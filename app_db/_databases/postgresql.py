@@ -615,14 +615,36 @@ class PostgreSQL(Database):
     def lock_limit(self, seconds: int) -> str | None:
         return f"SET LOCAL lock_timeout = '{seconds}s'"
 
+    first_database = "postgres"
+
+    def has_database(self, connected: Connected, database: str) -> bool:
+        with connected() as connection:
+            return connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": database}) is not None
+
     def create_database(self, connected: Connected, database: str) -> None:
         with connected() as connection:
             if connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": database}) is None:
                 connection.exec_driver_sql(f"CREATE DATABASE {quoted(connection, database)}")
 
+    def copy_database(self, connected: Connected, source: str, database: str) -> None:
+        with connected() as connection:
+            # Copying files is quicker for databases as small as those of tests: they need not be written to the WAL as well.
+            strategy = " STRATEGY FILE_COPY" if (connection.dialect.server_version_info or ()) >= (15,) else ""
+            names = quoted(connection, database), quoted(connection, source)
+            connection.exec_driver_sql("CREATE DATABASE {} TEMPLATE {}".format(*names) + strategy)
+
     def drop_database(self, connected: Connected, database: str) -> None:
         with connected() as connection:
             connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {quoted(connection, database)} WITH (FORCE)")
+
+    def roll_back_prepared(self, beside: Connected, inside: Connected, database: str) -> None:
+        with beside() as connection:
+            found = text("SELECT gid FROM pg_prepared_xacts WHERE database = :name")
+            prepared = connection.scalars(found, {"name": database}).all()
+        if prepared:
+            with inside() as connection:
+                for gid in prepared:
+                    connection.exec_driver_sql("ROLLBACK PREPARED '{}'".format(gid.replace("'", "''")))
 
     def async_view(self, driver: str, async_driver: str) -> AsyncView | None:
         return psycopg_async_view if (driver, async_driver) == ("psycopg", "psycopg") else None

@@ -340,6 +340,14 @@ class SQLite(Database):
         file = Path(database)
         return str(file.with_name(f"{file.stem}_{worker}{file.suffix}"))
 
+    def has_database(self, connected: Connected, database: str) -> bool:
+        return Path(database).exists()
+
+    def copy_database(self, connected: Connected, source: str, database: str) -> None:
+        """Copy what is committed, also what is in the WAL only."""
+        with closing(sqlite3.connect(source)) as original, closing(sqlite3.connect(database)) as copy:
+            original.backup(copy)
+
     def create_database(self, connected: Connected, database: str) -> None:
         """Do nothing: the first connection creates the file."""
 

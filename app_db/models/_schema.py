@@ -23,6 +23,9 @@ LOCK = "app_db create_all"
 
 BOOTSTRAP = "app_db_bootstrap"
 
+TEST_RUN = "app_db_test_run"
+"""The table in which a test run notes what it has made in a database."""
+
 _ATTEMPTS = 10
 """More than one, because SQLite waits for another process for a limited time only."""
 
@@ -62,9 +65,10 @@ def include_name(name: str | None, kind: str, parents: object) -> bool:
     """Return False for app_db's own tables, for Alembic: `context.configure(..., include_name=include_name)`.
 
     They are in no MetaData of the application, so that Alembic's autogenerate would propose to drop them: `app_db_decisions`
-    with the decisions of two-phase commit, and `app_db_bootstrap` with the steps of `bootstrap`.
+    with the decisions of two-phase commit, `app_db_bootstrap` with the steps of `bootstrap`, and `app_db_test_run` with what a
+    test run has made.
     """
-    return kind != "table" or name not in {DECISIONS, BOOTSTRAP}
+    return kind != "table" or name not in {DECISIONS, BOOTSTRAP, TEST_RUN}
 
 
 def create_bootstrap_table(container: Container, name: str) -> None:

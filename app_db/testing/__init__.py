@@ -4,6 +4,7 @@ They work with every test runner. The pytest plugin has fixtures for them.
 """
 
 from app_db._units.hooks import CapturedHook, CapturedHooks
+from app_db.testing._fresh import kept_templates
 from app_db.testing._isolation import Isolation
 from app_db.testing._overrides import is_overridden
 from app_db.testing._row_counts import RowCounts
@@ -12,6 +13,7 @@ from app_db.testing._runner import Runner, running_under
 from app_db.testing._switches import (
     IsolatedTestCase,
     captured_hooks,
+    fresh_databases,
     isolated,
     made_tables,
     overridden,
@@ -28,8 +30,10 @@ __all__ = [
     "RowWatch",
     "Runner",
     "captured_hooks",
+    "fresh_databases",
     "is_overridden",
     "isolated",
+    "kept_templates",
     "made_tables",
     "overridden",
     "running_under",

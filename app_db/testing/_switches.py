@@ -18,6 +18,7 @@ from app_db.container import DatabaseContainer
 from app_db.errors import InvalidUse, IsolationBroken
 from app_db.models._schema import own_tables, writable
 from app_db.settings import DatabaseSettings
+from app_db.testing._fresh import FreshDatabases
 from app_db.testing._isolation import Isolation
 from app_db.testing._overrides import Override
 from app_db.testing._plans import Plan, named_connections, plan_for
@@ -179,6 +180,28 @@ def worker_databases(container: DatabaseContainer, worker: str) -> WorkerDatabas
     the same database use it as well. Raises CannotMakeDatabase.
     """
     return WorkerDatabases(container, worker)
+
+
+def fresh_databases(container: DatabaseContainer) -> FreshDatabases:
+    """Give a container copies of its databases for the length of a `with` or `async with` block, for what isolation can't show.
+
+    A copy has the tables, and the rows that are committed. Units of work in the block commit to the
+    copies, by as many connections as they like. The copies are dropped at the end. Mirrors and
+    read-only connections to the same database use the copy as well. A database that no connection
+    can write to is not copied.
+
+    On PostgreSQL, no other program may be connected to the databases while they are copied. In
+    `kept_templates(container)` that is so only at the first copy. Raises CannotMakeDatabase,
+    InvalidUse in an isolated test, and IsolationBroken at the end if a unit of work is under way.
+
+    >>> from app_db import Container, DatabaseSettings
+    >>> from app_db.testing._switches import fresh_databases
+    >>> container = Container(settings=DatabaseSettings(connections={"writer": {"url": "sqlite:///shop.db"}}))
+    >>> with fresh_databases(container):
+    ...     container.writer_engine().url.database
+    'shop_fresh.db'
+    """
+    return FreshDatabases(container)
 
 
 @contextmanager

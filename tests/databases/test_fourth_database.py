@@ -44,6 +44,9 @@ class DuckDB(Database):
     def name_for_worker(self, database, worker):
         return f"{database}.{worker}"
 
+    def has_database(self, connected, database):
+        return Path(database).exists()
+
     def create_database(self, connected, database):
         """Do nothing: the first connection makes the file."""
 

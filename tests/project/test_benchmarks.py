@@ -25,6 +25,7 @@ NAMES = (
     "routing",
     "two_phase",
     "isolation",
+    "fresh",
     "imports",
     "building",
     "holders",

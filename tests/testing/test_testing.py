@@ -6,6 +6,7 @@ import asyncio
 import copy
 import gc
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -743,22 +744,63 @@ def test_a_worker_has_databases_of_its_own_which_connections_that_read_them_foll
         connection.execute(text("SELECT count(*) FROM t"))  # SQLite makes the file again, empty
 
 
-def test_a_workers_database_that_was_left_is_used_and_dropped(postgres: PostgresServer, new_postgres_url: Any) -> None:
+WORKER_KILLED = """
+import os, signal
+from app_db import DatabaseSettings, container_of
+from app_db.testing import worker_databases
+container = container_of("writer")(settings=DatabaseSettings(connections={{"writer": {{"url": {url!r}}}}}))
+with worker_databases(container, "gw7"), container.transaction():
+    container.writer_session().connection().exec_driver_sql("CREATE TABLE left_over (id INTEGER)")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_workers_database_that_a_killed_run_has_left_is_made_anew(
+    postgres: PostgresServer, new_postgres_url: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     url = new_postgres_url()
     name = url.rpartition("/")[2]
-    postgres.execute(f"CREATE DATABASE {name}_gw7")
+    subprocess.run([sys.executable, "-c", WORKER_KILLED.format(url=url)], check=False, timeout=60)
+    assert is_there(postgres, f"{name}_gw7")
     container = container_of("writer")(settings=settings_for(writer=url))
     kept = []
     with worker_databases(container, "gw7"):
+        (told,) = [record.getMessage() for record in caplog.records]
+        assert told.startswith(f"the database '{name}_gw7' was made anew: the run that made it was killed (process ")
+        with container.transaction():
+            assert container.writer_session().scalar(text("SELECT to_regclass('left_over')")) is None
         other = create_engine(postgres.url(f"{name}_gw7"))
         kept.append(other.connect())  # whoever is still there does not keep it
-    for engine in (create_engine(url, poolclass=NullPool),):
-        with engine.connect() as connection:
-            query = text("SELECT count(*) FROM pg_database WHERE datname = :name")
-            assert connection.scalar(query, {"name": f"{name}_gw7"}) == 0
+    assert not is_there(postgres, f"{name}_gw7")
     kept[0].invalidate()
     kept[0].close()
     other.dispose()
+
+
+def test_a_workers_database_that_no_test_run_has_made_is_used_and_left(postgres: PostgresServer, new_postgres_url: Any) -> None:
+    url = new_postgres_url()
+    name = url.rpartition("/")[2]
+    postgres.execute(f"CREATE DATABASE {name}_gw7")
+    try:
+        container = container_of("writer")(settings=settings_for(writer=url))
+        with worker_databases(container, "gw7"):
+            assert container.writer_engine().url.database == f"{name}_gw7"
+        assert is_there(postgres, f"{name}_gw7")
+    finally:
+        postgres.execute(f"DROP DATABASE {name}_gw7")
+
+
+def is_there(postgres: PostgresServer, name: str) -> bool:
+    return postgres.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]) != []
+
+
+def test_a_workers_database_that_another_run_uses_is_refused(new_postgres_url: Any) -> None:
+    settings = settings_for(writer=new_postgres_url())
+    with worker_databases(container_of("writer")(settings=settings), "gw7"):
+        source = WORKER_KILLED.format(url=settings.connection("writer").sqlalchemy_url().render_as_string(hide_password=False))
+        done = subprocess.run([sys.executable, "-c", source], check=False, timeout=60, capture_output=True, text=True)
+    assert "CannotMakeDatabase" in done.stderr
+    assert f"another test run uses it: process {os.getpid()} on" in done.stderr
 
 
 def test_a_server_that_is_not_there_is_said_without_a_password() -> None:

@@ -138,10 +138,8 @@ REFUSED = """
 """
 SAID = [
     "test_shop.py::TestPlain::test_arguments: unittest passes no fixtures, and the method takes app_db_session. Derive the class",
-    "test_shop.py::TestIsolated::test_not_isolated: an IsolatedTestCase isolates its tests itself, so "
-    "@pytest.mark.app_db(isolation=False) changes nothing",
-    "test_shop.py::TestIsolated::test_one_connection: an IsolatedTestCase isolates its tests itself, so "
-    "@pytest.mark.app_db(connections=['writer']) changes nothing",
+    "TestIsolated::test_not_isolated: an IsolatedTestCase isolates its tests itself, so @pytest.mark.app_db(isolation=False)",
+    "TestIsolated::test_one_connection: an IsolatedTestCase isolates its tests itself, so @pytest.mark.app_db(connections=['wr",
 ]
 
 

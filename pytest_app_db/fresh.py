@@ -1,0 +1,42 @@
+"""Databases of a test's own: copies of the prepared ones, for what an isolated test can't show."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from app_db import DatabaseContainer
+
+
+@pytest.fixture(scope="session")
+def app_db_templates(app_db_container: DatabaseContainer, app_db_tables: object) -> Generator[None]:
+    """Keep what the copies of `app_db_fresh` are made from, until the session ends."""
+    from app_db.testing import kept_templates
+
+    with kept_templates(app_db_container):
+        yield
+
+
+@pytest.fixture
+def app_db_fresh(
+    request: pytest.FixtureRequest, app_db_container: DatabaseContainer, app_db_templates: None
+) -> Generator[DatabaseContainer]:
+    """The container, with copies of its databases for this test. The test is not isolated: its commits stay in the copies."""
+    from app_db import AppDbError
+    from app_db.errors import IsolationBroken
+    from app_db.testing import fresh_databases
+
+    copies = fresh_databases(app_db_container)
+    try:
+        copies.__enter__()
+    except AppDbError as error:
+        pytest.fail(str(error), pytrace=False)
+    yield app_db_container
+    try:
+        copies.__exit__(None, None, None)
+    except IsolationBroken as broken:
+        problems = [f"{request.node.nodeid} has left something behind:", *(f"  {each}" for each in broken.problems)]
+        pytest.fail("\n".join(problems), pytrace=False)
