@@ -790,6 +790,19 @@ class CannotMakeDatabase(AppDbError):
         )
 
 
+class CannotMakeTables(AppDbError):
+    """The tables of the models are there already, and the tests can neither use nor drop them."""
+
+    def __init__(self, connection: str, reason: str, advice: str) -> None:
+        super().__init__(connection, reason, advice)
+        self.connection = connection
+        self.reason = reason
+        self.advice = advice
+
+    def _text(self) -> str:
+        return f"The tests can't make the tables of the connection {self.connection!r}: {self.reason}. {self.advice}."
+
+
 # ---- migrations --------------------------------------------------------------------------------------------------------
 
 

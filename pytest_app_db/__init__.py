@@ -8,6 +8,7 @@ modules import pytest and the standard library only, and app_db when a fixture i
 
 pytest_plugins = [
     "pytest_app_db.options",
+    "pytest_app_db.lasting",
     "pytest_app_db.containers",
     "pytest_app_db.isolating",
     "pytest_app_db.cases",

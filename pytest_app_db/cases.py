@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_app_db.containers import PASTE, prepare
+from pytest_app_db.lasting import is_on, tell
 from pytest_app_db.options import is_worker
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ _CASES_TAKE = "A unittest.TestCase can't use these as a function can:"
 
 _ending = pytest.StashKey[ExitStack]()
 """What is ended with the session."""
+_answers = pytest.StashKey[bool]()
+"""Whether app_db.testing asks this plugin."""
 _item = pytest.StashKey[Any]()
 """The test that runs."""
 _done = pytest.StashKey[list[tuple[pytest.Module, object]]]()
@@ -101,15 +104,22 @@ def app_db_refused_case(request: pytest.FixtureRequest) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Answer what app_db.testing asks, from the first test on."""
     if "app_db" in sys.modules:
-        _answer(session.config)
+        answer(session.config)
 
 
-def _answer(config: pytest.Config) -> None:
+def answer(config: pytest.Config) -> None:
+    """Answer what app_db.testing asks, until the session ends."""
     from app_db.testing import Runner, running_under
 
+    if config.stash.get(_answers, False):
+        return
+    config.stash[_answers] = True
     runner = Runner(
         prepare=lambda container: _prepare(container, config),
         prepare_case=lambda container: _prepare_case(container, config),
+        tell=lambda note: tell(config, note),
+        create=is_on(config, "create"),
+        reuse=is_on(config, "reuse"),
     )
     config.stash[_ending].enter_context(running_under(runner))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 import pytest
 
+from pytest_app_db.lasting import is_on
 from pytest_app_db.options import is_worker, urls_given
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def app_db_container() -> DatabaseContainer:
     pytest.fail(PASTE, pytrace=False)
 
 
+T = TypeVar("T")
 _FixtureDef: TypeAlias = "pytest.FixtureDef[object]"
 
 _prepared = pytest.StashKey[list[object]]()
@@ -63,6 +65,9 @@ def prepare(container: DatabaseContainer, config: pytest.Config, at_end: Callabl
         return
     prepared.append(container)
     at_end(lambda: prepared.remove(container))
+    from pytest_app_db.cases import answer
+
+    answer(config)
     urls = urls_given(config)
     if urls:
         from app_db.testing import overridden
@@ -73,25 +78,28 @@ def prepare(container: DatabaseContainer, config: pytest.Config, at_end: Callabl
         from app_db.testing import worker_databases
 
         _enter(worker_databases(container, worker), config, at_end)
+    elif is_on(config, "create") or is_on(config, "reuse"):
+        from app_db.testing import made_databases
+
+        _enter(made_databases(container), config, at_end)
 
 
-def _enter(
-    block: AbstractContextManager[object], config: pytest.Config, at_end: Callable[[Callable[[], object]], object]
-) -> None:
+def _enter(block: AbstractContextManager[T], config: pytest.Config, at_end: Callable[[Callable[[], object]], object]) -> T:
     """Enter a block, and leave it at the end. If it can't be entered, the session ends with one error."""
     from app_db import AppDbError
 
     try:
-        block.__enter__()
+        given = block.__enter__()
     except AppDbError as error:
         if is_worker(config):
             pytest.fail(str(error), pytrace=False)
         pytest.exit(f"app_db: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
     at_end(lambda: block.__exit__(None, None, None))
+    return given
 
 
 @pytest.fixture(scope="session")
-def app_db_tables(app_db_container: DatabaseContainer) -> Generator[frozenset[str]]:
+def app_db_tables(request: pytest.FixtureRequest, app_db_container: DatabaseContainer) -> frozenset[str]:
     """Create the tables of the models for the session. A project whose tables come from migrations overrides this fixture.
 
     Its value is the frozenset of connections whose tables it made. Rows that a test commits there
@@ -99,5 +107,4 @@ def app_db_tables(app_db_container: DatabaseContainer) -> Generator[frozenset[st
     """
     from app_db.testing import made_tables
 
-    with made_tables(app_db_container) as names:
-        yield names
+    return _enter(made_tables(app_db_container), request.config, request.addfinalizer)

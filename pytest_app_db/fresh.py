@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_app_db.lasting import has_failed, keep, keeps_failed
+
 if TYPE_CHECKING:
     from app_db import DatabaseContainer
 
@@ -29,12 +31,15 @@ def app_db_fresh(
     from app_db.errors import IsolationBroken
     from app_db.testing import fresh_databases
 
-    copies = fresh_databases(app_db_container)
+    keeping = keeps_failed(request.config)
+    copies = fresh_databases(app_db_container, name="failed" if keeping else "fresh")
     try:
         copies.__enter__()
     except AppDbError as error:
         pytest.fail(str(error), pytrace=False)
     yield app_db_container
+    if keeping and has_failed(request.node):
+        keep(copies, request.node)
     try:
         copies.__exit__(None, None, None)
     except IsolationBroken as broken:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
+from pytest_app_db.lasting import copies_to_keep, has_failed, keep, keeps_failed
 from pytest_app_db.options import is_worker
 
 if TYPE_CHECKING:
@@ -132,14 +134,21 @@ def app_db_isolation(
     from app_db.errors import IsolationBroken
     from app_db.testing import RowWatch, isolated
 
+    stack = ExitStack()
+    copies = stack.enter_context(copies_to_keep(app_db_container)) if keeps_failed(request.config) else None
     rows = None
-    if request.config.getini("app_db_row_counts"):
+    if request.config.getini("app_db_row_counts") and copies is None:
         rows = app_db_row_watches.get(app_db_container) or app_db_row_watches.setdefault(
             app_db_container, RowWatch(app_db_container)
         )
         rows.before_test(request.node.nodeid)
     isolation = isolated(app_db_container, marked.connections)
-    yield isolation.__enter__()
+    given = isolation.__enter__()
+    yield given
+    kept = copies is not None and has_failed(request.node)
+    if copies is not None and kept:
+        given.commit()
+        keep(copies, request.node)
     problems: list[str] = []
     try:
         isolation.__exit__(None, None, None)
@@ -147,6 +156,9 @@ def app_db_isolation(
         problems += broken.problems
     if rows is not None:
         problems += rows.after_test(_made(app_db_tables), marked.connections, suspect=bool(problems))
+    stack.close()
+    if kept:
+        return  # the test has failed, and what it left is there to be looked at
     if problems:
         _fail(request.node.nodeid, problems)
 

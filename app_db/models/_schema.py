@@ -39,13 +39,13 @@ def create_all(container: Container, *names: str) -> None:
     database.
     """
     for name in writable(container, names):
-        _change(container, name, own_tables(name), MetaData.create_all)
+        change(container, name, own_tables(name), MetaData.create_all)
 
 
 def drop_all(container: Container, *names: str) -> None:
     """Drop the tables that `create_all` makes, with all that is in them, and what is remembered there of a bootstrap."""
     for name in reversed(writable(container, names)):
-        _change(container, name, [*own_tables(name), steps()], MetaData.drop_all)
+        change(container, name, [*own_tables(name), steps()], MetaData.drop_all)
 
 
 @cache
@@ -73,7 +73,7 @@ def include_name(name: str | None, kind: str, parents: object) -> bool:
 
 def create_bootstrap_table(container: Container, name: str) -> None:
     """Create the table `steps` unless it exists."""
-    _change(container, name, [steps()], MetaData.create_all)
+    change(container, name, [steps()], MetaData.create_all)
 
 
 def own_tables(name: str) -> list[Table]:
@@ -102,7 +102,7 @@ def obstacle_to_changes(settings: DatabaseSettings, name: str) -> str:
     return f"it is read-only ({settings.variable('connections', name, 'read_only')})" if used.read_only else ""
 
 
-def _change(container: Container, name: str, tables: list[Table], verb: Callable[..., None]) -> None:
+def change(container: Container, name: str, tables: list[Table], verb: Callable[..., None]) -> None:
     """Create or drop tables of a connection while no other process does."""
     if not tables:
         return

@@ -4,7 +4,8 @@ They work with every test runner. The pytest plugin has fixtures for them.
 """
 
 from app_db._units.hooks import CapturedHook, CapturedHooks
-from app_db.testing._fresh import kept_templates
+from app_db.testing._databases import made_databases
+from app_db.testing._fresh import FreshDatabases, kept_templates
 from app_db.testing._isolation import Isolation
 from app_db.testing._overrides import is_overridden
 from app_db.testing._row_counts import RowCounts
@@ -15,15 +16,16 @@ from app_db.testing._switches import (
     captured_hooks,
     fresh_databases,
     isolated,
-    made_tables,
     overridden,
     sqlite,
     worker_databases,
 )
+from app_db.testing._tables import made_tables
 
 __all__ = [
     "CapturedHook",
     "CapturedHooks",
+    "FreshDatabases",
     "IsolatedTestCase",
     "Isolation",
     "RowCounts",
@@ -34,6 +36,7 @@ __all__ = [
     "is_overridden",
     "isolated",
     "kept_templates",
+    "made_databases",
     "made_tables",
     "overridden",
     "running_under",

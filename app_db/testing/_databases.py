@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import shlex
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
@@ -14,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from app_db._databases.engines import build_engine
 from app_db._databases.registry import database_of
+from app_db._databases.shells import FILE
 from app_db._wording import in_one_line
 from app_db.container import DatabaseContainer
 from app_db.errors import CannotMakeDatabase, SettingsError
@@ -124,6 +126,16 @@ class OwnDatabase:
         except DBAPIError:
             _log.warning("The database %r could not be dropped", self.database, exc_info=True)
 
+    def command(self) -> str:
+        """Return the command that opens a shell in this database. It contains no password."""
+        settings = _with_database(self.name, self._settings, self.database).connection(self.name)
+        url = settings.sqlalchemy_url().set(password=None)
+        shell = self._kind.shell(url, settings, None)
+        if shell is None:
+            return repr(url.render_as_string())
+        options = [f"--{line}" for line in shell.private.splitlines() if "=" in line]
+        return shlex.join([shell.programs[0], *options, *(each for each in shell.arguments if FILE not in each)])
+
     def _try(self, step: Callable[[], T]) -> T:
         try:
             return step()
@@ -152,10 +164,41 @@ def claimed(own: OwnDatabase, names: Sequence[str]) -> Generator[None]:
             own.drop_at_end()
 
 
+@contextmanager
+def made_databases(container: DatabaseContainer) -> Generator[None]:
+    """Make the databases of a container that are not there, for the length of the block.
+
+    One that an earlier run of tests has made is made anew, unless the runner is to reuse it. One
+    that no run has made is used, and never dropped. Raises CannotMakeDatabase.
+    """
+    settings = container.settings()
+    with ExitStack() as stack:
+        for names in written_places(container, settings):
+            _close_idle(container, names)
+            home = database_of(settings.connection(names[0]).sqlalchemy_url().get_backend_name()).first_database
+            stack.enter_context(claimed(OwnDatabase(names[0], settings, database_in(names[0], settings), home=home), names))
+            stack.callback(_close_idle, container, names)
+        yield
+
+
+def _close_idle(container: DatabaseContainer, names: Iterable[str]) -> None:
+    for name in names:
+        for engine in container.core.state().engines(name):
+            engine.dispose()
+
+
+def database_in(name: str, settings: DatabaseSettings) -> str:
+    """Return the name of a connection's database on its server, or the path of its file."""
+    connection = settings.connection(name)
+    configured = connection.sqlalchemy_url()
+    url = database_of(configured.get_backend_name()).url(configured, connection)
+    return str(url.database or url.username)
+
+
 def _clear(own: OwnDatabase, names: Sequence[str], mark: Mark) -> None:
     """Make a database of an earlier run anew, unless it is to be used again."""
-    if mark.is_other_run and not runner().create:
-        reason = f"another test run uses it: {mark}. If it does not run any more, let `pytest --app-db-create` make it anew"
+    if mark.is_alive or (mark.is_other_run and not runner().create):
+        reason = f"another test run uses it: {mark}. If that host is gone, `pytest --app-db-create` makes it anew"
         raise CannotMakeDatabase(own.name, own.database, reason)
     changed = mark.changed(_fingerprints(own, names))
     if runner().reuse and mark.kept and not changed and not runner().create:

@@ -7,13 +7,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from app_db._databases.registry import database_of
 from app_db._units.manager import current
 from app_db.container import DatabaseContainer
 from app_db.errors import CannotMakeDatabase, InvalidUse, IsolationBroken
 from app_db.settings import ConnectionSettings, DatabaseSettings
 from app_db.settings._urls import is_memory
-from app_db.testing._databases import Beside, OwnDatabase, name_of, written_places
+from app_db.testing._databases import Beside, OwnDatabase, database_in, name_of, written_places
 from app_db.testing._marks import Mark
 from app_db.testing._overrides import Override, with_url
 from app_db.testing._runner import runner
@@ -30,7 +29,7 @@ class FreshDatabases(Override):
     Raises IsolationBroken at the end if a unit of work is still under way.
     """
 
-    def __init__(self, container: DatabaseContainer, *, suffix: str = "fresh") -> None:
+    def __init__(self, container: DatabaseContainer, suffix: str) -> None:
         super().__init__(container, {})
         self._suffix = suffix
         self._copies: list[OwnDatabase] = []
@@ -86,6 +85,10 @@ class FreshDatabases(Override):
             unit.abort()
         return [f"a unit of work is still under way, in {place}"]
 
+    def ways_to_look(self) -> list[str]:
+        """Return for each copy the command, without a password, that opens a shell in it."""
+        return [f"{copy.name}: {copy.command()}" for copy in self._copies]
+
     def clean_up(self) -> None:
         for copy in self._copies:
             if self.kept:
@@ -104,14 +107,6 @@ def _url_of_copy(name: str, settings: DatabaseSettings, database: str) -> str:
     url = settings.connection(name).sqlalchemy_url()
     url = (url.set(query={}) if is_memory(url) else url).set(database=database)
     return url.render_as_string(hide_password=False)
-
-
-def database_in(name: str, settings: DatabaseSettings) -> str:
-    """Return the name of a connection's database on its server, or the path of its file."""
-    connection = settings.connection(name)
-    configured = connection.sqlalchemy_url()
-    url = database_of(configured.get_backend_name()).url(configured, connection)
-    return str(url.database or url.username)
 
 
 def free(name: str, settings: DatabaseSettings, suffix: str, beside: Beside | None = None) -> OwnDatabase:

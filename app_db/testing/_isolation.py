@@ -124,6 +124,11 @@ class Isolation:
 
     # -- the end
 
+    def commit(self) -> None:
+        """Commit what the test has written, instead of rolling it back at the end. The databases have to be the test's own."""
+        for database in set(self._databases.values()):
+            database.commit()
+
     def end(self) -> list[str]:
         """Roll everything back, and return a sentence for each problem."""
         under_way = self._under_way()
@@ -211,6 +216,11 @@ class _Database:
                 "postgresql+psycopg",
             )
         self._used = shared
+
+    def commit(self) -> None:
+        for shared in self._ready:
+            if shared.is_open:
+                shared.dbapi_connection().commit()
 
     def end(self) -> list[str]:
         return [problem for shared, loop in self._ready.items() for problem in _end(shared, loop)]

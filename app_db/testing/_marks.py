@@ -58,14 +58,19 @@ class Mark:
         return (self.host, self.pid) == (socket.gethostname(), os.getpid())
 
     @property
-    def is_left(self) -> bool:
-        """Whether the run was killed. A process of another host can't be asked, and may still run."""
-        return not self.kept and self.host == socket.gethostname() and not _is_alive(self.pid)
+    def is_alive(self) -> bool:
+        """Whether the run is under way in another process of this host."""
+        return not self.kept and not self.is_ours and self.host == socket.gethostname() and _is_alive(self.pid)
 
     @property
     def is_other_run(self) -> bool:
-        """Whether the run may still be under way in another process."""
-        return not (self.kept or self.is_ours or self.is_left)
+        """Whether the run may be under way in another process. One of another host can't be asked."""
+        return self.is_alive or not (self.kept or self.host == socket.gethostname())
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the run was killed, on this host."""
+        return not (self.kept or self.is_ours or self.is_other_run)
 
     def changed(self, now: Mapping[str, str]) -> list[str]:
         """Return the tables that the models describe otherwise than when they were made."""

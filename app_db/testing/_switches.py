@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import ClassVar, TypeVar
 
-from sqlalchemy import Engine, Table, inspect
 
 from app_db._liveness import WithBlock
 from app_db._units.hooks import CapturedHooks
 from app_db._units.manager import current
 from app_db.container import DatabaseContainer
 from app_db.errors import InvalidUse, IsolationBroken
-from app_db.models._schema import own_tables, writable
 from app_db.settings import DatabaseSettings
 from app_db.testing._fresh import FreshDatabases
 from app_db.testing._isolation import Isolation
@@ -182,13 +180,16 @@ def worker_databases(container: DatabaseContainer, worker: str) -> WorkerDatabas
     return WorkerDatabases(container, worker)
 
 
-def fresh_databases(container: DatabaseContainer) -> FreshDatabases:
+def fresh_databases(container: DatabaseContainer, *, name: str = "fresh") -> FreshDatabases:
     """Give a container copies of its databases for the length of a `with` or `async with` block, for what isolation can't show.
 
     A copy has the tables, and the rows that are committed. Units of work in the block commit to the
     copies, by as many connections as they like. The copies are dropped at the end. Mirrors and
     read-only connections to the same database use the copy as well. A database that no connection
     can write to is not copied.
+
+    A copy is called `<database>_<name>`. With `kept = True` on the object that this returns, the
+    copies stay at the end, until the next copies with that name are made.
 
     On PostgreSQL, no other program may be connected to the databases while they are copied. In
     `kept_templates(container)` that is so only at the first copy. Raises CannotMakeDatabase,
@@ -201,28 +202,7 @@ def fresh_databases(container: DatabaseContainer) -> FreshDatabases:
     ...     container.writer_engine().url.database
     'shop_fresh.db'
     """
-    return FreshDatabases(container)
-
-
-@contextmanager
-def made_tables(container: DatabaseContainer) -> Generator[frozenset[str]]:
-    """Create the tables of the models for the length of the block. It gives the names of the connections that had none before.
-
-    At the end it drops the tables of those connections only.
-    """
-    runner().prepare(container)
-    names = [name for name in writable(container, ()) if not _has_some(container.providers[f"{name}_engine"](), own_tables(name))]
-    container.create_all()
-    try:
-        yield frozenset(names)
-    finally:
-        for name in reversed(names):
-            container.drop_all(name)
-
-
-def _has_some(engine: Engine, tables: Sequence[Table]) -> bool:
-    inspector = inspect(engine)
-    return any(inspector.has_table(table.name, schema=table.schema) for table in tables)
+    return FreshDatabases(container, name)
 
 
 # ---- hooks -------------------------------------------------------------------------------------------------------------
