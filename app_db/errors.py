@@ -44,6 +44,7 @@ pickled. Each class has a page in the documentation, which `page` names.
      │    ├── IsolationTimeout
      │    └── IsolationBroken
      ├── CannotMakeDatabase
+     ├── CannotMakeTables
      ├── MigrationError
      │    ├── AlembicMissing (ImportError)
      │    ├── UnusableMigrations
@@ -73,6 +74,7 @@ __all__ = [
     "AwaitRequired",
     "CannotIsolate",
     "CannotMakeDatabase",
+    "CannotMakeTables",
     "CannotReflect",
     "CommitError",
     "CommitUnconfirmed",

@@ -63,7 +63,8 @@ def tell(config: pytest.Config, note: str) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if is_worker(session.config):
-        session.config.workeroutput[_NOTES_OF_WORKER] = session.config.stash[_notes]  # type: ignore[attr-defined]  # pytest-xdist's
+        output: dict[str, object] = vars(session.config)["workeroutput"]  # of pytest-xdist
+        output[_NOTES_OF_WORKER] = session.config.stash[_notes]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -76,7 +77,8 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for note in dict.fromkeys(config.stash[_notes]):
+    notes = config.stash[_notes]
+    for note in dict.fromkeys(notes):
         terminalreporter.write_line(f"app_db: {note}", yellow=True)
 
 

@@ -121,7 +121,9 @@ def free(name: str, settings: DatabaseSettings, suffix: str, beside: Beside | No
         if mark is not None and (mark.kept or mark.is_left):
             own.drop()
             return own
-    raise CannotMakeDatabase(name, database, f"there are {_MOST} copies already, of which none is known to be left over")
+    raise CannotMakeDatabase(
+        name, name_of(name, url, suffix), f"there are {_MOST} copies already, of which none is known to be left over"
+    )
 
 
 def copied(container: DatabaseContainer, name: str, settings: DatabaseSettings, suffix: str) -> OwnDatabase:

@@ -79,6 +79,7 @@ EXAMPLES: list[AppDbError] = [
     errors.DecisionFileDamaged("/srv/decisions", "SQLite says, database disk image is malformed"),
     errors.DecisionFileFull("/srv/decisions"),
     errors.CannotMakeDatabase("writer", "shop_gw0", "permission denied to create database"),
+    errors.CannotMakeTables("writer", "there is 'orders' already", "Give the tests another database"),
     errors.AlembicMissing(),
     errors.UnusableMigrations("writer", "there is no revision 'a1'", "The revisions are: b2"),
     errors.MigrationFailed("writer", "a1", "ProgrammingError: no such column", errors.MigrationAccount()),

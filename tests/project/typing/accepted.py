@@ -56,9 +56,16 @@ from app_db.testing import (
     CapturedHooks,
     IsolatedTestCase,
     Isolation,
+    Runner,
     captured_hooks,
+    fresh_databases,
+    is_overridden,
     isolated,
+    kept_templates,
+    made_databases,
+    made_tables,
     overridden,
+    running_under,
     sqlite,
     worker_databases,
 )
@@ -526,6 +533,16 @@ def switch(container: Shop) -> None:
         assert_type(given, DatabaseSettings)
     with overridden(container, {"writer": "sqlite://"}), sqlite(container) as throw_away, worker_databases(container, "gw0"):
         assert_type(throw_away, DatabaseSettings)
+    with (
+        kept_templates(container),
+        fresh_databases(container) as copies,
+        made_tables(container) as names,
+        made_databases(container),
+    ):
+        assert_type(copies, DatabaseSettings)
+        assert_type(names, frozenset[str])
+    with running_under(Runner(create=True, tell=print)):
+        assert_type(is_overridden(container), bool)
     with captured_hooks(container) as hooks:
         assert_type(hooks, CapturedHooks)
         hooks.run()
