@@ -147,8 +147,7 @@ def app_db_isolation(
     yield given
     kept = copies is not None and has_failed(request.node)
     if copies is not None and kept:
-        given.commit()
-        keep(copies, request.node)
+        keep(copies, request.node, whole=given.commit())
     problems: list[str] = []
     try:
         isolation.__exit__(None, None, None)

@@ -113,9 +113,11 @@ def copies_to_keep(container: DatabaseContainer) -> Generator[FreshDatabases]:
         yield copies
 
 
-def keep(copies: FreshDatabases, item: pytest.Item) -> None:
+def keep(copies: FreshDatabases, item: pytest.Item, *, whole: bool = True) -> None:
     """Keep the databases of a failed test, and print beside its failure how to look at them."""
     copies.kept = True
     item.config.stash[_has_kept] = True
     lines = [f"The databases of {item.nodeid} are kept as they were when it failed. Look at them with:", *copies.ways_to_look()]
+    if not whole:
+        lines.append("What was written in an event loop that has ended could not be kept.")
     item.add_report_section("teardown", "app_db", "\n".join(lines))

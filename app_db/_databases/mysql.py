@@ -56,6 +56,9 @@ _END_AND_PROTECT = "BEGIN NOT ATOMIC {end}; SET SESSION TRANSACTION READ ONLY; E
 _MARK = "app_db_call"
 """The savepoint that is taken before a procedure is called."""
 
+_LONGEST_DROP = 10
+"""Seconds that DROP DATABASE waits for locks in the database."""
+
 _LONGEST_WAIT = 3600
 """Seconds to wait for another process that creates tables."""
 
@@ -545,6 +548,13 @@ class MySQL(Database):
 
     def drop_database(self, connected: Connected, database: str) -> None:
         with connected() as connection:
+            used = text("SELECT id FROM information_schema.processlist WHERE db = :name AND id <> CONNECTION_ID()")
+            for number in connection.scalars(used, {"name": database}).all():
+                with suppress(DBAPIError):  # it has gone by itself
+                    connection.exec_driver_sql(f"KILL {int(number)}")
+            connection.exec_driver_sql(
+                f"SET SESSION lock_wait_timeout = {_LONGEST_DROP}"
+            )  # of a prepared transaction, for example
             connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {quoted(connection, database)}")
 
 

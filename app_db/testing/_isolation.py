@@ -124,10 +124,12 @@ class Isolation:
 
     # -- the end
 
-    def commit(self) -> None:
-        """Commit what the test has written, instead of rolling it back at the end. The databases have to be the test's own."""
-        for database in set(self._databases.values()):
-            database.commit()
+    def commit(self) -> bool:
+        """Commit what the test has written, instead of rolling it back at the end. The databases have to be the test's own.
+
+        Returns whether all could be committed. A connection whose event loop has ended can't be used.
+        """
+        return all([database.commit() for database in set(self._databases.values())])
 
     def end(self) -> list[str]:
         """Roll everything back, and return a sentence for each problem."""
@@ -217,13 +219,22 @@ class _Database:
             )
         self._used = shared
 
-    def commit(self) -> None:
-        for shared in self._ready:
-            if shared.is_open:
-                shared.dbapi_connection().commit()
+    def commit(self) -> bool:
+        return all([_commit(shared, loop) for shared, loop in self._ready.items() if shared.is_open])
 
     def end(self) -> list[str]:
         return [problem for shared, loop in self._ready.items() for problem in _end(shared, loop)]
+
+
+def _commit(shared: SharedConnection, loop: AbstractEventLoop | None) -> bool:
+    """Commit a shared connection, in the event loop that it belongs to if there is one. Return whether that was possible."""
+    if loop is None:
+        shared.dbapi_connection().commit()
+        return True
+    if loop.is_closed() or loop.is_running():
+        return False
+    loop.run_until_complete(greenlet_spawn(lambda: shared.dbapi_connection().commit()))
+    return True
 
 
 def _end(shared: SharedConnection, loop: AbstractEventLoop | None) -> list[str]:

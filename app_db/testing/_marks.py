@@ -37,13 +37,20 @@ _MARKS = Table(
 )
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+
+
+_STARTED = _now()
+
+
 @dataclass(frozen=True)
 class Mark:
     """The mark of a test run."""
 
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(sep=" ", timespec="seconds"))
+    since: str = field(default_factory=_now)
     kept: bool = False
     """Whether the run has ended, and has kept what it made for the next one."""
     tables: Mapping[str, str] = field(default_factory=dict)
@@ -55,12 +62,19 @@ class Mark:
     @property
     def is_ours(self) -> bool:
         """Whether this process has made the mark."""
-        return (self.host, self.pid) == (socket.gethostname(), os.getpid())
+        # In a container, the process of each run may have the same host name and number.
+        return (self.host, self.pid) == (socket.gethostname(), os.getpid()) and self.since >= _STARTED
 
     @property
     def is_alive(self) -> bool:
         """Whether the run is under way in another process of this host."""
-        return not self.kept and not self.is_ours and self.host == socket.gethostname() and _is_alive(self.pid)
+        return (
+            not self.kept
+            and not self.is_ours
+            and self.host == socket.gethostname()
+            and self.pid != os.getpid()
+            and _is_alive(self.pid)
+        )
 
     @property
     def is_other_run(self) -> bool:

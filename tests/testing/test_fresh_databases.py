@@ -19,7 +19,7 @@ from app_db import DatabaseSettings, container_of, metadata_of
 from app_db.errors import CannotMakeDatabase, InvalidUse, IsolationBroken
 from app_db.testing import fresh_databases, isolated, kept_templates
 from harness.projects import Project
-from harness.servers import PostgresServer
+from harness.servers import MariaDBServer, PostgresServer
 
 pytest_plugins = ["pytester"]
 
@@ -358,6 +358,20 @@ def test_a_unit_that_is_left_is_told(shop: Any) -> None:
     assert jobs(shop) == 2
     with fresh_databases(shop):
         add_job(shop)
+
+
+@pytest.mark.exhaustive
+def test_a_connection_that_is_left_does_not_keep_the_copy(mariadb: MariaDBServer, mariadb_url: str) -> None:
+    container = container_at(fresh_shop={"url": mariadb_url})
+    with fresh_databases(container):
+        own = create_engine(container.fresh_shop_engine().url, poolclass=NullPool)
+        left = own.connect()
+        left.execute(text("INSERT INTO fresh_jobs VALUES (10)"))
+    name = mariadb_url.rpartition("/")[2]
+    assert [row[0] for row in mariadb.execute("SHOW DATABASES") if row[0].startswith(f"{name}_")] == []
+    left.invalidate()
+    left.close()
+    container.shutdown_resources()
 
 
 # ---- pytest ---------------------------------------------------------------------------------------------------------------
