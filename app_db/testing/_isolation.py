@@ -129,7 +129,8 @@ class Isolation:
 
         Returns whether all could be committed. A connection whose event loop has ended can't be used.
         """
-        return all([database.commit() for database in set(self._databases.values())])
+        committed = [database.commit() for database in set(self._databases.values())]
+        return all(committed)
 
     def end(self) -> list[str]:
         """Roll everything back, and return a sentence for each problem."""
@@ -220,7 +221,8 @@ class _Database:
         self._used = shared
 
     def commit(self) -> bool:
-        return all([_commit(shared, loop) for shared, loop in self._ready.items() if shared.is_open])
+        committed = [_commit(shared, loop) for shared, loop in self._ready.items() if shared.is_open]
+        return all(committed)
 
     def end(self) -> list[str]:
         return [problem for shared, loop in self._ready.items() for problem in _end(shared, loop)]

@@ -18,8 +18,9 @@ from harness.servers import PostgresServer
 
 pytest_plugins = ["pytester"]
 
-CHANGED = SHOP.replace(
-    '__tablename__ = "orders"\n', '__tablename__ = "orders"\n        sku: Mapped[str] = mapped_column(default="A-1")\n'
+CHANGED = SHOP.replace("import func, select", "import String, func, select").replace(
+    '__tablename__ = "orders"\n',
+    '__tablename__ = "orders"\n        sku: Mapped[str] = mapped_column(String(20), default="A-1")\n',
 )
 USED = """
     import shop
