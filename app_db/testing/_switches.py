@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import unittest
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import ClassVar, TypeVar
-
 
 from app_db._liveness import WithBlock
 from app_db._units.hooks import CapturedHooks

@@ -302,6 +302,7 @@ with kept_templates(container), fresh_databases(container):
 """
 
 
+@pytest.mark.exhaustive
 def test_what_a_killed_run_has_left_is_dropped_by_the_next(on_postgres: Any, postgres: PostgresServer, postgres_url: str) -> None:
     on_postgres.shutdown_resources()
     subprocess.run([sys.executable, "-c", KILLED.format(url=postgres_url)], check=False, timeout=60)
@@ -324,6 +325,7 @@ def test_a_database_that_no_test_run_has_made_is_left_alone(
         postgres.execute(f"DROP DATABASE {name}_fresh")
 
 
+@pytest.mark.exhaustive  # PostgreSQL waits 5 s for the other one to go
 def test_another_program_in_the_database_is_told(on_postgres: Any, postgres_url: str) -> None:
     other = create_engine(postgres_url, poolclass=NullPool)
     with kept_templates(on_postgres):

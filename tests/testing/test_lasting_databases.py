@@ -293,7 +293,8 @@ def kept_command(result: pytest.RunResult) -> str:
     return next(line for line in lines[at:] if line.startswith("writer: ")).removeprefix("writer: ")
 
 
-@pytest.mark.parametrize("tests", [FAILS, pytest.param(FAILS_FRESH, marks=pytest.mark.exhaustive)], ids=["isolated", "fresh"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("tests", [FAILS, FAILS_FRESH], ids=["isolated", "fresh"])
 def test_keep_failed_keeps_the_rows_of_the_first_test_that_fails(place: Place, tests: str) -> None:
     failed = tests.count("assert False") + 1
     for _ in range(2):

@@ -56,7 +56,7 @@ def test_cases_use_the_url_of_the_command_line_and_drop_what_they_made(project: 
     assert project.tables("given") == project.tables("facts") == []
 
 
-@pytest.mark.representative("no fixture")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("conftest", ["no fixture", "fixture"])
 def test_cases_of_workers_have_databases_of_their_own(project: Project, conftest: str) -> None:
     project.file("conftest.py", CONFTEST if conftest == "fixture" else "")
