@@ -104,10 +104,10 @@ def _is_alive(pid: int) -> bool:
 
 def fingerprints(tables: list[Table], dialect: Dialect) -> dict[str, str]:
     """Return a fingerprint of the DDL of each table, by the table's name."""
-    return {table.fullname: _fingerprint(table, dialect) for table in tables}
+    return {table.fullname: _hashed(table, dialect) for table in tables}
 
 
-def _fingerprint(table: Table, dialect: Dialect) -> str:
+def _hashed(table: Table, dialect: Dialect) -> str:
     parts: list[CreateTable | CreateIndex] = [
         CreateTable(table),
         *map(CreateIndex, sorted(table.indexes, key=lambda index: str(index.name))),
