@@ -43,6 +43,8 @@ pickled. Each class has a page in the documentation, which `page` names.
      │    ├── CannotIsolate
      │    ├── IsolationTimeout
      │    └── IsolationBroken
+     ├── UnexpectedStatements (AssertionError)
+     ├── LiveServerError
      ├── CannotMakeDatabase
      ├── CannotMakeTables
      ├── MigrationError
@@ -89,6 +91,7 @@ __all__ = [
     "IsolationBroken",
     "IsolationError",
     "IsolationTimeout",
+    "LiveServerError",
     "MigrationAccount",
     "MigrationError",
     "MigrationFailed",
@@ -108,6 +111,7 @@ __all__ = [
     "SpansDatabases",
     "TransactionLost",
     "TwoPhaseUnavailable",
+    "UnexpectedStatements",
     "UnitOfWorkDoomed",
     "UnitOfWorkEnded",
     "UnitOfWorkError",
@@ -772,6 +776,32 @@ class IsolationBroken(IsolationError):
     def _text(self) -> str:
         head = "The isolated test left something open, or could not be isolated completely:"
         return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
+
+
+class UnexpectedStatements(AppDbError, AssertionError):
+    """A block sent more statements than a test expected, or fewer. Test runners count it as a failure."""
+
+    def __init__(self, problems: Sequence[str], sent: Sequence[str]) -> None:
+        super().__init__(problems, sent)
+        self.problems = tuple(problems)
+        self.sent = tuple(sent)
+
+    def _text(self) -> str:
+        listed = [f"  {number}. {line}" for number, line in enumerate(self.sent, 1)]
+        head = "The statements are, in the order in which they were sent:" if self.sent else "No statement was sent."
+        return "\n".join([*self.problems, head, *listed])
+
+
+class LiveServerError(AppDbError):
+    """The server that a test wants for its application did not start, or did not end."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(problem, advice)
+        self.problem = problem
+        self.advice = advice
+
+    def _text(self) -> str:
+        return f"{self.problem}. {self.advice}."
 
 
 class CannotMakeDatabase(AppDbError):

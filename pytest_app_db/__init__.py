@@ -13,5 +13,6 @@ pytest_plugins = [
     "pytest_app_db.isolating",
     "pytest_app_db.cases",
     "pytest_app_db.fresh",
+    "pytest_app_db.counting",
 ]
 """The modules with hooks and fixtures. pytest imports them."""

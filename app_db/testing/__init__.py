@@ -1,10 +1,11 @@
-"""Context managers for tests: roll everything back, use other settings or databases, capture hooks.
+"""Context managers for tests: roll everything back, use other settings or databases, capture hooks, count statements.
 
 They work with every test runner. The pytest plugin has fixtures for them.
 """
 
 from app_db._units.hooks import CapturedHook, CapturedHooks
 from app_db.testing._databases import made_databases
+from app_db.testing._expecting import SentStatement, StatementCounts, expecting
 from app_db.testing._fresh import FreshDatabases, kept_templates
 from app_db.testing._isolation import Isolation
 from app_db.testing._overrides import is_overridden
@@ -34,6 +35,9 @@ __all__ = [
     "captured_hooks",
     "fresh_databases",
     "is_overridden",
+    "SentStatement",
+    "StatementCounts",
+    "expecting",
     "isolated",
     "kept_templates",
     "made_databases",

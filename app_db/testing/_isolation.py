@@ -61,6 +61,10 @@ class Isolation:
         """Return the engine for coroutines of a connection while it is isolated."""
         return self._database(name).async_engine(name)
 
+    def has(self, shared: SharedConnection) -> bool:
+        """Return whether a connection is shared by engines of this isolation."""
+        return any(shared in database._ready for database in self._databases.values())
+
     def session(self, name: str = "writer") -> Session:
         """Return a session to prepare and check with. It commits and rolls back as it would outside a test.
 

@@ -78,6 +78,9 @@ EXAMPLES: list[AppDbError] = [
     errors.DecisionFileUnusable("/srv/decisions", "it was moved", "Put it back", undecided=False),
     errors.DecisionFileDamaged("/srv/decisions", "SQLite says, database disk image is malformed"),
     errors.DecisionFileFull("/srv/decisions"),
+    errors.UnexpectedStatements(["2 statements were sent, and 1 was expected."], ["'writer' from shop.py:31 in total: SELECT 1"]),
+    errors.UnexpectedStatements(["No statements were sent, and 1 was expected."], []),
+    errors.LiveServerError("The server did not start", "Look at the log"),
     errors.CannotMakeDatabase("writer", "shop_gw0", "permission denied to create database"),
     errors.CannotMakeTables("writer", "there is 'orders' already", "Give the tests another database"),
     errors.AlembicMissing(),
@@ -156,7 +159,7 @@ def test_every_error_has_an_example_here() -> None:
 def test_an_error_prints_whole_sentences(error: AppDbError) -> None:
     text = error.message
     assert not re.search(r"[{}]|\bNone\b|<class|\bobject at 0x", text), text
-    assert text[-1] in ".)" or isinstance(error, (errors.SettingsError, errors.IsolationBroken))
+    assert text[-1] in ".)" or isinstance(error, (errors.SettingsError, errors.IsolationBroken, errors.UnexpectedStatements))
     assert str(error) == f"{text}\nSee https://app-db.readthedocs.io/en/stable/{error.page}.html"
 
 
