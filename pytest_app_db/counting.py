@@ -82,16 +82,22 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     except BaseException as error:
         counting.__exit__(type(error), error, None)
         raise
+    problem = ""
     try:
         counting.__exit__(None, None, None)
     except UnexpectedStatements as error:
-        pytest.fail(f"{item.nodeid} does not send what its marker expects. {error}", pytrace=False)
+        problem = f"@pytest.mark.app_db_statements: {error}"
+    if problem:  # not in the `except`, or pytest would show the error twice
+        pytest.fail(problem, pytrace=False)
     return result
 
 
 @pytest.fixture
 def app_db_expecting(app_db_container: DatabaseContainer) -> Callable[..., expecting]:
-    """Return what counts statements of the container. It is `app_db.testing.expecting`: write `with app_db_expecting(3):`."""
+    """Return `app_db.testing.expecting` for the container.
+
+    A test writes `with app_db_expecting(statements=3):`.
+    """
     from functools import partial
 
     from app_db.testing import expecting
