@@ -14,5 +14,6 @@ pytest_plugins = [
     "pytest_app_db.cases",
     "pytest_app_db.fresh",
     "pytest_app_db.counting",
+    "pytest_app_db.serving",
 ]
 """The modules with hooks and fixtures. pytest imports them."""

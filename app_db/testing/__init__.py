@@ -1,4 +1,5 @@
-"""Context managers for tests: roll everything back, use other settings or databases, capture hooks, count statements.
+"""Context managers for tests: roll everything back, use other settings or databases, capture hooks, count
+statements, serve the application.
 
 They work with every test runner. The pytest plugin has fixtures for them.
 """
@@ -8,6 +9,7 @@ from app_db.testing._databases import made_databases
 from app_db.testing._expecting import SentStatement, StatementCounts, expecting
 from app_db.testing._fresh import FreshDatabases, kept_templates
 from app_db.testing._isolation import Isolation
+from app_db.testing._live_server import LiveServer, live_server
 from app_db.testing._overrides import is_overridden
 from app_db.testing._row_counts import RowCounts
 from app_db.testing._row_watch import RowWatch
@@ -29,17 +31,19 @@ __all__ = [
     "FreshDatabases",
     "IsolatedTestCase",
     "Isolation",
+    "LiveServer",
     "RowCounts",
     "RowWatch",
     "Runner",
-    "captured_hooks",
-    "fresh_databases",
-    "is_overridden",
     "SentStatement",
     "StatementCounts",
+    "captured_hooks",
     "expecting",
+    "fresh_databases",
+    "is_overridden",
     "isolated",
     "kept_templates",
+    "live_server",
     "made_databases",
     "made_tables",
     "overridden",

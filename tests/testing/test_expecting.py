@@ -19,7 +19,6 @@ from sqlalchemy.pool import NullPool
 from app_db.errors import InvalidUse, UnexpectedStatements
 from app_db.testing import StatementCounts, expecting, isolated, overridden
 from harness.applications import Application, Boom, Item, running
-from harness.choosing import mostly
 from harness.coroutines import DRIVERS, opened_awaited, url_for, with_driver
 
 Perhaps = Callable[[Application], Any]
@@ -50,6 +49,7 @@ def perhaps_isolated(request: pytest.FixtureRequest) -> Perhaps:
 # ---- what counts ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.representative("sqlite-*", "postgresql-isolated")
 def test_all_that_sessions_and_engines_of_the_container_send_counts(app: Application, perhaps_isolated: Perhaps) -> None:
     expected = {"writer": 5, "reader": 2, "warehouse": 1}
     with perhaps_isolated(app), expecting(app.container, statements=expected, insert=2) as counted:
@@ -79,6 +79,7 @@ def test_all_that_sessions_and_engines_of_the_container_send_counts(app: Applica
     ]
 
 
+@pytest.mark.representative("sqlite-*", "postgresql-isolated")
 def test_savepoints_and_the_ends_of_transactions_do_not_count(app: Application, perhaps_isolated: Perhaps) -> None:
     with perhaps_isolated(app), expecting(app.container, statements=2):
         with app.unit():
@@ -90,6 +91,7 @@ def test_savepoints_and_the_ends_of_transactions_do_not_count(app: Application, 
             connection.execute(text("SELECT 2"))
 
 
+@pytest.mark.exhaustive
 def test_what_app_db_sends_by_itself_does_not_count(
     new_postgres_url: Callable[[], str], new_mariadb_url: Callable[[], str], perhaps_isolated: Perhaps
 ) -> None:
@@ -105,7 +107,8 @@ def test_what_app_db_sends_by_itself_does_not_count(
             app.session("facts").execute(text("SELECT 1"))
 
 
-@pytest.mark.parametrize("driver", mostly(DRIVERS, exhaustive="psycopg"))
+@pytest.mark.representative("*-aiosqlite", "isolated-psycopg")
+@pytest.mark.parametrize("driver", DRIVERS)
 def test_coroutines_count(driver: str, request: pytest.FixtureRequest, perhaps_isolated: Perhaps) -> None:
     app = opened_awaited(url_for(driver, request), driver)
 
