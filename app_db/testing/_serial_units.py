@@ -54,7 +54,8 @@ class Holder:
         """Return whether `other` waits for this unit: making this unit wait for `other` would then be a deadlock."""
         if other.units and other.units[0] in self.units:
             return True
-        return self.thread is other.thread and self.task is other.task
+        # A task that can't await stops the event loop, and with it the task that it waits for.
+        return self.thread is other.thread and (self.task is other.task or not in_greenlet())
 
     def __str__(self) -> str:
         place = f"the task {self.task.get_name()!r}" if self.task is not None else f"the thread {self.thread.name!r}"

@@ -24,6 +24,7 @@ from flask import Flask, request
 from sqlalchemy import select
 
 from app_db.errors import InvalidUse, LiveServerError
+from app_db.integrations.fastapi import UnitOfWorkMiddleware
 from app_db.testing import isolated, live_server
 from harness.applications import Application, Boom, Item, running
 from harness.coroutines import with_driver
@@ -237,6 +238,33 @@ def test_async_sessions_of_requests_share_the_connection_of_the_test(driver: str
             assert one.post("/items", data={"name": "e"}).status_code == 200
             with isolation.session() as session:
                 assert sorted(session.scalars(select(Item.name))) == [*"abcde"]
+        assert app.names() == []
+
+
+@pytest.mark.parametrize("way", ["a unit in the endpoint", "a unit for each request"])
+def test_coroutines_with_sync_sessions_do_not_wait_for_each_other(way: str, sqlite_url: str) -> None:
+    """Such a coroutine can't await, so that the one it waits for could not go on."""
+    web = FastAPI()
+    with running(writer=sqlite_url) as app:
+        if way == "a unit for each request":
+            web.add_middleware(UnitOfWorkMiddleware, container=app.container)
+
+        @web.post("/items")
+        async def post(name: str = Form()) -> None:
+            if way == "a unit for each request":
+                app.add(name)
+                await asyncio.sleep(0.02)
+                return
+            with app.unit():
+                app.add(name)
+                await asyncio.sleep(0.02)
+
+        with isolated(app.container) as isolation, live_server(web) as server, client(server.url) as one:
+            with ThreadPoolExecutor(4) as pool:
+                answers = pool.map(lambda name: one.post("/items", data={"name": name}).status_code, "abcd")
+                assert [*answers] == [200] * 4
+            with isolation.session() as session:
+                assert sorted(session.scalars(select(Item.name))) == [*"abcd"]
         assert app.names() == []
 
 
