@@ -27,6 +27,7 @@ PACKAGES = [
     "pytest",
     "starlette",
     "taskiq",
+    "uvicorn",
 ]
 """What may not be installed."""
 
@@ -67,6 +68,8 @@ if {"anyio", "aiohttp"} & set(modules):
     left_out |= {"app_db.integrations.taskiq"}  # taskiq needs both
 if "fcntl" in modules:
     left_out |= {"app_db.integrations.celery"}  # Celery's own modules want it, except on Windows
+if "uvicorn" in modules:
+    left_out |= {"app_db.testing._asgi_server"}
 if "alembic" in modules:
     left_out |= {"app_db.migrations"}
 for framework in ("aiohttp", "celery", "flask", "pyramid", "taskiq"):
