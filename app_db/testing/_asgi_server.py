@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from contextvars import Context
 from functools import partial
 from socket import create_server, socket
@@ -13,8 +14,9 @@ from typing import Any
 
 import uvicorn
 
+from app_db._compat.clocks import monotonic
 from app_db.errors import LiveServerError
-from app_db.testing._wsgi_server import HOST, refuse_running
+from app_db.testing._wsgi_server import HOST, log_error, refuse_unanswered
 
 _TO_ACCEPT = 0.01
 """Seconds in which an event loop hands an accepted connection to its protocol."""
@@ -23,28 +25,46 @@ _TO_CANCEL = 1.0
 """Seconds for requests and the lifespan to end after they were cancelled."""
 
 
-@contextmanager
-def served_by_uvicorn(application: Callable[..., Any], patience: float) -> Generator[int]:
-    """Serve an application while the block lasts. It gives the port."""
-    watched = _Watched(application)
-    server = _Server(watched, patience)
-    with create_server((HOST, 0), backlog=128) as listening:
-        port = int(listening.getsockname()[1])
-        # Without the context of the test, whose unit of work is not the server's.
-        thread = threading.Thread(target=Context().run, args=(server.run_until_end, listening), name="live server", daemon=True)
-        thread.start()
+class AsgiServer:
+    """A server that runs an application in an event loop of its own."""
+
+    def __init__(self, application: Callable[..., Any], patience: float) -> None:
+        self._patience = patience
+        self._watched = _Watched(application)
+        self._server = server = _Server(self._watched, patience)
+        with create_server((HOST, 0), backlog=128) as listening:
+            self.port = int(listening.getsockname()[1])
+            # Without the context of the test, whose unit of work is not the server's.
+            target, arguments = Context().run, (server.run_until_end, listening.dup())
+            self._thread = threading.Thread(target=target, args=arguments, name="live server", daemon=True)
+        self._thread.start()
         server.answered.wait()
         if not server.started:
-            raise LiveServerError("The application did not start", "The error above, or the log of uvicorn, says why") from (
-                server.error or watched.error
+            cause = server.error or self._watched.error
+            raise LiveServerError("The application did not start", "The error above, or the log of uvicorn, says why") from cause
+
+    def end(self) -> None:
+        """End the server. Raises LiveServerError if something in the application did not end in time."""
+        self._server.end()
+        self._thread.join(self._patience + _TO_CANCEL)
+        self._watched.refuse_unanswered(self._patience)
+        if self._thread.is_alive():
+            raise LiveServerError(
+                f"The application did not end within {self._patience:g} s", "Look at what its lifespan waits for"
             )
-        try:
-            yield port
-        finally:
-            server.end()
-            thread.join(patience + _TO_CANCEL)
-            if thread.is_alive():
-                refuse_running(watched.running or ["the lifespan of the application"], patience)
+
+
+if sys.platform == "win32":
+    _UsualLoop = asyncio.ProactorEventLoop
+else:
+    _UsualLoop = asyncio.SelectorEventLoop
+
+
+class _Loop(_UsualLoop):
+    """An event loop whose clock goes on in tests that make time stand still."""
+
+    def time(self) -> float:
+        return monotonic()
 
 
 class _Server(uvicorn.Server):
@@ -62,7 +82,8 @@ class _Server(uvicorn.Server):
     def run_until_end(self, listening: socket) -> None:
         """Serve until `end` is called."""
         try:
-            asyncio.run(self.serve(sockets=[listening]))
+            with listening, asyncio.Runner(loop_factory=_Loop) as runner:
+                runner.run(self.serve(sockets=[listening]))
         except SystemExit:
             """So uvicorn ends a process whose application does not start."""
         except BaseException as error:  # noqa: BLE001  # it becomes the cause of an error in the test's thread
@@ -86,14 +107,14 @@ class _Server(uvicorn.Server):
 
 
 class _Watched:
-    """An application, the requests that it answers, and the error by which it did not start."""
+    """An application, its requests that have no answer yet, and the error by which it did not start."""
 
     def __init__(self, application: Callable[..., Any]) -> None:
         self._application = application
-        self.running: list[str] = []
+        self._unanswered: dict[int, str] = {}
         self.error: Exception | None = None
 
-    async def __call__(self, scope: dict[str, Any], receive: object, send: object) -> None:
+    async def __call__(self, scope: dict[str, Any], receive: object, send: Callable[[Any], Awaitable[None]]) -> None:
         if scope["type"] == "lifespan":
             try:
                 await self._application(scope, receive, send)
@@ -101,9 +122,26 @@ class _Watched:
                 self.error = error
                 raise
             return
+
         request = f"{scope.get('method', scope['type'])} {scope['path']}"
-        self.running.append(request)
+        logged: list[BaseException] = []
+
+        async def answer(message: Any) -> None:
+            self._unanswered.pop(id(scope), None)
+            error = sys.exception()
+            if error is not None and message["type"] == "http.response.start" and message["status"] >= 500:
+                logged.append(error)
+                log_error(request, error)  # uvicorn logs it after the answer, when the test may be over
+            await send(message)
+
+        self._unanswered[id(scope)] = request
         try:
-            await self._application(scope, receive, send)
-        finally:
-            self.running.remove(request)
+            await self._application(scope, receive, answer)
+        except Exception as error:
+            self._unanswered.pop(id(scope), None)
+            if error not in logged:
+                raise
+
+    def refuse_unanswered(self, patience: float) -> None:
+        """Raise LiveServerError if uvicorn has cancelled a request. A thread that works for it may go on."""
+        refuse_unanswered([*self._unanswered.values()], patience)

@@ -308,9 +308,10 @@ def _note(connection: Connection, cursor: object, statement: str, *sent: Any) ->
 def _is_initializing(connection: Connection) -> bool:
     """Return whether the dialect asks about the server, on a connection that is not the pool's yet."""
     try:
-        return connection.info is None
+        _ = connection.info
     except NotImplementedError:
         return True
+    return False
 
 
 def _is_own(frame: FrameType | None) -> bool:

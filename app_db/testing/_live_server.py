@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from app_db.errors import InvalidUse, LiveServerError
 
@@ -40,8 +40,9 @@ def live_server(
 
     ASGI applications are run by uvicorn, with their lifespan, and WSGI applications by wsgiref with a
     thread for each request. The number of arguments tells which it is, or `interface`. At the end,
-    idle connections are closed, and requests have `patience` seconds to end. Later ASGI requests are
-    cancelled. Raises LiveServerError if the application does not start, or if a request does not end.
+    idle connections are closed, and requests have `patience` seconds to end. Then streams and
+    websockets are cancelled. Raises LiveServerError if the application does not start or end, or if
+    a request has no answer by then.
 
     >>> import urllib.request
     >>> from app_db.testing._live_server import live_server
@@ -52,29 +53,46 @@ def live_server(
     ...     response.read()
     b'Hello'
     """
-    if _interface(application, interface) == "wsgi":
-        from app_db.testing._wsgi_server import served_by_wsgiref
-
-        serving = served_by_wsgiref(application, patience)
-    else:
+    server = _served(application, _interface(application, interface), patience)
+    try:
+        yield LiveServer(server.port)
+    except BaseException as error:
         try:
-            from app_db.testing._asgi_server import served_by_uvicorn
-        except ImportError as error:
-            raise LiveServerError(
-                f"A live server for an ASGI application needs uvicorn ({error})", "pip install 'app-db[live-server]'"
-            ) from None
-        serving = served_by_uvicorn(application, patience)
-    with serving as port:
-        yield LiveServer(port)
+            server.end()
+        except LiveServerError as unanswered:
+            error.add_note(f"app_db: {unanswered.message}")
+        raise
+    server.end()
+
+
+class _Running(Protocol):
+    port: int
+
+    def end(self) -> None: ...
+
+
+def _served(application: Callable[..., Any], interface: Interface, patience: float) -> _Running:
+    """Return a server that has started."""
+    if interface == "wsgi":
+        from app_db.testing._wsgi_server import WsgiServer
+
+        return WsgiServer(application, patience)
+    try:
+        from app_db.testing._asgi_server import AsgiServer
+    except ImportError as error:
+        raise LiveServerError(
+            f"A live server for an ASGI application needs uvicorn ({error})", "pip install 'app-db[live-server]'"
+        ) from None
+    return AsgiServer(application, patience)
 
 
 def _interface(application: Callable[..., Any], given: Interface | None) -> Interface:
     """Return the interface that was given, or the one whose arguments the application takes."""
-    if given in _PARAMETERS:
-        return given
     if given is not None:
-        raise InvalidUse(f"There is no interface {given!r}", "Use 'asgi' or 'wsgi'")
-    found = [interface for interface, number in _PARAMETERS.items() if _takes(application, number)]
+        if given not in _PARAMETERS:
+            raise InvalidUse(f"There is no interface {given!r}", "Use 'asgi' or 'wsgi'")
+        return given
+    found: list[Interface] = [interface for interface, number in _PARAMETERS.items() if _takes(application, number)]
     if len(found) == 2 and _is_awaited(application):
         return "asgi"
     if len(found) == 1:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
-from socket import SHUT_RD
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from contextvars import Context
+from socket import SHUT_RD, SHUT_RDWR
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
@@ -19,20 +20,27 @@ log = logging.getLogger("app_db")
 
 HOST = "127.0.0.1"
 
+_TO_BREAK_OFF = 0.5
+"""Seconds for streams to end after their connections were closed."""
+
 _LONGEST_REQUEST_LINE = 65536
 
 
-@contextmanager
-def served_by_wsgiref(application: Callable[..., Any], patience: float) -> Generator[int]:
-    """Serve an application while the block lasts. It gives the port."""
-    server = _Server((HOST, 0), _Request)
-    server.set_app(application)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), name="live server", daemon=True)
-    thread.start()
-    try:
-        yield server.server_port
-    finally:
-        server.end(patience)
+class WsgiServer:
+    """A server that runs an application in threads."""
+
+    def __init__(self, application: Callable[..., Any], patience: float) -> None:
+        self._patience = patience
+        self._server = _Server((HOST, 0), _Request)
+        self._server.set_app(application)
+        self.port = self._server.server_port
+        # Without the context of the test, whose unit of work is not the server's.
+        target, arguments = Context().run, (self._server.serve_forever, 0.02)
+        threading.Thread(target=target, args=arguments, name="live server", daemon=True).start()
+
+    def end(self) -> None:
+        """End the server. Raises LiveServerError if a request has no answer in time."""
+        self._server.end(self._patience)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -68,21 +76,31 @@ class _Server(ThreadingMixIn, WSGIServer):
         give_up = monotonic() + patience
         self.shutdown()
         self.server_close()
+        self._shut(SHUT_RD, give_up)  # idle connections end, and the others can still be written to
+        self._shut(SHUT_RDWR, give_up + _TO_BREAK_OFF)
+        refuse_unanswered([thread.name for thread in list(self._open)], patience)
+
+    def _shut(self, how: int, give_up: float) -> None:
+        """Shut the connections that are open, and wait for their threads."""
         for connection in list(self._open.values()):
             with suppress(OSError):
-                connection.shutdown(SHUT_RD)  # an idle one ends, and one that is being answered can still be written to
+                connection.shutdown(how)
         for thread in list(self._open):
             thread.join(max(0.0, give_up - monotonic()))
-        refuse_running([thread.name for thread in list(self._open)], patience)
 
 
-def refuse_running(requests: list[str], patience: float) -> None:
-    """Raise LiveServerError if there are requests that have not ended."""
+def refuse_unanswered(requests: Sequence[str], patience: float) -> None:
+    """Raise LiveServerError if there are requests without an answer."""
     if requests:
         raise LiveServerError(
-            f"The live server could not end: {', '.join(requests)} still runs after {patience:g} s",
+            f"The live server could not end: it had no answer to {', '.join(requests)} within {patience:g} s",
             "Let the test wait for the answer, or give `live_server` more `patience`",
         )
+
+
+def log_error(request: str, error: BaseException) -> None:
+    """Log an error of the application, so that pytest shows it with the test that fails."""
+    log.error("%s raised an error in the live server", request, exc_info=error)
 
 
 class _Request(WSGIRequestHandler):
@@ -94,10 +112,11 @@ class _Request(WSGIRequestHandler):
             self.send_error(414)
         elif self.raw_requestline and self.parse_request():
             threading.current_thread().name = f"{self.command} {self.path.partition('?')[0]}"
+            server: Any = self.server
             answer: Any = self.wfile
             handler = _Handler(self.rfile, answer, sys.stderr, self.get_environ(), multithread=True)
             handler.request_handler = self
-            handler.run(self.server.get_app())  # type: ignore[attr-defined]
+            handler.run(server.get_app())
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name in the standard library
         log.debug("live server: %s", format % args)
@@ -107,5 +126,4 @@ class _Handler(ServerHandler):
     request_handler: _Request
 
     def log_exception(self, exc_info: Any) -> None:
-        """Log an error of the application, so that pytest shows it with the test that fails."""
-        log.error("%s raised an error in the live server", threading.current_thread().name, exc_info=exc_info)
+        log_error(threading.current_thread().name, exc_info[1])

@@ -52,6 +52,15 @@ def test_the_fixture_and_the_marker_count(project: Project) -> None:
             raise ValueError("of its own")
 
         @pytest.mark.app_db
+        @pytest.mark.app_db_statements(4)
+        class TestWithSetUp(unittest.TestCase):
+            def setUp(self):
+                shop.place_order()
+
+            def test_in_a_case(self):
+                shop.place_order()
+
+        @pytest.mark.app_db
         @pytest.mark.app_db_statements(1)
         class TestCase(unittest.TestCase):
             def test_in_a_case(self):
@@ -63,7 +72,7 @@ def test_the_fixture_and_the_marker_count(project: Project) -> None:
         """,
     )
     result = project.run("-v", "--strict-markers")
-    result.assert_outcomes(passed=3, failed=4)
+    result.assert_outcomes(passed=4, failed=4)
     result.stdout.fnmatch_lines(
         [
             "*test_a_block_with_more*",

@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 import pytest
-from fastapi import FastAPI, Form
+from fastapi import FastAPI, Form, WebSocket
 from fastapi.responses import HTMLResponse, StreamingResponse
 from flask import Flask, request
+from freezegun import freeze_time
 from sqlalchemy import select
 
-from app_db.errors import InvalidUse, LiveServerError
+from app_db.errors import InvalidUse, IsolationBroken, LiveServerError
 from app_db.integrations.fastapi import UnitOfWorkMiddleware
 from app_db.testing import isolated, live_server
 from harness.applications import Application, Boom, Item, running
 from harness.coroutines import with_driver
 from harness.projects import CONFTEST, Project
-from harness.webs import client
+from harness.requiring import need
+from harness.webs import client, post
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -195,10 +197,10 @@ def test_an_idle_connection_does_not_delay_the_end(app: Application, web: Callab
 def test_an_error_of_the_application_is_in_the_log(
     app: Application, web: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with isolated(app.container), live_server(web) as server:
-        for path, status in (("/boom", 500), ("/", 200)):
-            with client(server.url) as one:  # uvicorn closes the connection of an application that raised
-                assert one.get(path).status_code == status
+    with isolated(app.container), live_server(web) as server, client(server.url) as one:
+        assert one.get("/boom").status_code == 500
+        assert "of the application" in caplog.text  # already, as the test may end here
+        assert one.get("/").status_code == 200
     errors = [record.exc_info[1] for record in caplog.records if record.exc_info]
     assert [str(error) for error in errors] == ["of the application"]
 
@@ -220,6 +222,12 @@ def test_a_request_is_outside_of_the_units_of_the_test(app: Application) -> None
         app.add("of the test")
         urllib.request.urlopen(server.url).close()
     assert "the thread 'MainThread'" in caught[0]
+
+
+@pytest.mark.representative("sqlite-FastAPI")
+def test_time_that_stands_still_stops_no_server(app: Application, web: Callable[..., Any]) -> None:
+    with freeze_time("2020-01-01"), isolated(app.container), live_server(web, patience=0.5) as server, client(server.url) as one:
+        assert one.post("/items", data={"name": "a"}).status_code == 200
 
 
 # ---- ASGI -------------------------------------------------------------------------------------------------------------------
@@ -266,6 +274,43 @@ def test_coroutines_with_sync_sessions_do_not_wait_for_each_other(way: str, sqli
             with isolation.session() as session:
                 assert sorted(session.scalars(select(Item.name))) == [*"abcd"]
         assert app.names() == []
+
+
+def test_a_unit_inside_another_that_is_rolled_back_is_told(sqlite_url: str) -> None:
+    web, begun = FastAPI(), threading.Event()
+    with running(writer=sqlite_url) as app:
+
+        @web.post("/outer")
+        async def outer() -> None:
+            with app.unit():
+                app.add("outer")
+                begun.set()
+                await asyncio.sleep(0.3)
+                raise Boom
+
+        @web.post("/inner")
+        async def inner() -> None:
+            with app.unit():
+                app.add("inner")
+
+        def in_isolation() -> None:
+            with isolated(app.container), live_server(web) as server, ThreadPoolExecutor() as pool:
+                answer = pool.submit(lambda: post(f"{server.url}/outer").status_code)
+                begun.wait()
+                assert post(f"{server.url}/inner").status_code == 200
+                assert answer.result() == 500
+
+        with pytest.raises(IsolationBroken, match=r"what was committed inside another unit of work .* was undone"):
+            in_isolation()
+
+
+def test_an_error_without_an_answer_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def web(scope: Any, receive: Any, send: Any) -> None:
+        raise Boom("of the application")
+
+    with live_server(web) as server:
+        assert post(server.url).status_code == 500
+    assert "of the application" in caplog.text
 
 
 @pytest.mark.exhaustive
@@ -334,8 +379,8 @@ def test_an_application_that_does_not_start_is_one_error() -> None:
     assert str(caught.value.__cause__) == "no start"
 
 
-def test_a_stream_that_goes_on_is_cancelled_in_time() -> None:
-    web, ended = FastAPI(), threading.Event()
+def ticks_by_fastapi(ended: threading.Event) -> Callable[..., Any]:
+    web = FastAPI()
 
     @web.get("/events")
     async def events() -> StreamingResponse:
@@ -349,13 +394,82 @@ def test_a_stream_that_goes_on_is_cancelled_in_time() -> None:
 
         return StreamingResponse(ticks())
 
+    return web
+
+
+def ticks_by_hand(ended: threading.Event) -> Callable[..., Any]:
+    def ticks() -> Iterator[bytes]:
+        try:
+            while True:
+                yield b"tick\n"
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    def web(environ: Any, start_response: Callable[..., Any]) -> Iterator[bytes]:
+        start_response("200 OK", [])
+        return ticks()
+
+    return web
+
+
+@pytest.mark.parametrize("ticks", [ticks_by_fastapi, ticks_by_hand])
+def test_a_stream_that_goes_on_is_cancelled_in_time(ticks: Callable[[threading.Event], Any]) -> None:
+    ended = threading.Event()
     with client() as one, ExitStack() as outer:
-        with live_server(web, patience=0.2) as server:
+        with live_server(ticks(ended), patience=0.2) as server:
             answer = outer.enter_context(one.stream("GET", f"{server.url}/events"))
             assert next(answer.iter_text()).startswith("tick")
             began = time.monotonic()
         assert time.monotonic() - began < 2
     assert ended.wait(1)
+
+
+@pytest.mark.exhaustive
+def test_a_thread_of_a_request_that_does_not_end_is_named() -> None:
+    web, begun, end = FastAPI(), threading.Event(), threading.Event()
+
+    @web.get("/slow")
+    def slow() -> None:
+        begun.set()
+        end.wait(10)
+
+    with (
+        pytest.raises(LiveServerError, match="could not end: it had no answer to GET /slow within"),
+        live_server(web, patience=0.1) as server,
+    ):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection.request("GET", "/slow?secret=1")
+        begun.wait()
+    end.set()
+    connection.close()
+    while any(thread.name == "live server" for thread in threading.enumerate()):
+        time.sleep(0.01)
+
+
+@pytest.mark.exhaustive
+def test_a_websocket_that_stays_open_is_closed() -> None:
+    need("websockets")
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+
+    web = FastAPI()
+
+    @web.websocket("/talk")
+    async def talk(socket: WebSocket) -> None:
+        await socket.accept()
+        while True:
+            await socket.send_text(await socket.receive_text())
+
+    with ExitStack() as outer:
+        with live_server(web) as server:
+            talking = outer.enter_context(connect(f"ws{server.url.removeprefix('http')}/talk", proxy=None))
+            talking.send("hello")
+            assert talking.recv() == "hello"
+            began = time.monotonic()
+        assert time.monotonic() - began < 1
+        with pytest.raises(ConnectionClosed):
+            talking.recv()
 
 
 def test_without_uvicorn_there_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +491,7 @@ def test_a_request_that_does_not_end_is_named() -> None:
         return [b""]
 
     with (
-        pytest.raises(LiveServerError, match=r"could not end: GET /slow still runs after 0\.1 s"),
+        pytest.raises(LiveServerError, match=r"could not end: it had no answer to GET /slow within 0\.1 s"),
         live_server(web, patience=0.1) as server,
     ):
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
@@ -385,6 +499,25 @@ def test_a_request_that_does_not_end_is_named() -> None:
         time.sleep(0.1)
     end.set()
     connection.close()
+
+
+def test_the_error_of_the_test_comes_first() -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def web(environ: Any, start_response: Callable[..., Any]) -> list[bytes]:
+        begun.set()
+        end.wait(10)
+        start_response("200 OK", [])
+        return [b""]
+
+    with pytest.raises(Boom) as caught, live_server(web, patience=0.1) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection.request("GET", "/slow")
+        begun.wait()
+        raise Boom
+    end.set()
+    connection.close()
+    assert "app_db: The live server could not end: it had no answer to GET /slow" in caught.value.__notes__[0]
 
 
 def test_a_request_that_runs_at_the_end_is_answered() -> None:
