@@ -16,6 +16,7 @@ from app_db._sessions.registry import UnitRegistry
 from app_db._sessions.sessions import SessionConfig, UnitSession
 from app_db._units.work import Work
 from app_db.errors import AwaitRequired
+from app_db.settings._urls import require_asyncio
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -62,6 +63,7 @@ class ConnectionAsyncSessionmaker(async_sessionmaker[AsyncSession]):
         configure(self, settings)
 
     def __call__(self, **local_kw: Any) -> AsyncSession:
+        require_asyncio()
         if self.kw["bind"] is None:
             local_kw.setdefault("bind", self._engine())
         return super().__call__(**local_kw)

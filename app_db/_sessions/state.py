@@ -19,6 +19,7 @@ from app_db._compat.os import after_fork_in_child
 from app_db._databases.disposal import begin_to_retire, cut_off, dispose_here, wait_outside
 from app_db._databases.engines import retire
 from app_db._two_phase.decision_logs import DecisionLogs, build_decision_logs
+from app_db.settings._urls import require_asyncio
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -147,6 +148,7 @@ class StateHolder:
 
     def get_for_loop(self, kind: str, name: str, build: Callable[[Any, str], T]) -> T:
         """Return a connection's object for the running event loop."""
+        require_asyncio()
         loop = running_loop()
         made: T | None = self.state.objects.get((kind, name, loop))
         if made is not None:

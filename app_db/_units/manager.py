@@ -27,7 +27,7 @@ from app_db._liveness import WithBlock, always, gone, tear_down
 from app_db._units.owned_transactions import AwaitedTransaction, OwnedTransaction, Owner, Process
 from app_db._units.synchronizers import Synchronizers
 from app_db.errors import AlreadyInUnitOfWork, NoUnitOfWork, UnitOfWorkEnded
-from app_db.settings._urls import require_greenlet
+from app_db.settings._urls import require_asyncio, require_greenlet
 
 
 class TransactionManager(Protocol):
@@ -206,6 +206,7 @@ class ContextTransactionManager(HookedManager):
         """
         if awaited:
             require_greenlet()
+            require_asyncio()
         return (AwaitedTransaction if awaited else OwnedTransaction)(self.synchronizers, self, liveness)
 
     def begin_block(self, transaction: OwnedTransaction) -> None:

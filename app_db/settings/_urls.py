@@ -7,6 +7,7 @@ returns what is wrong.
 from __future__ import annotations
 
 import re
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeGuard
@@ -15,6 +16,7 @@ from pydantic import SecretStr, SerializationInfo
 from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError
 
+from app_db._compat.asyncio import running_loop
 from app_db.errors import InvalidUse
 
 # ---- reading ----------------------------------------------------------------------------------------------------
@@ -123,6 +125,22 @@ def require_greenlet() -> None:
         import_module("greenlet")  # SQLAlchemy 2.1 installs it only when asked to
     except ImportError:
         raise InvalidUse("Coroutines need greenlet, which is not installed", "pip install 'app-db[asyncio]'") from None
+
+
+def require_asyncio() -> None:
+    """Raise InvalidUse in a coroutine of trio, which can't wait for what SQLAlchemy's async engines wait for."""
+    trio = sys.modules.get("trio")
+    if trio is None or running_loop() is not None:
+        return
+    try:
+        trio.lowlevel.current_trio_token()
+    except RuntimeError:  # trio does not run here
+        return
+    raise InvalidUse(
+        "SQLAlchemy's async engines and sessions need asyncio, and this coroutine runs under trio",
+        "Use the sessions for threads, in a function for `await trio.to_thread.run_sync(function)`, or run the coroutine by "
+        "asyncio (with anyio, the backend 'asyncio')",
+    )
 
 
 def is_memory(url: URL) -> bool:

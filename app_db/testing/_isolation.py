@@ -16,7 +16,7 @@ from sqlalchemy.util.concurrency import greenlet_spawn, in_greenlet
 from app_db._compat.asyncio import running_loop
 from app_db._units.manager import current
 from app_db.errors import CannotIsolate, InvalidUse
-from app_db.settings._urls import for_coroutines
+from app_db.settings._urls import for_coroutines, require_asyncio
 from app_db.testing._serial_units import UnitLock
 from app_db.testing._shared_connection import SharedConnection, shared_by
 from app_db.testing._shared_engines import BESIDE, READ_ONLY, async_sharing_engine, sharing_engine
@@ -184,6 +184,7 @@ class _Database:
         return shared.engines[name]
 
     def async_engine(self, name: str) -> AsyncEngine:
+        require_asyncio()
         from sqlalchemy.ext.asyncio import AsyncEngine
 
         loop = None if self._async_view is not None else running_loop()
