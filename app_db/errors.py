@@ -42,7 +42,8 @@ pickled. Each class has a page in the documentation, which `page` names.
      ├── IsolationError
      │    ├── CannotIsolate
      │    ├── IsolationTimeout
-     │    └── IsolationBroken
+     │    ├── IsolationBroken
+     │    └── NotIsolated
      ├── UnexpectedStatements (AssertionError)
      ├── LiveServerError
      ├── CannotMakeDatabase
@@ -98,6 +99,7 @@ __all__ = [
     "MigrationLockTimeout",
     "NoUnitOfWork",
     "NotAtomic",
+    "NotIsolated",
     "NotReflected",
     "NotWired",
     "NothingConfigured",
@@ -776,6 +778,24 @@ class IsolationBroken(IsolationError):
     def _text(self) -> str:
         head = "The isolated test left something open, or could not be isolated completely:"
         return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
+
+
+class NotIsolated(IsolationError):
+    """A connection was used without isolation, where only isolated tests may use it. It was refused."""
+
+    def __init__(self, connection: str, used_at: str | None, by: str, advice: str) -> None:
+        super().__init__(connection, used_at, by, advice)
+        self.connection = connection
+        self.used_at = used_at
+        """The line of the application or the test that used it."""
+        self.by = by
+        """The test or the fixture that led there, as text."""
+        self.advice = advice
+
+    def _text(self) -> str:
+        where = ", ".join(filter(None, [f"at {self.used_at}" if self.used_at else "", f"by {self.by}" if self.by else ""]))
+        used = f" ({where})" if where else ""
+        return f"The connection {self.connection!r} was used without isolation{used}. It was refused. {self.advice}."
 
 
 class UnexpectedStatements(AppDbError, AssertionError):

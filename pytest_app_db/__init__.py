@@ -15,5 +15,6 @@ pytest_plugins = [
     "pytest_app_db.fresh",
     "pytest_app_db.counting",
     "pytest_app_db.serving",
+    "pytest_app_db.isolated_only",
 ]
 """The modules with hooks and fixtures. pytest imports them."""

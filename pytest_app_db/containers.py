@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import pytest
 
@@ -35,8 +35,13 @@ def app_db_container() -> DatabaseContainer:
 T = TypeVar("T")
 _FixtureDef: TypeAlias = "pytest.FixtureDef[object]"
 
-_prepared = pytest.StashKey[list[object]]()
+_prepared = pytest.StashKey[list[Any]]()
 """The containers that have their databases. A fixture may return what an outer fixture of the same name has made."""
+
+
+def containers_of(config: pytest.Config) -> list[Any]:
+    """Return the containers that fixtures have returned, while these last."""
+    return config.stash.setdefault(_prepared, [])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -60,7 +65,7 @@ def _require_container(value: object) -> DatabaseContainer:
 
 def prepare(container: DatabaseContainer, config: pytest.Config, at_end: Callable[[Callable[[], object]], object]) -> None:
     """Give a container the databases of the run, unless it has them. `at_end` takes what gives it its own back."""
-    prepared = config.stash.setdefault(_prepared, [])
+    prepared = containers_of(config)
     if any(container is other for other in prepared):
         return
     prepared.append(container)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
+from pytest_app_db.isolated_only import ISOLATION, add_before_own, refuse_earlier_rows
 from pytest_app_db.lasting import copies_to_keep, has_failed, keep, keeps_failed
 from pytest_app_db.options import is_worker
 
@@ -52,21 +53,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             found = [f"{item.nodeid}: {problem}" for problem in _problems_of(mark)]
             problems += found
             if found or mark.kwargs.get("isolation", True):
-                _first(item, "app_db_fresh" if mark.kwargs.get("fresh") is True and not found else "app_db_isolation")
+                # An autouse fixture would do this too, at a cost for every test of every project.
+                add_before_own(item, "app_db_fresh" if mark.kwargs.get("fresh") is True and not found else ISOLATION)
     if problems and not is_worker(config):  # a worker can't end the session, but each of these tests fails
         raise pytest.UsageError("\n".join([_MARKER_TAKES, *problems]))
-
-
-def _first(item: Any, fixture: str) -> None:  # pytest has no public type for items with fixtures
-    """Add a fixture to those of a test: before its own, which may write, and after those it shares with other tests.
-
-    An autouse fixture would do this too, at a cost for every test of every project.
-    """
-    names = [name for name in getattr(item, "fixturenames", ()) if name != fixture]
-    definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
-    own = (at for at, name in enumerate(names) if name in definitions and definitions[name][-1].scope == "function")
-    names.insert(next(own, len(names)), fixture)
-    item.fixturenames = names
 
 
 def _problems_of(mark: pytest.Mark) -> Iterable[str]:
@@ -131,6 +121,7 @@ def app_db_isolation(
     if not marked.isolation or marked.fresh:
         yield None
         return
+    refuse_earlier_rows(request, app_db_tables)
     from app_db.errors import IsolationBroken
     from app_db.testing import RowWatch, isolated
 

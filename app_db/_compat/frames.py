@@ -26,3 +26,11 @@ def frames_of_waiting_greenlets() -> Iterator[FrameType]:
         if waiting.gr_frame is not None:
             yield waiting.gr_frame
         waiting = waiting.parent
+
+
+def frames_from(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and those above it. Above the first frame of a greenlet, the stack goes on where a coroutine waits for it."""
+    waiting = frames_of_waiting_greenlets()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back or next(waiting, None)

@@ -27,8 +27,8 @@ log = logging.getLogger("app_db")
 
 _INSIDE = frozenset(
     (
-        "alembic app_db asyncio concurrent contextlib dependency_injector functools greenlet pandas polyfactory sqlalchemy "
-        "sqlalchemy_continuum sqlmodel threading transaction zope"
+        "alembic app_db asyncio concurrent contextlib dependency_injector functools greenlet pandas polyfactory pytest_app_db "
+        "sqlalchemy sqlalchemy_continuum sqlmodel threading transaction zope"
     ).split()
 )
 """Packages whose frames are no lines of the application: they send statements for it."""
@@ -87,7 +87,7 @@ class LineAbove:
         depth = 0
         waiting: Iterator[FrameType] | None = None
         while frame is not None:
-            if not _belongs_inside(frame):
+            if not is_inside(frame):
                 if waiting is None:
                     self._usual_depth = max(depth, 1)
                 return Line(frame.f_code, frame.f_lasti)
@@ -98,7 +98,8 @@ class LineAbove:
         return None
 
 
-def _belongs_inside(frame: FrameType) -> bool:
+def is_inside(frame: FrameType) -> bool:
+    """Return whether a frame is app_db's or of a library underneath, and no line of the application."""
     name: Any = frame.f_globals.get("__name__")
     return _is_inside[name] if name in _is_inside else _note_module(name)
 
@@ -209,6 +210,12 @@ class Checkout:
         """The number of the unit that uses the connection, if one does."""
         unit = None if self._unit is None else self._unit()
         return None if unit is None else unit.number
+
+    @property
+    def begun_at(self) -> Line | None:
+        """Where the unit was begun that uses the connection, if one does."""
+        unit = None if self._unit is None else self._unit()
+        return None if unit is None else unit.begun_at
 
     def holder(self) -> Holder:
         """Return what is known, in words."""

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _POOLS: dict[str, type[Pool]] = {"queue": QueuePool, "null": NullPool, "static": StaticPool}
 
 
+guards: list[Callable[[Pool], None]] = []
+"""Called with a pool that is asked for a connection, before it gives one. Tests add some, which raise to refuse it."""
+
+
 def pool_arguments(connection: ConnectionSettings, *, asynchronous: bool) -> dict[str, object]:
     """Return the arguments of `create_engine` about its pool."""
     pool = connection.pool
@@ -60,6 +64,8 @@ class _Timed(Pool):
 
         A driver that was cut off may raise it at any step of a new connection, also in those that SQLAlchemy and listeners take.
         """
+        for guard in guards:
+            guard(self)
         try:
             return super().connect()
         except Exception as error:

@@ -10,6 +10,7 @@ from app_db.testing._expecting import SentStatement, StatementCounts, expecting
 from app_db.testing._fresh import FreshDatabases, kept_templates
 from app_db.testing._isolation import Isolation
 from app_db.testing._live_server import LiveServer, live_server
+from app_db.testing._only_isolated import only_isolated
 from app_db.testing._overrides import is_overridden
 from app_db.testing._row_counts import RowCounts
 from app_db.testing._row_watch import RowWatch
@@ -46,6 +47,7 @@ __all__ = [
     "live_server",
     "made_databases",
     "made_tables",
+    "only_isolated",
     "overridden",
     "running_under",
     "sqlite",

@@ -94,6 +94,8 @@ EXAMPLES: list[AppDbError] = [
     errors.IsolationTimeout("writer", ["the thread 'MainThread', which uses 'writer'"], 5.0),
     errors.IsolationTimeout("", [], 5.0),
     errors.IsolationBroken(["writer: a connection is still checked out"]),
+    errors.NotIsolated("writer", "shop.py:27 in place_order", "the test test_shop.py::test_one", "Isolate the test"),
+    errors.NotIsolated("writer", None, "", "Isolate the test"),
     errors.HookFailed([ValueError("no mail server"), OSError("disk full")]),
 ]
 
