@@ -69,6 +69,9 @@ QUIET = (
 )
 """Arguments of Chromium: it asks nothing of the network but what a test visits."""
 
+collect_ignore = ["testing/beside"]
+"""A project of its own, which testing/test_beside.py runs."""
+
 _numbers = count(1)
 
 

@@ -63,7 +63,7 @@ CONFTEST = """
         return shop.container
 """
 
-HELD_OFF = ("asyncio", "randomly", "pytest_cov", "hypothesispytest", "xdist", "timeout")
+HELD_OFF = ("asyncio", "randomly", "pytest_cov", "hypothesispytest", "xdist", "timeout", "pytest_postgresql")
 """Plugins that a project uses only if it asks for them."""
 
 

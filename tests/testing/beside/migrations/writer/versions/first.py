@@ -1,0 +1,20 @@
+"""First tables."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "first"
+down_revision = None
+
+
+def upgrade() -> None:
+    op.create_table(
+        "orders",
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("placed", sa.DateTime(), nullable=False),
+    )
+
+
+def downgrade() -> None:
+    op.drop_table("orders")
