@@ -94,9 +94,9 @@ def app_db_row_watches(app_db_tables: object) -> Generator[dict[DatabaseContaine
     """The rows of each container whose tests are isolated. What the last tests have committed is told at the end."""
     watches: dict[DatabaseContainer, RowWatch] = {}
     yield watches
-    problems = [problem for watch in watches.values() for problem in watch.differences(_made(app_db_tables))]
+    problems = [problem for watch in watches.values() for problem in watch.at_end(_made(app_db_tables))]
     if problems:
-        _fail("The last tests", problems)
+        _fail("One of the last tests", problems)
 
 
 def _made(tables: object) -> frozenset[str]:

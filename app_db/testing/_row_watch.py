@@ -55,6 +55,10 @@ class RowWatch:
             return self.differences(own, connections)
         return []
 
+    def at_end(self, own: Collection[str] = ()) -> list[str]:
+        """Return the sentences for the last tests, unless something other than an isolated test may have changed rows since."""
+        return self.differences(own) if self._activity == activity() else []
+
     def differences(self, own: Collection[str] = (), connections: Collection[str] | None = None) -> list[str]:
         """Count rows, and return the sentences. Each names the tests that may have changed the rows, if there are several."""
         if self._counts is None:

@@ -93,7 +93,8 @@ class Project:
         self.environ(f"APP_DB_CONNECTIONS__{setting}", value)
 
     def run(self, *arguments: str, plugins: tuple[str, ...] = ()) -> pytest.RunResult:
-        need(*({"asyncio": "pytest_asyncio", "randomly": "pytest_randomly"}.get(name, name) for name in plugins))
+        packages = {"asyncio": "pytest_asyncio", "randomly": "pytest_randomly", "hypothesispytest": "hypothesis"}
+        need(*(packages.get(name, name) for name in plugins))
         off = [argument for name in HELD_OFF if name not in plugins for argument in ("-p", f"no:{name}")]
         return self._pytester.runpytest_subprocess(*off, "-p", "no:cacheprovider", *arguments, timeout=100)
 

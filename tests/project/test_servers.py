@@ -251,6 +251,8 @@ def test_a_missing_server_is_announced_in_one_line_and_a_failure_where_it_is_req
         "without_mariadb",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",  # it would import trio, which warns
         "--rootdir",
         str(tmp_path),
     ]

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from harness.paths import TESTS
+from harness.projects import Project
 from harness.requiring import need, need_command
 from harness.servers import PASSWORD, USER, PostgresServer, postgres_programs
 from testing.test_isolated_only import files_of
-from testing.test_pytest_plugin import Project
 
 pytest_plugins = ["pytester"]
 

@@ -87,7 +87,8 @@ def test_a_unit_of_a_coroutine_waits_no_longer_either(container: Container, free
                 error = (await asyncio.gather(asyncio.create_task(wait()), return_exceptions=True))[0]
             done.set()
             await holding
-            return error
+        await container.shutdown_resources()
+        return error
 
     assert isinstance(in_a_thread(lambda: asyncio.run(both())), IsolationTimeout)
 

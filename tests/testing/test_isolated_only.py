@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.paths import ROOT
-from testing.test_pytest_plugin import CONFTEST, Project
+from harness.projects import CONFTEST, Project
 
 pytest_plugins = ["pytester"]
 

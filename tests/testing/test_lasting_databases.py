@@ -296,7 +296,7 @@ def kept_command(result: pytest.RunResult) -> str:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("tests", [FAILS, FAILS_FRESH], ids=["isolated", "fresh"])
 def test_keep_failed_keeps_the_rows_of_the_first_test_that_fails(place: Place, tests: str) -> None:
-    failed = tests.count("assert False") + 1
+    failed, database = tests.count("assert False") + 1, ""
     for _ in range(2):
         result = place.run(tests, "--app-db-keep-failed")
         result.assert_outcomes(passed=2 if failed == 2 else 0, failed=failed)
@@ -304,15 +304,15 @@ def test_keep_failed_keeps_the_rows_of_the_first_test_that_fails(place: Place, t
         assert "p@ss" not in result.stdout.str()
         found = re.search(r"[\w/.-]+_failed(\.db)?\b", command)
         assert found is not None
-        engine = place.engine(found[0])
-        with engine.connect() as connection:
+        database = found[0]
+        with place.engine(database).connect() as connection:
             assert connection.scalar(text("SELECT count(*) FROM orders")) == 2
         assert place.tables() == []
     program = shlex.split(command)[0]
     if program == "sqlite3" and shutil.which(program):
         shown = subprocess.run([*shlex.split(command), "SELECT count(*) FROM orders"], capture_output=True, text=True, check=True)
         assert shown.stdout.strip() == "2"
-    drop(place, found[0])
+    drop(place, database)
 
 
 @pytest.mark.exhaustive

@@ -301,3 +301,4 @@ async def test_sessions_for_coroutines_undo_the_same(new_database_url: Callable[
                     session.add(Item(name="inside"))
                     raise Boom
             assert await names(session) == ["committed"]
+        await app.container.shutdown_resources()
