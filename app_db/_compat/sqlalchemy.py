@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from sqlalchemy.orm.exc import DetachedInstanceError
@@ -140,6 +140,12 @@ def note_detached(mapper: Mapper[Any], note: Callable[[str | None], str]) -> Non
 
 
 # ---- async connections --------------------------------------------------------------------------------------------------
+
+
+def listeners_to(engine: Engine, event: str) -> Sequence[Callable[..., object]]:
+    """Return what listens to an event of an engine, those that listen to all engines left out: SQLAlchemy calls them itself."""
+    found: Any = getattr(engine.dispatch, event)
+    return list(found.listeners)
 
 
 def is_executing(dbapi_connection: DBAPIConnection) -> bool:

@@ -95,9 +95,16 @@ class SharingRules:
     def check_deferred(self, say: Say) -> None:
         """Check deferred constraints, and raise the error that COMMIT would raise."""
 
-    def limit_before(self, statement: str, ask: Callable[[str], object]) -> str | None:
-        """Return what restores the time limit for statements, if `statement` is about to change it."""
-        return None
+    def as_sent(self, statement: str) -> str:
+        """Return what is sent in place of a statement."""
+        return statement
+
+    def given_back(self, statement: str, parameters: object, say: Say) -> Mapping[str, str]:
+        """Return what undoes, at the end of a transaction, what a statement is about to set for its length.
+
+        The keys say what it sets: the first statement of a transaction that sets something knows how it was before.
+        """
+        return {}
 
     def execute(self, dbapi_connection: DBAPIConnection | PoolProxiedConnection, *statements: str) -> Rows:
         """Execute statements below SQLAlchemy. Return the rows of the last one."""

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
-    from app_db._databases.database import Connected, Info, Rows
+    from app_db._databases.database import Connected, Info, Rows, Say
     from app_db._databases.inspection import Inspection
     from app_db.settings import ConnectionSettings
 
@@ -147,9 +147,12 @@ class MySQLSharing(SharingRules):
                 "Do it before the isolation begins, or take the test out of it",
             )
 
-    def limit_before(self, statement: str, ask: Callable[[str], object]) -> str | None:
+    def given_back(self, statement: str, parameters: object, say: Say) -> Mapping[str, str]:
         changed = self._limit.match(statement)
-        return None if changed is None else f"{changed[0]} = {ask(f'SELECT @@SESSION.{changed[1]}')}"
+        if changed is None:
+            return {}
+        ((before,),) = say(f"SELECT @@SESSION.{changed[1]}")
+        return {changed[1]: f"{changed[0]} = {before}"}
 
 
 _MIGRATION_LOCK = "CONCAT('app_db ', MD5(CONCAT(:lock, ' ', COALESCE(DATABASE(), ''))))"

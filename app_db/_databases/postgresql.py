@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from math import ceil
 from typing import TYPE_CHECKING, Any, cast
@@ -23,21 +23,20 @@ from app_db._databases.database import (
     NEVER,
     PROTECTED,
     Database,
-    SharingRules,
     code_of,
     driver_of,
     execute,
     milliseconds,
-    new_mark,
     quoted,
 )
 from app_db._databases.drivers.poolers import is_pooled
 from app_db._databases.drivers.postgresql_connections import AwaitedAsyncpg, AwaitedPsycopg, NonBlockingPsycopg
 from app_db._databases.migrating import MigrationRules, described_holder, moment
 from app_db._databases.prepare_verbs import Prepared, PrepareVerbs, Settling
+from app_db._databases.sharing.postgresql import PostgreSQLSharing
 from app_db._databases.shells import Shell
 from app_db._databases.statements import bare_texts
-from app_db.errors import CannotIsolate, Problem, ReadOnlyViolation, SettingsError
+from app_db.errors import Problem, ReadOnlyViolation, SettingsError
 
 if TYPE_CHECKING:
     import psycopg
@@ -45,10 +44,10 @@ if TYPE_CHECKING:
     from sqlalchemy.dialects.postgresql.base import PGInspector
     from sqlalchemy.engine import Connection, Dialect, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
-    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
 
     from app_db._databases.concurrent_statements import AwaitedConnection, NonBlockingConnection
-    from app_db._databases.database import AsyncView, Connect, Connected, Info, Rows, Say, Terms
+    from app_db._databases.database import AsyncView, Connect, Connected, Info, Rows, Terms
     from app_db._databases.inspection import Inspection
     from app_db.settings import ConnectionSettings
 
@@ -137,50 +136,6 @@ _OF_LIBPQ = frozenset(
 def _conninfo_value(value: object) -> str:
     escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
-
-
-class PostgreSQLSharing(SharingRules):
-    """How units of an isolated test share a connection to PostgreSQL."""
-
-    syntax = "postgresql"
-    fails_as_a_whole = True
-    _prepares = re.compile(r"PREPARE\s+TRANSACTION\b", re.IGNORECASE)
-
-    def refuse(self, name: str, statement: str) -> None:
-        super().refuse(name, statement)
-        if any(map(self._prepares.match, bare_texts(statement, self.syntax))):
-            raise CannotIsolate(
-                name, "PREPARE TRANSACTION", "Leave it to the unit of work, or take the test out of the isolation"
-            )
-
-    def around(self, mark: str, read_only: bool) -> tuple[list[str], list[str], list[str]]:
-        back = [f"ROLLBACK TO SAVEPOINT {mark}", f"RELEASE SAVEPOINT {mark}"]
-        if read_only:  # this ends with the savepoint
-            return [f"SAVEPOINT {mark}", "SET LOCAL transaction_read_only = on"], back, back
-        return [f"SAVEPOINT {mark}"], back[1:], back
-
-    def fail(self, say: Say) -> None:
-        with suppress(Exception):
-            say("SELECT 1/0")
-
-    def check_deferred(self, say: Say) -> None:
-        mark = new_mark()  # undone afterwards: later units say themselves when their constraints are checked
-        checks = [
-            f"SAVEPOINT {mark}",
-            "SET CONSTRAINTS ALL IMMEDIATE",
-            f"ROLLBACK TO SAVEPOINT {mark}",
-            f"RELEASE SAVEPOINT {mark}",
-        ]
-        say(*checks)
-
-    def execute(self, dbapi_connection: DBAPIConnection | PoolProxiedConnection, *statements: str) -> Rows:
-        sends_several = statements and libpq_of(dbapi_connection) is not None  # psycopg sends them in one go
-        return super().execute(dbapi_connection, *(("; ".join(statements),) if sends_several else statements))
-
-    def limit_before(self, statement: str, ask: Callable[[str], object]) -> str | None:
-        if not statement.startswith("SET LOCAL statement_timeout"):
-            return None
-        return f"SET LOCAL statement_timeout = '{ask('SHOW statement_timeout')}'"
 
 
 _ADVISORY_HOLDER = """

@@ -10,7 +10,7 @@ import tempfile
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -87,8 +87,12 @@ class SQLiteSharing(SharingRules):
         off = ["PRAGMA query_only = OFF"]
         return ["PRAGMA query_only = ON"], off, off
 
+    def given_back(self, statement: str, parameters: object, say: Say) -> Mapping[str, str]:
+        return {"foreign keys": "PRAGMA defer_foreign_keys = OFF"} if "defer_foreign_keys" in statement.lower() else {}
+
     def check_deferred(self, say: Say) -> None:
-        if not say("SELECT 1 FROM sqlite_master WHERE sql LIKE '%INITIALLY DEFERRED%' LIMIT 1"):
+        ((are_all_deferred,),) = say("PRAGMA defer_foreign_keys")
+        if not (are_all_deferred or say("SELECT 1 FROM sqlite_master WHERE sql LIKE '%INITIALLY DEFERRED%' LIMIT 1")):
             return
         violations = say("PRAGMA foreign_key_check")
         if violations:

@@ -16,7 +16,7 @@ from sqlalchemy.util.concurrency import greenlet_spawn, in_greenlet
 from app_db._compat.asyncio import running_loop
 from app_db._units.manager import current
 from app_db.errors import CannotIsolate, InvalidUse
-from app_db.settings._urls import for_coroutines, require_asyncio
+from app_db.settings._urls import require_asyncio
 from app_db.testing._serial_units import UnitLock
 from app_db.testing._shared_connection import SharedConnection, shared_by
 from app_db.testing._shared_engines import BESIDE, READ_ONLY, async_sharing_engine, sharing_engine
@@ -193,7 +193,7 @@ class _Database:
         if name not in shared.async_engines:
             connection = self._connections[name]
             if self._async_view is not None:
-                made = async_sharing_engine(shared, connection, for_coroutines(real.url), self._async_view)
+                made = async_sharing_engine(shared, connection, real, self._async_view)
             else:
                 made = AsyncEngine(sharing_engine(shared, connection, real))
             shared.async_engines[name] = made

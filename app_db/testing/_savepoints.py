@@ -30,8 +30,8 @@ class Checkout:
     effect: Effect = Effect.READS
     failed: bool = False
     holder: Holder | None = None
-    limit_before: str | None = None
-    """The statement that restores the server's own time limit."""
+    given_back: dict[str, str] = field(default_factory=dict)
+    """What undoes, at the end of its transaction, what was set for the length of that. By what was set."""
 
     @property
     def is_clean(self) -> bool:

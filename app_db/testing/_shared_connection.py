@@ -85,7 +85,8 @@ class SharedConnection:
             connection = self._real.connect()
             if shared_by(self._real) is None:
                 checkouts.note_isolated()
-            connection.begin()
+            # Not by connection.begin(), which would call the listeners of the application: they are called for each unit.
+            connection.dialect.do_begin(connection.connection)
             self._outermost = new_mark()
             self._connection = connection
             if shared_by(self._real) is None:
@@ -123,7 +124,7 @@ class SharedConnection:
         except Exception as error:  # noqa: BLE001  # it becomes one of the problems
             problems.append(f"the transaction around the test was ended inside it ({in_one_line(error)})")
         try:
-            connection.rollback()
+            connection.dialect.do_rollback(connection.connection)
         except Exception:  # noqa: BLE001  # closing it rolls back as well
             connection.invalidate()
         connection.close()
@@ -169,7 +170,7 @@ class SharedConnection:
 
     def start(self, checkout: Checkout | None) -> None:
         """Begin the transaction of a checkout."""
-        if checkout is None or checkout.autocommit:
+        if checkout is None or checkout.autocommit or checkout.holder is not None:
             return
         units = self._unit_lock(checkout)
         checkout.effect, checkout.failed = Effect.READS, False
@@ -203,20 +204,28 @@ class SharedConnection:
             self.savepoints.note_end(checkout, commit=commit)
             try:
                 self.savepoints.settle()
-                if checkout.limit_before is not None:
-                    statement, checkout.limit_before = checkout.limit_before, None
-                    self._execute(statement)
+                self._give_back(checkout)
             finally:
                 holder, checkout.holder = checkout.holder, None
                 if holder is not None:
                     units.release(holder)
+
+    def _give_back(self, checkout: Checkout) -> None:
+        """Undo what was set for the length of a transaction, which to the database goes on."""
+        statements = list(checkout.given_back.values())
+        checkout.given_back.clear()
+        self._execute(*statements)
+
+    def _note_what_to_give_back(self, checkout: Checkout, text: str, parameters: object) -> None:
+        for what, statement in self.rules.given_back(text, parameters, self._execute).items():
+            checkout.given_back.setdefault(what, statement)
 
     def check_deferred(self) -> None:
         """Raise what a COMMIT would raise now: violations of deferred constraints."""
         with self.statement_lock():
             self.rules.check_deferred(self._execute)
 
-    def statement(self, checkout: Checkout | None, text: str, send: Callable[[], None]) -> None:
+    def statement(self, checkout: Checkout | None, text: str, parameters: object, send: Callable[[], None]) -> None:
         """Call `send`, which executes the statement `text`. Raises CannotIsolate for one that would end the transaction."""
         if checkout is None:
             send()  # a dialect reads the server's version on its first connection, and holds the lock for that
@@ -226,11 +235,10 @@ class SharedConnection:
         self.savepoints.look()
         if checkout.autocommit or checkout.beside:
             with Held(partial(units.acquire, checkout.connection), units.release), self.statement_lock():
-                self._alone(checkout, text, send)
+                self._alone(checkout, text, parameters, send)
             return
         with self.statement_lock():
-            if checkout.limit_before is None:
-                checkout.limit_before = self.rules.limit_before(text, self._ask)
+            self._note_what_to_give_back(checkout, text, parameters)
             try:
                 send()
             except BaseException as error:
@@ -239,9 +247,10 @@ class SharedConnection:
                 raise
             checkout.effect = max(checkout.effect, effect_of(text, self.rules.syntax))
 
-    def _alone(self, checkout: Checkout, text: str, send: Callable[[], None]) -> None:
+    def _alone(self, checkout: Checkout, text: str, parameters: object, send: Callable[[], None]) -> None:
         """Send a statement whose failure must not disturb others: in autocommit mode, or of a session of the test itself."""
         before, after, after_failure = self.rules.around(new_mark(), checkout.read_only)
+        self._note_what_to_give_back(checkout, text, parameters)
         self._execute(*before)
         try:
             if checkout.failed:
@@ -256,6 +265,7 @@ class SharedConnection:
         self._execute(*after)
         effect = effect_of(text, self.rules.syntax)
         if checkout.autocommit:
+            self._give_back(checkout)
             if effect is Effect.WRITES:
                 self.savepoints.keep({checkout.connection})
             return
@@ -274,9 +284,6 @@ class SharedConnection:
         driver_connection = connection.connection.driver_connection
         if driver_connection is not None and isinstance(error, Exception) and interrupted(error, driver_connection):
             driver_connection.close()
-
-    def _ask(self, question: str) -> str:
-        return str(self._execute(question)[0][0])
 
     # -- checkouts
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, cast
+from weakref import ref
 
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
@@ -19,8 +21,10 @@ from sqlalchemy.util import immutabledict
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from app_db._compat.aiosqlite import is_view, leave_open
+from app_db._compat.sqlalchemy import listeners_to
 from app_db._databases.engines import SHARED
 from app_db._databases.registry import database_of
+from app_db.settings._urls import for_coroutines
 from app_db.testing._savepoints import Checkout
 from app_db.testing._shared_connection import CHECKOUT, SharedConnection, checkout_in
 
@@ -135,7 +139,7 @@ def sharing_engine(shared: SharedConnection, user: IsolatedConnection, real: Eng
     _share(dialect, shared, close=_leave_open)
     pool = NullPool(create, dialect=dialect, reset_on_return=None)
     engine = Engine(pool, dialect, real.url, logging_name=user.name, echo=cast("bool | None", real.echo))
-    _note_checkouts(engine, shared, user)
+    _note_use(engine, shared, user, real)
     return engine
 
 
@@ -177,21 +181,49 @@ def _execute(
 ) -> None:
     """Do what `execute`, one of a dialect's three methods for that, does. The last argument may be the execution context."""
     context = arguments[-1] if arguments and isinstance(arguments[-1], DefaultExecutionContext) else None
+    parameters = arguments[0] if arguments and arguments[0] is not context else None
 
     def send() -> None:
-        shared.uncancelled(execute, cursor, statement, *arguments)
+        shared.uncancelled(execute, cursor, shared.rules.as_sent(statement), *arguments)
         if shared.rules.reads_at_once or context is None or not cursor.description:
             return
         if not (context.isinsert or context.isupdate or context.isdelete):  # SQLAlchemy itself reads some rows of these
             context.cursor_fetch_strategy = FullyBufferedCursorFetchStrategy(cursor, initial_buffer=deque(cursor.fetchall()))
 
-    shared.statement(None if context is None else _checkout_on(context.root_connection), statement, send)
+    shared.statement(None if context is None else _checkout_on(context.root_connection), statement, parameters, send)
 
 
-def _note_checkouts(engine: Engine, shared: SharedConnection, user: IsolatedConnection) -> None:
-    """Make the pool tell the shared connection of each checkout and return."""
+def _listeners(engine: Engine | None, name: str) -> Sequence[Callable[..., object]]:
+    """Return what listens to the transactions of the engine outside of the isolation."""
+    return () if engine is None else listeners_to(engine, name)
+
+
+def _note_use(engine: Engine, shared: SharedConnection, user: IsolatedConnection, real: Engine) -> None:
+    """Make the pool tell the shared connection of each checkout and return, and call the listeners of the real engine."""
     # Not `user` itself, by which the engine would keep its container alive.
     name, autocommit, read_only = user.name, user.autocommit, user.settings.read_only
+
+    outside = ref(real)
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        listeners = _listeners(outside(), "begin")
+        if listeners:
+            # Their statements are part of the transaction. If it can't begin, `do_begin` says why in SQLAlchemy's words.
+            with suppress(connection.dialect.loaded_dbapi.Error):
+                shared.start(_checkout_on(connection))
+        for listener in listeners:
+            listener(connection)
+
+    @event.listens_for(engine, "commit")
+    def commit(connection: Connection) -> None:
+        for listener in _listeners(outside(), "commit"):
+            listener(connection)
+
+    @event.listens_for(engine, "rollback")
+    def roll_back(connection: Connection) -> None:
+        for listener in _listeners(outside(), "rollback"):
+            listener(connection)
 
     @event.listens_for(engine, "checkout")
     def check_out(dbapi_connection: object, record: ConnectionPoolEntry, proxy: object) -> None:
@@ -219,7 +251,7 @@ def _checkout_on(connection: Connection | PoolProxiedConnection) -> Checkout | N
 # ---- one connection for threads and coroutines ------------------------------------------------------------------------------
 
 
-def async_sharing_engine(shared: SharedConnection, user: IsolatedConnection, url: URL, view: AsyncView) -> AsyncEngine:
+def async_sharing_engine(shared: SharedConnection, user: IsolatedConnection, real: Engine, view: AsyncView) -> AsyncEngine:
     """Return an engine for coroutines whose checkouts share a connection that the driver for threads has made."""
     from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -227,6 +259,7 @@ def async_sharing_engine(shared: SharedConnection, user: IsolatedConnection, url
         dbapi_connection = shared.dbapi_connection()  # here, where it can wait for others, and not in the coroutine
         return view(dbapi_connection)
 
+    url = for_coroutines(real.url)
     engine = create_async_engine(url, async_creator=create, poolclass=NullPool, pool_reset_on_return=None, logging_name=user.name)
     dialect = engine.dialect
     _share(dialect, shared, close=_close_view)
@@ -237,7 +270,7 @@ def async_sharing_engine(shared: SharedConnection, user: IsolatedConnection, url
             read_version(connection)
 
     dialect.initialize = initialize  # type: ignore[method-assign]  # of this one dialect
-    _note_checkouts(engine.sync_engine, shared, user)
+    _note_use(engine.sync_engine, shared, user, real)
     return engine
 
 

@@ -24,6 +24,7 @@ from app_db._compat.sqlalchemy import (
     is_executing,
     is_flushing,
     lend,
+    listeners_to,
     mapped_classes,
     prepare_to_commit,
     take_away,
@@ -336,3 +337,19 @@ def test_all_mapped_classes_are_listed_also_those_of_another_registry() -> None:
 
     assert {Item, Other} <= set(mapped_classes())
     assert OtherBase not in mapped_classes()
+
+
+def test_listeners_to_one_engine_are_told_from_those_to_all() -> None:
+    def to_all(connection: Connection) -> None: ...
+
+    def to_one(connection: Connection) -> None: ...
+
+    engine = create_engine("sqlite://")
+    event.listen(Engine, "begin", to_all)
+    try:
+        assert list(listeners_to(engine, "begin")) == []
+        event.listen(engine, "begin", to_one)
+        assert list(listeners_to(engine, "begin")) == [to_one]
+    finally:
+        event.remove(Engine, "begin", to_all)
+    engine.dispose()
