@@ -17,7 +17,7 @@ from app_db._compat.clocks import monotonic
 from app_db._databases.database import Database, ReadOnlyTerms
 from app_db._databases.inspection import Failure, Inspection, Server
 from app_db._databases.registry import database_of
-from app_db._databases.telling import described
+from app_db._databases.telling import described, secrets_of
 from app_db._databases.time_limits import TimeLimit, limit_of_checkout
 from app_db._findings import matters
 from app_db._findings.finding import Finding, place_of, place_of_database
@@ -59,6 +59,10 @@ class Asked:
     def place(self, *path: str) -> str:
         """Return the variable of a setting of the connection."""
         return place_of(self.settings, "connections", self.name, *path)
+
+    def described(self, error: Exception) -> str:
+        """Return an error in one line, without secrets."""
+        return described(error, secrets_of(self.own))
 
     def place_of_database(self) -> str:
         return place_of_database(self.settings, self.name)
@@ -124,7 +128,7 @@ def _answer(question: Question, asked: Asked) -> list[Finding]:
         return [
             matters.UNASKED.found(
                 asked.name,
-                f"The database can't be asked about {what}: {described(error)}.",
+                f"The database can't be asked about {what}: {asked.described(error)}.",
                 asked.place_of_database(),
                 "See whether the user may ask that. What is not asked may still be wrong.",
             )
@@ -156,7 +160,7 @@ def _failure(asked: Asked, error: Exception) -> Finding:
         given = [field for field in ("password_provider", "connect_args") if getattr(asked.own, field)]
         return matters.SETTINGS.found(
             asked.name,
-            f"No connection can be made, because of an error that is not the server's: {described(error)}.",
+            f"No connection can be made, because of an error that is not the server's: {asked.described(error)}.",
             ", ".join([asked.place_of_database(), *map(asked.place, given)]),
             "Connect by the engine of the connection in Python, to see the traceback.",
         )
@@ -164,9 +168,11 @@ def _failure(asked: Asked, error: Exception) -> Finding:
     where = asked.place_of_database()
     if failure is Failure.LOGIN:
         remedy = f"Correct the user or the password: in {where}, or in PASSWORD or PASSWORD_PROVIDER of the connection."
-        return matters.LOGIN.found(asked.name, f"The server refuses the user or the password: {described(error)}.", where, remedy)
+        return matters.LOGIN.found(
+            asked.name, f"The server refuses the user or the password: {asked.described(error)}.", where, remedy
+        )
     if failure is Failure.DATABASE:
         remedy = "Correct the name of the database, create it, or let the user connect to it."
-        return matters.NO_DATABASE.found(asked.name, f"The database can't be used: {described(error)}.", where, remedy)
+        return matters.NO_DATABASE.found(asked.name, f"The database can't be used: {asked.described(error)}.", where, remedy)
     remedy = "See whether the server runs, and whether host and port are right."
-    return matters.UNREACHABLE.found(asked.name, f"The server can't be reached: {described(error)}.", where, remedy)
+    return matters.UNREACHABLE.found(asked.name, f"The server can't be reached: {asked.described(error)}.", where, remedy)

@@ -69,7 +69,7 @@ def _sessions(container: DatabaseContainer, name: str) -> list[ServerSession] | 
     from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
     from app_db._databases.registry import database_of
-    from app_db._databases.telling import described
+    from app_db._databases.telling import described, secrets_of
     from app_db.cli._connections import url_of
     from app_db.errors import SettingsError, UnitOfWorkTimeout
 
@@ -85,7 +85,7 @@ def _sessions(container: DatabaseContainer, name: str) -> list[ServerSession] | 
     except SettingsError as error:
         return " ".join(map(str, error.problems))
     except Exception as error:  # noqa: BLE001  # whatever the driver or a password provider raises
-        return described(error)
+        return described(error, secrets_of(container.settings().connection(name)))
 
 
 def _silence() -> str:

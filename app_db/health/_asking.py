@@ -16,12 +16,11 @@ from app_db._compat.clocks import monotonic
 from app_db._databases.engines import build_engine_beside
 from app_db._databases.facts import Facts
 from app_db._databases.registry import database_of
+from app_db._databases.telling import described, secrets_of
 from app_db._databases.time_limits import GRACE, TimeLimit
 from app_db._two_phase.xids import Xid
-from app_db._wording import in_one_line
-from app_db.errors import AppDbError
 from app_db.settings import ConnectionSettings
-from app_db.settings._urls import MASK, is_memory, is_secret
+from app_db.settings._urls import is_memory
 
 R = TypeVar("R")
 
@@ -97,7 +96,7 @@ class Source:
             else:
                 facts, in_doubt = _ask_in_loop(engine, question, seconds + GRACE)
         except BaseException as error:  # noqa: BLE001  # the asking thread ends, whatever it was
-            return Answer(error=self._reason(error))
+            return Answer(error=described(error, self._secrets()))
         finally:
             in_time = False
         return Answer(facts, (monotonic() - began) * 1000, in_doubt, self._unnoticed_pooler(facts))
@@ -144,21 +143,10 @@ class Source:
             return ""
         return f"a pooler stands before the server, and {connection.variable('pooler')} is not set"
 
-    def _reason(self, error: BaseException) -> str:
-        """Return an error in one line without secrets. The text of an application's own error may be one."""
-        is_known = isinstance(error, (AppDbError, DBAPIError, OSError))
-        text = in_one_line(error).removesuffix(": ") if is_known else type(error).__name__
-        for secret in sorted(self._secrets(), key=len, reverse=True):
-            text = text.replace(secret, MASK)
-        return text
-
     def _secrets(self) -> Iterator[str]:
-        connection = self._target.connection
-        url = connection.read_url()
-        given = dict(connection.connect_args)
-        if url is not None:
-            given |= url.query | {"password": url.password}
-        yield from (str(value) for key, value in given.items() if value and is_secret(key))
+        yield from secrets_of(self._target.connection)
+        if self._target.own is not None and (password := self._target.own.url.password):
+            yield password
 
 
 def sync_engine_of(engine: Engine | AsyncEngine) -> Engine:

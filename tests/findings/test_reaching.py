@@ -70,6 +70,15 @@ def test_a_user_that_does_not_exist(server: Server) -> None:
     assert matters(found(main=server.url(database, user="nobody_knows"))) == [("login", "main")]
 
 
+def test_a_password_that_is_the_name_of_the_user_is_not_disclosed(server: Server) -> None:
+    database = "postgres" if isinstance(server, PostgresServer) else "mysql"
+    [finding] = found(main=server.url(database, user="nobody", password="nobody"))
+    assert finding.matter == "login"
+    assert "nobody" not in finding.what
+    assert "***" not in finding.what
+    assert "OperationalError" in finding.what
+
+
 def test_a_password_provider_that_fails_shows_none_of_its_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "secrets_of_mine.py").write_text("def password():\n    raise ValueError('s3cr3t')\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -209,14 +209,23 @@ def test_the_error_of_a_password_function_is_told_by_its_class(new_container: Ne
     assert (told.status, told.reason) == ("down", "ValueError")
 
 
-def test_a_known_secret_is_masked_wherever_an_error_quotes_it(new_container: NewContainer) -> None:
+def test_an_error_that_quotes_a_secret_is_told_by_its_class(new_container: NewContainer) -> None:
     given = {
         "url": "postgresql://app_db@127.0.0.1:1/nowhere",
         "password_provider": f"{__name__}:quote",
         "connect_args": {"sslpassword": "s3cr3t", "token": "p@ss"},
     }
     told = health_of(new_container(writer=given))
-    assert (told.status, told.reason) == ("down", "OSError: *** and *** are on their way")
+    assert (told.status, told.reason) == ("down", "OSError")
+
+
+@pytest.mark.parametrize("password", ["o", "app_db", "Operational"])
+def test_a_password_that_is_in_the_words_of_the_driver_is_not_disclosed_by_a_mask(
+    password: str, new_container: NewContainer, postgres_url: str
+) -> None:
+    url = make_url(postgres_url).set(username="app_db", password=password)
+    told = health_of(new_container(writer=url.render_as_string(hide_password=False)))
+    assert (told.status, told.reason) == ("down", "OperationalError")
 
 
 def test_what_the_user_may_not_ask_is_left_out(new_container: NewContainer, postgres: PostgresServer, postgres_url: str) -> None:
