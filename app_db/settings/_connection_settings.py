@@ -66,6 +66,12 @@ _IsolationLevel = Annotated[
 ]
 _Url = Annotated[SecretStr, BeforeValidator(revealed)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
+SecondsOrNever = Annotated[
+    Annotated[float, Field(ge=0, allow_inf_nan=False)] | None,
+    BeforeValidator(lambda value: 0 if value == "" else value),
+    AfterValidator(lambda seconds: seconds or None),
+]
+"""Seconds after which something is done. 0 and an empty text mean never: for a connection, although it is set for all."""
 _Query = Annotated[dict[str, str], BeforeValidator(revealed), AfterValidator(Secretive), PlainSerializer(dumped)]
 _ConnectArgs = Annotated[dict[str, Any], BeforeValidator(revealed), AfterValidator(Secretive), PlainSerializer(dumped)]
 
@@ -166,8 +172,8 @@ class ConnectionSettings(Group):
     required: bool | None = None
     max_lag: _Finite | None = Field(default=None, gt=0)
     statement_timeout: _Finite | None = Field(default=None, gt=0)
-    slow_statement: _Finite | None = Field(default=None, gt=0)
-    held_warning: _Finite | None = Field(default=None, gt=0)
+    slow_statement: SecondsOrNever = None
+    held_warning: SecondsOrNever = None
     echo: bool = False
     pool: PoolSettings = Field(default_factory=PoolSettings)
     session: SessionSettings = Field(default_factory=SessionSettings)

@@ -19,6 +19,7 @@ from app_db.errors import ConnectionNotConfigured, ContradictorySettings, Nothin
 from app_db.settings._connection_settings import (
     DATABASE_FIELDS,
     ConnectionSettings,
+    SecondsOrNever,
     contradiction,
     findings_of,
     matching,
@@ -75,8 +76,8 @@ class DatabaseSettings(BaseSettings):
     connections: dict[str, ConnectionSettings] = Field(default_factory=dict)
     atomicity: Literal["strict", "best_effort"] = "strict"
     two_phase: bool = False
-    slow_statement: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    held_warning: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    slow_statement: SecondsOrNever = None
+    held_warning: SecondsOrNever = None
     decision_log: _DecisionLog | None = None
     recover_at_start: bool = False
     reflect_at_start: bool = False

@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from app_db import Connection, Container, DatabaseContainer, DatabaseSettings, transactional
-from app_db.errors import UnitOfWorkTimeout
+from app_db.errors import SettingsError, UnitOfWorkTimeout
 from harness.applications import Application, running
 
 SMALL = {"size": 2, "max_overflow": 0, "timeout": 0.3}
@@ -330,6 +330,10 @@ def test_a_unit_with_the_session_that_finds_its_database_is_logged_too(
             container.session()
             until(lambda: logged("Open for"))
         assert f": unit {unit.number} of thread 'MainThread', begun at " in logged("Open for")[0].getMessage()
+        until(lambda: logged("Ended after"))
+        formatter = logging.Formatter("%(connection)s %(unit)s")
+        said = [formatter.format(record) for record in logged("Open for") + logged("Ended after")]
+        assert said == [f"None {unit.number}"] * 2
     container.shutdown_resources()
 
 
@@ -424,6 +428,29 @@ def test_settings_of_all_connections_are_those_of_each_that_does_not_say_itself(
     writer, reader, log = map(settings.connection, ("writer", "reader", "log"))
     assert (writer.held_warning, writer.slow_statement) == (reader.held_warning, reader.slow_statement) == (10, 2)
     assert (log.held_warning, log.slow_statement) == (1, None)
+
+
+@pytest.mark.parametrize("never", ["0", "", "0.0"])
+def test_a_connection_can_switch_off_what_is_set_for_all(never: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HELD_WARNING", "SLOW_STATEMENT"):
+        monkeypatch.setenv(f"APP_DB_{variable}", "10")
+        monkeypatch.setenv(f"APP_DB_CONNECTIONS__WRITER__{variable}", never)
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", "sqlite://")
+    settings = DatabaseSettings(_env_file=None)
+    writer = settings.connection("writer")
+    assert (writer.held_warning, writer.slow_statement) == (None, None)
+    assert (settings.held_warning, settings.slow_statement) == (10, 10)
+    for variable in ("HELD_WARNING", "SLOW_STATEMENT"):
+        monkeypatch.setenv(f"APP_DB_{variable}", never)
+    settings = DatabaseSettings(_env_file=None)
+    assert (settings.held_warning, settings.slow_statement) == (None, None)
+
+
+@pytest.mark.parametrize("wrong", ["-1", "nan", "inf"])
+def test_what_is_no_number_of_seconds_is_refused(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_DB_HELD_WARNING", wrong)
+    with pytest.raises(SettingsError, match="APP_DB_HELD_WARNING: must be"):
+        DatabaseSettings(_env_file=None)
 
 
 def test_the_unit_has_a_number_of_its_own() -> None:
