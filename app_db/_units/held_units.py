@@ -43,7 +43,7 @@ class HeldUnits:
                 del self._units[number]
                 if told := self._told.pop(number, None):
                     _tellers.pop(number, None)
-                    log.warning("Ended after about %.1f s: %s", now - since, told, extra={"unit": number})
+                    log.warning("Ended after about %.1f s: %s", now - since, told, extra=_names(number))
             elif (
                 now - since >= self._seconds
                 and number not in self._told
@@ -52,5 +52,10 @@ class HeldUnits:
             ):
                 begun = "" if work.begun_at is None else f", begun at {work.begun_at}"
                 self._told[number] = f"unit {number} of {work.owner()}{begun}"
-                log.warning("Open for %.1f s, without a connection: %s", now - since, self._told[number], extra={"unit": number})
+                log.warning("Open for %.1f s, without a connection: %s", now - since, self._told[number], extra=_names(number))
         return bool(self._units)
+
+
+def _names(number: int) -> dict[str, object]:
+    """Return what records of other warnings have, too, so that one format is good for all."""
+    return {"connection": None, "unit": number}
