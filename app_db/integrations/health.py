@@ -20,7 +20,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from app_db import DatabaseContainer
-from app_db.errors import InvalidUse
+from app_db.errors import InvalidUse, SettingsError
 from app_db.health import Health
 from app_db.integrations._containers import require_container
 from app_db.integrations.asgi import Application, Receive, Scope, Send
@@ -48,8 +48,12 @@ def asgi_health(container: DatabaseContainer, *, timeout: float = 2.0, pools: bo
             await _live(receive, send)
         elif scope["type"] == "http":
             path, method = _path_in(scope), scope["method"]
-            asks = path == _READY and method in _METHODS
-            health = await container.async_health(timeout=timeout) if asks else None
+            health: Health | SettingsError | None = None
+            if path == _READY and method in _METHODS:
+                try:
+                    health = await container.async_health(timeout=timeout)
+                except SettingsError as error:
+                    health = error
             answer = _Answer(container, paths, path, method, health)
             headers = [(name.lower().encode(), value.encode()) for name, value in answer.headers]
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -73,8 +77,13 @@ def wsgi_health(
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
-        asks = path == _READY and method in _METHODS
-        answer = _Answer(container, paths, path, method, container.health(timeout=timeout) if asks else None)
+        health: Health | SettingsError | None = None
+        if path == _READY and method in _METHODS:
+            try:
+                health = container.health(timeout=timeout)
+            except SettingsError as error:
+                health = error
+        answer = _Answer(container, paths, path, method, health)
         start_response(f"{answer.status.value} {answer.status.phrase}", answer.headers)
         return [answer.body]
 
@@ -105,10 +114,15 @@ def _pools_of(container: DatabaseContainer) -> dict[str, object]:
 
 
 class _Answer:
-    """The answer to one request. `health` is given for a path that asks for it."""
+    """The answer to one request. `health` is given for a path that asks for it, or the error of settings that are wrong."""
 
     def __init__(
-        self, container: DatabaseContainer, paths: tuple[str, ...], path: str, method: str, health: Health | None
+        self,
+        container: DatabaseContainer,
+        paths: tuple[str, ...],
+        path: str,
+        method: str,
+        health: Health | SettingsError | None,
     ) -> None:
         self.headers = [("Cache-Control", "no-store"), ("Content-Type", "application/health+json")]
         self.status = HTTPStatus.OK
@@ -120,6 +134,9 @@ class _Answer:
             self.status = HTTPStatus.METHOD_NOT_ALLOWED
             document = {"status": "fail", "output": "ask by GET or HEAD"}
             self.headers.append(("Allow", ", ".join(_METHODS)))
+        elif isinstance(health, SettingsError):
+            self.status = HTTPStatus.SERVICE_UNAVAILABLE
+            document = {"status": "fail", "output": str(health)}
         elif health is not None:
             document = health.as_json()
             if health.status == "down":

@@ -15,6 +15,7 @@ from wsgiref.validate import validator
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from app_db import DatabaseContainer, DatabaseSettings, container_of
@@ -37,8 +38,6 @@ def by_wsgi(container: DatabaseContainer) -> Any:
 
 
 def mounted_by_asgi(container: DatabaseContainer) -> Any:
-    from fastapi import FastAPI
-
     app = FastAPI()
     app.mount("/health", asgi_health(container, timeout=10))
     return below_health(serving(app))
@@ -114,6 +113,19 @@ def test_a_required_database_that_is_down_makes_the_process_unready_and_not_dead
         with serve(container) as address, client() as one:
             ready = one.get(f"{address}/readyz")
             assert (ready.status_code, ready.json()["status"]) == (200, "warn")
+
+
+@pytest.mark.parametrize("serve", [by_asgi, by_wsgi])
+def test_settings_that_are_wrong_make_the_process_unready_and_not_dead(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", DEAD)
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__POOL__SIZ", "s3cr3t")
+    with serve(container_of("writer")()) as address, client() as one:
+        ready = one.get(f"{address}/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (503, "fail")
+        assert ready.headers["content-type"] == "application/health+json"
+        assert "APP_DB_CONNECTIONS__WRITER__POOL__SIZ: is set, but app_db has no such setting." in ready.json()["output"]
+        assert "s3cr3t" not in ready.text
+        assert one.get(f"{address}/livez").status_code == 200
 
 
 def test_livez_asks_no_database() -> None:
