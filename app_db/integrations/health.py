@@ -150,9 +150,15 @@ class _Answer:
 
 
 def _path_in(scope: Scope) -> str:
-    """Return the path below the one at which the application is mounted."""
+    """Return the path below the one at which the application is mounted.
+
+    By ASGI, `path` begins with `root_path`. Behind a proxy that strips the prefix it does not: there, below a mount of Starlette,
+    it begins with what the mounts have added to the root path of the outermost application.
+    """
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path[len(root) :] if path.startswith(f"{root}/") else path
+    mounts = root.removeprefix(str(scope.get("app_root_path", "")))
+    mounted_at = next((prefix for prefix in (root, mounts) if path.startswith(f"{prefix}/")), "")
+    return path[len(mounted_at) :]
 
 
 async def _live(receive: Receive, send: Send) -> None:

@@ -128,6 +128,44 @@ def test_settings_that_are_wrong_make_the_process_unready_and_not_dead(serve: Se
         assert one.get(f"{address}/livez").status_code == 200
 
 
+def alone(probes: Any) -> Any:
+    return probes
+
+
+def in_fastapi(probes: Any) -> Any:
+    app = FastAPI()
+    app.mount("/health", probes)
+    return app
+
+
+def in_a_sub_application(probes: Any) -> Any:
+    app = FastAPI()
+    app.mount("/shop", in_fastapi(probes))
+    return app
+
+
+@pytest.mark.parametrize(
+    ("mount", "root", "path"),
+    [
+        (in_fastapi, "", "/health"),
+        (in_fastapi, "/api", "/health"),
+        (in_fastapi, "/api", "/api/health"),
+        (in_a_sub_application, "", "/shop/health"),
+        (in_a_sub_application, "/api", "/api/shop/health"),
+        (alone, "/api", ""),
+        (alone, "/api", "/api"),
+    ],
+)
+async def test_they_are_found_wherever_they_are_mounted(
+    mount: Callable[[Any], Any], root: str, path: str, sound: DatabaseContainer
+) -> None:
+    """A proxy may leave the root path to the server, as ASGI has it, or strip it."""
+    transport = httpx.ASGITransport(mount(asgi_health(sound)), root_path=root)
+    async with httpx.AsyncClient(transport=transport, base_url="http://shop") as one:
+        assert (await one.get(f"{path}/livez")).status_code == 200
+        assert (await one.get(f"{path}/other")).status_code == 404
+
+
 def test_livez_asks_no_database() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.setblocking(False)
