@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from math import inf
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from app_db._databases.facts import Role
 from app_db._databases.pool_states import PoolState
@@ -49,6 +49,19 @@ class ConnectionHealth:
     """Seconds since the oldest branch was prepared that is in doubt; None if there is none."""
 
 
+class _Frozen(dict[str, ConnectionHealth]):
+    """A dict that can't be changed. It is no MappingProxyType, which can't be pickled or given to `dataclasses.asdict`."""
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("A report can't be changed")
+
+    if not TYPE_CHECKING:  # a refusal has the signature of none of them
+        __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type[_Frozen], tuple[dict[str, ConnectionHealth]]]:
+        return _Frozen, (dict(self),)  # pickle would set each item
+
+
 @dataclass(frozen=True)
 class Health:
     """The health of a container's connections at one moment: what `container.health()` returns.
@@ -64,6 +77,9 @@ class Health:
     """By the name of the connection."""
     at: datetime
     """When the report was made, in UTC."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "connections", _Frozen(self.connections))
 
     @property
     def status(self) -> Status:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -417,6 +420,16 @@ def test_asking_does_not_change_a_file(new_container: NewContainer, tmp_path: Pa
     assert health_of(new_container(writer=f"sqlite:///{file}")).status == "up"
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["shop.db"]
+
+
+def test_a_report_can_not_be_changed_and_can_be_copied(new_container: NewContainer) -> None:
+    report = new_container(writer="sqlite://").health()
+    connections: Any = report.connections
+    for change, given in (("clear", ()), ("update", ({},)), ("__setitem__", ("x", 1)), ("__delitem__", ("writer",))):
+        with pytest.raises(TypeError, match="A report can't be changed"):
+            getattr(connections, change)(*given)
+    assert pickle.loads(pickle.dumps(report)) == deepcopy(report) == report
+    assert asdict(report)["connections"]["writer"]["status"] == "up"
 
 
 def test_a_database_in_memory_is_up(new_container: NewContainer) -> None:
