@@ -174,8 +174,9 @@ class _Round:
 
 
 def _health_of(target: Target, asker: _Asker, container: Container) -> ConnectionHealth:
-    silence = f"it has not answered for {monotonic() - asker.began:.1f} s"
-    answer = asker.answer.result() if asker.answer.done() else Answer(error=silence)
+    silence = monotonic() - asker.began
+    late = f"it has not answered for {silence:.{3 if silence < 0.1 else 1}f} s"
+    answer = asker.answer.result() if asker.answer.done() else Answer(error=late)
     engines: list[Engine] = container.core.state().engines(target.name) if target.own is None else [sync_engine_of(target.own)]
     pool = state_of(target.name, engines) if engines else None
     in_doubt = answer.in_doubt.get(target.name)
