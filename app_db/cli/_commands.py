@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from app_db._wording import did_you_mean
-from app_db.cli._calls import COULD_NOT_RUN, EXIT_CODES, Call, CannotRun, Verb, listed
+from app_db.cli._calls import COULD_NOT_RUN, EXIT_CODES, FINE, Call, CannotRun, Verb, listed
 from app_db.cli._printing import Printer, make_printable
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
     out = Printer(as_json="--json" in _before_dashes(given))
     try:
         common, rest = _common_options(program, given)
-        verb, rest = _verb_first(rest)
-        options = _parser(program, verb).parse_args(rest, common)
+        if common.version:
+            return _print_version(out)
+        options = _options(program, rest, common)
         options.every_verb = lambda: _every_verb(program)
         return _run(Call(options, out, program, lambda: _find_container(common.container)))
     except _WrongUsage as error:
@@ -112,6 +113,15 @@ def _run(call: Call) -> int:
             call.close()
 
 
+def _print_version(out: Printer) -> int:
+    from app_db._compat.packaging import version_of
+
+    version = version_of("app-db")
+    out.line(f"app-db {version}")
+    out.data({"version": version})
+    return FINE
+
+
 def _program() -> str:
     """Return how this process was started."""
     return "python -m app_db" if Path(sys.argv[0]).name == "__main__.py" else "app-db"
@@ -136,7 +146,7 @@ def _common_options(program: str, arguments: list[str]) -> tuple[argparse.Namesp
     own = _before_dashes(arguments)
     parser = _Arguments(prog=program, add_help=False, allow_abbrev=False, usage=f"{program} COMMAND …")
     _add_common(parser)
-    parser.add_argument("--version", action=_ShowVersion, nargs=0)
+    parser.add_argument("--version", action="store_true")
     parser.set_defaults(container=None, json=False)
     common, rest = parser.parse_known_args(own)
     return common, [*rest, *arguments[len(own) :]]
@@ -159,17 +169,27 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of text")
 
 
-def _parser(program: str, wanted: str | None) -> argparse.ArgumentParser:
-    """Return the parser, with the options of one verb."""
+def _options(program: str, arguments: list[str], common: argparse.Namespace) -> argparse.Namespace:
+    """Return the options of a verb, together with the common ones."""
+    verb, rest = _verb_first(arguments)
+    parser, parsers = _parser(program, verb)
+    options, unknown = parser.parse_known_args(rest, common)
+    if unknown:
+        parsers.get(verb or "", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
+
+
+def _parser(program: str, wanted: str | None) -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser, with the options of one verb, and the parsers of all verbs."""
     parser = _Parser(prog=program, description="Look after an application's databases.")
-    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version of app_db")
+    parser.add_argument("--version", action="store_true", help="print the version of app_db")
     commands = _Commands(parser)
     for module, verbs in VERBS.items():
         if wanted in verbs:
             import_module(f"app_db.cli.{module}").add_to(commands)
         for verb in verbs:
             commands.add_name(verb)
-    return parser
+    return parser, commands.parsers
 
 
 def _every_verb(program: str) -> dict[str, argparse.ArgumentParser]:
@@ -243,13 +263,3 @@ class _Commands:
         )
         self.parsers[name] = parser
         return parser
-
-
-class _ShowVersion(argparse.Action):
-    """Prints the version, which is looked up only then."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from app_db._compat.packaging import version_of
-
-        print(f"app-db {version_of('app-db')}")
-        parser.exit()

@@ -11,6 +11,7 @@ import pytest
 
 from app_db import DatabaseSettings
 from harness.commands import app_db
+from harness.schemas import validated
 
 SHOP = """
 from app_db import Connection, DatabaseContainer, DatabaseSettings
@@ -119,6 +120,11 @@ def test_the_variable_is_no_misspelt_setting(monkeypatch: pytest.MonkeyPatch) ->
     assert [*DatabaseSettings.from_mapping(os.environ).connections] == ["writer"]
 
 
+def test_the_version_is_printed_as_text_and_as_json() -> None:
+    text, data = app_db("--version").stdout, app_db("--version", "--json").stdout
+    assert text == f"app-db {validated('version', data)['version']}\n"
+
+
 def test_an_unknown_command_is_explained_in_one_line() -> None:
     assert refused("recvoer").startswith("There is no command 'recvoer'. Did you mean 'recover'? There are: ")
     done = app_db("--json", "xyz")
@@ -130,7 +136,8 @@ def test_an_unknown_command_is_explained_in_one_line() -> None:
     ("arguments", "says"),
     [
         ((), "python -m app_db: error: the following arguments are required: COMMAND"),
-        (("recover", "--nonsense"), "python -m app_db: error: unrecognized arguments: --nonsense"),
+        (("migrate", "head", "x"), "python -m app_db migrate: error: unrecognized arguments: x\n"),
+        (("recover", "--nonsense"), "python -m app_db recover: error: unrecognized arguments: --nonsense"),
         (("recover", "--container"), "python -m app_db: error: argument --container: expected one argument"),
         (("graph", "--format", "png"), "python -m app_db graph: error: argument --format: invalid choice: 'png'"),
         (("dbshell",), "python -m app_db dbshell: error: the following arguments are required: NAME\n"),
@@ -139,7 +146,7 @@ def test_an_unknown_command_is_explained_in_one_line() -> None:
 def test_what_argparse_refuses_has_the_exit_code_2(arguments: Any, says: str) -> None:
     done = app_db(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("usage: python -m app_db")
+    assert done.stderr.startswith(f"usage: {says.partition(': error')[0]} ")
     assert says in done.stderr
     done = app_db("--json", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
