@@ -94,6 +94,8 @@ class ServerSession:
     """For how many seconds."""
     in_transaction: float | None
     """For how many seconds its transaction is open; None if there is none, or the server does not say."""
+    blocked_by: tuple[int, ...] = ()
+    """The ids of the sessions that hold the lock that it waits for. PostgreSQL has 0 for a prepared transaction."""
 
 
 class Inspection:
@@ -137,3 +139,8 @@ class Inspection:
 def by_name(rows: Iterable[Sequence[object]]) -> Mapping[str, str]:
     """Return settings of a server by name, as it spells them."""
     return {str(name): str(value) for name, value in rows}
+
+
+def ids_in(listed: str | None) -> tuple[int, ...]:
+    """Return the ids that a server has joined by commas."""
+    return tuple(sorted({int(each) for each in (listed or "").split(",") if each}))

@@ -35,12 +35,12 @@ def _pool(call: Call) -> int:
     answers = {name: _silence() if answer is None else answer for name, answer in found.items()}
     rows = [row for name, answer in answers.items() if not isinstance(answer, str) for row in _rows(name, answer)]
     if rows:
-        call.out.table(["connection", "id", "client", "host", "state", "for", "transaction"], rows)
+        call.out.table(["connection", "id", "client", "host", "state", "for", "transaction", "waits for"], rows)
     for name, answer in answers.items():
         if isinstance(answer, str):
             call.out.line(f"{name}: {answer}", "bad")
         elif not answer:
-            call.out.line(f"{name}: nobody else is connected, or it has no server")
+            call.out.line(f"{name}: {_nobody(call.container, name)}")
     call.out.data(
         {
             "connections": [
@@ -88,6 +88,14 @@ def _sessions(container: DatabaseContainer, name: str) -> list[ServerSession] | 
         return described(error, secrets_of(container.settings().connection(name)))
 
 
+def _nobody(container: DatabaseContainer, name: str) -> str:
+    from app_db.cli._connections import url_of
+
+    if url_of(container, name).get_backend_name() == "sqlite":
+        return "SQLite has no server that lists connections; container.pools() lists those of its own process"
+    return "nothing else is connected, or app_db can't ask this kind of database"
+
+
 def _silence() -> str:
     return f"no answer within {_PATIENCE:g} s"
 
@@ -102,6 +110,7 @@ def _rows(name: str, sessions: list[ServerSession]) -> list[list[Cell]]:
             each.state,
             f"{each.in_state:.1f} s",
             "" if each.in_transaction is None else Styled(f"{each.in_transaction:.1f} s", "warning"),
+            ", ".join(map(str, each.blocked_by)),
         ]
         for each in sessions
     ]

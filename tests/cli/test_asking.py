@@ -6,6 +6,8 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
+from time import monotonic
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
@@ -150,10 +152,39 @@ def test_connections_of_mariadb_are_listed(mariadb_url: str) -> None:
     assert told["sessions"][0]["state"] == "Sleep"
 
 
+@pytest.mark.parametrize("server", ["postgres_url", "mariadb_url"])
+def test_a_session_that_waits_for_a_lock_names_the_one_that_holds_it(server: str, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue(server)
+    engine = create_engine(url)
+    own_id = text("SELECT pg_backend_pid()" if server == "postgres_url" else "SELECT CONNECTION_ID()")
+    change = text("UPDATE goods SET name = 'ink'")
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE goods (name VARCHAR(20))"))
+        connection.execute(text("INSERT INTO goods VALUES ('pen')"))
+    with engine.connect() as holder, engine.connect() as waiter:
+        holding, waiting = holder.scalar(own_id), waiter.scalar(own_id)
+        holder.execute(change)
+        thread = Thread(target=waiter.execute, args=(change,))
+        thread.start()
+        deadline = monotonic() + 20
+        blocked: dict[int, list[int]] = {}
+        while not any(blocked.values()) and monotonic() < deadline:
+            done = app_db("pool", "--json", environment=variables({"main": {"url": url}}))
+            [told] = validated("pool", done.stdout)["connections"]
+            blocked = {each["id"]: each["blocked_by"] for each in told["sessions"]}
+        shown = app_db("pool", environment=variables({"main": {"url": url}})).stdout.splitlines()
+        holder.rollback()
+        thread.join()
+    engine.dispose()
+    assert blocked == {holding: [], waiting: [holding]}
+    assert shown[0].endswith("  waits for")
+    assert [line.split()[1] for line in shown if line.endswith(f"  {holding}")] == [str(waiting)]
+
+
 def test_a_file_has_no_server_and_a_server_that_is_down_is_told(sqlite_url: str) -> None:
     done = app_db("pool", environment=variables({"file": {"url": sqlite_url}, "gone": {"url": NOWHERE}}))
     assert done.returncode == 1
-    assert "file: nobody else is connected, or it has no server" in done.stdout
+    assert "file: SQLite has no server that lists connections; container.pools() lists those of its own process" in done.stdout
     assert not Path(make_url(sqlite_url).database or "").exists()
     assert "gone: " in done.stdout
     assert "s3cr3t" not in done.stdout + done.stderr

@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from app_db._databases.database import code_of
 from app_db._databases.facts import Facts
-from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, ServerSession, Trouble, by_name
+from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, ServerSession, Trouble, by_name, ids_in
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -38,13 +38,20 @@ UNION SELECT privilege_type, table_name FROM information_schema.column_privilege
 """
 
 _SESSIONS = """
-SELECT p.id, p.user, p.host, p.command, p.time, TIMESTAMPDIFF(SECOND, t.trx_started, NOW())
+SELECT p.id, p.user, p.host, p.command, p.time, TIMESTAMPDIFF(SECOND, t.trx_started, NOW()), {blocking}
 FROM information_schema.processlist p LEFT JOIN information_schema.innodb_trx t ON t.trx_mysql_thread_id = p.id
 WHERE p.db = DATABASE() AND p.id <> CONNECTION_ID() ORDER BY t.trx_started IS NULL, t.trx_started, p.id
 """
 
+_BLOCKING_ON_MARIADB = """(
+    SELECT GROUP_CONCAT(b.trx_mysql_thread_id)
+    FROM information_schema.innodb_lock_waits w JOIN information_schema.innodb_trx b ON b.trx_id = w.blocking_trx_id
+    WHERE w.requesting_trx_id = t.trx_id
+)"""
+"""MySQL has no such table since 8.0, and its performance_schema is closed to most users."""
+
 _SESSIONS_WITHOUT_TRANSACTIONS = """
-SELECT id, user, host, command, time, NULL FROM information_schema.processlist
+SELECT id, user, host, command, time, NULL, NULL FROM information_schema.processlist
 WHERE db = DATABASE() AND id <> CONNECTION_ID() ORDER BY id
 """
 """For a user without the privilege PROCESS, who sees only his own connections and no transactions."""
@@ -149,17 +156,24 @@ class MySQLInspection(Inspection):
         return [name for name in names if (privilege, name) not in granted]
 
     def sessions(self, connection: Connection) -> list[ServerSession]:
+        blocking = _BLOCKING_ON_MARIADB if getattr(connection.dialect, "is_mariadb", False) else "NULL"
         try:
-            rows = list(connection.exec_driver_sql(_SESSIONS))
+            rows = list(connection.exec_driver_sql(_SESSIONS.format(blocking=blocking)))
         except DBAPIError as error:
             if code_of(error) != _NO_PROCESS_PRIVILEGE:
                 raise
             rows = list(connection.exec_driver_sql(_SESSIONS_WITHOUT_TRANSACTIONS))
         return [
             ServerSession(
-                number, user, host.rpartition(":")[0] or host, command, float(since or 0), None if begun is None else float(begun)
+                number,
+                user,
+                host.rpartition(":")[0] or host,
+                command,
+                float(since or 0),
+                None if begun is None else float(begun),
+                ids_in(blocking),
             )
-            for number, user, host, command, since, begun in rows
+            for number, user, host, command, since, begun, blocking in rows
         ]
 
     def may_write(self, connection: Connection) -> bool:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError
 from app_db._compat.psycopg import libpq_of
 from app_db._databases.drivers.poolers import is_pooled, pid_told_to
 from app_db._databases.facts import Facts
-from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, ServerSession, Trouble, by_name
+from app_db._databases.inspection import Failure, Inspection, Limit, Limits, Server, ServerSession, Trouble, by_name, ids_in
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -70,7 +70,8 @@ END
 _SESSIONS = """
 SELECT pid, coalesce(nullif(application_name, ''), usename, ''), coalesce(host(client_addr), ''), coalesce(state, 'hidden'),
     greatest(extract(epoch FROM clock_timestamp() - state_change), 0)::float8,
-    CASE WHEN xact_start IS NOT NULL THEN greatest(extract(epoch FROM clock_timestamp() - xact_start), 0)::float8 END
+    CASE WHEN xact_start IS NOT NULL THEN greatest(extract(epoch FROM clock_timestamp() - xact_start), 0)::float8 END,
+    CASE WHEN wait_event_type = 'Lock' THEN array_to_string(pg_blocking_pids(pid), ',') END
 FROM pg_catalog.pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
 ORDER BY xact_start NULLS LAST, pid
@@ -177,7 +178,10 @@ class PostgreSQLInspection(Inspection):
 
     def sessions(self, connection: Connection) -> list[ServerSession]:
         rows = connection.exec_driver_sql(_SESSIONS)
-        return [ServerSession(pid, client, host, state, since or 0.0, begun) for pid, client, host, state, since, begun in rows]
+        return [
+            ServerSession(pid, client, host, state, since or 0.0, begun, ids_in(blocking))
+            for pid, client, host, state, since, begun, blocking in rows
+        ]
 
     def may_write(self, connection: Connection) -> bool:
         return bool(connection.exec_driver_sql(_MAY_WRITE).scalar())
