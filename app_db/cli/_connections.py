@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isinf
 from typing import TYPE_CHECKING
 
 from app_db.container import KINDS, Connection, DatabaseContainer, _own_engine
 from app_db.errors import ConnectionNotConfigured
+from app_db.settings._connection_settings import DATABASE_FIELDS
 from app_db.settings._urls import is_memory, masked
 
 if TYPE_CHECKING:
@@ -75,9 +76,25 @@ def configured(container: DatabaseContainer) -> list[Configured]:
     origins = _origins_by_connection(settings)
     lenders = settings.lenders([name for name in declared if name in settings.connections])
     return [
-        _configured(container, settings, name, declared=name in declared, lender=lenders.get(name), origins=origins.get(name, []))
+        _configured(
+            container,
+            settings,
+            name,
+            declared=name in declared,
+            lender=lenders.get(name),
+            origins=[*origins.get(name, []), *_origins_of_database(settings, name, origins)],
+        )
         for name in sorted({*declared, *settings.connections})
     ]
+
+
+def _origins_of_database(settings: DatabaseSettings, name: str, origins: Mapping[str, Sequence[Origin]]) -> list[Origin]:
+    """Return the settings of the connection that a mirror mirrors, as far as they are the mirror's, too."""
+    owner = mirrored_by(settings, name)
+    if owner == name or owner not in settings.connections:
+        return []
+    beginnings = tuple(settings.connections[owner].variable(field).lower() for field in DATABASE_FIELDS)
+    return [origin for origin in origins.get(owner, []) if origin.variable.lower().startswith(beginnings)]
 
 
 def _configured(
@@ -132,6 +149,13 @@ def mirror_of(settings: DatabaseSettings, name: str) -> str | None:
     """Return the connection that another one mirrors. A `reader` that is not configured is the writer, read-only."""
     own = settings.connections.get(name)
     return "writer" if own is None else own.mirror
+
+
+def mirrored_by(settings: DatabaseSettings, name: str) -> str:
+    """Return the connection at the end of a connection's mirrors, or the connection itself. They have the same database."""
+    while (mirrored := mirror_of(settings, name)) is not None:
+        name = mirrored
+    return name
 
 
 def _origins_by_connection(settings: DatabaseSettings) -> dict[str, list[Origin]]:

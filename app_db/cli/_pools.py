@@ -28,8 +28,10 @@ def _pool(call: Call) -> int:
     of a full pool.
     """
     from app_db._findings.asking import at_once
+    from app_db.cli._connections import mirrored_by
 
-    names = list(dict.fromkeys(_asked_for(call.container, name) for name in call.names(call.options.names)))
+    settings = call.container.settings()
+    names = list(dict.fromkeys(mirrored_by(settings, name) for name in call.names(call.options.names)))
     with call.out.progress("Asking the databases"):
         found = at_once({name: partial(_sessions, call.container, name) for name in names}, _PATIENCE)
     answers = {name: _silence() if answer is None else answer for name, answer in found.items()}
@@ -52,16 +54,6 @@ def _pool(call: Call) -> int:
         }
     )
     return WRONG if any(isinstance(answer, str) for answer in answers.values()) else FINE
-
-
-def _asked_for(container: DatabaseContainer, name: str) -> str:
-    """Return the connection at the end of a connection's mirrors. They have the same database."""
-    from app_db.cli._connections import mirror_of
-
-    settings = container.settings()
-    while (mirrored := mirror_of(settings, name)) is not None:
-        name = mirrored
-    return name
 
 
 def _sessions(container: DatabaseContainer, name: str) -> list[ServerSession] | str:

@@ -36,9 +36,8 @@ def _show(call: Call) -> int:
     if place:
         call.out.line(f"Decisions of two-phase units are written to {place}.")
     call.out.line()
-    call.out.table(
-        ["setting", "value", "source"], _origin_rows([*general, *(origin for each in found for origin in each.origins)])
-    )
+    own = sorted({origin for each in found for origin in each.origins}, key=lambda origin: origin.variable)
+    call.out.table(["setting", "value", "source"], _origin_rows([*general, *own]))
     call.out.data(
         {
             "container": name_of(container),

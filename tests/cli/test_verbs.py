@@ -122,6 +122,17 @@ def test_show_prints_a_table_and_marks_what_is_not_configured(shop: Path) -> Non
     assert "APP_DB_TWO_PHASE" not in one
 
 
+def test_a_mirror_is_shown_with_the_settings_of_its_database(shop: Path) -> None:
+    """They are those of what it mirrors, which says for itself how it is used."""
+    url = ["APP_DB_CONNECTIONS__WRITER__URL"]
+    given = {url[0]: "sqlite:///shop.db", "APP_DB_CONNECTIONS__WRITER__POOL__SIZE": "3"}
+    [reader] = validated("show", run("show", "reader", "--json", "--container", "shop", environment=given))["connections"]
+    assert [each["variable"] for each in reader["settings"]] == url
+    assert [line.split()[0] for line in run("show", "reader", "--container", "shop", environment=given).splitlines()[-1:]] == url
+    whole = run("show", "--container", "shop", environment=given, code=1)
+    assert whole.count(f"{url[0]} ") == 1
+
+
 def test_an_unknown_connection_is_explained_with_near_names(shop: Path) -> None:
     says = "There is no connection 'writr'. Did you mean 'writer'? There are: 'reader', 'report', 'warehouse', 'writer'.\n"
     for verb in ("show", "dbshell"):
