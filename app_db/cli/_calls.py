@@ -62,16 +62,24 @@ class Call:
 
         Raises CannotRun for a name that no connection has, or one that has no settings.
         """
-        from app_db.container import Connection
-
         known = names_in(self.container)
         for name in given:
-            if name not in known and isinstance(self.container.providers.get(name), Connection):
-                variable = self.container.settings().variable("connections", name, "url")
-                raise CannotRun(f"The container has the connection {name!r}, and it has no settings. Set {variable}.")
+            if name not in known and name in self.without_settings():
+                raise CannotRun(f"The container has the connection {name!r}, and it has no settings. Set {self.url_of(name)}.")
             if name not in known:
                 raise CannotRun(f"There is no connection {name!r}.{did_you_mean(name, known)} {listed('There are', known)}")
         return list(dict.fromkeys(given)) or known
+
+    def without_settings(self) -> list[str]:
+        """Return the names of the container's connections that have no settings."""
+        from app_db.container import Connection
+
+        declared = [name for name, provider in self.container.providers.items() if isinstance(provider, Connection)]
+        return sorted({*declared} - {*names_in(self.container)})
+
+    def url_of(self, name: str) -> str:
+        """Return the variable that has the URL of a connection."""
+        return self.container.settings().variable("connections", name, "url")
 
     def close(self) -> None:
         """Close the container's connections, if it was asked for."""

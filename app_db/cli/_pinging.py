@@ -32,10 +32,18 @@ def _ping(call: Call) -> int:
     with call.out.progress("Asking the databases"):
         found = call.container.health(timeout=timeout).connections
     asked = [found[name] for name in names if name in found]
+    if not call.options.names:
+        asked += [_without_settings(call, name) for name in call.without_settings()]
     columns = ["connection", "status", "ms", "server", "role", "pooler", "TLS", "why"]
     call.out.table(columns, [_row(each) for each in asked])
     call.out.data({"connections": [_data(each) for each in asked]})
     return FINE if all(each.status == "up" for each in asked) else WRONG
+
+
+def _without_settings(call: Call, name: str) -> ConnectionHealth:
+    from app_db.health import ConnectionHealth
+
+    return ConnectionHealth(name, "down", required=True, reason=f"it has no settings. Set {call.url_of(name)}")
 
 
 def _row(each: ConnectionHealth) -> list[Cell]:

@@ -68,6 +68,21 @@ def test_a_standby_tells_its_role_and_its_lag(
     assert " replica, 0.0 s behind " in lines["copy"]
 
 
+def test_a_connection_of_the_container_without_settings_is_told(sqlite_url: str) -> None:
+    Path("shop.py").write_text(
+        "from app_db import Connection, DatabaseContainer\n"
+        "class Shop(DatabaseContainer):\n    main = Connection()\n    nowhere = Connection()\n"
+    )
+    given = variables({"main": {"url": sqlite_url}})
+    with in_transaction(sqlite_url):
+        """Makes the file."""
+    done = app_db("ping", "--json", "--container", "shop:Shop", environment=given)
+    main_, nowhere = validated("ping", done.stdout)["connections"]
+    assert (done.returncode, main_["status"], nowhere["status"]) == (1, "up", "down")
+    assert nowhere["reason"] == "it has no settings. Set APP_DB_CONNECTIONS__NOWHERE__URL"
+    assert app_db("ping", "main", "--container", "shop:Shop", environment=given).returncode == 0
+
+
 @pytest.mark.parametrize("problem", ["down", "wrong password"])
 def test_a_database_that_does_not_answer_is_down_and_no_secret_is_shown(problem: str, postgres_url: str) -> None:
     url = NOWHERE
