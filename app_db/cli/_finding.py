@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import iscoroutinefunction
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -119,6 +120,8 @@ class _Named:
                 found = getattr(found, part)
             except AttributeError:
                 raise self._wrong(f"there is no {part!r}. Name a container, its class, or a function: MODULE:NAME") from None
+        if iscoroutinefunction(found):
+            raise self._wrong("it is a coroutine function. Name a function that returns the container without waiting")
         made = self._called(found) if callable(found) and not isinstance(found, Connection) else found
         if not hasattr(made, "session_of"):
             raise self._wrong("it is no database container. Name one, its class, or a function that returns it: MODULE:NAME")
@@ -127,7 +130,7 @@ class _Named:
     def imported(self, module: str) -> ModuleType:
         """Return a module. The working directory is among the places where it is looked for."""
         if not module:
-            raise self._wrong("it names no module. Give MODULE:NAME")
+            raise self._wrong("the module is missing. Give MODULE:NAME")
         self.enter()
         try:
             return import_module(module)

@@ -250,6 +250,9 @@ def fails():
 
 def leaves():
     raise SystemExit(0)
+
+async def waits():
+    return Shop()
 """
 
 
@@ -286,9 +289,10 @@ def test_a_container_may_be_named(name: str, shop: Path, scene: Scene) -> None:
         ("shop:needs", "calling it failed (TypeError)"),
         ("shop:fails", "calling it failed (ValueError)"),
         ("shop:leaves", "calling it failed (SystemExit)"),
+        ("shop:waits", "it is a coroutine function. Name a function that returns the container without waiting"),
         ("program", "the module 'program' can't be imported (SystemExit)"),
-        ("", "it names no module"),
-        (":Shop", "it names no module"),
+        ("", "the module is missing. Give MODULE:NAME"),
+        (":Shop", "the module is missing. Give MODULE:NAME"),
     ],
 )
 def test_a_container_that_is_none_is_explained_in_one_line(name: str, says: str, shop: Path) -> None:

@@ -91,7 +91,7 @@ def test_options_may_stand_before_and_after_the_verb(project: Path) -> None:
         ("[tool.app_db]\ncontainer = 7", "container in [tool.app_db] is no text"),
         ("[tool]\napp_db = 's3cr3t'", "tool.app_db is no table"),
         ("tool = 's3cr3t'", "tool is no table"),
-        ("[tool.app_db]\ncontainer = ''", "it names no module"),
+        ("[tool.app_db]\ncontainer = ''", "the module is missing"),
         ("[tool.app_db]\ncontainer = 'nowhere:x'", "there is no module 'nowhere'"),
         ("[tool.app_db]\ncontainer = 'first:x'", "there is no 'x'"),
         ("[tool.app_db]\ncontainer = 'first:DatabaseSettings'", "it is no database container"),
