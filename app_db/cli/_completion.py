@@ -65,8 +65,11 @@ def _words_of(parser: argparse.ArgumentParser) -> _Words:
     return words
 
 
-_ASKED = f"$(app-db completion {NAMES} 2>/dev/null)"
+_ASKED = f'$(app-db completion {NAMES} ${{container:+--container="$container"}} 2>/dev/null)'
 """Asks for the names of the connections, in bash and zsh."""
+
+_TYPED_IN_FISH = '(commandline -cp | string match -r -- "--container[= ]\\S+" | string replace " " "=")'
+_ASKED_IN_FISH = f"(app-db completion {NAMES} {_TYPED_IN_FISH} 2>/dev/null)"
 
 _COMMON = ["--container", "--json", "--help"]
 
@@ -86,7 +89,10 @@ def _zsh(verbs: Mapping[str, _Words]) -> str:
 def _function(verbs: Mapping[str, _Words]) -> str:
     lines = [
         "_app_db() {",
-        '  local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" verb="" words="" each',
+        '  local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" verb="" words="" container="" each',
+        # Not from COMP_WORDS: bash splits MODULE:NAME at its colon.
+        '  case "$COMP_LINE" in *--container[=\\ ]*) container="${COMP_LINE#*--container[= ]}"; esac',
+        '  container="${container%% *}"',
         '  for each in "${COMP_WORDS[@]:1:$((COMP_CWORD-1))}"; do',
         f'    case "$each" in {"|".join(verbs)}) verb="$each"; break;; esac',
         "  done",
@@ -134,11 +140,11 @@ def _fish(verbs: Mapping[str, _Words]) -> str:
         if "" in words.values:
             lines.append(f"{seen} -a '{' '.join(words.values[''])}'")
         if words.takes_names:
-            lines.append(f"{seen} -a '{_ASKED[1:]}'")
+            lines.append(f"{seen} -a '{_ASKED_IN_FISH}'")
     return "\n".join(lines)
 
 
 def _values_in_fish(words: _Words, option: str) -> str:
     if option in words.options_with_names:
-        return f" -x -a '{_ASKED[1:]}'"
+        return f" -x -a '{_ASKED_IN_FISH}'"
     return f" -x -a '{' '.join(words.values[option])}'" if option in words.values else ""

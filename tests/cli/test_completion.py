@@ -21,8 +21,12 @@ def script_for(shell: str, place: Path) -> Path:
     """Return a file with the completions, and a function `app-db` that says what the program would when names are wanted."""
     need_program(shell, shell)
     file = place / f"completion.{shell}"
-    names = "printf 'warehouse\\nwriter\\n'"
-    function = f"function app-db; {names}; end" if shell == "fish" else f"function app-db {{ {names}; }}"
+    own, names = "printf 'workshop\\n'", "printf 'warehouse\\nwriter\\n'"
+    function = (
+        f"function app-db; if contains -- --container=shop:own $argv; {own}; else; {names}; end; end"
+        if shell == "fish"
+        else f'function app-db {{ case "$*" in *--container=shop:own*) {own};; *) {names};; esac; }}'
+    )
     file.write_text(f"{function}\n{app_db('completion', shell).stdout}")
     return file
 
@@ -38,7 +42,8 @@ def test_bash_completes_what_fits(tmp_path: Path) -> None:
 
     def completed(*words: str) -> list[str]:
         typed = " ".join(map(repr, words))
-        program = f"source {file}; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _app_db; echo ${{COMPREPLY[*]}}"
+        line = f"COMP_LINE={' '.join(words)!r}"
+        program = f"source {file}; {line}; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _app_db; echo ${{COMPREPLY[*]}}"
         return " ".join(said("bash", "-c", program)).split()
 
     assert completed("app-db", "sh") == ["show", "shell"]
@@ -47,6 +52,9 @@ def test_bash_completes_what_fits(tmp_path: Path) -> None:
     assert completed("app-db", "dbshell", "w") == ["warehouse", "writer"]
     assert completed("app-db", "migrate", "--connection", "w") == ["warehouse", "writer"]
     assert completed("app-db", "completion", "f") == ["fish"]
+    for option in (("--container", "shop:own"), ("--container=shop:own",)):
+        assert completed("app-db", *option, "ping", "w") == ["workshop"]
+        assert completed("app-db", "migrate", *option, "--connection", "w") == ["workshop"]
 
 
 def test_fish_completes_what_fits(tmp_path: Path) -> None:
@@ -60,6 +68,9 @@ def test_fish_completes_what_fits(tmp_path: Path) -> None:
     assert "--dry-run" in completed("app-db recover --")
     assert completed("app-db dbshell w") == ["warehouse", "writer"]
     assert completed("app-db migrate --connection w") == ["warehouse", "writer"]
+    for option in ("--container shop:own", "--container=shop:own"):
+        assert completed(f"app-db {option} ping w") == ["workshop"]
+        assert completed(f"app-db migrate {option} --connection w") == ["workshop"]
 
 
 @pytest.mark.exhaustive
@@ -76,6 +87,8 @@ def test_zsh_completes_what_fits(tmp_path: Path) -> None:
             ("recover --dr\t", "app-db recover --dry-run"),
             ("dbshell wa\t", "dbshell warehouse"),
             ("migrate --connection wa\t", "migrate --connection warehouse"),
+            ("--container shop:own ping w\t", "ping workshop"),
+            ("ping --container=shop:own w\t", "own workshop"),
         ):
             shell.send(f"app-db {typed}")
             shell.expect_exact(completed)
