@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from app_db.errors import InvalidUse
 from app_db.settings import DatabaseSettings
 
 
@@ -16,3 +17,9 @@ class Container(Protocol):
     def settings(self) -> DatabaseSettings: ...
     def transaction(self, *, propagation: str, attempts: int) -> Any: ...
     def transaction_manager(self) -> object: ...
+
+
+def require_container(container: object) -> None:
+    """Raise InvalidUse unless it is an instance of a DatabaseContainer."""
+    if isinstance(container, type) or not hasattr(container, "deferred_unit"):
+        raise InvalidUse(f"{container!r} is no database container", "Give an instance, such as Container()")

@@ -184,11 +184,14 @@ def _history(call: Call) -> _Report:
 
     with call.out.progress("Asking the databases"):
         found = history(call.container, **_places(call))
-    return _Report([_line(each) for each in found], [asdict(each) for each in found])
+    is_known = all(each.is_applied is not None for each in found)
+    return _Report([_line(each) for each in found], [asdict(each) for each in found], FINE if is_known else WRONG)
 
 
 def _line(revision: Revision) -> str:
-    state = "" if revision.is_applied else " (pending)"
+    state = (
+        " (unknown: the database can't be asked)" if revision.is_applied is None else "" if revision.is_applied else " (pending)"
+    )
     return f"{revision.connection}: {revision.revision} {revision.message.strip()}{state}"
 
 

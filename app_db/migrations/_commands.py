@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
+from app_db._databases.containers import require_container
 from app_db.container import DatabaseContainer
 from app_db.errors import InvalidUse
 from app_db.migrations._chains import Chain, shown
@@ -126,11 +128,17 @@ def current(
 def history(
     container: DatabaseContainer, *, connections: Names = None, directory: str | Path | None = None
 ) -> tuple[Revision, ...]:
-    """Return all revisions, of each connection from the first to the newest."""
+    """Return all revisions, of each connection from the first to the newest.
+
+    If a database can't be asked, it is not known which of them were run: `is_applied` is None.
+    """
     folder = folder_of(directory)
 
     def look(chain: Chain) -> tuple[Revision, ...]:
-        pending = set(_pending(chain, read_current(container, chain)))
+        try:
+            pending = set(_pending(chain, read_current(container, chain)))
+        except (SQLAlchemyError, OSError):
+            return tuple(_described(chain, each, None) for each in reversed(chain.revisions))
         return tuple(_described(chain, each, each not in pending) for each in reversed(chain.revisions))
 
     return sum(_for_each(container, with_chains(container, connections, folder), folder, look), ())
@@ -163,7 +171,7 @@ def _pending(chain: Chain, found: tuple[str, ...]) -> tuple[str, ...]:
     return () if chain.head is None else tuple(each.revision for each in chain.up_to("head", found))
 
 
-def _described(chain: Chain, revision: str, is_applied: bool) -> Revision:
+def _described(chain: Chain, revision: str, is_applied: bool | None) -> Revision:
     script = chain.script.get_revision(revision)
     down = script.down_revision
     shown = down if isinstance(down, str) or down is None else ", ".join(down)

@@ -42,14 +42,17 @@ class Current:
 
 @dataclass(frozen=True)
 class Revision:
-    """A revision of a connection: its id, that of the one before, its message, its file, and whether it was run."""
+    """A revision of a connection: its id, that of the one before, its message, its file, and whether it was run.
+
+    `is_applied` is None if the database can't be asked.
+    """
 
     connection: str
     revision: str
     down_revision: str | None
     message: str
     path: str
-    is_applied: bool
+    is_applied: bool | None
 
 
 @dataclass(frozen=True)

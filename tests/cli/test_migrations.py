@@ -14,6 +14,7 @@ from app_db.cli import main
 from app_db.cli._printing import Printer
 from harness.commands import app_db
 from harness.migrated import Project
+from harness.schemas import validated
 
 MODULE = """
 from app_db import Connection, DatabaseContainer
@@ -112,6 +113,14 @@ def test_a_database_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "the connection 'writer' to postgresql+psycopg://a:***@127.0.0.1:1/x could not be made" in said
     assert "Look at APP_DB_CONNECTIONS__WRITER__URL." in said
     assert "secret" not in said
+
+
+def test_the_history_is_listed_if_the_database_is_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", "postgresql+psycopg://a:secret@127.0.0.1:1/x")
+    Path("shop.py").write_text(MODULE)
+    Project(tmp_path, writer="sqlite://").write_three("writer")
+    assert run("history", code=1).count("(unknown: the database can't be asked)") == 3
+    assert [each["is_applied"] for each in validated("history", run("history", "--json", code=1))] == [None] * 3
 
 
 def test_what_can_not_run_says_why_and_exits_with_2(sqlite_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,6 +85,13 @@ def test_the_history_says_what_was_run(tmp_path: Path, database_url: str) -> Non
         assert found == [("a", None, True), ("b", "a", True), ("c", "b", False)]
 
 
+def test_the_history_is_that_of_the_files_if_no_database_answers(tmp_path: Path) -> None:
+    for url in ("postgresql://a@127.0.0.1:1/x", "postgresql+asyncpg://a@127.0.0.1:1/x", "mysql+pymysql://a@127.0.0.1:1/x"):
+        with Project(tmp_path, writer=url) as project:
+            project.write_three("writer")
+            assert [(each.revision, each.is_applied) for each in history(project.container)] == [(each, None) for each in "abc"]
+
+
 def test_sql_is_written_without_a_connection(tmp_path: Path) -> None:
     with Project(
         tmp_path, writer="postgresql://a@127.0.0.1:1/x", log="mysql+pymysql://a@127.0.0.1:1/x", file="sqlite:///none/there.db"
