@@ -255,7 +255,10 @@ class Migration:
             run.append(revision)
             self._after[chain.name] = tuple(heads)
             if self._on_step is not None:
-                self._on_step(Step(chain.name, revision, len(run), total))
+                try:
+                    self._on_step(Step(chain.name, revision, len(run), total))
+                except Exception as error:
+                    raise _OnStepFailed(in_one_line(error)) from error
 
         def environment(context: Any) -> None:
             noted = {"on_version_apply": note} if self._verb.runs_revisions else {}
@@ -287,10 +290,14 @@ class Migration:
             committed = {name: self._run[name] for name in self._committed if self._run.get(name)}
             if is_alone and run:
                 committed[chain.name] = run
+            was_run = isinstance(error, _OnStepFailed)
             account = MigrationAccount(
-                committed, [each.name for each in rolled_back], [each.name for each in left], is_partial=is_alone
+                committed,
+                [each.name for each in rolled_back],
+                [each.name for each in left],
+                is_partial=is_alone and not was_run,
             )
-            revision = "" if at_commit else self._failing(chain, run)
+            revision = run[-1] if was_run else "" if at_commit else self._failing(chain, run)
             failed = MigrationFailed(chain.name, revision, _reason(error), account)
             if isinstance(error, Exception):
                 raise failed from error
@@ -319,6 +326,13 @@ class _Held(Exception):
         self.holder = holder
 
 
+class _OnStepFailed(Exception):
+    """`on_step` has raised an error, after a revision was run."""
+
+    def __str__(self) -> str:
+        return f"it was run, and then on_step raised {self.args[0]}"
+
+
 def _without(chains: Sequence[Chain], done: Sequence[Chain]) -> list[Chain]:
     return [chain for chain in chains if chain not in done]
 
@@ -326,7 +340,7 @@ def _without(chains: Sequence[Chain], done: Sequence[Chain]) -> list[Chain]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "it was interrupted"
-    if isinstance(error, EndsTransaction):
+    if isinstance(error, EndsTransaction | _OnStepFailed):
         return str(error)
     trace, names = error.__traceback__, set[str]()
     while trace is not None:

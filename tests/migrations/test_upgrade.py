@@ -76,6 +76,25 @@ def test_each_revision_is_told_when_it_was_run(tmp_path: Path, database_url: str
         assert steps == [Step("writer", each, number, 3) for number, each in enumerate("abc", 1)]
 
 
+@pytest.mark.parametrize("more", ["", "autocommit = True"], ids=["together", "each by itself"])
+def test_an_error_of_on_step_is_told_with_the_revision_that_was_run(tmp_path: Path, postgres_url: str, more: str) -> None:
+    def fail(step: Step) -> None:
+        if step.revision == "b":
+            raise ValueError("no more ink")
+
+    with Project(tmp_path, writer=postgres_url) as project:
+        project.write_three("writer")
+        project.write("writer", "d", down="c", more=more)
+        match = r"The revision 'b' of 'writer' failed: it was run, and then on_step raised ValueError: no more ink\."
+        with pytest.raises(errors.MigrationFailed, match=match) as caught:
+            upgrade(project.container, on_step=fail)
+        in_database = ["a", "b"] if more else []
+        assert caught.value.account.committed == ({"writer": in_database} if more else {})
+        assert not caught.value.account.is_partial
+        assert current(project.container)[0].revision == (in_database[-1] if more else None)
+        assert upgrade(project.container)[0].after == "d"
+
+
 @pytest.mark.representative("sqlite")
 def test_the_history_says_what_was_run(tmp_path: Path, database_url: str) -> None:
     with Project(tmp_path, writer=database_url) as project:
