@@ -19,6 +19,7 @@ from alembic.script.revision import ResolutionError, RevisionError
 from alembic.util.exc import CommandError
 from sqlalchemy import inspect
 
+from app_db._databases.capacity import most_of
 from app_db._databases.database import Database
 from app_db._databases.registry import database_of
 from app_db._wording import in_one_line
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = Path(__file__).parent / "_environment"
 VERSION_TABLE = "alembic_version"
+AUTOCOMMIT_BLOCK = "autocommit_block"
 
+_NUMBER = re.compile(r"^(down_)?revision\b[^=\n]*=\s*\d+\s*$", re.MULTILINE)
 _ID = re.compile(r"""^revision\b[^=\n]*=\s*["']([^"'\n]+)["']""", re.MULTILINE)
 
 
@@ -100,6 +103,15 @@ class Chain:
                 raise self.unusable(f"{each.path} has no function {function}()", "Write one")
             if iscoroutinefunction(found):
                 raise self.unusable(f"{function}() of {each.path} is a coroutine function, which would not run", "Write def")
+
+    def require_two_connections(self) -> None:
+        """Raise UnusableMigrations if the pool has no second connection, which would be waited for in vain."""
+        if most_of(self.engine.pool) < 2:
+            raise self.unusable(
+                f"a revision that commits by itself ({AUTOCOMMIT_BLOCK}) needs a second connection, which holds the lock, and "
+                "the pool has only one",
+                "Raise POOL__SIZE or POOL__MAX_OVERFLOW of the connection",
+            )
 
     def _place(self, error: BaseException) -> str:
         """Return the file that an error is about."""

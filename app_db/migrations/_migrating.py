@@ -14,10 +14,9 @@ from sqlalchemy import Connection
 from app_db._wording import in_one_line
 from app_db.container import DatabaseContainer
 from app_db.errors import AppDbError, MigrationAccount, MigrationFailed
-from app_db.migrations._chains import Chain, shown
+from app_db.migrations._chains import AUTOCOMMIT_BLOCK, Chain, shown
 from app_db.migrations._results import Migrated, Step
 from app_db.migrations._running import (
-    AUTOCOMMIT_BLOCK,
     EndsTransaction,
     Patience,
     Transaction,
@@ -137,6 +136,8 @@ class Migration:
                 f"of the migrations is held ({chain.engine.dialect.name})",
                 "Run its statements outside of migrations",
             )
+        if leaving and rules.lock_ends_with_transaction:
+            chain.require_two_connections()
         return bool(leaving)
 
     # ---- in one transaction each, committed one after the other at the end

@@ -16,7 +16,7 @@ from app_db._compat.clocks import monotonic
 from app_db._compat.os import after_fork_in_child
 from app_db._databases.statements import transaction_verb
 from app_db.errors import MigrationLockTimeout
-from app_db.migrations._chains import VERSION_TABLE, Chain
+from app_db.migrations._chains import AUTOCOMMIT_BLOCK, VERSION_TABLE, Chain
 from app_db.models._bases import REFLECTED, metadata_of
 from app_db.models._schema import include_name
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 Environment = Any
 """Alembic's EnvironmentContext, as its module `alembic.context` shows it."""
-
-AUTOCOMMIT_BLOCK = "autocommit_block"
 
 
 class _Alembic:
@@ -246,8 +244,10 @@ def run_environment(context: Environment, chain: Chain, lock_timeout: float) -> 
         return
     rules = chain.database.migrating
     is_one = rules.transactional and not any(map(leaves_transaction, chain.revisions.values()))
+    is_apart = rules.lock_ends_with_transaction and rules.has_autocommit_blocks and not is_one
+    if is_apart:
+        chain.require_two_connections()
     with locked([chain], lock_timeout) as locking, ExitStack() as stack:
-        is_apart = rules.lock_ends_with_transaction and rules.has_autocommit_blocks and not is_one
         own = stack.enter_context(chain.engine.connect()) if is_apart else locking
         if not is_one:
 

@@ -233,6 +233,16 @@ def test_an_index_is_made_concurrently(tmp_path: Path, postgres_url: str) -> Non
         assert indexes(project, "writer") == set()
 
 
+def test_a_pool_without_a_second_connection_for_the_lock_is_told(tmp_path: Path, postgres_url: str) -> None:
+    with Project(tmp_path, writer={"url": postgres_url, "pool": {"size": 1, "max_overflow": 0}}) as project:
+        project.write_three("writer")
+        project.write("writer", "d", INDEX, DROP_INDEX, down="c")
+        with pytest.raises(errors.UnusableMigrations, match=r"needs a second connection.*Raise POOL__SIZE or POOL__MAX_OVERFLOW"):
+            upgrade(project.container)
+        assert project.all_tables("writer") == set()
+        assert upgrade(project.container, "c")[0].after == "c"
+
+
 @pytest.mark.timeout(60)
 def test_processes_that_wait_for_the_lock_do_not_hinder_it(tmp_path: Path, postgres_url: str) -> None:
     with Project(tmp_path, writer=postgres_url) as project:
