@@ -74,7 +74,7 @@ class Chain:
             raise self.unusable(
                 f"a file in {self.versions} has the down_revision {missing!r}, which is not there", "Bring its file back"
             ) from None
-        except Exception as error:  # a revision is a program, which may raise anything
+        except (Exception, SystemExit) as error:  # a revision is a program, which may raise anything
             raise self.unusable(f"{self._place(error)} can't be loaded ({in_one_line(error)})", "Correct it") from error
         if len(heads) > 1:
             raise self.unusable(
@@ -85,11 +85,14 @@ class Chain:
         self._require("upgrade", self.revisions.values())
 
     def _require_different_ids(self) -> None:
-        """Raise UnusableMigrations if two files have one id: Alembic would warn, and run one of them."""
+        """Raise UnusableMigrations if an id is no text, or two files have the same: Alembic would warn, and run one of them."""
         files: dict[str, Path] = {}
         for file in sorted(self.versions.glob("*.py")):
             with suppress(SyntaxError, UnicodeDecodeError):  # which is explained when the file is imported
-                if found := _ID.search(decode_source(file.read_bytes())):
+                source = decode_source(file.read_bytes())
+                if number := _NUMBER.search(source):
+                    raise self.unusable(f"{file} has {number[0].strip()}, which is no text", "Write the id in quotes")
+                if found := _ID.search(source):
                     if found[1] in files:
                         raise self.unusable(
                             f"{files[found[1]]} and {file.name} have the same id {found[1]!r}", "Give one of them another id"

@@ -201,6 +201,8 @@ def revision(
     """
     folder = folder_of(directory)
     names = with_chains_or_models(container, connections, folder)
+    if not message.strip():
+        raise InvalidUse("A revision without a message tells nothing", "Say in a few words what changes")
     if autogenerate:
         names = with_models(names, is_asked=connections is not None)
     else:
@@ -296,6 +298,7 @@ def run(container: DatabaseContainer, connection: str | None = None, *, lock_tim
 
     place = Path(context.script.dir).absolute()
     name = place.name if connection is None else connection
+    require_container(container)
     connections_in(container, [name])
     folder = place.parent
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from sqlalchemy import Engine
 from sqlalchemy.util.concurrency import greenlet_spawn
 
+from app_db._databases.containers import require_container
 from app_db._databases.engines import build_async_engine
 from app_db.container import DatabaseContainer
 from app_db.errors import ConnectionNotConfigured, InvalidUse, UnusableMigrations
@@ -33,6 +34,7 @@ def versions_in(folder: Path, name: str) -> Path:
 
 def with_chains(container: DatabaseContainer, names: Names, folder: Path) -> list[str]:
     """Return the connections that have migrations, or `names`. Raises an error if one can't have any, or has none."""
+    require_container(container)
     if names is not None:
         _require_changeable(container, names)
         for name in names:
@@ -53,6 +55,7 @@ def with_chains(container: DatabaseContainer, names: Names, folder: Path) -> lis
 
 def with_chains_or_models(container: DatabaseContainer, names: Names, folder: Path) -> list[str]:
     """Return the connections that have migrations or models, or `names`."""
+    require_container(container)
     if names is not None:
         _require_changeable(container, names)
         return [*dict.fromkeys(names)]

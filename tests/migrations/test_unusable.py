@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from app_db import errors
-from app_db.migrations import check, current, downgrade, revision, sql, stamp, upgrade
+from app_db import container_of, errors
+from app_db.migrations import check, current, downgrade, history, revision, sql, stamp, upgrade
 from harness.migrated import Project
 from harness.paths import run_python
 
@@ -41,9 +41,12 @@ def test_two_revisions_with_one_id(project: Project, twice: str) -> None:
         ("def upgrade(:", r"bad\.py can't be loaded \(SyntaxError"),
         ("import nowhere", r"bad\.py can't be loaded \(ModuleNotFoundError: No module named 'nowhere'"),
         ("x = 1", r"can't be loaded \(.*bad_py"),
+        ("import sys\nsys.exit(3)", r"bad\.py can't be loaded \(SystemExit: 3\)"),
+        ("revision = 5\ndown_revision = 'c'", r"bad\.py has revision = 5, which is no text\. Write the id in quotes"),
+        ("revision: str = 'd'\ndown_revision: str = 5", r"bad\.py has down_revision: str = 5, which is no text"),
         ("revision, down_revision = 'bad', 'missing'", r"down_revision 'missing', which is not there"),
     ],
-    ids=["syntax", "import", "no revision", "no such revision before"],
+    ids=["syntax", "import", "no revision", "exit", "number", "number before", "no such revision before"],
 )
 @pytest.mark.filterwarnings("ignore:Revision missing referenced")
 def test_a_malformed_revision(project: Project, text: str, match: str) -> None:
@@ -69,6 +72,19 @@ def test_a_coroutine_function(project: Project) -> None:
     (project.folder / "writer" / "versions" / "d.py").write_text("revision, down_revision = 'd', 'c'\nasync def upgrade(): ...")
     with pytest.raises(errors.UnusableMigrations, match=r"upgrade\(\) of .*d\.py is a coroutine function"):
         upgrade(project.container)
+
+
+@pytest.mark.parametrize("function", [upgrade, current, history, check])
+def test_a_container_class_instead_of_an_instance(project: Project, function: object) -> None:
+    with pytest.raises(errors.InvalidUse, match=r"is no database container\. Give an instance, such as Container\(\)"):
+        function(container_of("writer"), directory=project.folder)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("message", ["", " "])
+def test_a_revision_without_a_message(project: Project, message: str) -> None:
+    with pytest.raises(errors.InvalidUse, match="Say in a few words what changes"):
+        revision(project.container, message, autogenerate=False, connections=["writer"])
+    assert sorted(file.name for file in (project.folder / "writer" / "versions").glob("*.py")) == ["a.py", "b.py", "c.py"]
 
 
 def test_an_unknown_connection(project: Project) -> None:
