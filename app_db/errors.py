@@ -941,7 +941,7 @@ class MigrationLockTimeout(MigrationError, TimeoutError):
     def _text(self) -> str:
         before = f"Migrated before: {_listed(self.committed)}. " if self.committed else ""
         return (
-            f"The database of {self.connection!r} is being migrated by another process for more than {self.seconds:g} s. "
+            f"The database of {self.connection!r} has been migrated by another process for more than {self.seconds:g} s. "
             f"The lock is held by {self.holder}. {before}Wait for it, end it if it hangs, or raise `lock_timeout`."
         )
 

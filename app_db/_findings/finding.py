@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from app_db.settings import DatabaseSettings
 
 Severity = Literal["error", "warning", "hint"]
-"""An error keeps units of work from doing what they promise, a warning will do so some day, and a hint is advice."""
+"""An error keeps units of work from doing what they promise, a warning can do so later, and a hint is advice."""
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "hint")
 """The worst first."""

@@ -24,7 +24,7 @@ NO_DATABASE = Matter("no-database", "error", "The server has no such database, o
 NO_FILE = Matter("no-file", "warning", "The file of an SQLite database does not exist, or its directory does not.")
 UNASKED = Matter("unasked", "warning", "The server can't be asked for something, so that is not known.")
 POOLER_NOT_NAMED = Matter("pooler-not-named", "error", "A pooler answers, and the settings don't name it.")
-NO_POOLER = Matter("no-pooler", "hint", "The settings name a transaction pooler, and none answers.")
+NO_POOLER = Matter("no-pooler", "hint", "The settings name a transaction pooler, and no pooler answers.")
 NOT_ENCRYPTED = Matter("not-encrypted", "hint", "The connection to another host is not encrypted.")
 
 # ---- reading and writing

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from app_db.container import DatabaseContainer
 
 FINE, WRONG, COULD_NOT_RUN = 0, 1, 2
-"""The exit codes: nothing to do, something is wrong, the command could not run."""
+"""The exit codes, as EXIT_CODES says."""
 
 EXIT_CODES = """\
 exit codes:
-  0  nothing is left to do
-  1  something is left or wrong, or may be; the output says what and why
-  2  the command could not run
+  0  success, nothing is pending
+  1  something is pending or wrong; the output says what and why
+  2  the command could not run, or a migration failed
 """
 
 

@@ -20,12 +20,12 @@ _WORDS: Mapping[Status, str] = {"up": "pass", "degraded": "warn", "down": "fail"
 
 @dataclass(frozen=True)
 class ConnectionHealth:
-    """The health of one connection. A field is None if the database does not tell it, or has not answered."""
+    """The health of one connection. A field is None if the database does not report it, or has not answered."""
 
     name: str
     status: Status
     required: bool
-    """Whether the whole is down if this connection is."""
+    """Whether the report is `down` if this connection is."""
     reason: str = ""
     """Why the connection is not up, in one line without secrets."""
     milliseconds: float | None = None

@@ -225,7 +225,8 @@ def revision(
         if autogenerate:  # all of them before the first file is written, which would be pending at the next try
             for chain in found:
                 if pending := _pending(chain, read_current(container, chain)):
-                    raise chain.unusable(f"{', '.join(pending)} not yet run on the database", "Run upgrade() first")
+                    one = "the revision {} has" if len(pending) == 1 else "the revisions {} have"
+                    raise chain.unusable(f"{one.format(', '.join(pending))} not been run", "Run upgrade() first")
         return sum(map(write, found), ())
 
     return _on_chains(container, names, folder, write_all)

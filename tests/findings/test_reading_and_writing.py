@@ -1,4 +1,4 @@
-"""Whether readers can read and writers can write is told by privileges and settings: nothing is written."""
+"""Whether readers can read and writers can write: `check` reads privileges and settings, and writes nothing."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def test_a_revision_is_not_written_before_the_pending_ones_are_run(tmp_path: Pat
     orders_on(name)
     with Project(tmp_path, **{name: sqlite_url}) as project:
         revision(project.container, "orders")
-        with pytest.raises(errors.UnusableMigrations, match=r"not yet run.*upgrade"):
+        with pytest.raises(errors.UnusableMigrations, match=r"has not been run.*upgrade"):
             revision(project.container, "again")
 
 
