@@ -51,9 +51,10 @@ class RowWatch:
         `own` is as for RowCounts. `connections` names those that were isolated; without it, all were.
         Rows are counted in any case if the test is `suspect`.
         """
-        if suspect or self._activity != activity() or monotonic() - self._counted_at > _RARELY:
+        if suspect or self._activity != activity():
+            del self._tests[:-1]  # it was this one, as far as can be seen
             return self.differences(own, connections)
-        return []
+        return self.differences(own, connections) if monotonic() - self._counted_at > _RARELY else []
 
     def at_end(self, own: Collection[str] = ()) -> list[str]:
         """Return the sentences for the last tests, unless something other than an isolated test may have changed rows since."""

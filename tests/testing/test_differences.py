@@ -147,17 +147,33 @@ def foreign_keys_of_sqlite_at_commit(app: Application) -> str:
     return "committed"
 
 
+SAME = "the same"
+ENDS = "ends with the unit"
+
 GIVEN_BACK = (
     Behaviour(
-        "`begin`, `commit` and `rollback` listeners of the engine", listeners, "begin, commit, begin, rollback", "the same"
+        "`begin`, `commit` and `rollback` listeners of an engine",
+        listeners,
+        "begin, commit, begin, rollback",
+        SAME,
+        "are called once for each unit",
     ),
-    Behaviour("`SET LOCAL`", set_local, "0, UTC", "the same"),
-    Behaviour("`set_config(name, value, true)`", set_config, "0, on, ''", "the same"),
-    Behaviour("`SET CONSTRAINTS`", set_constraints, "immediate", "the same"),
-    Behaviour("`pg_advisory_xact_lock` and its kin", advisory_locks, "free after the unit", "the same"),
-    Behaviour("the `timeout` of a unit", time_limits, "0", "the same"),
-    Behaviour("`PRAGMA defer_foreign_keys`", foreign_keys_of_sqlite, "immediate", "the same", database="SQLite"),
-    Behaviour("… and its check at COMMIT", foreign_keys_of_sqlite_at_commit, "refused", "the same", database="SQLite"),
+    Behaviour("`SET LOCAL`", set_local, "0, UTC", SAME, ENDS),
+    Behaviour("`set_config(name, value, true)`", set_config, "0, on, ''", SAME, ENDS),
+    Behaviour("`SET CONSTRAINTS`", set_constraints, "immediate", SAME, ENDS),
+    Behaviour(
+        "`pg_advisory_xact_lock` and its kin", advisory_locks, "free after the unit", SAME, "the lock is free after the unit"
+    ),
+    Behaviour("the `timeout` of a unit", time_limits, "0", SAME, ENDS),
+    Behaviour("`PRAGMA defer_foreign_keys`", foreign_keys_of_sqlite, "immediate", SAME, ENDS, database="SQLite"),
+    Behaviour(
+        "foreign keys after that pragma",
+        foreign_keys_of_sqlite_at_commit,
+        "refused",
+        SAME,
+        "are checked when the unit commits",
+        database="SQLite",
+    ),
 )
 
 # ---- what differs ------------------------------------------------------------------------------------------------------------
@@ -278,9 +294,9 @@ def document() -> str:
         "",
         "## The same as outside of tests",
         "",
-        "| | database | what a unit leaves for the next |",
+        "| | database | in an isolated test, too |",
         "|---|---|---|",
-        *(f"| {each.title} | {each.database} | {each.outside} |" for each in GIVEN_BACK),
+        *(f"| {each.title} | {each.database} | {each.reason} |" for each in GIVEN_BACK),
         "",
         "app_db reads these from the text of a statement. It does not see a `SET LOCAL` that a function of",
         "the database executes.",
@@ -325,7 +341,7 @@ def prepare(app: Application, database: str) -> None:
 
 @pytest.mark.parametrize("behaviour", [*GIVEN_BACK, *DIFFERENT], ids=lambda each: each.id)
 def test_what_a_unit_leaves_for_the_next_is_as_the_page_says(app: Application, behaviour: Behaviour) -> None:
-    inside = behaviour.outside if behaviour.inside == "the same" else behaviour.inside
+    inside = behaviour.outside if behaviour.inside == SAME else behaviour.inside
     for _ in range(2):
         with isolated(app.container):
             assert behaviour.observe(app) == inside
