@@ -27,6 +27,7 @@ NAMES = (
     "routing",
     "two_phase",
     "isolation",
+    "isolated_tests",
     "fresh",
     "imports",
     "building",
