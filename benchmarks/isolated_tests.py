@@ -63,8 +63,8 @@ def run(databases: Databases, effort: Effort) -> None:
 def _measured(case: Case, urls: dict[str, list[str]], directory: Path, runs: int) -> dict[str, list[float]]:
     taken: dict[str, list[float]] = {way: [] for way in urls}
     for _ in range(runs):  # in turns
-        for way in urls:
-            taken[way].append(_seconds(way, case, urls[way], directory))
+        for way, own in urls.items():
+            taken[way].append(_seconds(way, case, own, directory))
     return taken
 
 
