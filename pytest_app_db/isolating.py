@@ -138,7 +138,7 @@ def app_db_isolation(
     yield given
     kept = copies is not None and has_failed(request.node)
     if copies is not None and kept:
-        keep(copies, request.node, whole=given.commit())
+        keep(copies, request.node, whole=given.keep_for_good())
     problems: list[str] = []
     try:
         isolation.__exit__(None, None, None)

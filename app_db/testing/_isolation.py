@@ -128,8 +128,10 @@ class Isolation:
 
     # -- the end
 
-    def commit(self) -> bool:
-        """Commit what the test has written, instead of rolling it back at the end. The databases have to be the test's own.
+    def keep_for_good(self) -> bool:
+        """Commit what the test has written, instead of rolling it back at the end, so that it can be looked at.
+
+        Call it only for copies of databases, as `--app-db-keep-failed` does: in any other database the rows stay.
 
         Returns whether all could be committed. A connection whose event loop has ended can't be used.
         """

@@ -8,7 +8,7 @@ those inside another one are nested.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -110,17 +110,18 @@ class SharedConnection:
         # The sessions of the test itself are closed when everything is rolled back.
         problems = [_leak(checkout) for checkout in self._checked_out.values() if not checkout.beside] + self.savepoints.undone
         connection = self._connection
+        left = [statement for checkout in self._checked_out.values() for statement in checkout.given_back.values()]
         self._connection = self._real = self._units = self._claim = None
         self.savepoints.clear()
         self._checked_out.clear()
         if connection is None:
             return problems
-        return problems + (self._roll_back(connection) if answers else self._hang_up(connection))
+        return problems + (self._roll_back(connection, left) if answers else self._hang_up(connection))
 
-    def _roll_back(self, connection: Connection) -> list[str]:
+    def _roll_back(self, connection: Connection, left: Sequence[str]) -> list[str]:
         problems = []
         try:
-            self.rules.execute(connection.connection, f"ROLLBACK TO SAVEPOINT {self._outermost}")
+            self.rules.execute(connection.connection, f"ROLLBACK TO SAVEPOINT {self._outermost}", *left)
         except Exception as error:  # noqa: BLE001  # it becomes one of the problems
             problems.append(f"the transaction around the test was ended inside it ({in_one_line(error)})")
         try:

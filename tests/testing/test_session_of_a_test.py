@@ -272,6 +272,17 @@ def test_after_an_error_postgresql_refuses_all_else_until_the_rollback(new_postg
         assert list(session.scalars(NAMES)) == ["committed"]
 
 
+def test_locks_of_a_session_that_is_left_open_are_free_after_the_test(new_postgres_url: Callable[[], str]) -> None:
+    free = text("SELECT pg_try_advisory_lock(5)")
+    with running(writer=new_postgres_url(), reader={"mirror": "writer", "read_only": True}) as app:
+        with isolated(app.container) as isolation:
+            isolation.session().execute(text("SELECT pg_advisory_xact_lock(5)"))
+            with app.plain_engine().connect() as other:
+                assert not other.scalar(free)
+        with app.plain_engine().connect() as other:
+            assert other.scalar(free)
+
+
 # ---- coroutines ----------------------------------------------------------------------------------------------------------
 
 
