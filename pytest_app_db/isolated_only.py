@@ -159,6 +159,8 @@ class _Watching:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: _FixtureDef, request: pytest.FixtureRequest) -> Generator[None, object, object]:
+        if fixturedef.func.__module__.startswith("_pytest."):  # a parameter, `tmp_path`, `monkeypatch`: they use no database
+            return (yield)
         if request.scope != "function":
             if self.watch is None:
                 return (yield)

@@ -17,6 +17,7 @@ from app_db._databases.pools import guards
 from app_db._sessions.own_engines import own_engine
 from app_db.errors import AppDbError, NotIsolated
 from app_db.testing._overrides import connections_of
+from app_db.testing._plans import plan_for
 from app_db.testing._row_counts import RowCounts
 
 if TYPE_CHECKING:
@@ -129,10 +130,9 @@ class only_isolated:  # noqa: N801  # used like a function
         """Return the connections to databases that the container can write to."""
         names = list(connections_of(self._container))
         with suppress(AppDbError):  # the settings are wrong, which the first use will say
-            settings = self._container.settings()
-            configured = {name: settings.connection(name) for name in names if name in settings.connections}
-            written = [connection.place for connection in configured.values() if not connection.read_only]
-            names = [name for name in names if name not in configured or configured[name].place in written]
+            configured = self._container.settings().connections
+            written = plan_for(self._container, None).places
+            names = [name for name in names if name not in configured or name in written]
         return [name for name in names if self._connections is None or name in self._connections]
 
     def _guard(self, pool: Pool, name: str) -> None:

@@ -908,7 +908,7 @@ print("end", not container.writer_async_engine.is_built, flush=True)
 """
 
 
-@pytest.mark.representative("shut down too late-always", "never shut down-error")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("action", ["always", "error"])
 @pytest.mark.parametrize("outside", ["container.shutdown_resources()", ""], ids=["shut down too late", "never shut down"])
 def test_a_program_is_told_each_connection_it_left_open_and_goes_on(tmp_path: Path, outside: str, action: str) -> None:

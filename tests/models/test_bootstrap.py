@@ -329,7 +329,7 @@ def said(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-@pytest.mark.representative("postgresql")
+@pytest.mark.exhaustive
 def test_processes_make_and_drop_tables_at_once(database_url: str) -> None:
     with processes(database_url, 3) as tell:
         for _ in range(3):

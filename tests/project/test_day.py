@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
@@ -63,6 +64,7 @@ def test_all_of_it_in_one_sqlite_file(tmp_path: Path) -> None:
     assert [path.name for path in directory.glob("*.db")] == ["shop.db"]
 
 
+@pytest.mark.exhaustive
 def test_four_postgresql_databases_of_which_one_is_a_replica(
     tmp_path: Path,
     new_postgres: Callable[..., PostgresServer],

@@ -125,6 +125,7 @@ def test_a_directory_without_settings_is_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_gets_colours_unless_it_wants_none(tmp_path: Path) -> None:
     import pty

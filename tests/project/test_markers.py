@@ -66,6 +66,7 @@ def test_a_plain_pytest_runs_the_representatives_and_an_empty_expression_all(
     assert arguments or sorted(found) == sorted(CHOSEN)
 
 
+@pytest.mark.exhaustive
 def test_a_representative_that_is_no_case_is_an_error(tmp_path: Path) -> None:
     done = collected(tmp_path, CASES.replace('"sqlite-1"', '"sqlite-3"'))
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

@@ -41,6 +41,7 @@ def test_a_soak_fails_when_a_program_does(  # noqa: PLR0917  # pytest gives them
     assert printed[-1] == said
 
 
+@pytest.mark.exhaustive
 def test_every_program_of_a_soak_is_there() -> None:
     for program in PROGRAMS:
         subprocess.run([sys.executable, program.command()[1], "--help"], env=environment(), capture_output=True, check=True)

@@ -115,7 +115,7 @@ def run_without(what: str, program: str) -> str:
     return run_python("-c", TAKE_AWAY.format(functions=functions, modules=modules) + program).stdout
 
 
-@pytest.mark.representative("greenlet", "all of these")
+@pytest.mark.representative("all of these")
 @pytest.mark.parametrize("what", WITHOUT)
 def test_every_module_can_be_imported_and_sqlite_used_without(what: str) -> None:
     assert run_without(what, IMPORT_EVERYTHING + USE_SQLITE) == "['kept']\n"

@@ -74,6 +74,7 @@ IN_AUTO_MODE = f"--ignore={HERE / 'with_anyio.py'}"
 """In this mode, pytest-asyncio takes the tests for anyio, and runs those for trio under asyncio."""
 
 
+@pytest.mark.exhaustive
 def test_all_of_them_in_random_order_in_two_workers(beside: Beside) -> None:
     outcomes = beside.run("-n", "2", "--randomly-seed=1", IN_STRICT_MODE)
     assert outcomes.keys() == {"passed"}
@@ -117,6 +118,7 @@ def page(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, installed: 
 OTHERS = ("asyncio", "randomly", "xdist", "hypothesispytest", "pytest_postgresql")
 
 
+@pytest.mark.exhaustive
 def test_the_examples_of_the_page_work(page: Project) -> None:
     need("trio", "pytest_postgresql", "time_machine", "freezegun", "factory", "alembic")
     page.file("conftest.py", files_of("testing.md")["conftest.py"])

@@ -292,6 +292,7 @@ def files_of(page: str) -> dict[str, str]:
     return {name: block for block, name in blocks}
 
 
+@pytest.mark.exhaustive
 def test_the_tests_in_the_documentation_do_what_it_says(project: Project) -> None:
     for path in project.path.glob("*.db*"):
         path.unlink()

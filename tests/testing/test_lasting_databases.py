@@ -138,6 +138,7 @@ def test_rows_of_a_killed_run_and_changed_models_end_the_session_with_one_error(
 # ---- --app-db-create ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_create_makes_anew_what_a_killed_run_has_left(place: Place) -> None:
     place.kill(KILLED_WITH_ROWS)
     result = place.run(USED.format(before=0), "--app-db-create", models=CHANGED)

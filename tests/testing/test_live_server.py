@@ -634,7 +634,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, installe
     return made
 
 
-@pytest.mark.representative("wsgi-sqlite")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 @pytest.mark.parametrize("interface", WEB)
 def test_the_fixture_serves_the_application_of_the_project(

@@ -699,6 +699,7 @@ PAYMENTS = """
 """
 
 
+@pytest.mark.exhaustive
 def test_the_fixtures_for_those_who_come_from_pyramid_sqlalchemy_work(project: Project) -> None:
     page = (ROOT / "docs" / "coming-from" / "pyramid-sqlalchemy.md").read_text()
     files = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL))

@@ -143,6 +143,7 @@ SAID = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_what_can_not_work_in_a_case_is_a_usage_error(project: Project) -> None:
     project.file("test_shop.py", REFUSED)
     result = project.run()

@@ -513,7 +513,7 @@ def test_a_word_or_an_answer_that_is_lost_leaves_all_or_nothing_and_a_true_error
 # ---- many at once --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.representative("asyncpg")
+@pytest.mark.exhaustive
 def test_200_units_over_two_clusters_half_of_which_raise(
     driver: str, postgres: PostgresServer, new_postgres: Callable[..., PostgresServer], tmp_path: Path
 ) -> None:

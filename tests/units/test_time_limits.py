@@ -258,7 +258,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.representative("no pool-psycopg")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stage", list(DRIVERS), indirect=True)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_no_step_of_a_new_connection_is_waited_for(profile: str, stage: Stage) -> None:
