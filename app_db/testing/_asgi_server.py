@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import Context
 from functools import partial
+from importlib import import_module
 from socket import create_server, socket
 from typing import Any
 
@@ -17,6 +19,11 @@ import uvicorn
 from app_db._compat.clocks import monotonic
 from app_db.errors import LiveServerError
 from app_db.testing._wsgi_server import HOST, log_error, refuse_unanswered
+
+with warnings.catch_warnings():
+    # Here, and not in the server's thread: releases of uvicorn before 0.50 import what websockets has deprecated.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import_module("uvicorn.protocols.websockets.auto")
 
 _TO_ACCEPT = 0.01
 """Seconds in which an event loop hands an accepted connection to its protocol."""
