@@ -23,13 +23,18 @@ def described(error: BaseException, secrets: Iterable[str] = ()) -> str:
     stands, which discloses it if it is short, the name of the user, or a word of the driver's.
     """
     cause = getattr(error, "orig", None) or error
-    if not isinstance(error, DBAPIError | OSError | AppDbError):
+    if not (isinstance(error, DBAPIError | OSError | AppDbError) or _is_of_a_driver(error)):
         return type(error).__name__
     text = in_one_line(error).removesuffix(": ")
     if not any(secret in text for secret in secrets):
         return text
     code = code_of(error)
     return f"{type(cause).__name__}{f' ({code})' if code else ''}"
+
+
+def _is_of_a_driver(error: BaseException) -> bool:
+    """Return whether a driver has raised an error that SQLAlchemy has not wrapped, as 2.0 does where asyncpg can't connect."""
+    return type(error).__module__.partition(".")[0] in ("aiosqlite", "asyncmy", "asyncpg", "psycopg", "pymysql")
 
 
 def secrets_of(connection: ConnectionSettings) -> Iterator[str]:

@@ -133,19 +133,25 @@ class Transaction:
             "commit": self._refuse_commit,
             "before_cursor_execute": self._refuse_statement,
         }
+        # Not on the connection: SQLAlchemy 2.0 refuses listeners to one of an engine with execution options.
+        engine = self._connection.engine
         for name, listener in listeners.items():
-            event.listen(self._connection, name, listener)
+            event.listen(engine, name, listener)
         try:
             yield
         finally:
             for name, listener in listeners.items():
-                event.remove(self._connection, name, listener)
+                event.remove(engine, name, listener)
 
     def _refuse_commit(self, connection: Connection) -> None:
+        if connection is not self._connection:
+            return
         connection.connection.rollback()  # SQLAlchemy sends no ROLLBACK after a commit whose listener has raised
         raise self._error("commit")
 
     def _refuse_statement(self, connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        if connection is not self._connection:
+            return
         if verb := transaction_verb(statement, self._database.syntax):
             raise self._error(verb)
         if connection.get_transaction() is not self._begun:
