@@ -200,7 +200,7 @@ def _clear(own: OwnDatabase, names: Sequence[str], mark: Mark) -> None:
     if mark.is_alive or (mark.is_other_run and not runner().create):
         reason = f"another test run uses it: {mark}. If that host is gone, `pytest --app-db-create` makes it anew"
         raise CannotMakeDatabase(own.name, own.database, reason)
-    changed = mark.changed(_fingerprints(own, names))
+    changed = mark.changed_or_removed(_fingerprints(own, names))
     if runner().reuse and mark.kept and not changed and not runner().create:
         own.put(Mark())
         return

@@ -90,6 +90,10 @@ class Mark:
         """Return the tables that the models describe otherwise than when they were made."""
         return sorted(name for name, fingerprint in now.items() if self.tables.get(name, fingerprint) != fingerprint)
 
+    def changed_or_removed(self, now: Mapping[str, str]) -> list[str]:
+        """Return the tables that have changed, and those that no model describes any more."""
+        return sorted({*self.changed(now), *(self.tables.keys() - now.keys())})
+
 
 def _is_alive(pid: int) -> bool:
     if os.name == "nt":

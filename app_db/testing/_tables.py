@@ -80,7 +80,9 @@ class _Tables:
         return self._of_earlier_run(mark, there)
 
     def _of_earlier_run(self, mark: Mark, there: list[Table]) -> bool:
-        changed, rows = mark.changed(self._now), self._rows(there)
+        # A run that reuses tables replaces the mark, and with it the names of the tables that are to be dropped one day.
+        changed = mark.changed_or_removed(self._now) if runner().reuse else mark.changed(self._now)
+        rows = self._rows(there)
         listed = ", ".join(f"{name} ({count})" for name, count in rows.items())
         made_by = f"a test run that {'has kept them' if mark.kept else 'was killed'} ({mark})"
         if runner().create:

@@ -225,6 +225,27 @@ def test_reuse_keeps_the_tables_until_the_models_change(place: Place) -> None:
     assert "orders" not in place.tables(), "without the option, nothing is kept"
 
 
+LINES = SHOP.replace(
+    "    class Sale(Facts):",
+    """    class Line(Base):
+        __tablename__ = "lines"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        order_id: Mapped[int] = mapped_column(ForeignKey("orders.id"))
+
+    class Sale(Facts):""",
+).replace("import func, select", "import ForeignKey, func, select")
+
+
+def test_reuse_notices_that_a_model_was_removed(project: Project, postgres_url: str) -> None:
+    place = Place(project, postgres_url)
+    place.run(USED.format(before=0), "--app-db-reuse", models=LINES).assert_outcomes(passed=1)
+    result = place.run(USED.format(before=0), "--app-db-reuse")
+    result.assert_outcomes(passed=1)
+    (told,) = notes(result)
+    assert told.endswith("the models have changed since: lines")
+    assert "lines" not in place.tables()
+
+
 @pytest.mark.exhaustive
 def test_reuse_makes_anew_what_a_killed_run_has_left(place: Place) -> None:
     place.run(USED.format(before=0), "--app-db-reuse").assert_outcomes(passed=1)
