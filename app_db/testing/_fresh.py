@@ -15,6 +15,7 @@ from app_db.settings._urls import is_memory
 from app_db.testing._databases import Beside, OwnDatabase, database_in, name_of, written_places
 from app_db.testing._marks import Mark
 from app_db.testing._overrides import Override, with_url
+from app_db.testing._row_counts import RowCounts
 from app_db.testing._runner import runner
 
 _MOST = 20
@@ -45,10 +46,13 @@ class FreshDatabases(Override):
                 "outside of isolated() and of IsolatedTestCase",
             )
         settings = self.container.settings()
+        templates = next((found for found in _templates if found.state is self.container.core.state()), None)
+        if templates is not None:
+            templates.drop_outdated()
         own: dict[str, ConnectionSettings] = {}
         try:
             for names in written_places(self.container, settings, in_memory=True):
-                copy = self._copied(names[0], settings)
+                copy = self._copied(names[0], settings, templates)
                 self._copies.append(copy)
                 for name in names:
                     own[name] = with_url(settings.connections[name], _url_of_copy(name, settings, copy.database))
@@ -57,11 +61,10 @@ class FreshDatabases(Override):
             raise
         return settings.with_connections({**settings.connections, **own})
 
-    def _copied(self, name: str, settings: DatabaseSettings) -> OwnDatabase:
-        template = next((found for found in _templates if found.state is self.container.core.state()), None)
-        if template is None:
+    def _copied(self, name: str, settings: DatabaseSettings, templates: _Templates | None) -> OwnDatabase:
+        if templates is None:
             return copied(self.container, name, settings, self._suffix)
-        source = template.of(name, settings)
+        source = templates.of(name, settings)
         copy = free(name, settings, self._suffix, source.beside)
         copy.copy_from(source.database, marked=True)
         return copy
@@ -147,17 +150,27 @@ class _Templates:
     state: object
     """That of the container while it has the databases that the templates are of."""
     made: dict[object, OwnDatabase] = field(default_factory=dict)
+    rows: RowCounts | None = None
+    """The rows that were committed when the first template was made."""
 
     def of(self, name: str, settings: DatabaseSettings) -> OwnDatabase:
         """Return the template of a connection's database. The first call makes it."""
         place = settings.connection(name).place
         if place not in self.made:
+            self.rows = self.rows or RowCounts(self.container)
             self.made[place] = copied(self.container, name, settings, "template")
         return self.made[place]
+
+    def drop_outdated(self) -> None:
+        """Drop the templates if rows were committed since: by a fixture of a module, for example."""
+        if self.rows is not None and self.rows.moved_on():
+            self.drop()
 
     def drop(self) -> None:
         for own in self.made.values():
             own.drop_at_end()
+        self.made.clear()
+        self.rows = None
 
 
 @contextmanager
@@ -165,7 +178,7 @@ def kept_templates(container: DatabaseContainer) -> Generator[None]:
     """Have `fresh_databases(container)` copy templates, which are made at its first use and dropped at the end of this block.
 
     Copies of a template are quicker, and nothing may be connected to the databases only when the
-    templates are made.
+    templates are made. They are made anew when a table of the models has more or fewer rows.
     """
     templates = _Templates(container, container.core.state())
     with ExitStack() as stack:

@@ -98,17 +98,28 @@ def test_a_copy_has_tables_and_rows_and_what_is_committed_stays_in_it(shop: Any)
         assert jobs(shop) == 2, "the first copy was dropped"
 
 
-def test_copies_come_from_a_template_that_is_made_once(shop: Any) -> None:
+def test_copies_come_from_a_template(shop: Any) -> None:
     with kept_templates(shop):
         with fresh_databases(shop):
             add_job(shop)
-        add_job(shop)
+        with shop.transaction():
+            shop.fresh_shop_session().execute(text("UPDATE fresh_jobs SET id = 7 WHERE id = 1"))
         with fresh_databases(shop):
-            assert jobs(shop) == 2, "as when the template was made"
+            with shop.transaction():
+                assert shop.fresh_shop_session().get(Job, 1), "as when the template was made"
             with fresh_databases(shop):
                 assert jobs(shop) == 2
-    with fresh_databases(shop):
-        assert jobs(shop) == 3
+    with fresh_databases(shop), shop.transaction():
+        assert shop.fresh_shop_session().get(Job, 1) is None
+
+
+def test_a_template_is_made_anew_when_there_are_more_rows(shop: Any) -> None:
+    with kept_templates(shop):
+        with fresh_databases(shop):
+            add_job(shop)
+        add_job(shop)  # as a fixture of a module does that all its tests share
+        with fresh_databases(shop):
+            assert jobs(shop) == 3
 
 
 async def test_coroutines_have_copies(postgres_url: str) -> None:
