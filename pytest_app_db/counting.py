@@ -72,22 +72,24 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     problems = [*_problems_of(mark)]
     if problems:
         pytest.fail("\n".join([_MARKER_TAKES, *(f"{item.nodeid}: {problem}" for problem in problems)]), pytrace=False)
+    counting, problem = None, ""
     try:
         counting = expecting(getattr(item, "funcargs", {})["app_db_container"], *mark.args, **mark.kwargs)
     except InvalidUse as error:
-        pytest.fail(str(error), pytrace=False)
+        problem = f"@pytest.mark.app_db_statements: {error}"
+    if counting is None:  # not in the `except`, or pytest would show the error twice
+        pytest.fail(problem, pytrace=False)
     counting.__enter__()
     try:
         result = yield
     except BaseException as error:
         counting.__exit__(type(error), error, None)
         raise
-    problem = ""
     try:
         counting.__exit__(None, None, None)
     except UnexpectedStatements as error:
         problem = f"@pytest.mark.app_db_statements: {error}"
-    if problem:  # not in the `except`, or pytest would show the error twice
+    if problem:
         pytest.fail(problem, pytrace=False)
     return result
 

@@ -51,6 +51,10 @@ def test_the_fixture_and_the_marker_count(project: Project) -> None:
             shop.place_order()
             raise ValueError("of its own")
 
+        @pytest.mark.app_db_statements({"writr": 1})
+        def test_a_misspelt_connection():
+            raise AssertionError("it does not run")
+
         @pytest.mark.app_db
         @pytest.mark.app_db_statements(4)
         class TestWithSetUp(unittest.TestCase):
@@ -72,7 +76,7 @@ def test_the_fixture_and_the_marker_count(project: Project) -> None:
         """,
     )
     result = project.run("-v", "--strict-markers")
-    result.assert_outcomes(passed=4, failed=4)
+    result.assert_outcomes(passed=4, failed=5)
     result.stdout.fnmatch_lines(
         [
             "*test_a_block_with_more*",
@@ -82,11 +86,14 @@ def test_the_fixture_and_the_marker_count(project: Project) -> None:
             "@pytest.mark.app_db_statements: 2 statements were sent, and at most 1 was expected.",
             "*test_an_error_of_its_own*",
             "E * ValueError: of its own",
+            "*test_a_misspelt_connection*",
+            "@pytest.mark.app_db_statements: There is no connection 'writr' to count statements of. Did you mean 'writer'? *",
             "*test_in_a_case*",
             "@pytest.mark.app_db_statements: 2 statements were sent, and 1 was expected.",
         ]
     )
     assert result.stdout.str().count("2 statements were sent") == 3
+    result.stdout.no_fnmatch_line("*During handling of*")
 
 
 @pytest.mark.exhaustive
