@@ -18,7 +18,7 @@ from app_db._compat.frames import frame_at
 from app_db._databases.holders import LineAbove
 from app_db._databases.registry import database_of
 from app_db._databases.slow_statements import LONGEST_TEXT
-from app_db._databases.statements import bare_texts, savepoint_verb, transaction_verb
+from app_db._databases.statements import bare_texts, savepoint_verb, transaction_verb, without_names
 from app_db._wording import did_you_mean
 from app_db.container import DatabaseContainer
 from app_db.errors import InvalidUse, UnexpectedStatements
@@ -65,7 +65,7 @@ def _kind(statement: str, syntax: Syntax) -> Kind | None:
     bare = bare_texts(statement, syntax)[0]
     word = _FIRST_WORD.match(bare)
     if word is not None and word[0].upper() == "WITH":
-        word = _MAIN_WORD.search(_outside_parentheses(bare))
+        word = _MAIN_WORD.search(_outside_parentheses(without_names(bare)))
     return _KINDS.get(word[0].upper(), "other") if word is not None else "other"
 
 

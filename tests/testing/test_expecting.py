@@ -247,6 +247,7 @@ def test_an_executemany_counts_once(shop: Application) -> None:
         ("VALUES (1)", "select"),
         ("WITH n AS (SELECT 1 AS i) INSERT INTO items (name) SELECT i FROM n", "insert"),
         ("WITH n AS (SELECT (1) AS i) SELECT i FROM n WHERE i IN (SELECT 1)", "select"),
+        ('WITH "delete" AS (SELECT 1 AS i) SELECT i FROM "delete"', "select"),
         ("REPLACE INTO items (id, name) VALUES (1, 'a')", "insert"),
         ("PRAGMA user_version", "other"),
         ("CREATE TABLE other_items (id INTEGER)", "other"),
