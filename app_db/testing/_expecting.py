@@ -215,9 +215,10 @@ class expecting:  # noqa: N801  # used like a function
                 advice = f"{did_you_mean(name, known)} The connections are {', '.join(known)}".lstrip()
                 raise InvalidUse(f"There is no connection {name!r} to count statements of", advice)
         self.statements: list[SentStatement] = []
-        """What was sent so far."""
+        """What was sent so far in the block that was entered last."""
 
     def __enter__(self) -> Self:
+        self.statements = []  # the block may be entered again
         _begin(self)
         return self
 

@@ -240,6 +240,13 @@ def test_an_executemany_counts_once(shop: Application) -> None:
     assert [sent.executions for sent in counted.statements] == [3, 1]
 
 
+def test_a_block_may_be_entered_again(shop: Application) -> None:
+    limit = expecting(shop.container, statements=1)
+    for _ in range(2):
+        with limit, shop.engine().connect() as connection:
+            connection.execute(text("SELECT 1"))
+
+
 @pytest.mark.parametrize(
     ("statement", "kind"),
     [
