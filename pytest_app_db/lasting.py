@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -106,10 +106,18 @@ def has_failed(item: pytest.Item) -> bool:
 @contextmanager
 def copies_to_keep(container: DatabaseContainer) -> Generator[FreshDatabases]:
     """Give a container copies of its databases, which can be kept."""
+    from app_db import AppDbError
     from app_db.testing import fresh_databases
 
-    copies = fresh_databases(container, name="failed")
-    with copies:
+    copies, problem = fresh_databases(container, name="failed"), ""
+    try:
+        copies.__enter__()
+    except AppDbError as error:
+        problem = str(error)
+    if problem:  # not in the `except`, or pytest would show the error twice
+        pytest.fail(problem, pytrace=False)
+    with ExitStack() as stack:
+        stack.push(copies.__exit__)
         yield copies
 
 
@@ -121,3 +129,5 @@ def keep(copies: FreshDatabases, item: pytest.Item, *, whole: bool = True) -> No
     if not whole:
         lines.append("What was written in an event loop that has ended could not be kept.")
     item.add_report_section("teardown", "app_db", "\n".join(lines))
+    if item.config.getoption("showcapture") != "all" or item.config.getoption("tbstyle") in ("line", "no"):
+        tell(item.config, "\n".join(lines))  # pytest does not show the section then

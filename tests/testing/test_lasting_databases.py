@@ -348,6 +348,22 @@ def test_keep_failed_shows_the_databases_of_a_worker(place: Place) -> None:
     drop(place, found[0])
 
 
+@pytest.mark.parametrize("option", ["--show-capture=no", pytest.param("--tb=line", marks=pytest.mark.exhaustive)])
+def test_where_pytest_shows_no_sections_the_report_ends_with_the_databases(project: Project, option: str) -> None:
+    result = Place(project, "sqlite:///shop.db").run(FAILS, "--app-db-keep-failed", option)
+    result.assert_outcomes(passed=2, failed=2)
+    assert "shop_failed.db" in kept_command(result)
+
+
+def test_copies_that_can_not_be_made_are_an_error_without_the_code_of_app_db(project: Project) -> None:
+    for number in ("", *range(2, 21)):
+        project.file(f"shop_failed{number}.db", "")  # no run of tests has made these
+    result = Place(project, "sqlite:///shop.db").run(USED.format(before=0), "--app-db-keep-failed")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["The database 'shop_failed.db' could not be created for the connection 'writer' (there are 20 *"])
+    result.stdout.no_fnmatch_line("*_fresh.py*")
+
+
 def drop(place: Place, database: str) -> None:
     if not place.url.startswith("sqlite"):
         with place.engine().connect() as connection:
