@@ -134,6 +134,8 @@ _OF_LIBPQ = frozenset(
 
 
 def _conninfo_value(value: object) -> str:
+    if re.fullmatch(r"[\w./:-]+", str(value)):
+        return str(value)  # without quotes, which a shell would quote once more
     escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 

@@ -424,7 +424,7 @@ def test_a_program_that_is_missing_is_explained(tmp_path: Path) -> None:
     [
         ("postgresql+psycopg://shop:s3cr3t@a/shop?host=b&host=c&sslmode=require&sslpassword=s3cr3t", "host='b,c'"),
         ("postgresql+psycopg://shop:s3cr3t@/shop?host=a:1&host=b:2", "host='a,b' port='1,2'"),
-        ("postgresql+asyncpg://shop:s3cr3t@a/shop?ssl=require&prepared_statement_cache_size=0", "sslmode='require'"),
+        ("postgresql+asyncpg://shop:s3cr3t@a/shop?ssl=require&prepared_statement_cache_size=0", "host=a dbname=shop user=shop"),
         ("postgresql+psycopg://sh%27op:s3cr3t@a/sh%5Cop", r"user='sh\'op'"),
     ],
 )
