@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_app_db.lasting import has_failed, keep, keeps_failed
+from pytest_app_db.lasting import HAS_COPIES, has_failed, keep, keeps_failed
 
 if TYPE_CHECKING:
     from app_db import DatabaseContainer
@@ -32,16 +32,20 @@ def app_db_fresh(
     from app_db.testing import fresh_databases
 
     keeping = keeps_failed(request.config)
-    copies = fresh_databases(app_db_container, name="failed" if keeping else "fresh")
+    copies, problem = fresh_databases(app_db_container, name="failed" if keeping else "fresh"), ""
     try:
         copies.__enter__()
     except AppDbError as error:
-        pytest.fail(str(error), pytrace=False)
+        problem = str(error)
+    if problem:  # not in the `except`, or pytest would show the error twice
+        pytest.fail(problem, pytrace=False)
+    request.node.stash[HAS_COPIES] = True
     yield app_db_container
     if keeping and has_failed(request.node):
         keep(copies, request.node)
     try:
         copies.__exit__(None, None, None)
     except IsolationBroken as broken:
-        problems = [f"{request.node.nodeid} has left something behind:", *(f"  {each}" for each in broken.problems)]
-        pytest.fail("\n".join(problems), pytrace=False)
+        problem = "\n".join([f"{request.node.nodeid} has left something behind:", *(f"  {each}" for each in broken.problems)])
+    if problem:
+        pytest.fail(problem, pytrace=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from pytest_app_db.isolated_only import ISOLATION, add_before_own, refuse_earlier_rows
-from pytest_app_db.lasting import copies_to_keep, has_failed, keep, keeps_failed
+from pytest_app_db.lasting import HAS_COPIES, copies_to_keep, has_failed, keep, keeps_failed
 from pytest_app_db.options import is_worker
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def app_db_isolation(
 ) -> Generator[Isolation | None]:
     """Roll back what the test writes, in every database, although it commits. The test fails if it leaves something open."""
     marked = _marked(request)
-    if not marked.isolation or marked.fresh:
+    if not marked.isolation or marked.fresh or request.node.stash.get(HAS_COPIES, False):
         yield None
         return
     refuse_earlier_rows(request, app_db_tables)
@@ -169,8 +169,10 @@ def app_db_async_session(request: pytest.FixtureRequest, app_db_isolation: Isola
 
 def _require(isolation: Isolation | None, request: pytest.FixtureRequest) -> Isolation:
     if isolation is None:
-        said = "fresh=True" if _marked(request).fresh else "isolation=False"
-        pytest.fail(f"{request.fixturename} needs an isolated test, and the marker says {said}", pytrace=False)
+        marked = _marked(request)
+        said = "the marker says fresh=True" if marked.fresh else "the marker says isolation=False"
+        why = said if marked.fresh or not marked.isolation else "app_db_fresh gives this one copies of the databases instead"
+        pytest.fail(f"{request.fixturename} needs an isolated test, and {why}", pytrace=False)
     return isolation
 
 

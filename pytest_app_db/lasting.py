@@ -21,6 +21,9 @@ _has_failed = pytest.StashKey[bool]()
 _has_kept = pytest.StashKey[bool]()
 """Whether the databases of a failed test are kept."""
 
+HAS_COPIES = pytest.StashKey[bool]()
+"""Whether a test has copies of the databases, by `app_db_fresh`."""
+
 _NOTES_OF_WORKER = "app_db_notes"
 
 

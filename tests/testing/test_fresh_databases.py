@@ -407,6 +407,10 @@ MARKED = """
         assert app_db_fresh is shop.container
         place_by_two()
 
+    def test_beside_the_isolation(app_db_fresh, app_db_isolation):  # which app_db_live_server asks for, too
+        assert app_db_isolation is None
+        place_by_two()
+
     def test_isolated(app_db_isolation):
         assert shop.orders() == 0
 
@@ -447,7 +451,7 @@ def test_a_marked_test_has_databases_of_its_own(
         ]
     project.file("test_shop.py", MARKED)
     options = ["-n", "2"] if workers == 2 else []
-    project.run(*options, plugins=("xdist",) if workers == 2 else ()).assert_outcomes(passed=4)
+    project.run(*options, plugins=("xdist",) if workers == 2 else ()).assert_outcomes(passed=5)
     if servers is not None:
         after = [row[0] for row in servers.execute("SELECT datname FROM pg_database" if kind == "postgres" else "SHOW DATABASES")]
         assert after == before
@@ -508,4 +512,5 @@ def test_what_can_not_be_had_in_a_test_with_copies_is_told(project: Project) -> 
     output = result.stdout.str()
     assert "app_db_session needs an isolated test, and the marker says fresh=True" in output
     assert "Databases can't be copied in an isolated test" in output
+    assert "During handling of" not in output, "each error is shown once"
     assert "test_left has left something behind:\n  a unit of work is still under way" in output.replace("E   ", "")
