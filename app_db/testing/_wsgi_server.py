@@ -110,7 +110,11 @@ class _Request(WSGIRequestHandler):
         if len(self.raw_requestline) > _LONGEST_REQUEST_LINE:
             self.requestline = self.request_version = self.command = ""
             self.send_error(414)
-        elif self.raw_requestline and self.parse_request():
+        elif not (self.raw_requestline and self.parse_request()):
+            return
+        elif "Transfer-Encoding" in self.headers:  # wsgiref gives the application an empty body
+            self.send_error(411, explain="The live server reads no chunked body. Send the header Content-Length.")
+        else:
             threading.current_thread().name = f"{self.command} {self.path.partition('?')[0]}"
             server: Any = self.server
             answer: Any = self.wfile

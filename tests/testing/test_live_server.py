@@ -543,6 +543,13 @@ def test_a_long_body_that_is_not_read_is_answered(web: str, sqlite_url: str) -> 
         assert one.post("/nowhere", content=b"x" * 3_000_000).status_code == 404
 
 
+def test_a_body_without_a_length_is_refused(sqlite_url: str) -> None:
+    with running(writer=sqlite_url) as app, live_server(by_flask(app)) as server, client(server.url) as one:
+        answer = one.post("/items", content=iter([b"name=", b"tea"]))
+        assert answer.status_code == 411
+        assert "Send the header Content-Length" in answer.text
+
+
 # ---- what an application is ---------------------------------------------------------------------------------------------------
 
 
