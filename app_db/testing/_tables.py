@@ -75,7 +75,8 @@ class _Tables:
                 )
             return not there
         if mark.is_alive or (mark.is_other_run and not runner().create):
-            runner().tell(f"the tables of {self._name!r} are in use by another test run: {mark}")
+            advice = "" if mark.is_alive else ". If that host is gone, `pytest --app-db-create` makes them anew"
+            runner().tell(f"the tables of {self._name!r} are in use by another test run: {mark}{advice}")
             return False
         return self._of_earlier_run(mark, there)
 

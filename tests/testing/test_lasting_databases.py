@@ -139,6 +139,20 @@ def test_rows_of_a_killed_run_and_changed_models_end_the_session_with_one_error(
 
 
 @pytest.mark.exhaustive
+def test_tables_of_another_host_are_used_and_the_advice_is_told(place: Place) -> None:
+    place.kill()
+    with place.engine().begin() as connection:
+        connection.execute(text("UPDATE app_db_test_run SET host = 'a-container-that-is-gone'"))
+    result = place.run(USED.format(before=0))
+    result.assert_outcomes(passed=1)
+    (told,) = notes(result)
+    assert "are in use by another test run: process " in told
+    assert told.endswith("If that host is gone, `pytest --app-db-create` makes them anew")
+    place.run(USED.format(before=0), "--app-db-create").assert_outcomes(passed=1)
+    assert "app_db_test_run" not in place.tables()
+
+
+@pytest.mark.exhaustive
 def test_create_makes_anew_what_a_killed_run_has_left(place: Place) -> None:
     place.kill(KILLED_WITH_ROWS)
     result = place.run(USED.format(before=0), "--app-db-create", models=CHANGED)
