@@ -250,6 +250,7 @@ LINES = SHOP.replace(
 ).replace("import func, select", "import ForeignKey, func, select")
 
 
+@pytest.mark.exhaustive
 def test_reuse_notices_that_a_model_was_removed(project: Project, postgres_url: str) -> None:
     place = Place(project, postgres_url)
     place.run(USED.format(before=0), "--app-db-reuse", models=LINES).assert_outcomes(passed=1)
@@ -369,6 +370,7 @@ def test_where_pytest_shows_no_sections_the_report_ends_with_the_databases(proje
     assert "shop_failed.db" in kept_command(result)
 
 
+@pytest.mark.exhaustive
 def test_copies_that_can_not_be_made_are_an_error_without_the_code_of_app_db(project: Project) -> None:
     for number in ("", *range(2, 21)):
         project.file(f"shop_failed{number}.db", "")  # no run of tests has made these
