@@ -50,17 +50,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Let each test ask for the container, whose use would not be noticed otherwise."""
     if _refuses(config):
         for item in items:
-            add_before_own(item, "app_db_container")
+            add_databases(item, "app_db_container")
 
 
 def add_before_own(item: Any, fixture: str) -> None:  # pytest has no public type for items with fixtures
     """Add a fixture to those of a test: before its own, and after those it shares with other tests."""
+    _add(item, fixture, {"function"})
+
+
+def add_databases(item: Any, *fixtures: str) -> None:
+    """Add fixtures of the session to those of a test: before those of a package, module or class, which may use the databases."""
+    for fixture in fixtures:
+        _add(item, fixture, {"package", "module", "class", "function"})
+
+
+def _add(item: Any, fixture: str, before: Collection[str]) -> None:
+    """Add a fixture to those of a test, before the first one of these scopes."""
     if not hasattr(item, "fixturenames"):
         return
     names = [name for name in item.fixturenames if name != fixture]
     definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
-    own = (at for at, name in enumerate(names) if name in definitions and definitions[name][-1].scope == "function")
-    names.insert(next(own, len(names)), fixture)
+    later = (at for at, name in enumerate(names) if name in definitions and definitions[name][-1].scope in before)
+    names.insert(next(later, len(names)), fixture)
     item.fixturenames = names
 
 

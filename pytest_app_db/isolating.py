@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from pytest_app_db.isolated_only import ISOLATION, add_before_own, refuse_earlier_rows
+from pytest_app_db.isolated_only import ISOLATION, add_before_own, add_databases, refuse_earlier_rows
 from pytest_app_db.lasting import HAS_COPIES, copies_to_keep, has_failed, keep, keeps_failed
 from pytest_app_db.options import is_worker
 
@@ -52,6 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if mark is not None:
             found = [f"{item.nodeid}: {problem}" for problem in _problems_of(mark)]
             problems += found
+            add_databases(item, "app_db_container", "app_db_tables")
             if found or mark.kwargs.get("isolation", True):
                 # An autouse fixture would do this too, at a cost for every test of every project.
                 add_before_own(item, "app_db_fresh" if mark.kwargs.get("fresh") is True and not found else ISOLATION)

@@ -107,6 +107,48 @@ def test_what_tests_share_is_made_before_they_are_isolated(project: Project) -> 
     assert project.rows() == 2
 
 
+def test_fixtures_of_a_module_or_class_use_the_databases_and_the_tables_of_the_run(project: Project) -> None:
+    project.file(
+        "test_shop.py",
+        """
+        import pytest, shop
+
+        @pytest.fixture(scope="module", autouse=True)
+        def seed():
+            shop.place_order()
+
+        class TestShared:
+            @classmethod
+            def setup_class(cls):
+                shop.place_order()
+
+            @pytest.mark.app_db
+            def test_isolated(self):
+                assert shop.orders() == 2
+
+        @pytest.mark.app_db(isolation=False)
+        def test_that_may_commit():
+            assert shop.orders() == 2
+        """,
+    )
+    project.file(
+        "test_first.py",
+        """
+        import shop
+
+        class TestUnmarked:
+            @classmethod
+            def setup_class(cls):
+                shop.container.writer_engine().connect().close()
+
+            def test_nothing(self):
+                pass
+        """,
+    )
+    project.run("--app-db-url", "writer=sqlite:///given.db", "--app-db-isolated-only").assert_outcomes(passed=3)
+    assert not (project.path / "shop.db").exists()
+
+
 @pytest.mark.exhaustive
 def test_the_session_of_a_test_keeps_nobody_waiting(project: Project) -> None:
     project.file(
