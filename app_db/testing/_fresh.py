@@ -14,7 +14,7 @@ from app_db.settings import ConnectionSettings, DatabaseSettings
 from app_db.settings._urls import is_memory
 from app_db.testing._databases import Beside, OwnDatabase, database_in, name_of, written_places
 from app_db.testing._marks import Mark
-from app_db.testing._overrides import Override, with_url
+from app_db.testing._overrides import Override, connections_of, with_url
 from app_db.testing._row_counts import RowCounts
 from app_db.testing._runner import runner
 
@@ -132,7 +132,7 @@ def free(name: str, settings: DatabaseSettings, suffix: str, beside: Beside | No
 def copied(container: DatabaseContainer, name: str, settings: DatabaseSettings, suffix: str) -> OwnDatabase:
     """Copy a database that the container uses, without its idle connections, which would be in the way."""
     own = free(name, settings, suffix)
-    for other in settings.connections:
+    for other in {*settings.connections, *connections_of(container)}:  # a reader may stand in no settings
         for engine in container.core.state().engines(other):
             engine.dispose()
     own.copy_from(database_in(name, settings))

@@ -152,6 +152,16 @@ def test_connections_to_the_same_database_follow(new_database_url: Callable[[], 
     container.shutdown_resources()
 
 
+def test_what_a_reader_without_settings_has_read_is_not_in_the_way(postgres_url: str) -> None:
+    settings = DatabaseSettings(connections={"writer": {"url": postgres_url}}, _env_file=None)
+    container: Any = container_of("writer", "reader")(settings=settings)
+    with container.transaction():
+        container.reader_session().execute(text("SELECT 1"))
+    with fresh_databases(container), container.transaction():
+        container.writer_session().execute(text("CREATE TABLE fresh_parcels ()"))
+    container.shutdown_resources()
+
+
 def test_a_database_in_memory_is_copied() -> None:
     container = container_at(fresh_shop={"url": "sqlite://"})
     with fresh_databases(container):
