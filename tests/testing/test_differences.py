@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psycopg
 import pytest
-from sqlalchemy import CursorResult, Engine, create_engine, event, func, select, text, true
+from sqlalchemy import CursorResult, Engine, create_engine, event, func, literal, select, text, true
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -90,9 +90,9 @@ TENANT = "SELECT current_setting('app.tenant', true)"
 
 def set_config(app: Application) -> str:
     with app.unit():
-        app.session().execute(select(func.set_config("app.tenant", "7", true())))
+        app.session().execute(select(func.set_config("app.tenant", "7", true()), literal(False)))
         app.session().execute(
-            text("SELECT set_config('lock_timeout', '9s', true), set_config(:name, 'off', true)"), {"name": "jit"}
+            text("SELECT set_config('lock_timeout', '9s', true), set_config(:name, 'false', true)"), {"name": "jit"}
         )
     return f"{said(app, 'SHOW lock_timeout')}, {said(app, 'SHOW jit')}, {said(app, TENANT)!r}"
 

@@ -79,7 +79,7 @@ _SET_CONFIG = re.compile(r"\bset_config\s*\(", re.IGNORECASE)
 _MAY_SET = re.compile(r"\bSET\s+(?:LOCAL|CONSTRAINTS)\b|\bset_config\b|advisory_xact_lock", re.IGNORECASE)
 _LITERAL = re.compile(r"'([^']*)'")
 _SETTING_NAME = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
-_FALSE = re.compile(r"\b(?:false|'f(?:alse)?')", re.IGNORECASE)
+_IS_LOCAL = re.compile(r",\s*(?:is_local\s*(?:=>|:=)\s*)?(?:true|'t(?:rue)?')\s*(?:::\s*bool(?:ean)?\s*)?\)", re.IGNORECASE)
 
 _LOCKS = """
 SELECT concat_ws(':', classid, objid, objsubid, mode) FROM pg_catalog.pg_locks
@@ -137,7 +137,7 @@ def _names_set(statement: str, parameters: object) -> Iterator[str]:
     if _SET_CONFIG.search(statement) is None:
         return
     given = list(parameters.values()) if isinstance(parameters, Mapping) else list(cast("Iterable[object]", parameters or ()))
-    if False in [each for each in given if isinstance(each, bool)] or _FALSE.search(statement):
+    if not (_IS_LOCAL.search(statement) or True in [each for each in given if isinstance(each, bool)]):
         return  # it is set for the session
     for text in [*_LITERAL.findall(statement), *(each for each in given if isinstance(each, str))]:
         if _SETTING_NAME.fullmatch(text):
