@@ -10,7 +10,6 @@ from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import greenlet_spawn, in_greenlet
 
 from app_db._compat.asyncio import running_loop
@@ -24,6 +23,7 @@ from app_db.testing._shared_engines import BESIDE, READ_ONLY, async_sharing_engi
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.orm import Session
     from transaction import Transaction
 
     from app_db._databases.database import Terms
@@ -73,24 +73,30 @@ class Isolation:
         back after units have committed, their work is undone with its own, and the test fails at
         its end. The isolation closes the session.
 
+        It has the class and the arguments of the connection's sessionmaker, as the sessions of units have.
+
         Raises InvalidUse for a connection that is not isolated.
         """
-        session = Session(_beside(self._database(name).engine(name)), expire_on_commit=False)
+        database = self._database(name)
+        maker = database.connections[name].sessionmaker()
+        session: Session = maker.class_(**{"expire_on_commit": False, **maker.kw, "bind": _beside(database.engine(name))})
         self._sessions.append(session)
         return session
 
     def async_session(self, name: str = "writer") -> AsyncSession:
         """Return such a session for coroutines. It belongs to the event loop of its first use, which need not run yet."""
-        from sqlalchemy.ext.asyncio import AsyncSession
-
         database = self._database(name)
         engine = cache(lambda: _beside(database.async_engine(name).sync_engine))
+        maker = database.connections[name].async_sessionmaker()
+        own: type[Session] = maker.kw.get("sync_session_class", maker.class_.sync_session_class)
 
-        class SessionOfLoop(Session):
+        class SessionOfLoop(own):  # type: ignore[valid-type,misc]
             def get_bind(self, *arguments: object, **options: object) -> Engine:
                 return engine()
 
-        session = AsyncSession(sync_session_class=SessionOfLoop, expire_on_commit=False)
+        session: AsyncSession = maker.class_(
+            **{"expire_on_commit": False, **maker.kw, "bind": None, "sync_session_class": SessionOfLoop}
+        )
         self._sessions.append(session.sync_session)
         return session
 
@@ -168,7 +174,7 @@ class _Database:
     """One database of the container, and the connections to it."""
 
     def __init__(self, place: Place, lock: UnitLock, patience: float) -> None:
-        self._connections = place.connections
+        self.connections = place.connections
         self._root = place.root
         self._drivers = place.drivers
         self._async_view = place.async_view
@@ -182,7 +188,7 @@ class _Database:
         real = self._real(None)
         shared = self._shared(real, None)
         if name not in shared.engines:
-            shared.engines[name] = sharing_engine(shared, self._connections[name], real)
+            shared.engines[name] = sharing_engine(shared, self.connections[name], real)
         return shared.engines[name]
 
     def async_engine(self, name: str) -> AsyncEngine:
@@ -193,7 +199,7 @@ class _Database:
         real = self._real(loop)
         shared = self._shared(real, loop)
         if name not in shared.async_engines:
-            connection = self._connections[name]
+            connection = self.connections[name]
             if self._async_view is not None:
                 made = async_sharing_engine(shared, connection, real, self._async_view)
             else:

@@ -75,9 +75,14 @@ class Plan:
         for name, connection in connections.items():
             with suppress(ConnectionNotConfigured):  # as without the isolation, its first use raises that
                 settings = self.settings.connection(name)
-                own = [self._outside(connection.engine, self._engine, name)]
-                own += [self._outside(connection.async_engine, self._async_engine, name)]
-                yield IsolatedConnection(name, settings, *own)
+                yield IsolatedConnection(
+                    name,
+                    settings,
+                    self._outside(connection.engine, self._engine, name),
+                    self._outside(connection.async_engine, self._async_engine, name),
+                    connection.sessionmaker,
+                    connection.async_sessionmaker,
+                )
 
     def _outside(self, provider: Held[T], instead: Callable[[str], T], name: str) -> Callable[[], T]:
         """Return a function that returns what a provider returns outside the isolation."""
@@ -96,10 +101,10 @@ class Plan:
         """Whether an isolation goes by this plan now."""
         return self._isolation is not None
 
-    def _engine(self, name: str) -> object:
+    def _engine(self, name: str) -> Engine:
         return self._running.engine(name)
 
-    def _async_engine(self, name: str) -> object:
+    def _async_engine(self, name: str) -> AsyncEngine:
         return self._running.async_engine(name)
 
     @property

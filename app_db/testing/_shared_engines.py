@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
 from sqlalchemy import event
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.engine import AdaptedConnection, Connection, Dialect
     from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+    from sqlalchemy.orm import sessionmaker
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
     from app_db.settings import ConnectionSettings
@@ -56,12 +57,14 @@ _OWN_ATTRIBUTES = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class IsolatedConnection:
-    """A connection of the container, and what makes its engines outside the isolation."""
+    """A connection of the container, what makes its engines outside the isolation, and its sessionmakers."""
 
     name: str
     settings: ConnectionSettings
     engine: Callable[[], Engine]
     async_engine: Callable[[], AsyncEngine]
+    sessionmaker: Callable[[], sessionmaker[Any]]
+    async_sessionmaker: Callable[[], async_sessionmaker[Any]]
 
     @cached_property
     def autocommit(self) -> bool:

@@ -6,13 +6,15 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, text
+from sqlalchemy import event, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from app_db import Connection, DatabaseContainer, DatabaseSettings
 from app_db.errors import IsolationBroken
 from app_db.testing import isolated
 from harness.applications import Application, Boom, Item, running
@@ -31,6 +33,70 @@ def seen(app: Application) -> list[str]:
     """What a unit of work reads."""
     with app.unit():
         return list(app.session("reader").scalars(NAMES))
+
+
+# ---- its class and its arguments -----------------------------------------------------------------------------------------
+
+
+class OwnSession(Session):
+    """A session of the application's own, such as SQLModel's."""
+
+    def names(self) -> list[str]:
+        return list(self.scalars(NAMES))
+
+
+def names_in(session: Session) -> list[str]:
+    assert isinstance(session, OwnSession)
+    return session.names()
+
+
+class OwnAsyncSession(AsyncSession):
+    """Such a session for coroutines."""
+
+
+@pytest.fixture
+def own_sessions(sqlite_url: str) -> Iterator[Any]:
+    class Container(DatabaseContainer):
+        writer = Connection(session_class=OwnSession, async_session_class=OwnAsyncSession)
+
+    connections = {"writer": {"url": sqlite_url, "session": {"autoflush": False, "expire_on_commit": True}}}
+    container = Container(settings=DatabaseSettings(connections=connections, _env_file=None))
+    Item.metadata.create_all(container.writer_engine())
+    yield container
+    container.shutdown_resources()
+
+
+def test_it_is_made_as_the_sessions_of_units_are(own_sessions: Any) -> None:
+    began: list[object] = []
+
+    def note(session: Session, *_: object) -> None:
+        began.append(session)
+
+    own_sessions.writer_sessionmaker().configure(info={"tenant": "north"})
+    event.listen(own_sessions.writer_sessionmaker(), "after_begin", note)
+    with isolated(own_sessions) as isolation, isolation.session() as session:
+        assert isinstance(session, OwnSession)
+        item = Item(name="one")
+        session.add(item)
+        assert session.names() == [], "autoflush is off"
+        session.commit()
+        with own_sessions.transaction():
+            own_sessions.writer_session().execute(update(Item).values(name="two"))
+        assert item.name == "two", "it was expired by the commit"
+        assert session.info == {"tenant": "north"}
+        assert session in began
+    with isolated(own_sessions), own_sessions.transaction():
+        assert own_sessions.writer_session().names() == []
+
+
+async def test_a_session_for_coroutines_is_made_as_those_of_units_are(own_sessions: Any) -> None:
+    async with isolated(own_sessions) as isolation, isolation.async_session() as session:
+        assert isinstance(session, OwnAsyncSession)
+        session.add(Item(name="one"))
+        assert await session.run_sync(names_in) == [], "autoflush is off"
+        await session.commit()
+        assert await session.run_sync(names_in) == ["one"]
+    await own_sessions.shutdown_resources()
 
 
 # ---- what it undoes ------------------------------------------------------------------------------------------------------
