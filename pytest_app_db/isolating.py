@@ -90,14 +90,47 @@ def _marked(request: pytest.FixtureRequest) -> Marked:
 # ---- a test ---------------------------------------------------------------------------------------------------------------
 
 
+_watches = pytest.StashKey["dict[DatabaseContainer, RowWatch]"]()
+"""The value of the fixture app_db_row_watches, while it lasts."""
+
+
 @pytest.fixture(scope="session")
-def app_db_row_watches(app_db_tables: object) -> Generator[dict[DatabaseContainer, RowWatch]]:
+def app_db_row_watches(pytestconfig: pytest.Config, app_db_tables: object) -> Generator[dict[DatabaseContainer, RowWatch]]:
     """The rows of each container whose tests are isolated. What the last tests have committed is told at the end."""
-    watches: dict[DatabaseContainer, RowWatch] = {}
+    watches = pytestconfig.stash[_watches] = {}
     yield watches
+    del pytestconfig.stash[_watches]
     problems = [problem for watch in watches.values() for problem in watch.at_end(_made(app_db_tables))]
     if problems:
         _fail("One of the last tests", problems)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    """Don't take rows that tests share for rows that a test has left. Drivers and other libraries write them unseen."""
+    is_shared = request.scope != "function" and _watches in request.config.stash
+    if is_shared:
+        _pause(request.config)
+    try:
+        return (yield)
+    finally:
+        if is_shared:  # before the finalizer of the fixture itself, which is there by now
+            fixturedef.addfinalizer(lambda: _pause(request.config))
+
+
+def _pause(config: pytest.Config) -> None:
+    for watch in config.stash.get(_watches, {}).values():
+        watch.pause()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Note the tests that are not isolated."""
+    if ISOLATION not in getattr(item, "fixturenames", ()):
+        for watch in item.config.stash.get(_watches, {}).values():
+            watch.note_other(item.nodeid)
 
 
 def _made(tables: object) -> frozenset[str]:

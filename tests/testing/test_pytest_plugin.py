@@ -150,6 +150,41 @@ def test_fixtures_of_a_module_or_class_use_the_databases_and_the_tables_of_the_r
 
 
 @pytest.mark.exhaustive
+def test_rows_that_a_fixture_of_a_class_has_written_by_the_driver_are_no_fault_of_its_tests(project: Project) -> None:
+    project.file(
+        "test_shop.py",
+        """
+        import pytest, shop, sqlite3, time
+
+        @pytest.mark.app_db
+        def test_before():
+            assert shop.orders() == 0
+
+        class TestShared:
+            @pytest.fixture(scope="class", autouse=True)
+            def seed(self):
+                connection = sqlite3.connect("shop.db")
+                connection.execute("INSERT INTO orders DEFAULT VALUES")
+                connection.commit()
+                time.sleep(0.5)  # so that rows are counted
+                yield
+                connection.execute("DELETE FROM orders")
+                connection.commit()
+
+            @pytest.mark.app_db
+            @pytest.mark.parametrize("number", range(2))
+            def test_shared(self, number):
+                assert shop.orders() == 1
+
+        @pytest.mark.app_db
+        def test_after():
+            assert shop.orders() == 0
+        """,
+    )
+    project.run().assert_outcomes(passed=4)
+
+
+@pytest.mark.exhaustive
 def test_the_session_of_a_test_keeps_nobody_waiting(project: Project) -> None:
     project.file(
         "test_shop.py",

@@ -113,3 +113,34 @@ def test_rows_of_fixtures_and_of_tests_without_isolation_are_nobodys_fault(app: 
     with app.unit():
         app.session().execute(text("DELETE FROM items"))
     assert watch.at_end() == []
+
+
+def test_rows_that_tests_share_are_nobodys_fault_either(app: Application, place: Path) -> None:
+    watch = RowWatch(app.container)
+    assert run(app, watch, "first", lambda: None) == []
+    watch.pause()
+    commit_a_row(place, "shared")
+    assert run(app, watch, "second", lambda: None) == []
+    assert watch.at_end() == []
+
+
+def test_what_was_committed_before_them_is_told_with_the_next_test(app: Application, place: Path) -> None:
+    watch = RowWatch(app.container)
+    assert run(app, watch, "first", lambda: None) == []
+    assert run(app, watch, "second", lambda: commit_a_row(place, "kept")) == []
+    watch.pause()
+    commit_a_row(place, "shared")
+    assert run(app, watch, "third", lambda: None) == [
+        f"{ROW}, by one of the tests before this one after which rows were not counted: second, first"
+    ]
+    assert watch.at_end() == []
+
+
+def test_a_test_that_is_not_isolated_is_named_too(app: Application, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = RowWatch(app.container)
+    assert run(app, watch, "first", lambda: None) == []
+    watch.note_other("by itself")
+    commit_a_row(place, "kept")
+    monkeypatch.setattr(module, "_RARELY", 0.0)
+    (told,) = run(app, watch, "third", lambda: None)
+    assert told.endswith(": by itself, first")
