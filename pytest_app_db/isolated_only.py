@@ -19,6 +19,8 @@ _FixtureDef: TypeAlias = "pytest.FixtureDef[object]"
 
 ISOLATION = "app_db_isolation"
 
+_MARK = "Mark the test with @pytest.mark.app_db"
+
 
 # ---- options --------------------------------------------------------------------------------------------------------------
 
@@ -139,6 +141,8 @@ class _Watch:
             return test, ""
         fixture = self.fixtures[-1]
         later = ISOLATION in self.item.fixturenames and not self.isolation_has_begun
+        if _is_set_up(fixture):
+            return f"the setup of {test}", f"The isolation of this test begins after that. {_MARK}" if later else ""
         return (
             f"the fixture {fixture.argname!r}{_place_of(fixture)} of {test}",
             f"The isolation of this test begins after that fixture. {_order(fixture.argname)}" if later else "",
@@ -147,6 +151,11 @@ class _Watch:
 
 def _order(fixture: str) -> str:
     return f"Name {ISOLATION} before {fixture!r}, or mark the test with @pytest.mark.app_db"
+
+
+def _is_set_up(fixture: _FixtureDef) -> bool:
+    """Return whether pytest has made the fixture to call `setup_method`, `setup_function` and the like. No test can name it."""
+    return fixture.argname.startswith("_") and fixture.func.__module__.startswith("_pytest.")
 
 
 def _place_of(fixture: _FixtureDef) -> str:
@@ -170,8 +179,8 @@ class _Watching:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: _FixtureDef, request: pytest.FixtureRequest) -> Generator[None, object, object]:
-        if fixturedef.func.__module__.startswith("_pytest."):  # a parameter, `tmp_path`, `monkeypatch`: they use no database
-            return (yield)
+        if fixturedef.func.__module__.startswith("_pytest.") and not _is_set_up(fixturedef):
+            return (yield)  # a parameter, `tmp_path`, `monkeypatch`: they use no database
         if request.scope != "function":
             if self.watch is None:
                 return (yield)

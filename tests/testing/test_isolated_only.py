@@ -240,6 +240,13 @@ BEFORE = """
 
     def test_not_isolated(looks):
         pass
+
+    class TestSetUp:
+        def setup_method(self):
+            shop.place_order()
+
+        def test_set_up(self, app_db_isolation):
+            pass
 """
 
 
@@ -258,7 +265,7 @@ def test_rows_of_a_fixture_before_the_isolation_are_found_without_the_option(pro
     )
     project.file("test_shop.py", BEFORE)
     result = project.run()
-    result.assert_outcomes(passed=5, errors=1)
+    result.assert_outcomes(passed=5, errors=2)
     result.stdout.re_match_lines(
         [
             r"test_shop\.py::test_spoiled: rows were committed before its isolation began:",
@@ -268,7 +275,13 @@ def test_rows_of_a_fixture_before_the_isolation_are_found_without_the_option(pro
             r"  the fixture 'an_order' \(test_shop\.py:\d+\) of the test .* used 'writer' at test_shop\.py:\d+ in an_o.*",
         ]
     )
-    result.stdout.fnmatch_lines(["*Name app_db_isolation before 'an_order', or mark the test with @pytest.mark.app_db"])
+    result.stdout.fnmatch_lines(
+        [
+            "*Name app_db_isolation before 'an_order', or mark the test with @pytest.mark.app_db",
+            "  the setup of the test *::test_set_up used 'writer' at test_shop.py:* in TestSetUp.setup_method*",
+            "  The isolation of this test begins after that. Mark the test with @pytest.mark.app_db",
+        ]
+    )
 
 
 @pytest.mark.exhaustive
