@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+
+def turns(number: int) -> int:
+    """Return how often a test does what `make soak` does so many times: `make test-all` does a tenth."""
+    return number if os.environ.get("SOAK_WHOLE") else max(number // 10, 1)
 
 
 def mostly(values: Iterable[str], *, exhaustive: str) -> list[Any]:

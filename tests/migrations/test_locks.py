@@ -16,6 +16,7 @@ from sqlalchemy import event, text
 
 from app_db import DatabaseContainer, errors
 from app_db.migrations import Migrated, current, downgrade, upgrade
+from harness.choosing import turns
 from harness.migrated import Child, Project, at_once
 from harness.poolers import PgBouncer
 from harness.requiring import made
@@ -66,7 +67,7 @@ def test_processes_that_begin_at_once_migrate_once(tmp_path: Path, database_url:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [2, 8])
 def test_they_do_so_fifty_times(tmp_path: Path, new_database_url: Callable[[], str], number: int) -> None:
-    for turn in range(50):
+    for turn in range(turns(50)):
         with Project(tmp_path / str(turn), writer=new_database_url()) as project:
             migrate_at_once(project, number)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.choosing import turns
 from harness.paths import TESTS
 from harness.projects import Project
 from harness.requiring import need, need_command
@@ -82,7 +83,7 @@ def test_all_of_them_in_random_order_in_two_workers(beside: Beside) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("seed", range(10, 20))
+@pytest.mark.parametrize("seed", range(10, 10 + turns(10)))
 def test_in_any_order_nothing_fails(beside: Beside, seed: int) -> None:
     assert beside.run("-n", "2", f"--randomly-seed={seed}", IN_STRICT_MODE).keys() == {"passed"}
 
@@ -97,9 +98,10 @@ def test_the_mode_auto_of_pytest_asyncio(beside: Beside) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.timeout(400)
 def test_a_hundred_times_nothing_fails(beside: Beside) -> None:
-    outcomes = beside.run("-n", "2", "--randomly-seed=1", "--repeat=100", IN_STRICT_MODE, timeout=380)
+    number = turns(100)
+    outcomes = beside.run("-n", "2", "--randomly-seed=1", f"--repeat={number}", IN_STRICT_MODE, timeout=380)
     assert outcomes.keys() == {"passed"}
-    assert outcomes["passed"] >= 2500
+    assert outcomes["passed"] >= 25 * number
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------------

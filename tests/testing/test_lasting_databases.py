@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, inspect, make_url, text
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine, inspect, make_url, text
 from sqlalchemy.pool import NullPool
 
 from harness.projects import SHOP, Project
@@ -183,8 +183,9 @@ def test_create_makes_a_database_that_is_missing_and_drops_it_at_the_end(place: 
 @pytest.mark.exhaustive
 def test_create_never_drops_what_no_test_run_has_made(place: Place) -> None:
     with place.engine().begin() as connection:
-        connection.execute(text("CREATE TABLE orders (id INTEGER NOT NULL PRIMARY KEY)"))
-        connection.execute(text("INSERT INTO orders VALUES (1)"))
+        orders = Table("orders", MetaData(), Column("id", Integer, primary_key=True))
+        orders.create(connection)
+        connection.execute(orders.insert())
     result = place.run(USED.format(before=0), "--app-db-create")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     output = " ".join((result.stdout.str() + result.stderr.str()).split())
@@ -220,6 +221,7 @@ COUNTS_RUNS = """
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("place", ["sqlite", "postgres"], indirect=True)
 def test_reuse_keeps_the_tables_until_the_models_change(place: Place) -> None:
     place.run(COUNTS_RUNS.format(runs=1), "--app-db-reuse").assert_outcomes(passed=1)
     assert place.rows() == 1, "they are kept, and so is what a test committed outside its isolation"
@@ -267,12 +269,13 @@ def test_reuse_makes_anew_what_a_killed_run_has_left(place: Place) -> None:
     place.kill(KILLED_WITH_ROWS, "--app-db-reuse")
     result = place.run(USED.format(before=0), "--app-db-reuse", models=CHANGED)
     result.assert_outcomes(passed=1)
-    (told,) = notes(result)
+    told = " ".join(notes(result))
     assert "made anew" in told
     assert "was killed" in told
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("place", ["sqlite", "postgres"], indirect=True)
 def test_reuse_may_be_in_the_configuration_and_keeps_the_databases_of_workers(place: Place) -> None:
     place.project.file("pytest.ini", "[pytest]\napp_db_reuse = true\n")
     try:
