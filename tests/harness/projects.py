@@ -8,6 +8,8 @@ from textwrap import dedent
 
 import pytest
 from sqlalchemy import create_engine, inspect, text
+from sqlalchemy.dialects import mysql as _mysql  # noqa: F401  # here: pytester forgets what is imported during a test,
+from sqlalchemy.dialects import postgresql as _postgresql  # noqa: F401  # and SQLAlchemy warns when it is imported again
 from sqlalchemy.pool import NullPool
 
 from harness.requiring import need
