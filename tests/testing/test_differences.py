@@ -255,7 +255,7 @@ def sequences(app: Application) -> str:
 
 ONE = "All units of the test are parts of one transaction"
 LASTING = "held until the test ends"
-WHEN_CHECKED = "Deferred constraints are checked in a savepoint that is rolled back, because the next unit may defer them again"
+WHEN_CHECKED = "They are checked in a savepoint that is rolled back, and what their triggers write with it"
 
 DIFFERENT = (
     Behaviour("`now()`", now, "goes on", "stands still", f"{ONE}, and `now()` is when that began. `clock_timestamp()` goes on"),
@@ -289,7 +289,7 @@ def document() -> str:
         "",
         "An [isolated test](testing.md) runs all of its units of work in one transaction on one connection",
         "for each database, and rolls that back. Each unit has a savepoint. So what a database does at the",
-        "end of a *transaction* would come at the end of the test. app_db gives back what it can when a unit",
+        "end of a *transaction* would come at the end of the test. app_db undoes what it can when a unit",
         "ends. Each line of these tables is a test.",
         "",
         "## The same as outside of tests",
