@@ -81,8 +81,8 @@ def listeners(app: Application) -> str:
 
 
 def set_local(app: Application) -> str:
-    said(app, "SET LOCAL lock_timeout = '7s'", "SET LOCAL TIME ZONE 'Asia/Tokyo'", "SELECT 1")
-    return f"{said(app, 'SHOW lock_timeout')}, {said(app, 'SHOW TimeZone')}"
+    said(app, "SET LOCAL lock_timeout = '7s'", "SET LOCAL TIME ZONE 'Asia/Tokyo'", "SET /* */ LOCAL SCHEMA 'pg_catalog'")
+    return f"{said(app, 'SHOW lock_timeout')}, {said(app, 'SHOW TimeZone')}, {said(app, 'SHOW search_path')}"
 
 
 TENANT = "SELECT current_setting('app.tenant', true)"
@@ -158,7 +158,7 @@ GIVEN_BACK = (
         SAME,
         "are called once for each unit",
     ),
-    Behaviour("`SET LOCAL`", set_local, "0, UTC", SAME, ENDS),
+    Behaviour("`SET LOCAL`", set_local, '0, UTC, "$user", public', SAME, ENDS),
     Behaviour("`set_config(name, value, true)`", set_config, "0, on, ''", SAME, ENDS),
     Behaviour("`SET CONSTRAINTS`", set_constraints, "immediate", SAME, ENDS),
     Behaviour(

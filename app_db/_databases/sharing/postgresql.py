@@ -74,9 +74,11 @@ class PostgreSQLSharing(SharingRules):
 
 _XACT_LOCK = re.compile(r"\b(pg_(?:try_)?)advisory_xact_lock", re.IGNORECASE)
 _SET_LOCAL = re.compile(r"\bSET\s+LOCAL\s+(?:TIME\s+(?P<zone>ZONE)|\"?(?P<name>[\w.]+)\"?)", re.IGNORECASE)
+_OTHER_NAMES = {"schema": "search_path", "names": "client_encoding"}
+_COMMENT = re.compile(r"/\*.*?\*/|--[^\n]*", re.DOTALL)
 _SET_CONSTRAINTS = re.compile(r"\bSET\s+CONSTRAINTS\b", re.IGNORECASE)
 _SET_CONFIG = re.compile(r"\bset_config\s*\(", re.IGNORECASE)
-_MAY_SET = re.compile(r"\bSET\s+(?:LOCAL|CONSTRAINTS)\b|\bset_config\b|advisory_xact_lock", re.IGNORECASE)
+_MAY_SET = re.compile(r"\bSET\b[^;]*?\b(?:LOCAL|CONSTRAINTS)\b|\bset_config\b|advisory_xact_lock", re.IGNORECASE)
 _LITERAL = re.compile(r"'([^']*)'")
 _SETTING_NAME = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
 _IS_LOCAL = re.compile(r",\s*(?:is_local\s*(?:=>|:=)\s*)?(?:true|'t(?:rue)?')\s*(?:::\s*bool(?:ean)?\s*)?\)", re.IGNORECASE)
@@ -132,8 +134,8 @@ $app_db$
 
 def _names_set(statement: str, parameters: object) -> Iterator[str]:
     """Yield the names of settings that a statement may set for the length of the transaction."""
-    for found in _SET_LOCAL.finditer(statement):
-        yield "TimeZone" if found["zone"] else found["name"]
+    for found in _SET_LOCAL.finditer(_COMMENT.sub(" ", statement)):
+        yield "TimeZone" if found["zone"] else _OTHER_NAMES.get(found["name"].lower(), found["name"])
     if _SET_CONFIG.search(statement) is None:
         return
     given = list(parameters.values()) if isinstance(parameters, Mapping) else list(cast("Iterable[object]", parameters or ()))
