@@ -106,6 +106,7 @@ def test_the_page_fits_a_terminal_and_is_plain_text_in_a_pipe(page: str) -> None
     assert "\033" not in page
 
 
+@pytest.mark.exhaustive
 def test_two_runs_print_the_same(tmp_path: Path, page: str) -> None:
     assert run_demo(prepare(tmp_path / "again")).stdout == page
 

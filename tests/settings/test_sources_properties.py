@@ -93,6 +93,7 @@ def outcome(make: Any) -> DatabaseSettings | SettingsError:
     return made
 
 
+@pytest.mark.exhaustive
 @many
 @given(content=contents)
 def test_whatever_a_source_returns_makes_settings_or_one_error(content: Any) -> None:

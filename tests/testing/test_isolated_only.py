@@ -172,6 +172,7 @@ SAID = {
 }
 
 
+@pytest.mark.exhaustive
 def test_a_test_that_is_not_isolated_fails_and_says_what_did_it(project: Project) -> None:
     project.file("test_shop.py", TESTS)
     project.file("pytest.ini", "[pytest]\napp_db_isolated_only = true\n")

@@ -42,7 +42,7 @@ CASES = """
 """
 
 
-@pytest.mark.representative("made_tables-no fixture")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("conftest", ["no fixture", "fixture"])
 @pytest.mark.parametrize("tables", ["made_tables", "IsolatedTestCase"])
 def test_cases_use_the_url_of_the_command_line_and_drop_what_they_made(project: Project, conftest: str, tables: str) -> None:

@@ -43,7 +43,7 @@ def slow(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[AwaitedD
         yield databases
 
 
-@pytest.mark.representative("asyncpg")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_500_tasks_a_third_of_which_are_cancelled_are_wholly_there_or_wholly_not(
     request: pytest.FixtureRequest, postgres: PostgresServer, driver: str
