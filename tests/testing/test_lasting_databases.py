@@ -98,6 +98,7 @@ def notes(result: pytest.RunResult) -> list[str]:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("place", ["sqlite", "postgres"], indirect=True)
 def test_empty_tables_of_a_killed_run_are_made_anew_although_the_models_have_changed(place: Place) -> None:
     place.kill()
     result = place.run(USED.format(before=0), models=CHANGED)
@@ -181,6 +182,7 @@ def test_create_makes_a_database_that_is_missing_and_drops_it_at_the_end(place: 
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("place", ["sqlite", "postgres"], indirect=True)
 def test_create_never_drops_what_no_test_run_has_made(place: Place) -> None:
     with place.engine().begin() as connection:
         orders = Table("orders", MetaData(), Column("id", Integer, primary_key=True))
@@ -198,6 +200,7 @@ def test_create_never_drops_what_no_test_run_has_made(place: Place) -> None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("place", ["sqlite", "postgres"], indirect=True)
 def test_tables_that_are_no_models_any_more_are_made_anew_too(place: Place) -> None:
     place.kill(KILLED_WITH_ROWS)
     renamed = SHOP.replace('"orders"', '"purchases"')
@@ -264,6 +267,7 @@ def test_reuse_notices_that_a_model_was_removed(project: Project, postgres_url: 
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("place", ["sqlite", "postgres"], indirect=True)
 def test_reuse_makes_anew_what_a_killed_run_has_left(place: Place) -> None:
     place.run(USED.format(before=0), "--app-db-reuse").assert_outcomes(passed=1)
     place.kill(KILLED_WITH_ROWS, "--app-db-reuse")
