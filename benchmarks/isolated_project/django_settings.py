@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 def _database(url: str) -> dict[str, str]:
@@ -14,7 +14,7 @@ def _database(url: str) -> dict[str, str]:
         "ENGINE": "django.db.backends.postgresql",
         "NAME": parts.path.removeprefix("/"),
         "USER": parts.username or "",
-        "PASSWORD": parts.password or "",
+        "PASSWORD": unquote(parts.password or ""),
         "HOST": query.get("host", parts.hostname or ""),
         "PORT": query.get("port", str(parts.port or "")),
     }
