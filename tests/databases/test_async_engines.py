@@ -1168,7 +1168,7 @@ async def test_an_overridden_engine_is_used_by_the_next_unit(url: str, new_url: 
     await container.shutdown_resources()
 
 
-@pytest.mark.representative("postgresql+asyncpg")
+@pytest.mark.exhaustive
 def test_a_child_of_a_fork_leaves_its_parents_connections_and_loops_alone(url: str) -> None:
     done = run_program(FORKING.format(url=url), "-X", "dev")
     assert done.returncode == 0, done.stderr

@@ -84,8 +84,8 @@ def check_tables(printed: str, *, at_least: int) -> list[list[list[str]]]:
     return tables
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
-@pytest.mark.representative("routing")
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "units"])
 def test_a_benchmark_prints_whole_tables(name: str, postgres: object) -> None:
     """`postgres` is asked for only so that this is skipped where PostgreSQL is missing."""

@@ -16,6 +16,7 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, installe
     return Project(pytester, monkeypatch, installed)
 
 
+@pytest.mark.exhaustive
 def test_the_fixture_and_the_marker_count(project: Project) -> None:
     project.file(
         "test_shop.py",

@@ -241,7 +241,7 @@ WAYS = {
 }
 
 
-@pytest.mark.representative("auto-sqlite")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("way", "driver"),
     [

@@ -755,6 +755,7 @@ with worker_databases(container, "gw7"), container.transaction():
 """
 
 
+@pytest.mark.exhaustive
 def test_a_workers_database_that_a_killed_run_has_left_is_made_anew(
     postgres: PostgresServer, new_postgres_url: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -794,6 +795,7 @@ def is_there(postgres: PostgresServer, name: str) -> bool:
     return postgres.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name]) != []
 
 
+@pytest.mark.exhaustive
 def test_a_workers_database_that_another_run_uses_is_refused(new_postgres_url: Any) -> None:
     settings = settings_for(writer=new_postgres_url())
     with worker_databases(container_of("writer")(settings=settings), "gw7"):

@@ -158,6 +158,7 @@ def test_processes_that_make_the_log_at_the_same_time_make_one(path: Path) -> No
     assert ids == [FileLog(path).id] * 12
 
 
+@pytest.mark.exhaustive
 def test_a_forked_child_and_its_parent_keep_each_other_out(path: Path) -> None:
     assert seen("fork_with_a_log_in_use", str(path)) == {
         "kept out, on its own, untouched": [True, True, True],

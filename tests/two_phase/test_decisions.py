@@ -227,7 +227,7 @@ def test_threads_that_make_the_log_at_the_same_time_make_one(new_database_url: C
         assert ids == [new_log(url).id] * 8
 
 
-@pytest.mark.representative("postgresql")
+@pytest.mark.exhaustive
 def test_processes_that_make_the_log_at_the_same_time_make_one(database_url: str, new_log: NewLog) -> None:
     ids = seen("create", database_url, "8")
     assert ids == [new_log(database_url).id] * 8

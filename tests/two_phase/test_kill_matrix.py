@@ -268,7 +268,7 @@ AWAITED = [
 ]
 
 
-@pytest.mark.representative("postgresql-other-log-in-other-asyncpg-awaited")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("awaited", AWAITED, ids=str)
 def test_the_databases_agree_wherever_in_its_commit_a_client_that_awaits_was_killed(
     awaited: Awaited, zygote: Zygote, servers: Servers, tmp_path: Path

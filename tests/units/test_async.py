@@ -864,7 +864,7 @@ async def test_one_connection_written_in_both_ways_is_two_transactions_and_the_e
 # ---- what is left behind ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.representative("commits-*")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("databases", ["psycopg"], indirect=True)
 @pytest.mark.parametrize("ending", ["commits", "raises", "nested", "is cancelled"])
 def test_a_unit_leaves_no_garbage_that_sqlalchemy_would_not(databases: AwaitedDatabases, ending: str) -> None:

@@ -90,7 +90,7 @@ def check_the_unit_was_untouched(seen: dict[str, Any], url: str) -> None:
         outside.close()
 
 
-@pytest.mark.representative("sqlite-pool_of_workers")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("scenario", ["pool_of_workers", "pool_of_workers_in_a_unit"])
 def test_the_workers_of_a_multiprocessing_pool_have_each_their_own_connection(database_url: str, scenario: str) -> None:
     seen = run(scenario, database_url)

@@ -38,6 +38,7 @@ def assert_nothing_is_wrong(seen: dict[str, Any]) -> None:
     assert seen["acknowledged"] > 20, "hardly any unit was committed"
 
 
+@pytest.mark.exhaustive
 def test_nothing_is_wrong_after_signals_at_random() -> None:
     assert_nothing_is_wrong(run(3, Combination("sqlite", "sync", "one-phase")))
 
