@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.pool import Pool
+
+_getrusage: Callable[[], Any] | None = None
+try:
+    from resource import RUSAGE_CHILDREN, getrusage
+except ImportError:  # Windows
+    pass
+else:
+    _getrusage = partial(getrusage, RUSAGE_CHILDREN)
 
 
 class Checkouts:
@@ -43,9 +53,7 @@ def activity() -> object:
 
 def _ended_processes() -> object:
     """Return what the processes that this one has started and waited for have used together. Windows does not say."""
-    with suppress(ImportError):
-        from resource import RUSAGE_CHILDREN, getrusage
-
-        used = getrusage(RUSAGE_CHILDREN)
-        return used.ru_utime, used.ru_stime, used.ru_minflt
-    return None
+    if _getrusage is None:
+        return None
+    used = _getrusage()
+    return used.ru_utime, used.ru_stime, used.ru_minflt
