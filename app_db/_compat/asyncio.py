@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import Context
 from socket import SHUT_RDWR
 from typing import Any, TypeVar
+from weakref import finalize
 
 R = TypeVar("R")
 
@@ -69,12 +70,36 @@ def hang_up(transport: Any, close: Callable[[], object]) -> None:
     socket after the loop was closed.
     """
     loop = getattr(transport, "_loop", None)
-    if loop is not None and not loop.is_closed():
-        with suppress(OSError):  # the server has closed it
-            transport.get_extra_info("socket").shutdown(SHUT_RDWR)
-        with suppress(RuntimeError):  # the loop was closed just now
-            loop.call_soon_threadsafe(close)
-        return
+    if loop is None or loop.is_closed():
+        _close_without_loop(transport, close)
+    else:
+        _ask_loop_to_close(loop, transport, close)
+
+
+def _ask_loop_to_close(loop: asyncio.AbstractEventLoop, transport: Any, close: Callable[[], object]) -> None:
+    with suppress(OSError):  # the server has closed it
+        transport.get_extra_info("socket").shutdown(SHUT_RDWR)
+    # A loop that is closed before it runs again drops what it was asked to call, and with it the last reference to `request`.
+    request = _Request()
+    dropped = finalize(request, _close_without_loop, transport, close)
+    dropped.atexit = False  # the loop may still be running then
+
+    def close_in_loop(request: _Request) -> None:
+        close()  # the transport closes its socket in the loop's next turn, if there is one
+        loop.call_soon(closed, request)
+
+    def closed(_request: _Request) -> None:
+        dropped.detach()
+
+    with suppress(RuntimeError):  # the loop was closed just now
+        loop.call_soon_threadsafe(close_in_loop, request)
+
+
+class _Request:
+    """What an event loop is asked to close."""
+
+
+def _close_without_loop(transport: Any, close: Callable[[], object]) -> None:
     with suppress(RuntimeError):  # "Event loop is closed"; but the transport is marked as closing, so `close` can be called
         transport.abort()
     encrypted = getattr(transport, "_ssl_protocol", None)

@@ -795,6 +795,31 @@ def test_a_loop_that_stands_still_in_another_thread_is_not_run_here(container: A
     resources.settle()
 
 
+@pytest.mark.representative("postgresql+asyncpg")
+def test_a_loop_that_is_closed_before_it_could_close_a_socket_leaves_none_open(container: Any, resources: Resources) -> None:
+    ready, shut_down = threading.Event(), threading.Event()
+
+    def own() -> None:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(use(container))
+        ready.set()
+        shut_down.wait(30)
+        loop.close()  # what another thread has asked of it since then is forgotten
+
+    thread = threading.Thread(target=own)
+    thread.start()
+    assert ready.wait(30)
+    with left_open():
+        container.shutdown_resources()
+    shut_down.set()
+    thread.join(30)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gc.collect()
+    assert list(map(str, caught)) == []
+    resources.settle()
+
+
 def test_a_loop_that_stands_still_is_not_waited_for_in_another_one_of_its_thread(container: Any, resources: Resources) -> None:
     other = asyncio.new_event_loop()
     try:
