@@ -77,7 +77,7 @@ class Project:
         self._environment = monkeypatch
         self.path = pytester.path
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(installed), str(self.path)]))
-        for variable in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_DISABLE_PLUGIN_AUTOLOAD"):
+        for variable in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_DISABLE_PLUGIN_AUTOLOAD", "CI", "BUILD_NUMBER"):
             monkeypatch.delenv(variable, raising=False)
         self.set("WRITER__URL", "sqlite:///shop.db")
         self.set("WAREHOUSE__URL", "sqlite:///facts.db")
