@@ -32,6 +32,13 @@ _TO_CANCEL = 1.0
 """Seconds for requests and the lifespan to end after they were cancelled."""
 
 
+_FAILED: tuple[dict[str, Any], ...] = (
+    {"type": "http.response.start", "status": 500, "headers": [(b"content-type", b"text/plain; charset=utf-8")]},
+    {"type": "http.response.body", "body": b"Internal Server Error"},
+)
+"""The answer to a request whose error the application has not handled."""
+
+
 class AsgiServer:
     """A server that runs an application in an event loop of its own."""
 
@@ -132,8 +139,11 @@ class _Watched:
 
         request = f"{scope.get('method', scope['type'])} {scope['path']}"
         logged: list[BaseException] = []
+        is_answered = False
 
         async def answer(message: Any) -> None:
+            nonlocal is_answered
+            is_answered = True
             self._unanswered.pop(id(scope), None)
             error = sys.exception()
             if error is not None and message["type"] == "http.response.start" and message["status"] >= 500:
@@ -146,8 +156,13 @@ class _Watched:
             await self._application(scope, receive, answer)
         except Exception as error:
             self._unanswered.pop(id(scope), None)
-            if error not in logged:
+            if error in logged:
+                return
+            log_error(request, error)  # the application may have told uvicorn to log nothing
+            if is_answered or scope["type"] != "http":
                 raise
+            for message in _FAILED:
+                await send(message)
 
     def refuse_unanswered(self, patience: float) -> None:
         """Raise LiveServerError if uvicorn has cancelled a request. A thread that works for it may go on."""
