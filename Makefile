@@ -90,7 +90,7 @@ test-all: $(INSTALLED_DEV)  ## run every test; a server that is missing is a fai
 soak: $(INSTALLED_DEV)  ## look for rare mistakes for a long time; SOAK names one program
 	$(BIN)/python tests/soak.py $(SOAK)
 	$(if $(SOAK),,INTERRUPT_EVERYWHERE=1 $(BIN)/python -m pytest -n $(WORKERS) -m '' tests/units/test_interruptions.py)
-	$(if $(SOAK),,SOAK_WHOLE=1 $(BIN)/python -m pytest -n $(WORKERS) -m '' tests/migrations/test_locks.py tests/testing/test_beside.py)
+	$(if $(SOAK),,SOAK_WHOLE=1 $(BIN)/python -m pytest -n $(WORKERS) -m '' tests/migrations/test_locks.py tests/testing/test_beside.py tests/units/test_exact_rows.py)
 
 check: lint types layers docs test  ## everything that must pass
 

@@ -30,6 +30,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_connection
 from sqlalchemy.exc import DBAPIError
 
 from harness.applications import Boom
+from harness.choosing import turns
 from harness.coroutines import AwaitedDatabases, opened_awaited
 from harness.items import Databases, opened
 from harness.servers import PostgresServer
@@ -313,7 +314,7 @@ def _is_connecting(error: BaseException) -> bool:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(900, method="thread")
 @pytest.mark.parametrize(
-    ("tasks", "units"), [pytest.param(10, 10, id="short"), pytest.param(200, 50, id="long", marks=pytest.mark.exhaustive)]
+    ("tasks", "units"), [pytest.param(10, 10, id="short"), pytest.param(200, turns(100), id="long", marks=pytest.mark.exhaustive)]
 )
 def test_tasks_leave_exactly_the_rows_of_their_units(new_postgres: Callable[..., PostgresServer], tasks: int, units: int) -> None:
     server = new_postgres(settings={"max_connections": 500, "authentication_timeout": "60s"})

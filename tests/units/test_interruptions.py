@@ -276,7 +276,7 @@ def test_no_later_unit_is_lost_at_any_opcode(files: Callable[[], Ground], scenar
 # With a timeout some points wait 10 s for a session that SQLAlchemy left in the middle, so that it takes too long.
 @scenarios(*(scenario for scenario in (*PLAIN, *STACKED) if scenario.name != "with, a timeout"))
 def test_no_later_unit_is_lost_inside_sqlalchemy(files: Callable[[], Ground], scenario: Scenario) -> None:
-    tried = try_every_point(scenario, files, *IN_TURN, mode=Mode.EXHAUSTIVE, every=7)
+    tried = try_every_point(scenario, files, *IN_TURN, mode=Mode.EXHAUSTIVE, every=7 if EVERYWHERE else 21)
     assert not tried.bad, tried.report()
 
 
