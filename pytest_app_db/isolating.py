@@ -90,19 +90,8 @@ def _marked(request: pytest.FixtureRequest) -> Marked:
 # ---- a test ---------------------------------------------------------------------------------------------------------------
 
 
-_watches = pytest.StashKey["dict[DatabaseContainer, RowWatch]"]()
-"""The value of the fixture app_db_row_watches, while it lasts."""
-
-
-@pytest.fixture(scope="session")
-def app_db_row_watches(pytestconfig: pytest.Config, app_db_tables: object) -> Generator[dict[DatabaseContainer, RowWatch]]:
-    """The rows of each container whose tests are isolated. What the last tests have committed is told at the end."""
-    watches = pytestconfig.stash[_watches] = {}
-    yield watches
-    del pytestconfig.stash[_watches]
-    problems = [problem for watch in watches.values() for problem in watch.at_end(_made(app_db_tables))]
-    if problems:
-        _fail("One of the last tests", problems)
+_watches: pytest.StashKey[dict[DatabaseContainer, RowWatch]] = pytest.StashKey()
+"""The rows of each container whose tests are isolated, while `app_db_tables` lasts."""
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -110,14 +99,28 @@ def pytest_fixture_setup(
     fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
 ) -> Generator[None, object, object]:
     """Don't take rows that tests share for rows that a test has left. Drivers and other libraries write them unseen."""
-    is_shared = request.scope != "function" and _watches in request.config.stash
+    config = request.config
+    is_shared = request.scope != "function" and _watches in config.stash
     if is_shared:
-        _pause(request.config)
+        _pause(config)
     try:
-        return (yield)
+        value = yield
     finally:
         if is_shared:  # before the finalizer of the fixture itself, which is there by now
-            fixturedef.addfinalizer(lambda: _pause(request.config))
+            fixturedef.addfinalizer(lambda: _pause(config))
+    if fixturedef.argname == "app_db_tables" and _watches not in config.stash:
+        config.stash[_watches] = {}
+        fixturedef.addfinalizer(lambda: _end_watching(config, value))
+    return value
+
+
+def _end_watching(config: pytest.Config, tables: object) -> None:
+    """Fail if the last tests have committed rows."""
+    watches = config.stash[_watches]
+    del config.stash[_watches]
+    problems = [problem for watch in watches.values() for problem in watch.at_end(_made(tables))]
+    if problems:
+        _fail("One of the last tests", problems)
 
 
 def _pause(config: pytest.Config) -> None:
@@ -148,7 +151,6 @@ def app_db_isolation(
     request: pytest.FixtureRequest,
     app_db_container: DatabaseContainer,
     app_db_tables: object,
-    app_db_row_watches: dict[DatabaseContainer, RowWatch],
 ) -> Generator[Isolation | None]:
     """Roll back what the test writes, in every database, although it commits. The test fails if it leaves something open."""
     marked = _marked(request)
@@ -163,9 +165,8 @@ def app_db_isolation(
     copies = stack.enter_context(copies_to_keep(app_db_container)) if keeps_failed(request.config) else None
     rows = None
     if request.config.getini("app_db_row_counts") and copies is None:
-        rows = app_db_row_watches.get(app_db_container) or app_db_row_watches.setdefault(
-            app_db_container, RowWatch(app_db_container)
-        )
+        watches = request.config.stash[_watches]
+        rows = watches.get(app_db_container) or watches.setdefault(app_db_container, RowWatch(app_db_container))
         rows.before_test(request.node.nodeid)
     isolation = isolated(app_db_container, marked.connections)
     given = isolation.__enter__()
