@@ -33,7 +33,7 @@ class Override:
     """A block, for `with` or `async with`, in which a container has other settings. It gives those settings.
 
     Raises SettingsError for settings that are wrong, and InvalidUse if the same object is entered
-    twice.
+    twice, or if it ends before a block of the container that began inside it.
     """
 
     def __init__(self, container: DatabaseContainer, settings: DatabaseSettings | Mapping[str, str]) -> None:
@@ -61,21 +61,25 @@ class Override:
         return settings
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        state = self._put_back()
+        inner = self._inner()
+        state = self._put_back(inner)
         try:
             state.close()
         finally:
             self.clean_up()
+        _refuse(inner, error)
 
     async def __aenter__(self) -> DatabaseSettings:
         return self.__enter__()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        state = self._put_back()
+        inner = self._inner()
+        state = self._put_back(inner)
         try:
             await state.close_awaited()
         finally:
             self.clean_up()
+        _refuse(inner, error)
 
     def other_settings(self) -> DatabaseSettings:
         """Return the settings of the block. It is called before anything is changed."""
@@ -85,8 +89,15 @@ class Override:
     def clean_up(self) -> None:
         """Remove what `other_settings` made. It is called when the container has its own settings back."""
 
-    def _put_back(self) -> State:
+    def _inner(self) -> Override | None:
+        """Return the block of the container that began inside this one, if it has not ended."""
+        later = _open[_open.index(self) + 1 :]
+        return next((block for block in later if block.container is self.container), None)
+
+    def _put_back(self, inner: Override | None) -> State:
         """Restore the container's own state and overrides, and return the state of the block."""
+        if inner is not None:
+            return self._leave_to(inner)
         holder, coordinator = self.container.core.holder(), self.container.core.coordinator()
         holder.state.decision_logs.forget_acknowledged()  # while engines are still the block's
         with MAKING:
@@ -98,6 +109,24 @@ class Override:
             state, holder.state, self._own = holder.state, cast("State", self._own), None
         _open[:] = [block for block in _open if block is not self]
         return state
+
+    def _leave_to(self, inner: Override) -> State:
+        """Let a block that has not ended restore what this one would, and return the state of this one."""
+        with MAKING:
+            state, inner._own, self._own = cast("State", inner._own), self._own, None
+            inner._overridden, inner._rehearsal = self._overridden, self._rehearsal
+            _open[:] = [block for block in _open if block is not self]
+        return state
+
+
+def _refuse(inner: Override | None, error: BaseException | None) -> None:
+    """Raise an error for a block that ended before one inside it, unless the block has raised another one."""
+    if inner is not None and error is None:
+        raise InvalidUse(
+            "A block with other settings ended before a block inside it. The container keeps the settings of the inner one until "
+            "that ends",
+            "End the inner block first, and don't give a container other settings in two threads at a time",
+        )
 
 
 def _providers(container: DatabaseContainer) -> Iterator[_Provider]:

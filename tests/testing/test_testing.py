@@ -155,6 +155,38 @@ def test_overrides_nest(container: Container, place: Callable[[str], str]) -> No
     assert where(container) == "before"
 
 
+@pytest.mark.parametrize("by_coroutines", [False, True])
+def test_blocks_that_are_not_nested_are_refused_and_leave_nothing(
+    container: Container, place: Callable[[str], str], by_coroutines: bool
+) -> None:
+    before = everything(container)
+    first, second = (overridden(container, {"writer": place(name)}) for name in ("first", "second"))
+    first.__enter__()
+    assert where(container) == "first"
+    second.__enter__()
+    meanwhile = everything(container)
+    assert where(container) == "second"
+    with pytest.raises(InvalidUse, match="ended before a block inside it"):
+        if by_coroutines:
+            asyncio.run(first.__aexit__(None, None, None))
+        else:
+            first.__exit__(None, None, None)
+    assert everything(container) == meanwhile
+    assert not open_files("first.db")
+    second.__exit__(None, None, None)
+    assert everything(container) == before
+    assert where(container) == "before"
+
+
+def test_the_error_of_a_block_that_is_not_nested_goes_on(container: Container, place: Callable[[str], str]) -> None:
+    inner = overridden(container, {"writer": place("inner")})
+    with pytest.raises(LookupError), overridden(container, {"writer": place("outer")}):
+        inner.__enter__()
+        raise LookupError
+    inner.__exit__(None, None, None)
+    assert where(container) == "before"
+
+
 def test_what_code_does_to_the_providers_meanwhile_is_undone(container: Container, place: Callable[[str], str]) -> None:
     """An override laid over the providers would be no shelter: `reset_singletons()` reaches what is below."""
     before = everything(container)
@@ -506,7 +538,8 @@ def test_how_a_connection_is_used_stays_as_it_is(place: Callable[[str], str], mo
     with overridden(container, {"writer": "postgresql://app:word@other/shop"}) as given:
         assert given.connection("writer").password_provider is None, "the password is in the URL"
     with overridden(container, {"writer": place("a"), "reader": place("b")}) as given:
-        assert given.connection("writer").connect_args == {}, "they are another driver's words"
+        writer = given.connection("writer")
+        assert (writer.connect_args, writer.password_provider) == ({}, None), "they are another driver's words"
         assert (where(container), where(container, "reader")) == ("a", "b")
         assert given.connection("reader").read_only
     assert container.settings().connection("reader").sqlalchemy_url().host == "not.read.again"
