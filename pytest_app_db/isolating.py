@@ -189,17 +189,21 @@ def app_db_isolation(
 
 
 @pytest.fixture
-def app_db_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> Session:
+def app_db_session(
+    request: pytest.FixtureRequest, app_db_container: DatabaseContainer, app_db_isolation: Isolation | None
+) -> Session:
     """A session of the default connection, for the test itself to prepare and to check, outside units of work."""
     isolation = _require(app_db_isolation, request)
-    return isolation.session(_default(isolation))
+    return isolation.session(_default(isolation, app_db_container))
 
 
 @pytest.fixture
-def app_db_async_session(request: pytest.FixtureRequest, app_db_isolation: Isolation | None) -> AsyncSession:
+def app_db_async_session(
+    request: pytest.FixtureRequest, app_db_container: DatabaseContainer, app_db_isolation: Isolation | None
+) -> AsyncSession:
     """Such a session for tests that are coroutines."""
     isolation = _require(app_db_isolation, request)
-    return isolation.async_session(_default(isolation))
+    return isolation.async_session(_default(isolation, app_db_container))
 
 
 def _require(isolation: Isolation | None, request: pytest.FixtureRequest) -> Isolation:
@@ -211,9 +215,9 @@ def _require(isolation: Isolation | None, request: pytest.FixtureRequest) -> Iso
     return isolation
 
 
-def _default(isolation: Isolation) -> str:
-    """Return the default connection: the writer, or the first connection if there is no writer."""
-    names = isolation.names
+def _default(isolation: Isolation, container: DatabaseContainer) -> str:
+    """Return the default connection: the writer, or the first one that the container declares if there is no writer."""
+    names = [name for name in container.providers if name in isolation.names]
     return "writer" if "writer" in names or not names else names[0]
 
 

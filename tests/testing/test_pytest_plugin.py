@@ -185,6 +185,30 @@ def test_rows_that_a_fixture_of_a_class_has_written_by_the_driver_are_no_fault_o
 
 
 @pytest.mark.exhaustive
+def test_the_session_is_of_the_first_connection_without_a_writer(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WRITER", "WAREHOUSE"):
+        monkeypatch.delenv(f"APP_DB_CONNECTIONS__{name}__URL")
+    project.set("SALES__URL", "sqlite:///sales.db")
+    project.set("FACTS__URL", "sqlite:///facts.db")
+    project.file(
+        "shop.py",
+        """
+        from app_db import container_of
+
+        container = container_of("sales", "facts")()
+        """,
+    )
+    project.file(
+        "test_shop.py",
+        """
+        def test_first(app_db_session):
+            assert app_db_session.get_bind().url.database == "sales.db"
+        """,
+    )
+    project.run().assert_outcomes(passed=1)
+
+
+@pytest.mark.exhaustive
 def test_the_session_of_a_test_keeps_nobody_waiting(project: Project) -> None:
     project.file(
         "test_shop.py",
