@@ -178,6 +178,19 @@ async def test_its_async_session_prepares_and_checks(databases: AwaitedDatabases
         assert sorted(await session.scalars(select(Item.name))) == ["made", "prepared"]
 
 
+async def test_its_async_session_waits_for_the_unit_of_another_task(databases: AwaitedDatabases) -> None:
+    async def work() -> list[str]:
+        return list(await session.scalars(select(Item.name)))
+
+    async with isolated(databases.container) as isolation:
+        session = isolation.async_session()
+        async with databases.container.transaction():
+            await databases.write("made")
+            task = asyncio.create_task(work(), context=Context())  # that knows of no unit
+            assert not (await asyncio.wait([task], timeout=0.1))[0]
+        assert await task == ["made"]
+
+
 async def test_results_are_streamed(databases: AwaitedDatabases) -> None:
     async with isolated(databases.container):
         async with databases.container.transaction():

@@ -231,6 +231,9 @@ BEFORE = """
     def test_that_looks(looks, app_db_isolation):
         pass
 
+    def test_named_first(app_db_isolation, an_order):
+        pass
+
     @pytest.mark.app_db
     def test_marked(an_order):
         pass
@@ -266,7 +269,7 @@ def test_rows_of_a_fixture_before_the_isolation_are_found_without_the_option(pro
     )
     project.file("test_shop.py", BEFORE)
     result = project.run()
-    result.assert_outcomes(passed=5, errors=2)
+    result.assert_outcomes(passed=6, errors=2)
     result.stdout.re_match_lines(
         [
             r"test_shop\.py::test_spoiled: rows were committed before its isolation began:",

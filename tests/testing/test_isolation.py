@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,13 @@ def test_a_unit_begins_its_own_inside_another_and_that_outlives_it(app: Applicat
         assert seen(app) == ["inner"]
 
 
+def test_a_unit_sees_what_one_around_it_has_written_whatever_its_isolation(app: Application) -> None:
+    with isolated(app.container), app.unit():
+        app.add("outer")
+        with app.unit("requires_new", isolation="SERIALIZABLE"):
+            assert app.session("reader").scalars(select(Item.name)).all() == ["outer"]
+
+
 def test_an_inner_commit_that_is_undone_with_the_outer_unit_is_said_so(app: Application) -> None:
     """One connection can't do that; outside a test the inner unit's row would stay."""
     if dialect_of(app) == "sqlite":
@@ -338,10 +346,14 @@ def test_a_foreign_key_of_sqlite_that_is_checked_at_the_commit_is(new_sqlite_url
             assert seen(app, "writer") == ["a"]
 
 
-def test_a_function_that_writes_is_refused_on_a_reader_by_the_database(app: Application) -> None:
-    if dialect_of(app) == "mysql":
-        pytest.skip("MariaDB can't make part of a transaction read-only: docs/testing.md says so")
+def test_a_function_that_writes_is_refused_on_a_reader_where_the_database_can(app: Application) -> None:
     app.define_writing_function()
+    if dialect_of(app) == "mysql":  # it can't make a part of a transaction read-only, and app_db sees a query
+        with isolated(app.container), app.unit():
+            app.session("reader").execute(text("SELECT add_item('a')"))
+            with pytest.raises(ReadOnlyViolation):
+                app.session("reader").execute(text("INSERT INTO items (name) VALUES ('b')"))
+        return
     with isolated(app.container):
         with app.unit(), pytest.raises((ReadOnlyViolation, DBAPIError)):
             app.session("reader").execute(text("SELECT add_item('a')"))
@@ -433,6 +445,19 @@ def test_a_commit_by_the_drivers_own_connection_is_found_out(new_database_url: C
         assert any("ended inside it" in note for note in caught.value.__notes__)
         with isolated(app.container):  # the next test is not disturbed
             assert seen(app, "writer") == ["a"]
+
+
+def test_another_process_can_not_write_to_a_file_of_sqlite_that_the_test_has_used(new_sqlite_url: Callable[[], str]) -> None:
+    with running(writer=new_sqlite_url()) as app:
+        with closing(sqlite3.connect(str(app.plain_engine().url.database), timeout=0, isolation_level=None)) as other:
+            write = "INSERT INTO items (name) VALUES (?)"
+            with isolated(app.container):
+                other.execute(write, ["before"])
+                assert seen(app, "writer") == ["before"]
+                with pytest.raises(sqlite3.OperationalError, match="locked"):
+                    other.execute(write, ["meanwhile"])
+            other.execute(write, ["later"])
+        assert app.names() == ["before", "later"]
 
 
 def test_rows_are_streamed_while_others_write(app: Application) -> None:

@@ -150,6 +150,46 @@ def test_fixtures_of_a_module_or_class_use_the_databases_and_the_tables_of_the_r
 
 
 @pytest.mark.exhaustive
+def test_fixtures_of_a_module_come_after_those_of_the_run_that_a_test_names(project: Project) -> None:
+    project.file(
+        "test_shop.py",
+        """
+        import pytest, shop
+
+        @pytest.fixture(scope="module", autouse=True)
+        def seed():
+            shop.place_order()
+
+        def test_named(app_db_session):
+            assert shop.orders() == 1
+        """,
+    )
+    project.run("--app-db-url", "writer=sqlite:///given.db").assert_outcomes(passed=1)
+    assert not (project.path / "shop.db").exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("names", ["", "app_db_tables"])
+def test_a_fixture_of_the_session_uses_the_databases_of_the_run_if_it_names_the_tables(project: Project, names: str) -> None:
+    project.make_tables()
+    project.file(
+        "test_shop.py",
+        f"""
+        import pytest, shop
+
+        @pytest.fixture(scope="session", autouse=True)
+        def seed({names}):
+            shop.place_order()
+
+        def test_seed(app_db_session):
+            assert shop.orders() == {int(bool(names))}
+        """,
+    )
+    project.run("--app-db-url", "writer=sqlite:///given.db").assert_outcomes(passed=1)
+    assert project.rows() == int(not names)
+
+
+@pytest.mark.exhaustive
 def test_rows_that_a_fixture_of_a_class_has_written_by_the_driver_are_no_fault_of_its_tests(project: Project) -> None:
     project.file(
         "test_shop.py",
@@ -475,6 +515,16 @@ def test_tables_that_come_from_elsewhere_are_the_projects(project: Project) -> N
         project.rows("facts", "sales")
 
 
+@pytest.mark.exhaustive
+def test_the_fixtures_on_the_page_have_the_scopes_that_it_says(project: Project) -> None:
+    page = (ROOT / "docs" / "testing.md").read_text()
+    said = dict(re.findall(r"^\| `(app_db_\w+)` \| (\w+) \|", page, re.MULTILINE))
+    found = re.findall(r"^(app_db_\w+)(?: \[(\w+) scope\])? --", project.run("--fixtures").stdout.str(), re.MULTILINE)
+    scopes = {name: scope or "function" for name, scope in found}
+    assert len(said) == 9
+    assert said == {name: scopes.get(name) for name in said}
+
+
 def test_hooks_are_noted(project: Project) -> None:
     project.file(
         "test_shop.py",
@@ -655,6 +705,26 @@ def test_workers_databases_can_be_switched_off(project: Project) -> None:
     project.file("pytest.ini", "[pytest]\napp_db_worker_databases = false\n")
     project.run("-n", "1", plugins=("xdist",)).assert_outcomes(passed=6)
     assert names_of_databases(project) == {"shop.db shop.db facts.db"}
+
+
+@pytest.mark.exhaustive
+def test_workers_may_have_urls_of_the_projects_own(project: Project) -> None:
+    project.file("test_shop.py", WHO)
+    project.file("pytest.ini", "[pytest]\napp_db_worker_databases = false\n")
+    project.file(
+        "conftest.py",
+        """
+        import pytest, shop
+        from app_db.testing import overridden
+
+        @pytest.fixture(scope="session")
+        def app_db_container(worker_id):
+            with overridden(shop.container, {"writer": f"sqlite:///own_{worker_id}.db"}):
+                yield shop.container
+        """,
+    )
+    project.run("-n", "1", plugins=("xdist",)).assert_outcomes(passed=6)
+    assert names_of_databases(project) == {"own_gw0.db own_gw0.db facts.db"}
 
 
 @pytest.mark.exhaustive

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, event, insert, text
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine, event, insert, text, update
 from sqlalchemy.pool import NullPool
 
-from app_db.testing import RowWatch, isolated
+from app_db.testing import RowCounts, RowWatch, isolated
 from app_db.testing import _row_watch as module
 from harness.applications import Application, Base, Item, running
 
+RARELY = module._RARELY
 ROW = "the table 'items' of 'writer' has 1 row more than before, committed outside the isolation"
 
 
@@ -66,6 +67,22 @@ def test_tests_that_use_isolated_connections_only_cost_no_query(app: Application
     assert sum("count(*)" in statement for statement in sent) == 1, "the rows that were there before"
 
 
+def test_all_tables_of_a_database_are_counted_by_one_query(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = MetaData()
+    for name in ("items", "parts", "sales"):
+        Table(name, metadata, Column("id", Integer, primary_key=True))
+    metadata.create_all(app.plain_engine())
+    monkeypatch.setattr("app_db.testing._row_counts.metadata_of", lambda name: metadata)
+    sent: list[str] = []
+
+    @event.listens_for(app.engine(), "connect")
+    def trace(connection: sqlite3.Connection, record: object) -> None:
+        connection.set_trace_callback(sent.append)
+
+    RowCounts(app.container)
+    assert [statement.count("count(*)") for statement in sent if "count(*)" in statement] == [3]
+
+
 def test_a_test_that_commits_by_an_engine_of_its_own_is_told_at_once(app: Application, place: Path) -> None:
     def body() -> None:
         engine = create_engine(f"sqlite:///{place}", poolclass=NullPool)
@@ -96,6 +113,29 @@ def test_what_nothing_has_seen_is_told_from_time_to_time_with_all_tests_since(
     (told,) = run(app, watch, "third", lambda: None)
     assert told == f"{ROW}, by this test or one before it after which rows were not counted: second, first"
     assert run(app, watch, "fourth", lambda: None) == []
+
+
+def test_rows_are_counted_every_half_second(app: Application, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 100.4, 100.6, 100.6])
+    monkeypatch.setattr(module, "_RARELY", RARELY)
+    monkeypatch.setattr(module, "monotonic", lambda: next(clock))
+    watch = RowWatch(app.container)
+    assert run(app, watch, "first", lambda: commit_a_row(place, "kept")) == []
+    assert run(app, watch, "second", lambda: None) == [
+        f"{ROW}, by this test or one before it after which rows were not counted: first"
+    ]
+
+
+def test_a_row_that_a_test_updates_is_not_noticed(app: Application, place: Path) -> None:
+    def body() -> None:
+        engine = create_engine(f"sqlite:///{place}", poolclass=NullPool)
+        with engine.begin() as connection:
+            connection.execute(update(Item).values(name="other"))
+
+    commit_a_row(place, "kept")
+    watch = RowWatch(app.container)
+    assert run(app, watch, "only", body) == []
+    assert app.names() == ["other"]
 
 
 def test_what_the_last_tests_have_committed_is_told_at_the_end(app: Application, place: Path) -> None:

@@ -294,6 +294,17 @@ def test_two_sessions_roll_back_each_their_own(app: Application) -> None:
         assert list(second.scalars(NAMES)) == []
 
 
+def test_what_another_session_commits_inside_its_transaction_is_undone_and_told(app: Application) -> None:
+    with pytest.raises(IsolationBroken, match="Commit what the session has prepared"), isolated(app.container) as isolation:
+        first, second = isolation.session(), isolation.session()
+        first.add(Item(name="first"))
+        first.flush()
+        second.add(Item(name="second"))
+        second.commit()
+        first.rollback()
+        assert list(second.scalars(NAMES)) == []
+
+
 def test_a_session_waits_for_the_unit_of_another_thread(app: Application) -> None:
     with isolated(app.container) as isolation, ThreadPoolExecutor(1) as pool:
         session = isolation.session()
