@@ -6,7 +6,6 @@ import logging
 import shlex
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,7 +21,7 @@ from app_db.errors import CannotMakeDatabase, SettingsError
 from app_db.models._schema import own_tables
 from app_db.settings import DatabaseSettings
 from app_db.settings._urls import is_memory
-from app_db.testing._marks import DATABASE, Mark, fingerprints, marks_in, put
+from app_db.testing._marks import DATABASE, Mark, fingerprints, fingerprints_of_made, marks_in, put
 from app_db.testing._overrides import connections_of, with_url
 from app_db.testing._runner import runner
 
@@ -159,7 +158,7 @@ def claimed(own: OwnDatabase, names: Sequence[str]) -> Generator[None]:
         yield
     finally:
         if ours and runner().reuse:
-            own.put(replace(Mark(), kept=True, tables=_fingerprints(own, names)))
+            own.put(Mark(kept=True, tables=_fingerprints(own, names, made=True)))
         elif ours:
             own.drop_at_end()
 
@@ -215,9 +214,11 @@ def _clear(own: OwnDatabase, names: Sequence[str], mark: Mark) -> None:
     own.create()
 
 
-def _fingerprints(own: OwnDatabase, names: Sequence[str]) -> dict[str, str]:
+def _fingerprints(own: OwnDatabase, names: Sequence[str], *, made: bool = False) -> dict[str, str]:
+    """Return the fingerprints of the models' tables; with `made`, only of those that are in the database."""
+    tables = [table for name in names for table in own_tables(name)]
     with own.connected() as connection:
-        return {table: found for name in names for table, found in fingerprints(own_tables(name), connection.dialect).items()}
+        return fingerprints_of_made(tables, connection) if made else fingerprints(tables, connection.dialect)
 
 
 def _with_database(name: str, settings: DatabaseSettings, database: str) -> DatabaseSettings:

@@ -91,8 +91,9 @@ class Mark:
         return sorted(name for name, fingerprint in now.items() if self.tables.get(name, fingerprint) != fingerprint)
 
     def changed_or_removed(self, now: Mapping[str, str]) -> list[str]:
-        """Return the tables that have changed, and those that no model describes any more."""
-        return sorted({*self.changed(now), *(self.tables.keys() - now.keys())})
+        """Return the tables that have changed, and those of which this run has imported no model."""
+        removed = {f"{name} (this run imports no model of it)" for name in self.tables.keys() - now.keys()}
+        return sorted({*self.changed(now), *removed})
 
 
 def _is_alive(pid: int) -> bool:
@@ -109,6 +110,13 @@ def _is_alive(pid: int) -> bool:
 def fingerprints(tables: list[Table], dialect: Dialect) -> dict[str, str]:
     """Return a fingerprint of the DDL of each table, by the table's name."""
     return {table.fullname: _hashed(table, dialect) for table in tables}
+
+
+def fingerprints_of_made(tables: list[Table], connection: Connection) -> dict[str, str]:
+    """Return the fingerprints of those tables that are in the database. A test may define a model and make no table of it."""
+    inspector = inspect(connection)
+    there = [table for table in tables if inspector.has_table(table.name, schema=table.schema)]
+    return fingerprints(there, connection.dialect)
 
 
 def _hashed(table: Table, dialect: Dialect) -> str:

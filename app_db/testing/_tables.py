@@ -11,7 +11,7 @@ from sqlalchemy import Engine, MetaData, Table, func, inspect, select
 from app_db.container import DatabaseContainer
 from app_db.errors import CannotMakeTables
 from app_db.models._schema import change, own_tables, steps, writable
-from app_db.testing._marks import Mark, fingerprints, marks_in, put, take
+from app_db.testing._marks import Mark, fingerprints, fingerprints_of_made, marks_in, put, take
 from app_db.testing._runner import runner
 
 
@@ -35,7 +35,7 @@ def made_tables(container: DatabaseContainer) -> Generator[frozenset[str]]:
         for name in reversed(made):
             tables = _Tables(container, name)
             if runner().reuse:
-                tables.put(Mark(kept=True))
+                tables.keep()
             else:
                 container.drop_all(name)
                 tables.unmark()
@@ -53,6 +53,11 @@ class _Tables:
     def put(self, mark: Mark) -> None:
         with self._engine.begin() as connection:
             put(connection, self._name, replace(mark, tables=self._now))
+
+    def keep(self) -> None:
+        """Mark the tables that are there as kept for the next run."""
+        with self._engine.begin() as connection:
+            put(connection, self._name, Mark(kept=True, tables=fingerprints_of_made(self._tables, connection)))
 
     def unmark(self) -> None:
         with self._engine.begin() as connection:

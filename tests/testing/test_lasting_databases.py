@@ -262,8 +262,36 @@ def test_reuse_notices_that_a_model_was_removed(project: Project, postgres_url: 
     result = place.run(USED.format(before=0), "--app-db-reuse")
     result.assert_outcomes(passed=1)
     (told,) = notes(result)
-    assert told.endswith("the models have changed since: lines")
+    assert told.endswith("the models have changed since: lines (this run imports no model of it)")
     assert "lines" not in place.tables()
+
+
+DEFINES_A_MODEL = """
+    import shop
+    from sqlalchemy.orm import Mapped, mapped_column
+
+    def test_a_mixin(app_db_isolation):
+        class Local(shop.Base):
+            __tablename__ = "local"
+            id: Mapped[int] = mapped_column(primary_key=True)
+"""
+
+
+def test_reuse_forgets_a_model_that_a_test_has_defined(project: Project) -> None:
+    place = Place(project, f"sqlite:///{project.path / 'shop.db'}")
+    for _ in range(2):
+        result = place.run(DEFINES_A_MODEL, "--app-db-reuse")
+        result.assert_outcomes(passed=1)
+        assert notes(result) == [], "the table was never made"
+
+
+@pytest.mark.exhaustive
+def test_reuse_by_workers_forgets_a_model_that_a_test_has_defined(project: Project) -> None:
+    place = Place(project, f"sqlite:///{project.path / 'shop.db'}")
+    for _ in range(2):
+        result = place.run(DEFINES_A_MODEL, "--app-db-reuse", "-n", "1", plugins=("xdist",))
+        result.assert_outcomes(passed=1)
+        assert notes(result) == []
 
 
 @pytest.mark.exhaustive
