@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _notes = pytest.StashKey[list[str]]()
 """What app_db.testing has told, for the end of the report."""
-_has_failed = pytest.StashKey[bool]()
-"""Whether a test has failed so far."""
+_failed_in = pytest.StashKey[str]()
+"""The phase in which a test has failed: `setup` or `call`."""
 _has_kept = pytest.StashKey[bool]()
 """Whether the databases of a failed test are kept."""
 
@@ -92,7 +92,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        item.stash[_has_failed] = True
+        item.stash[_failed_in] = report.when
     return report
 
 
@@ -103,7 +103,7 @@ def keeps_failed(config: pytest.Config) -> bool:
 
 def has_failed(item: pytest.Item) -> bool:
     """Return whether a test has failed so far."""
-    return item.stash.get(_has_failed, False)
+    return _failed_in in item.stash
 
 
 @contextmanager
@@ -132,5 +132,6 @@ def keep(copies: FreshDatabases, item: pytest.Item, *, whole: bool = True) -> No
     if not whole:
         lines.append("What was written in an event loop that has ended could not be kept.")
     item.add_report_section("teardown", "app_db", "\n".join(lines))
-    if item.config.getoption("showcapture") != "all" or item.config.getoption("tbstyle") in ("line", "no"):
+    in_setup = item.stash.get(_failed_in, "") == "setup"
+    if in_setup or item.config.getoption("showcapture") != "all" or item.config.getoption("tbstyle") in ("line", "no"):
         tell(item.config, "\n".join(lines))  # pytest does not show the section then

@@ -359,6 +359,18 @@ FAILS_FRESH = """
 """
 
 
+FAILS_IN_SETUP = """
+    import pytest, shop
+
+    @pytest.fixture
+    def prepared(app_db_isolation):
+        shop.place_order()
+        raise ValueError
+
+    def test_prepared(prepared): ...
+"""
+
+
 def kept_command(result: pytest.RunResult) -> str:
     lines = result.stdout.lines
     (at,) = [number for number, line in enumerate(lines) if "are kept as they were when it failed. Look at them with:" in line]
@@ -403,6 +415,14 @@ def test_where_pytest_shows_no_sections_the_report_ends_with_the_databases(proje
     result = Place(project, "sqlite:///shop.db").run(FAILS, "--app-db-keep-failed", option)
     result.assert_outcomes(passed=2, failed=2)
     assert "shop_failed.db" in kept_command(result)
+
+
+def test_the_databases_of_a_test_whose_fixture_fails_are_shown_at_the_end_of_the_report(project: Project) -> None:
+    result = Place(project, "sqlite:///shop.db").run(FAILS_IN_SETUP, "--app-db-keep-failed")
+    result.assert_outcomes(errors=1)
+    assert "shop_failed.db" in kept_command(result)
+    result.stdout.fnmatch_lines(["app_db: The databases of test_shop.py::test_prepared are kept as they were when it failed.*"])
+    assert project.rows("shop_failed") == 1
 
 
 @pytest.mark.exhaustive
