@@ -7,7 +7,7 @@ They work with every test runner. The pytest plugin has fixtures for them.
 from app_db._units.hooks import CapturedHook, CapturedHooks
 from app_db.testing._databases import made_databases
 from app_db.testing._expecting import SentStatement, StatementCounts, expecting
-from app_db.testing._fresh import FreshDatabases, kept_templates
+from app_db.testing._fresh import FreshDatabases, KeptTemplates, kept_templates
 from app_db.testing._isolation import Isolation
 from app_db.testing._live_server import LiveServer, live_server
 from app_db.testing._only_isolated import only_isolated
@@ -32,6 +32,7 @@ __all__ = [
     "FreshDatabases",
     "IsolatedTestCase",
     "Isolation",
+    "KeptTemplates",
     "LiveServer",
     "RowCounts",
     "RowWatch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,6 +14,7 @@ from app_db.settings import ConnectionSettings, DatabaseSettings
 from app_db.settings._urls import is_memory
 from app_db.testing._databases import Beside, OwnDatabase, database_in, name_of, written_places
 from app_db.testing._marks import Mark
+from app_db.testing._outside import activity, checkouts
 from app_db.testing._overrides import Override, connections_of, with_url
 from app_db.testing._row_counts import RowCounts
 from app_db.testing._runner import runner
@@ -21,7 +22,7 @@ from app_db.testing._runner import runner
 _MOST = 20
 """How many copies of one database there can be at the same time."""
 
-_templates: list[_Templates] = []
+_templates: list[KeptTemplates] = []
 
 
 class FreshDatabases(Override):
@@ -61,7 +62,7 @@ class FreshDatabases(Override):
             raise
         return settings.with_connections({**settings.connections, **own})
 
-    def _copied(self, name: str, settings: DatabaseSettings, templates: _Templates | None) -> OwnDatabase:
+    def _copied(self, name: str, settings: DatabaseSettings, templates: KeptTemplates | None) -> OwnDatabase:
         if templates is None:
             return copied(self.container, name, settings, self._suffix)
         source = templates.of(name, settings)
@@ -143,7 +144,7 @@ def copied(container: DatabaseContainer, name: str, settings: DatabaseSettings, 
 
 
 @dataclass
-class _Templates:
+class KeptTemplates:
     """Copies of a container's databases that nothing connects to, and that other copies are made from."""
 
     container: DatabaseContainer
@@ -152,6 +153,8 @@ class _Templates:
     made: dict[object, OwnDatabase] = field(default_factory=dict)
     rows: RowCounts | None = None
     """The rows that were committed when the first template was made."""
+    are_outdated: bool = False
+    """Whether something may have changed rows since, without making them more or fewer."""
 
     def of(self, name: str, settings: DatabaseSettings) -> OwnDatabase:
         """Return the template of a connection's database. The first call makes it."""
@@ -163,26 +166,40 @@ class _Templates:
 
     def drop_outdated(self) -> None:
         """Drop the templates if rows were committed since: by a fixture of a module, for example."""
-        if self.rows is not None and self.rows.moved_on():
+        if self.rows is not None and (self.are_outdated or self.rows.moved_on()):
             self.drop()
+
+    def watched(self) -> Callable[[], None]:
+        """Return a function: call it after something that may have changed rows.
+
+        The templates are made anew if this process has taken a connection meanwhile, or has waited for another process.
+        """
+        checkouts.watch()
+        before = activity()
+
+        def end() -> None:
+            self.are_outdated |= activity() != before
+
+        return end
 
     def drop(self) -> None:
         for own in self.made.values():
             own.drop_at_end()
         self.made.clear()
         self.rows = None
+        self.are_outdated = False
 
 
 @contextmanager
-def kept_templates(container: DatabaseContainer) -> Generator[None]:
+def kept_templates(container: DatabaseContainer) -> Generator[KeptTemplates]:
     """Have `fresh_databases(container)` copy templates, which are made at its first use and dropped at the end of this block.
 
     Copies of a template are quicker, and nothing may be connected to the databases only when the
     templates are made. They are made anew when a table of the models has more or fewer rows.
     """
-    templates = _Templates(container, container.core.state())
+    templates = KeptTemplates(container, container.core.state())
     with ExitStack() as stack:
         stack.callback(templates.drop)
         _templates.append(templates)
         stack.callback(_templates.remove, templates)
-        yield
+        yield templates

@@ -468,6 +468,50 @@ def test_a_marked_test_has_databases_of_its_own(
     assert {path.name for path in project.path.glob("*.db")} <= {"shop.db", "facts.db"}
 
 
+def test_copies_have_the_rows_that_shared_fixtures_have_changed_without_making_more_or_fewer(project: Project) -> None:
+    project.file(
+        "test_shop.py",
+        """
+        import pytest, shop
+        from sqlalchemy import text, update
+
+        pytestmark = pytest.mark.app_db(fresh=True)
+
+        def change(number):
+            with shop.container.transaction():
+                shop.container.writer_session().execute(update(shop.Order).values(id=number))
+
+        def numbers():
+            with shop.container.transaction():
+                return list(shop.container.reader_session().scalars(text("SELECT id FROM orders")))
+
+        @pytest.fixture(scope="module")
+        def first(app_db_tables):
+            shop.place_order()
+            yield
+            change(1)
+
+        @pytest.fixture(scope="class")
+        def ninth(first):
+            change(9)
+            yield
+            change(2)
+
+        def test_as_it_was_made(first):
+            assert numbers() == [1]
+
+        class TestOfClass:
+            def test_set_up(self, ninth):
+                assert numbers() == [9]
+                change(5)  # in the copy
+
+        def test_torn_down(first):
+            assert numbers() == [2]
+        """,
+    )
+    project.run().assert_outcomes(passed=3)
+
+
 @pytest.mark.exhaustive
 def test_what_a_marker_can_not_say_with_fresh(project: Project) -> None:
     project.file(
