@@ -14,6 +14,7 @@ from sqlalchemy.util.concurrency import await_only, in_greenlet
 from app_db._compat.asyncio import pause, running_loop
 from app_db._compat.clocks import monotonic
 from app_db._liveness import Liveness, LivingLock, WithBlock, always
+from app_db._units.owned_transactions import AwaitedTransaction
 from app_db.errors import IsolationTimeout
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Holder:
     task: Task[object] | None
     liveness: Callable[[], object] = always
     """Returns None when the `with` statement that took the lock is gone."""
+    is_lent: bool = False
+    """Whether the unit belongs to a coroutine, and runs in a thread of a pool for a while. It ends elsewhere."""
 
     def is_alive(self) -> bool:
         """Return whether it still holds the lock. A unit that was torn down may not have released it."""
@@ -54,6 +57,8 @@ class Holder:
         """Return whether `other` waits for this unit: making this unit wait for `other` would then be a deadlock."""
         if other.units and other.units[0] in self.units:
             return True
+        if other.is_lent:
+            return False  # the pool has given the thread to another unit: both would wait for each other
         # A task that can't await stops the event loop, and with it the task that it waits for.
         return self.thread is other.thread and (self.task is other.task or not in_greenlet())
 
@@ -77,7 +82,9 @@ class UnitLock:
         """Wait until the caller's unit may run, and return what releases the lock. Raises IsolationTimeout."""
         loop = running_loop()
         task = None if loop is None else current_task(loop)
-        asker = Holder(connection, self._units(), threading.current_thread(), task, liveness)
+        units = self._units()
+        is_lent = loop is None and bool(units) and isinstance(units[0], AwaitedTransaction)
+        asker = Holder(connection, units, threading.current_thread(), task, liveness, is_lent)
         give_up = monotonic() + self._patience
         while not self._admit(asker):
             if monotonic() > give_up:

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextvars import Context
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context, copy_context
 from typing import Any
 
 import anyio
@@ -254,6 +255,29 @@ async def test_anyios_task_groups_and_scopes_are_as_good_as_any(databases: Await
 
 
 # ---- threads and coroutines ----------------------------------------------------------------------------------------------
+
+
+async def test_a_thread_of_a_pool_works_for_one_unit_after_the_other(shared: AwaitedDatabases) -> None:
+    """As the plain functions of a web framework do: the unit that the thread worked for may go on in another thread."""
+    loop, begun = asyncio.get_running_loop(), asyncio.Event()
+
+    def add(name: str, connection: str) -> None:
+        shared.session(connection).add(Item(name=name))
+        shared.session(connection).flush()
+
+    async def unit(name: str) -> None:
+        async with shared.container.transaction():
+            await loop.run_in_executor(one, copy_context().run, add, name, "writer")
+            begun.set()
+            await asyncio.sleep(0.1)
+            await loop.run_in_executor(others, copy_context().run, add, name, "warehouse")
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(2) as others:
+        async with isolated(shared.container, patience=2):
+            first = asyncio.create_task(unit("a"))
+            await begun.wait()
+            await asyncio.gather(first, unit("b"))
+            assert await seen(shared, "warehouse") == await seen(shared) == ["a", "b"]
 
 
 async def test_threads_see_what_coroutines_committed_and_the_other_way_round(shared: AwaitedDatabases) -> None:
