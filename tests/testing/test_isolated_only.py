@@ -331,3 +331,57 @@ def test_the_tests_in_the_documentation_do_what_it_says(project: Project) -> Non
     result = project.run("-k", "too_late")
     result.assert_outcomes(errors=1)
     assert said[2] in " ".join(" ".join(result.stdout.lines).split())
+
+
+# ---- expected failures ---------------------------------------------------------------------------------------------------
+
+EXPECTED = """
+    import unittest
+    import pytest, shop
+
+    @pytest.fixture
+    def an_order():
+        shop.place_order()
+
+    @pytest.mark.xfail
+    def test_itself():
+        shop.place_order()
+
+    @pytest.mark.xfail
+    def test_fixture(an_order):
+        pass
+
+    @pytest.mark.xfail
+    def test_swallowed():
+        try:
+            shop.place_order()
+        except Exception:
+            pass
+
+    class TestCases(unittest.TestCase):
+        @unittest.expectedFailure
+        def test_case(self):
+            shop.place_order()
+
+    # not refused, or expected
+
+    @pytest.mark.xfail(raises=Exception)
+    def test_that_expects_it():
+        shop.place_order()
+
+    @pytest.mark.xfail
+    @pytest.mark.app_db
+    def test_another_failure():
+        shop.place_order()
+        assert shop.orders() == 2
+"""
+
+
+def test_a_refusal_is_not_the_failure_that_a_test_expects(project: Project) -> None:
+    project.file("test_shop.py", EXPECTED)
+    result = project.run(ONLY, "--tb=short")
+    result.assert_outcomes(failed=3, errors=1, xfailed=2)
+    errors = errors_of(result.stdout.str())
+    assert list(errors) == ["ERROR at setup of test_fixture", "test_itself", "test_swallowed", "TestCases.test_case"]
+    assert all("was used without isolation" in error for error in errors.values())
+    assert project.rows() == 0
