@@ -147,6 +147,15 @@ def foreign_keys_of_sqlite_at_commit(app: Application) -> str:
     return "committed"
 
 
+def read_only_in_sql(app: Application) -> str:
+    try:
+        said(app, "SET TRANSACTION READ ONLY", "INSERT INTO watched VALUES (1)")
+    except DBAPIError:
+        said(app, "UPDATE watched SET id = id")
+        return "a write raises, and not in the next unit"
+    return "a write is done"
+
+
 SAME = "the same"
 ENDS = "ends with the unit"
 
@@ -164,6 +173,7 @@ GIVEN_BACK = (
     Behaviour(
         "`pg_advisory_xact_lock` and its kin", advisory_locks, "free after the unit", SAME, "the lock is free after the unit"
     ),
+    Behaviour("`SET TRANSACTION READ ONLY`", read_only_in_sql, "a write raises, and not in the next unit", SAME, ENDS),
     Behaviour("the `timeout` of a unit", time_limits, "0", SAME, ENDS),
     Behaviour("`PRAGMA defer_foreign_keys`", foreign_keys_of_sqlite, "immediate", SAME, ENDS, database="SQLite"),
     Behaviour(
@@ -222,6 +232,13 @@ def isolation_levels(app: Application) -> str:
         return str(app.session().scalar(text("SHOW transaction_isolation")))
 
 
+def levels_in_sql(app: Application) -> str:
+    try:
+        return str(said(app, "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", "SHOW transaction_isolation"))
+    except DBAPIError as error:
+        return "PostgreSQL refuses it" if "ISOLATION LEVEL" in str(error.orig) else str(error)
+
+
 def deferred_triggers(app: Application) -> str:
     said(app, "INSERT INTO watched VALUES (1)")
     return "kept" if said(app, "SELECT count(*) FROM noted") else "undone"
@@ -271,6 +288,13 @@ DIFFERENT = (
     Behaviour("what other connections see of a commit", other_processes, "see it", "see nothing", "It never commits"),
     Behaviour("row locks", row_locks, "free after the unit", LASTING, "They last as long as the transaction"),
     Behaviour("`isolation=` of a unit", isolation_levels, "serializable", "read committed", "A transaction has one"),
+    Behaviour(
+        "`SET TRANSACTION ISOLATION LEVEL` as SQL",
+        levels_in_sql,
+        "serializable",
+        "PostgreSQL refuses it",
+        "PostgreSQL allows it only before the first statement of the transaction",
+    ),
     Behaviour("what a deferred trigger writes", deferred_triggers, "kept", "undone", WHEN_CHECKED),
     Behaviour(
         "sequences, `AUTO_INCREMENT`",
