@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from app_db._sessions.providers import Held
-    from app_db.settings import DatabaseSettings
+    from app_db.settings import ConnectionSettings, DatabaseSettings
 
 T = TypeVar("T")
 
@@ -60,29 +60,29 @@ class Plan:
         self.settings = settings
         self._isolation: Engines | None = None
         self._stand_ins: list[tuple[Held[Any], providers.Callable[Any]]] = []
-        by_place: dict[object, list[IsolatedConnection]] = {}
-        for connection in self._configured(named_connections(container, names)):
-            by_place.setdefault(connection.settings.place, []).append(connection)
+        by_place: dict[object, dict[str, ConnectionSettings]] = {}
+        connections = named_connections(container, names)
+        for name in connections:
+            with suppress(ConnectionNotConfigured):  # as without the isolation, its first use raises that
+                own = settings.connection(name)
+                by_place.setdefault(own.place, {})[name] = own
         self.places = {
-            connection.name: place
+            name: place
             for group in by_place.values()
-            if any(not connection.settings.read_only for connection in group)  # or there is nothing to roll back
-            for place in [Place(group)]
-            for connection in group
+            if not all(own.read_only for own in group.values())  # or there is nothing to roll back
+            for place in [Place([self._isolated(name, own, connections[name]) for name, own in group.items()])]
+            for name in group
         }
 
-    def _configured(self, connections: dict[str, ConnectionContainer]) -> Iterator[IsolatedConnection]:
-        for name, connection in connections.items():
-            with suppress(ConnectionNotConfigured):  # as without the isolation, its first use raises that
-                settings = self.settings.connection(name)
-                yield IsolatedConnection(
-                    name,
-                    settings,
-                    self._outside(connection.engine, self._engine, name),
-                    self._outside(connection.async_engine, self._async_engine, name),
-                    connection.sessionmaker,
-                    connection.async_sessionmaker,
-                )
+    def _isolated(self, name: str, settings: ConnectionSettings, connection: ConnectionContainer) -> IsolatedConnection:
+        return IsolatedConnection(
+            name,
+            settings,
+            self._outside(connection.engine, self._engine, name),
+            self._outside(connection.async_engine, self._async_engine, name),
+            connection.sessionmaker,
+            connection.async_sessionmaker,
+        )
 
     def _outside(self, provider: Held[T], instead: Callable[[str], T], name: str) -> Callable[[], T]:
         """Return a function that returns what a provider returns outside the isolation."""

@@ -521,6 +521,18 @@ def test_only_the_connections_named_are_isolated(new_sqlite_url: Callable[[], st
             isolated(app.container, ["writr"])
 
 
+def test_a_database_that_no_connection_writes_is_read_as_it_is(new_sqlite_url: Callable[[], str]) -> None:
+    url = new_sqlite_url()
+    with running(writer=url) as app:
+        app.put("a")
+    with running(writer=new_sqlite_url(), facts={"url": url, "read_only": True}) as app, isolated(app.container) as isolation:
+        assert isolation.names == ["writer"]
+        with app.unit():
+            assert app.session("facts").scalars(select(Item.name)).all() == ["a"]
+        with pytest.raises(InvalidUse, match="'facts' is not isolated"):
+            isolation.session("facts")
+
+
 def test_a_connection_that_nobody_configured_is_left_alone(new_sqlite_url: Callable[[], str]) -> None:
     settings = DatabaseSettings(connections={"writer": {"url": new_sqlite_url()}}, _env_file=None)
     container: Any = container_of("writer", "warehouse")(settings=settings)
