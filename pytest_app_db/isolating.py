@@ -180,7 +180,7 @@ def app_db_isolation(
     except IsolationBroken as broken:
         problems += broken.problems
     if rows is not None:
-        problems += rows.after_test(_made(app_db_tables), marked.connections, suspect=bool(problems))
+        problems += rows.after_test(_made(app_db_tables), marked.connections and given.names, suspect=bool(problems))
     stack.close()
     if kept:
         return  # the test has failed, and what it left is there to be looked at

@@ -61,7 +61,7 @@ class Plan:
         self._isolation: Engines | None = None
         self._stand_ins: list[tuple[Held[Any], providers.Callable[Any]]] = []
         by_place: dict[object, dict[str, ConnectionSettings]] = {}
-        connections = named_connections(container, names)
+        connections = named_connections(container, None)
         for name in connections:
             with suppress(ConnectionNotConfigured):  # as without the isolation, its first use raises that
                 own = settings.connection(name)
@@ -69,6 +69,7 @@ class Plan:
         self.places = {
             name: place
             for group in by_place.values()
+            if names is None or not group.keys().isdisjoint(names)
             if not all(own.read_only for own in group.values())  # or there is nothing to roll back
             for place in [Place([self._isolated(name, own, connections[name]) for name, own in group.items()])]
             for name in group
@@ -134,7 +135,7 @@ class Plan:
 
 
 def plan_for(container: DatabaseContainer, connections: Collection[str] | None) -> Plan:
-    """Return a plan that is not in use, for all connections of a container or those that are named."""
+    """Return a plan that is not in use, for all databases of a container, or those of the connections that are named."""
     settings = container.settings()
     kept = cast("dict[object, Plan]", container.core.holder().plans)
     key = None if connections is None else frozenset(connections)

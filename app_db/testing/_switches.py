@@ -37,8 +37,8 @@ class isolated(WithBlock):  # noqa: N801  # used like a function
     one after the other. A block inside another one rolls back its own part only. For coroutines
     there is `async with`.
 
-    `connections` names the connections to isolate; without it, all are. `patience` is how long a
-    unit waits for another one, in seconds.
+    `connections` names the connections to isolate, with all other connections to their databases;
+    without it, all are isolated. `patience` is how long a unit waits for another one, in seconds.
 
     The block gives an `Isolation`. Raises InvalidUse inside a unit of work, IsolationTimeout in a
     unit that waited too long, and IsolationBroken at the end of a block that left something open or
@@ -255,7 +255,7 @@ class IsolatedTestCase(unittest.TestCase):
     container: ClassVar[DatabaseContainer]
     """The container whose databases are isolated."""
     connections: ClassVar[Collection[str] | None] = None
-    """The connections to isolate; None for all."""
+    """The connections to isolate, with the others to their databases; None for all."""
     isolation: Isolation
     """The isolation of the test that runs."""
 

@@ -521,6 +521,23 @@ def test_only_the_connections_named_are_isolated(new_sqlite_url: Callable[[], st
             isolated(app.container, ["writr"])
 
 
+@pytest.mark.parametrize("named", ["writer", "reader", "backup"])
+def test_all_connections_to_the_database_of_the_one_that_is_named_are_isolated(
+    new_sqlite_url: Callable[[], str], named: str
+) -> None:
+    url = new_sqlite_url()
+    reading = {"reader": {"mirror": "writer", "read_only": True}, "backup": {"url": url, "read_only": True}}
+    with running("best_effort", writer=url, **reading, warehouse=new_sqlite_url()) as app:
+        with isolated(app.container, [named]) as isolation:
+            assert isolation.names == ["backup", "reader", "writer"]
+            with app.unit():
+                app.add("a")
+            with app.unit():
+                assert app.session("reader").scalars(select(Item.name)).all() == ["a"]
+                assert app.session("backup").scalars(select(Item.name)).all() == ["a"]
+        assert app.names() == []
+
+
 def test_a_database_that_no_connection_writes_is_read_as_it_is(new_sqlite_url: Callable[[], str]) -> None:
     url = new_sqlite_url()
     with running(writer=url) as app:
