@@ -65,6 +65,7 @@ ON_DEMAND = {
     "aiosqlite": "an extra: asked for when a connection uses it",
     "anyio": "used where the application has it running",
     "asyncpg": "an extra: asked for when a connection uses it",
+    "dotenv": "comes with pydantic-settings, which reads env files by it",
     "greenlet": "an extra: asked for by async code",
     "litestar": "an extra: asked for by its integration",
     "psycopg": "an extra: asked for when a connection uses it",

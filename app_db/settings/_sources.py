@@ -28,7 +28,7 @@ from pydantic_settings import (
 )
 from pydantic_settings.sources import DefaultSettingsSource
 
-from app_db._compat.pydantic_settings import tell_what_was_read
+from app_db._compat.pydantic_settings import lines_left_out, tell_what_was_read
 from app_db.errors import Problem, SettingsError
 from app_db.settings._reading import IN_CODE, Reading, Values
 from app_db.settings._spelling import Spelling
@@ -117,12 +117,13 @@ class _Reader:
     def _env_files(self) -> DotEnvSettingsSource:
         """Return pydantic-settings' source of env files, without the files that can't be read. Each of these is a problem.
 
-        Each file is read once, because it may be a pipe.
+        The variables of each file are read once, because it may be a pipe.
         """
         for file in _listed(self._option("env_file")):
             source, failure = tried(partial(self._env_file, file))
             if failure is None:
-                self._alone[str(file)] = cast("DotEnvSettingsSource", source)
+                self._alone[str(file)] = alone = cast("DotEnvSettingsSource", source)
+                self._refuse_lines(Path(file).expanduser(), alone.env_file_encoding)
             elif isinstance(failure, (OSError, UnicodeError)):
                 self._lack(Problem(str(file), "can't be read as a file of variables."))
             else:
@@ -131,6 +132,19 @@ class _Reader:
         whole.env_file = list(self._alone) or None
         whole.env_vars = {name: text for source in self._alone.values() for name, text in source.env_vars.items()}
         return whole
+
+    def _refuse_lines(self, file: Path, encoding: str | None) -> None:
+        """Note the lines that mean to set a variable of ours and can't be read: python-dotenv ignores them."""
+        if not file.is_file():  # a pipe can be read once
+            return
+        variables = self.variables()
+        roots = (root for roots in self._variables.roots(variables).values() for root in roots)
+        beginnings = tuple(root.lower() for root in (variables.env_prefix, "DATABASE_URL ", *roots) if root)
+        left_out = [(line, re.match(r"(?:export\s+)?[\"']?(\w+)", text)) for line, text in lines_left_out(file, encoding)]
+        names = {found[1]: line for line, found in left_out if found and f"{found[1].lower()} ".startswith(beginnings)}
+        for name, line in names.items():
+            how = f"Write {name}=value. A value that begins with a quotation mark has to end with it"
+            self._lack(Problem(name, f"can't be read in line {line} of {file}. {how}."))
 
     def _env_file(self, file: str | Path | None) -> DotEnvSettingsSource:
         options: Options = {**self.options, "env_file": file}

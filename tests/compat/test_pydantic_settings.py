@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, PydanticBaseSettingsSource
 
-from app_db._compat.pydantic_settings import means_none, tell_what_was_read
+from app_db._compat.pydantic_settings import lines_left_out, means_none, tell_what_was_read
 
 
 class Plain(BaseSettings):
@@ -52,3 +53,9 @@ def test_a_text_that_means_none_is_known_by_its_class(monkeypatch: pytest.Monkey
     assert means_none(EnvSettingsSource(Plain, env_parse_none_str="nothing").env_vars["colour"])
     assert not means_none(EnvSettingsSource(Plain).env_vars["colour"])
     assert not means_none(None)
+
+
+def test_statements_of_an_env_file_that_can_not_be_parsed_are_found(tmp_path: Path) -> None:
+    file = tmp_path / "some.env"
+    file.write_text("# a comment\nA=1\n\n\nB 2\nC\nD='x\ny'\nE=\n  F='\n")
+    assert [(line, text.strip()) for line, text in lines_left_out(file, None)] == [(5, "B 2"), (10, "F='")]

@@ -142,6 +142,22 @@ def test_other_env_files_can_be_named_or_none(tmp_path: Path) -> None:
     refused(NothingConfigured, _env_file=None)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "APP_DB_CONNECTIONS__WRITER__READ_ONLY true",
+        "export APP_DB_CONNECTIONS__WRITER__READ_ONLY: true",
+        'app_db_connections__writer__read_only="true',
+    ],
+)
+def test_a_line_of_an_env_file_that_can_not_be_read_is_a_problem(line: str) -> None:
+    lines = ["APP_DB_CONNECTIONS__WRITER__URL=sqlite:///w.db", "", "DATABASE_URL_OLD x", "APP_DB_APPLICATION", line, "OTHER='"]
+    Path(".env").write_text("\n".join(lines))
+    [(name, message)] = refused().items()
+    assert name.upper() == "APP_DB_CONNECTIONS__WRITER__READ_ONLY"
+    assert message.startswith(f"can't be read in line 5 of .env. Write {name}=value.")
+
+
 def test_an_env_file_that_is_not_text_is_a_problem() -> None:
     Path(".env").write_bytes(b"APP_DB_X=\xff\xfe" + SECRET.encode())
     assert ".env" in refused(given=1)
