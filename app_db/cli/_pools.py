@@ -81,11 +81,16 @@ def _sessions(container: DatabaseContainer, name: str) -> list[ServerSession] | 
 
 
 def _nobody(container: DatabaseContainer, name: str) -> str:
+    from app_db._databases.inspection import Inspection
+    from app_db._databases.registry import database_of
     from app_db.cli._connections import url_of
 
-    if url_of(container, name).get_backend_name() == "sqlite":
+    kind = url_of(container, name).get_backend_name()
+    if kind == "sqlite":
         return "SQLite has no server that lists connections; container.pools() lists those of its own process"
-    return "nothing else is connected, or app_db can't ask this kind of database"
+    if type(database_of(kind).inspection()).sessions is Inspection.sessions:
+        return f"app_db can't ask {kind} for its connections"
+    return "there is no other connection that its user may see"
 
 
 def _silence() -> str:

@@ -196,6 +196,11 @@ def test_a_session_that_waits_for_a_lock_names_the_one_that_holds_it(server: str
     assert [line.split()[1] for line in shown if line.endswith(f"  {holding}")] == [str(waiting)]
 
 
+def test_a_server_without_other_connections_is_told(postgres_url: str) -> None:
+    done = app_db("pool", environment=variables({"main": {"url": postgres_url}}))
+    assert (done.returncode, done.stdout) == (0, "main: there is no other connection that its user may see\n")
+
+
 def test_a_file_has_no_server_and_a_server_that_is_down_is_told(sqlite_url: str) -> None:
     done = app_db("pool", environment=variables({"file": {"url": sqlite_url}, "gone": {"url": NOWHERE}}))
     assert done.returncode == 1
