@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from app_db._wording import did_you_mean
 from app_db.cli._calls import COULD_NOT_RUN, EXIT_CODES, FINE, Call, CannotRun, Verb, listed
-from app_db.cli._printing import Printer, make_printable
+from app_db.cli._printing import Printer, flush, make_printable
 
 if TYPE_CHECKING:
     from app_db.container import DatabaseContainer
@@ -74,8 +73,6 @@ def main(arguments: Sequence[str] | None = None, *, program: str | None = None) 
         out.error(str(error))
     except CannotRun as error:
         out.error(str(error))
-    except BrokenPipeError:  # the reader has ended, as `head` does
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends, which would write again
     except KeyboardInterrupt as error:
         out.error(" ".join(["Interrupted.", *(_notes(error) or ["Nothing is lost by that: run it again."])]))
     except Exception as error:  # noqa: BLE001  # a traceback does not help an operator
@@ -107,7 +104,7 @@ def _run(call: Call) -> int:
     with _without_log_records():
         try:
             code = int(call.options.verb(call))
-            sys.stdout.flush()  # so that what can't be written is an error here
+            flush()
             return code
         finally:
             call.close()
@@ -119,6 +116,7 @@ def _print_version(out: Printer) -> int:
     version = version_of("app-db")
     out.line(f"app-db {version}")
     out.data({"version": version})
+    flush()
     return FINE
 
 
@@ -224,6 +222,10 @@ class _WrongUsage(CannotRun):
 
 class _Arguments(argparse.ArgumentParser):
     """A parser that leaves it to `main` to print what is wrong: `--json` prints it as JSON."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        flush()
+        super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         raise _WrongUsage(f"{self.prog}: error: {message}", self.format_usage())

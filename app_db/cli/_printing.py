@@ -48,26 +48,29 @@ class Printer:
         """Print a line of text. It is not wrapped, so that programs can read it, too."""
         if self.as_json:
             return
-        if style and (console := _console(sys.stdout)):
-            console.print(text, style=_COLOURS[style], markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text)
+        with while_read():
+            if style and (console := _console(sys.stdout)):
+                console.print(text, style=_COLOURS[style], markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
         """Print a table. A cell may have several lines."""
         if self.as_json:
             return
         listed = [list(row) for row in rows]
-        if console := _console(sys.stdout):
-            console.print(_rich_table(columns, listed))
-        else:
-            for line in plain_table(columns, listed):
-                print(line)
+        with while_read():
+            if console := _console(sys.stdout):
+                console.print(_rich_table(columns, listed))
+            else:
+                for line in plain_table(columns, listed):
+                    print(line)
 
     def data(self, data: object) -> None:
         """Print what there is to say as JSON, by the schema of the verb."""
         if self.as_json:
-            print(_json(data))
+            with while_read():
+                print(_json(data))
 
     def error(self, text: str) -> None:
         """Print to stderr why the command could not run."""
@@ -97,6 +100,23 @@ class Printer:
                 yield lambda *_: None
             finally:
                 timer.cancel()
+
+
+@contextmanager
+def while_read() -> Generator[None]:
+    """Print nothing more once the reader of a pipe has ended, as `head` does: what the verb did is done, and so is its code."""
+    try:
+        yield
+    except OSError as error:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends, which would write again
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def flush() -> None:
+    """Write out what is printed, so that what can't be written is an error now, and not when the process ends."""
+    with while_read():
+        sys.stdout.flush()
 
 
 def _json(data: object) -> str:

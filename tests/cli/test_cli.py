@@ -368,7 +368,10 @@ def test_tables_of_mariadb_that_have_no_transactions_are_named(new_mariadb_url: 
 @pytest.mark.parametrize(
     ("command", "code", "says"),
     [
-        ("{app_db} completion bash | head -c 0", 2, ""),
+        ("{app_db} completion bash | head -c 0", 0, ""),
+        ("{app_db} --version | true", 0, ""),
+        ("{app_db} migrate --help | true", 0, ""),
+        ("{app_db} --help >/dev/full", 2, "No space left on device"),
         ("{app_db} completion bash >&-", 0, ""),
         ("{app_db} nonsense 2>&-", 2, ""),
         ("{app_db} completion bash >/dev/full", 2, "No space left on device"),
@@ -378,7 +381,7 @@ def test_what_can_not_be_printed_is_no_traceback(command: str, code: int, says: 
     """A pipe whose reader has ended, closed streams, and a full disk."""
     done = subprocess.run(
         ["bash", "-c", "set -o pipefail; " + command.format(app_db=f"{sys.executable} -m app_db")],
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         check=False,
