@@ -158,11 +158,21 @@ def _checked(found: Sequence[Check]) -> _Report:
 def _revision(call: Call) -> _Report:
     """Write a migration for each connection whose models differ from its database. Read it before you run it."""
     from app_db.migrations import revision
+    from app_db.migrations._commands import tables_before_revisions
 
     with call.out.progress("Comparing models and databases"):
+        existing = {} if call.options.empty else tables_before_revisions(call.container, **_places(call))
         written = revision(call.container, call.options.message, autogenerate=not call.options.empty, **_places(call))
     lines = [f"{each.connection}: {each.path}" for each in written] or ["Nothing was written: models and databases agree."]
-    return _Report(lines, [asdict(each) for each in written])
+    return _Report([*lines, *(_not_created(*each) for each in existing.items())], [asdict(each) for each in written])
+
+
+def _not_created(name: str, tables: list[str]) -> str:
+    """Return what to do about tables that a first revision does not create."""
+    return (
+        f"{name}: no revision creates {', '.join(tables)}, because the database has them already. For a first revision that "
+        "creates them, delete the file above if there is one, run this on an empty database, and then app-db stamp here."
+    )
 
 
 # ---- looking at them ----------------------------------------------------------------------------------------------------

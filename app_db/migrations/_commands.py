@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
-from sqlalchemy import Engine
+from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import SQLAlchemyError
 
 from app_db._databases.containers import require_container
@@ -23,6 +23,7 @@ from app_db.migrations._results import Check, Current, Migrated, Revision
 from app_db.migrations._running import compared, configure, run_command, run_environment, run_offline
 from app_db.migrations._selecting import Names, chains, with_chains, with_chains_or_models, with_engines, with_models
 from app_db.models._reflection import connections_in, engine_that_reads
+from app_db.models._schema import own_tables
 
 if TYPE_CHECKING:
     from alembic.operations.ops import MigrationScript
@@ -230,6 +231,26 @@ def revision(
         return sum(map(write, found), ())
 
     return _on_chains(container, names, folder, write_all)
+
+
+def tables_before_revisions(
+    container: DatabaseContainer, *, connections: Names = None, directory: str | Path | None = None
+) -> dict[str, list[str]]:
+    """Return the tables of models that exist where a connection has no revision yet, as after `create_all()`, by connection.
+
+    A first revision would not create them: it is the difference between the models and the database.
+    """
+    folder = folder_of(directory)
+    names = with_models(with_chains_or_models(container, connections, folder), is_asked=connections is not None)
+
+    def look(chain: Chain) -> tuple[str, list[str]]:
+        if chain.head is not None:
+            return chain.name, []
+        with engine_that_reads(chain.engine, container.settings().connection(chain.name)).connect() as connection:
+            known = inspect(connection)
+            return chain.name, [each.fullname for each in own_tables(chain.name) if known.has_table(each.name, each.schema)]
+
+    return {name: tables for name, tables in _for_each(container, names, folder, look) if tables}
 
 
 def _nothing(context: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from app_db.cli import main
 from app_db.cli._printing import Printer
 from harness.commands import app_db
+from harness.findings import run as execute
 from harness.migrated import Project
 from harness.schemas import validated
 
@@ -79,6 +80,19 @@ def test_models_in_modules_of_their_own_are_imported(sqlite_url: str, monkeypatc
     assert run("migrate", "--check") == "writer: nothing to do\n"
     assert run("revision", "-m", "again").startswith("Nothing was written")
     assert "create_table('orders'" in Path(written["path"]).read_text()
+
+
+def test_tables_that_exist_before_the_first_revision_are_told(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", sqlite_url)
+    Path("shop.py").write_text(MODULE)
+    execute(sqlite_url, "CREATE TABLE orders (id INTEGER NOT NULL PRIMARY KEY)")
+    says = "writer: no revision creates orders, because the database has them already. "
+    said = run("revision", "-m", "first").splitlines()
+    assert [line.startswith(text) for line, text in zip(said, ("Nothing was written", says), strict=True)] == [True, True]
+    assert data("revision", "-m", "first") == []
+    run("revision", "-m", "first", "--empty")
+    run("stamp")
+    assert run("revision", "-m", "second") == "Nothing was written: models and databases agree.\n"
 
 
 def test_what_may_take_long_shows_progress(sqlite_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
