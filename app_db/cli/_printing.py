@@ -55,13 +55,17 @@ class Printer:
                 print(text)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
-        """Print a table. A cell may have several lines."""
+        """Print a table. A cell may have several lines. A terminal that is too narrow for the headings has blocks."""
         if self.as_json:
             return
         listed = [list(row) for row in rows]
         with while_read():
             if console := _console(sys.stdout):
-                console.print(_rich_table(columns, listed))
+                if len("  ".join(columns)) > console.width:
+                    for each in _records(columns, listed):
+                        console.print(each)
+                else:
+                    console.print(_rich_table(columns, listed))
             else:
                 for line in plain_table(columns, listed):
                     print(line)
@@ -177,6 +181,23 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> objec
     for row in rows:
         table.add_row(*(Text(cell.text, _COLOURS[cell.style]) if isinstance(cell, Styled) else Text(cell) for cell in row))
     return table
+
+
+def _records(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Iterable[object]:
+    """Yield a block for each row, with a line for each cell that is not empty, and a blank line between blocks."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for row in rows:
+        block = Table.grid(padding=(0, 2, 0, 0))
+        block.add_column(no_wrap=True)
+        block.add_column(overflow="fold")
+        for column, cell in zip(columns, row, strict=True):
+            if text := _text(cell):
+                block.add_row(Text(column, "bold"), Text(text, _COLOURS[cell.style] if isinstance(cell, Styled) else ""))
+        yield block
+        if row is not rows[-1]:
+            yield ""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import threading
 from pathlib import Path
@@ -48,6 +49,19 @@ def new_screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
 
 ROWS: list[list[Cell]] = [["writer", Styled("down", "bad")], ["a", "two\nlines"]]
 PLAIN = ["name    state", "writer  down", "a       two", "        lines"]
+
+
+def test_a_terminal_that_the_headings_of_a_table_do_not_fit_has_a_block_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("rich")
+    screen = new_screen(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "24")
+    rows: list[list[Cell]] = [["warehouse", Styled("down", "bad"), ""], ["writer", "up", "a text that is folded"]]
+    Printer().table(["connection", "status", "milliseconds"], rows)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    assert [line.rstrip() for line in shown.splitlines()] == [
+        *("connection  warehouse", "status      down", ""),
+        *("connection    writer", "status        up", "milliseconds  a text", "              that is", "              folded"),
+    ]
 
 
 def test_without_rich_a_terminal_has_plain_text(monkeypatch: pytest.MonkeyPatch, without_rich: None) -> None:
