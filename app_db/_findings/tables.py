@@ -12,7 +12,6 @@ from sqlalchemy.engine.reflection import ObjectKind
 from app_db._findings import matters
 from app_db._findings.asking import Asked, Question
 from app_db._findings.finding import Finding
-from app_db._wording import in_one_line
 from app_db.container import DatabaseContainer
 from app_db.errors import AppDbError
 from app_db.models._bases import metadata_of
@@ -103,7 +102,7 @@ def _pending_migrations(asked: Asked) -> Iterator[Finding]:
     try:
         [found] = current(asked.container, connections=[asked.name])
     except AppDbError as error:
-        yield matters.PENDING.found(asked.name, f"The migrations can't be used: {in_one_line(error)}.", place, "Correct them.")
+        yield matters.PENDING.found(asked.name, f"{' '.join(error.message.split()).rstrip('.')}.", place, "Correct them.")
         return
     if found.pending:
         names = ", ".join(found.pending)
