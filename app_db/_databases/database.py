@@ -328,6 +328,9 @@ class Database:
         thread.start()
         thread.join(_LONGEST_CLOSE)
 
+    def before_terminating(self, dbapi_connection: DBAPIConnection) -> None:
+        """Send what has to be sent before a connection of an async driver is closed in its event loop, without waiting."""
+
     def may_write(self, driver_connection: object) -> bool:
         """Return whether a connection with PROTECTED in its info is known to be writable by now. This costs no round trip."""
         return False

@@ -81,6 +81,7 @@ class _LoopOfEngine:
     def terminate(self, dbapi_connection: DBAPIConnection) -> None:
         # SQLAlchemy's adapters await nothing here if they can't.
         if running_loop() is self.loop:
+            self._database.before_terminating(dbapi_connection)
             return self._terminate(dbapi_connection)
         return self._cut_off(dbapi_connection)
 

@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
-from app_db._compat.asyncio import pause
+from app_db._compat.asyncio import begin_unseen, pause
 from app_db._compat.clocks import monotonic
 from app_db._databases.database import NEVER, Database, SharingRules, driver_of, execute, milliseconds, on_execute
 from app_db._databases.migrating import MigrationRules
@@ -159,6 +159,11 @@ def _violations(connection: Connection) -> Counter[str]:
     return Counter(row[0] for row in connection.exec_driver_sql("PRAGMA foreign_key_check"))
 
 
+async def _roll_back(connection: Any) -> None:
+    with suppress(Exception):  # it is closed
+        await connection.rollback()
+
+
 class SQLite(Database):
     """SQLite: WAL, foreign keys, and transactions that app_db begins instead of the driver."""
 
@@ -251,6 +256,10 @@ class SQLite(Database):
     def has_lost_transaction(self, connection: Connection, failures: Sequence[BaseException]) -> bool:
         # SQLite rolls back by itself, for example if the disk is full. Each later statement would then commit by itself.
         return not getattr(connection.connection.driver_connection, "in_transaction", True)
+
+    def before_terminating(self, dbapi_connection: DBAPIConnection) -> None:
+        # SQLite keeps the transaction, and its lock, of a connection that is closed before its last statement is freed.
+        begin_unseen(_roll_back(driver_of(dbapi_connection)))
 
     def begin_now(self, connection: Connection) -> None:
         # sqlite3 itself begins before a statement that changes rows, and not before DDL, which would be committed at once.

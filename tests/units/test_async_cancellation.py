@@ -22,6 +22,8 @@ from harness.servers import PostgresServer
 from harness.versions import STRANDS_CONNECTIONS, waits_in_tasks
 
 TASKS = 500
+LONG = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 3000000) SELECT count(*) FROM n"
+"""A statement of SQLite that takes about a second."""
 POOL = {"size": 10, "max_overflow": 10, "timeout": 60}
 
 pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning")] if STRANDS_CONNECTIONS else []
@@ -285,17 +287,11 @@ async def test_a_cancelled_statement_aborts_its_unit(
 ) -> None:
     url = url_for(driver, request) + ("?timeout=60" if driver == "aiosqlite" else "")  # its thread goes on for a while
     async with opened_awaited(url, driver, each={"pool": {"size": 1, "max_overflow": 0}}) as databases:
-        long = (
-            "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 3000000) SELECT count(*) FROM n"
-            if driver == "aiosqlite"
-            else "SELECT pg_sleep(10)"
-        )
+        long = LONG if driver == "aiosqlite" else "SELECT pg_sleep(10)"
 
         async def unit() -> None:
-            # aiosqlite keeps the lock of what it is told to give up for some seconds, so there nothing is locked.
-            async with databases.container.transaction(read_only=driver == "aiosqlite"):
-                if driver != "aiosqlite":
-                    await databases.write("a")
+            async with databases.container.transaction():
+                await databases.write("a")
                 await databases.say(long)
 
         began = time.monotonic()
@@ -311,6 +307,21 @@ async def test_a_cancelled_statement_aborts_its_unit(
         assert databases.items() == ["next"]
         if driver != "aiosqlite":
             assert postgres.open_transactions(database_name(url), within=2.0) == []
+
+
+async def test_a_cancelled_statement_of_sqlite_leaves_no_lock(request: pytest.FixtureRequest) -> None:
+    async with opened_awaited(url_for("aiosqlite", request) + "?timeout=3", "aiosqlite") as databases:
+        gc.disable()  # it would free the statement, and with it the lock
+        try:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2), databases.container.transaction():
+                    await databases.write("lost")
+                    await databases.say(LONG)
+            async with databases.container.transaction():
+                await databases.write("kept")
+        finally:
+            gc.enable()
+        assert databases.items() == ["kept"]
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
