@@ -24,6 +24,7 @@ from app_db._compat.aiosqlite import is_view, leave_open
 from app_db._compat.sqlalchemy import listeners_to
 from app_db._databases.engines import SHARED
 from app_db._databases.registry import database_of
+from app_db.errors import CannotIsolate
 from app_db.settings._urls import for_coroutines
 from app_db.testing._savepoints import Checkout
 from app_db.testing._shared_connection import CHECKOUT, SharedConnection, checkout_in
@@ -49,7 +50,7 @@ AsyncView = Callable[["DBAPIConnection"], Awaitable[object]]
 
 _OWN_ATTRIBUTES = frozenset(
     "dispatch connect do_begin do_commit do_rollback do_close do_terminate do_savepoint do_rollback_to_savepoint "
-    "do_release_savepoint do_execute do_executemany do_execute_no_params connection_characteristics "
+    "do_release_savepoint do_begin_twophase do_execute do_executemany do_execute_no_params connection_characteristics "
     "supports_server_side_cursors".split()
 ) | {SHARED}
 """The attributes that the dialect of an isolated engine does not copy from the dialect of the real engine."""
@@ -165,6 +166,7 @@ def _share(dialect: Dialect, shared: SharedConnection, close: Callable[[AdaptedC
         "do_rollback": on_checkout(partial(shared.finish, commit=False)),
         "do_savepoint": on_savepoint(shared.savepoints.savepoint),
         "do_release_savepoint": on_savepoint(shared.savepoints.release),
+        "do_begin_twophase": _refuse_two_phase,
         "do_rollback_to_savepoint": on_savepoint(shared.savepoints.roll_back_to),
         "do_close": close,
         "do_terminate": close,
@@ -177,6 +179,15 @@ def _share(dialect: Dialect, shared: SharedConnection, close: Callable[[AdaptedC
         attributes["supports_server_side_cursors"] = False  # they would keep the connection busy between two statements
     for name, value in attributes.items():
         setattr(dialect, name, value)
+
+
+def _refuse_two_phase(connection: Connection, xid: object) -> None:
+    checkout = _checkout_on(connection)
+    raise CannotIsolate(
+        "" if checkout is None else checkout.connection,
+        "Two-phase commit",
+        "Give the test copies of the databases: @pytest.mark.app_db(fresh=True), or fresh_databases(container)",
+    )
 
 
 def _execute(

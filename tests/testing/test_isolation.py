@@ -19,6 +19,7 @@ import transaction
 from dependency_injector import providers
 from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import Session
 from transaction.interfaces import TransientError
 
 from app_db import DatabaseSettings, container_of
@@ -548,6 +549,13 @@ def test_a_database_that_no_connection_writes_is_read_as_it_is(new_sqlite_url: C
             assert app.session("facts").scalars(select(Item.name)).all() == ["a"]
         with pytest.raises(InvalidUse, match="'facts' is not isolated"):
             isolation.session("facts")
+
+
+def test_a_two_phase_session_of_sqlalchemy_is_refused(new_postgres_url: Callable[[], str]) -> None:
+    with running(writer=new_postgres_url()) as app, isolated(app.container), Session(app.engine(), twophase=True) as session:
+        session.add(Item(name="a"))
+        with pytest.raises(CannotIsolate, match=r"Two-phase commit can't be isolated on 'writer'.*fresh=True"):
+            session.commit()
 
 
 def test_a_connection_that_nobody_configured_is_left_alone(new_sqlite_url: Callable[[], str]) -> None:
