@@ -33,17 +33,18 @@ def find(
     unit of work in the decision log. `modules` are names of the application's modules and packages, whose markers are checked.
     `now` is the clock that those of the servers are compared with.
     """
+    of_modules = [*wiring.findings(container, modules)]  # first: their tables are known once they are imported
     try:
         settings = container.settings()
     except SettingsError as error:
-        return [*refusals(None, error), *wiring.findings(container, modules)]
+        return [*refusals(None, error), *of_modules]
     found = [
         *_not_configured(container, settings),
         *across.separate_rows(settings),
         *two_phase.apart(settings),
         *tables.stray_migrations(container),
         *_databases(container, settings, now, patience),
-        *wiring.findings(container, modules),
+        *of_modules,
     ]
     names = [*settings.connections]
     order = {name: position for position, name in enumerate(names)}

@@ -129,6 +129,18 @@ def test_the_modules_in_pyproject_toml_are_checked(sqlite_url: str) -> None:
     assert "The module 'no_such_shop' can't be imported" in done.stdout
 
 
+def test_the_models_of_modules_that_the_containers_module_does_not_import_are_compared(sqlite_url: str) -> None:
+    Path("only_models.py").write_text(
+        "from sqlalchemy import Column, Integer, Table\nfrom app_db import metadata_of\n"
+        "Table('boxes', metadata_of('main'), Column('id', Integer, primary_key=True))\n"
+    )
+    Path("pyproject.toml").write_text("[tool.app_db]\nmodules = ['only_models']")
+    run(sqlite_url, "CREATE TABLE t (id INTEGER)")
+    done = app_db("check", environment=variables({"main": {"url": sqlite_url}}))
+    assert "The table boxes of the models does not exist." in done.stdout
+    assert done.returncode == 1
+
+
 def test_modules_in_the_working_directory_are_found(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
