@@ -218,6 +218,8 @@ class SQLite(Database):
     def _begin_ourselves(self, engine: Engine, statement: str) -> None:
         # A listener to the "begin" event would make every use of the engine slower. The dialect's own method does not.
         def begin(dbapi_connection: PoolProxiedConnection) -> None:
+            if dbapi_connection.isolation_level is None:  # AUTOCOMMIT: nothing would end a transaction but a rollback
+                return
             info = dbapi_connection.info
             if TIME_LIMIT in info:
                 info.setdefault(_USUAL_WAIT, _limit_wait(dbapi_connection, info[TIME_LIMIT]))

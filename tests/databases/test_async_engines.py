@@ -604,6 +604,16 @@ def test_echo_logs_statements_under_the_connections_name(sqlite_url: str, caplog
     assert not [message for _, message in messages if "quiet" in message]
 
 
+def test_an_engine_in_autocommit_keeps_each_statement(url: str) -> None:
+    async def work(engine: AsyncEngine) -> Any:
+        await execute(engine, "CREATE TABLE kept (id INTEGER)")
+        async with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            await connection.execute(text("INSERT INTO kept VALUES (1)"))
+        return await scalar(engine, "SELECT count(*) FROM kept")
+
+    assert with_engine(url, work) == 1
+
+
 # ---- loops -----------------------------------------------------------------------------------------------------------------
 
 

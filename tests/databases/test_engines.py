@@ -130,6 +130,19 @@ def test_a_busy_sqlite_database_is_waited_for(new_engine: Callable[..., Engine],
     assert waited[0] > 0.2
 
 
+@pytest.mark.parametrize("database", ["sqlite", "postgres", "mariadb"])
+def test_an_engine_in_autocommit_keeps_each_statement(
+    new_engine: Callable[..., Engine], database: str, request: pytest.FixtureRequest
+) -> None:
+    engine = new_engine(request.getfixturevalue(f"{database}_url"))
+    execute(engine, "CREATE TABLE kept (id INTEGER)")
+    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text("INSERT INTO kept VALUES (1)"))
+    with engine.connect() as connection:  # the same one of the pool, and no longer in autocommit
+        connection.execute(text("INSERT INTO kept VALUES (2)"))
+    assert scalar(engine, "SELECT sum(id) FROM kept") == 1
+
+
 def test_ddl_on_sqlite_is_part_of_the_transaction(new_engine: Callable[..., Engine], sqlite_url: str) -> None:
     """The fact guarded: the driver by itself begins no transaction before DDL, so that a rollback leaves the table."""
     engine = new_engine(sqlite_url)
