@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar, cast
 
 import pytest
 
@@ -46,11 +46,33 @@ def containers_of(config: pytest.Config) -> list[Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: _FixtureDef, request: pytest.FixtureRequest) -> Generator[None, object, object]:
-    """Give the container its databases as soon as a fixture has returned it."""
-    value = yield
+    """Give the container its databases as soon as a fixture has returned it. End the session if its tables can't be made."""
+    value, problem = None, ""
+    try:
+        value = yield
+    except Exception as error:
+        problem = _message(error) if fixturedef.argname == "app_db_tables" else ""
+        if not problem:
+            raise
+    if problem:  # not in the `except`, or pytest would show the error twice
+        _give_up(problem, request.config)
     if fixturedef.argname == "app_db_container":
         prepare(_require_container(value), request.config, fixturedef.addfinalizer)
     return value
+
+
+def _message(error: Exception) -> str:
+    """Return the message of an error of app_db, and nothing for others."""
+    from app_db import AppDbError
+
+    return str(error) if isinstance(error, AppDbError) else ""
+
+
+def _give_up(problem: str, config: pytest.Config) -> NoReturn:
+    """End the session with one error. A worker can't end it: there, each test fails that needs the databases."""
+    if is_worker(config):
+        pytest.fail(problem, pytrace=False)
+    pytest.exit(f"app_db: {problem}", returncode=pytest.ExitCode.USAGE_ERROR)
 
 
 def _require_container(value: object) -> DatabaseContainer:
@@ -96,15 +118,13 @@ def _enter(block: AbstractContextManager[T], config: pytest.Config, at_end: Call
     try:
         given = block.__enter__()
     except AppDbError as error:
-        if is_worker(config):
-            pytest.fail(str(error), pytrace=False)
-        pytest.exit(f"app_db: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+        _give_up(str(error), config)
     at_end(lambda: block.__exit__(None, None, None))
     return given
 
 
 @pytest.fixture(scope="session")
-def app_db_tables(request: pytest.FixtureRequest, app_db_container: DatabaseContainer) -> frozenset[str]:
+def app_db_tables(app_db_container: DatabaseContainer) -> Generator[frozenset[str]]:
     """Create the tables of the models for the session. A project whose tables come from migrations overrides this fixture.
 
     Its value is the frozenset of connections whose tables it made. Rows that a test commits there
@@ -112,4 +132,5 @@ def app_db_tables(request: pytest.FixtureRequest, app_db_container: DatabaseCont
     """
     from app_db.testing import made_tables
 
-    return _enter(made_tables(app_db_container), request.config, request.addfinalizer)
+    with made_tables(app_db_container) as made:
+        yield made

@@ -222,7 +222,8 @@ class _Watching:
         if item is self._item:
             return self.watch
         self._item, self.watch = item, None
-        item.stash[_refused] = []
+        if self._refuses:
+            item.stash[_refused] = []
         containers = containers_of(item.config)
         if containers and self._is_watched(item, is_isolation=is_isolation):
             self.watch = _Watch(item, refuses=self._refuses)

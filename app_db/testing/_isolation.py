@@ -6,7 +6,7 @@ import asyncio
 from asyncio import AbstractEventLoop
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -44,7 +44,7 @@ class Isolation:
         self._coordinator = coordinator
         self._places = places
         self._patience = patience
-        self._lock = UnitLock(self._units, patience)
+        self._lock = UnitLock(partial(_units_here, coordinator), patience)
         self._sessions: list[Session] = []
         self._databases: dict[Place, _Database] = {}
 
@@ -123,15 +123,6 @@ class Isolation:
         if shared is not None:
             shared.check_deferred()
 
-    def _units(self) -> Sequence[Transaction]:
-        """Return the unit of work that is under way here, and the units around it."""
-        units: list[Transaction] = []
-        transaction = current(self._coordinator.manager)
-        while transaction is not None:
-            units.append(transaction)
-            transaction = self._coordinator.work_of(transaction).outer
-        return units
-
     # -- the end
 
     def keep_for_good(self) -> bool:
@@ -164,6 +155,16 @@ class Isolation:
         if here is not None:
             found.setdefault(here, str(getattr(here, "owner", "this thread")))
         return found
+
+
+def _units_here(coordinator: Coordinator) -> Sequence[Transaction]:
+    """Return the unit of work that is under way here, and the units around it."""
+    units: list[Transaction] = []
+    transaction = current(coordinator.manager)
+    while transaction is not None:
+        units.append(transaction)
+        transaction = coordinator.work_of(transaction).outer
+    return units
 
 
 def _beside(engine: Engine) -> Engine:
