@@ -27,6 +27,8 @@ class Checkout:
     read_only: bool
     beside: bool = False
     """Whether the test itself uses it, beside the units of work: its transactions make no unit wait."""
+    is_isolation: bool = False
+    """Whether an inner `isolated` block uses it. At the end of that, everything inside is rolled back."""
     effect: Effect = Effect.READS
     failed: bool = False
     holder: Holder | None = None
@@ -182,11 +184,22 @@ class SavepointStack:
 
     def _note_undone(self, by: Checkout, connections: Iterable[str]) -> None:
         noted = self._unseen if by.beside else self.undone
-        noted += [
-            f"{connection}: what was committed inside another unit of work of the same database was undone with that, "
-            "which would not happen outside a test"
-            if not by.beside
-            else f"{connection}: what was committed was undone with the transaction of a session of the test itself, which had "
-            "begun before, which would not happen outside a test. Commit what the session has prepared before units use it"
-            for connection in sorted(connections)
-        ]
+        noted += [f"{connection}: {_how_undone(by)}" for connection in sorted(connections)]
+
+
+def _how_undone(by: Checkout) -> str:
+    """Say what has undone a commit, and what to do."""
+    if by.is_isolation:
+        return (
+            "what a session of the outer `isolated` block committed inside an inner one was rolled back at the end of the inner "
+            "block. Commit it before the inner block, or use a session of the inner block"
+        )
+    if by.beside:
+        return (
+            "what was committed was undone with the transaction of a session of the test itself, which had begun before, which "
+            "would not happen outside a test. Commit what the session has prepared before units use it"
+        )
+    return (
+        "what was committed inside another unit of work of the same database was undone with that, which would not happen "
+        "outside a test"
+    )

@@ -92,7 +92,8 @@ class SharedConnection:
             if shared_by(self._real) is None:
                 self._execute(*self.rules.first)
             else:  # an isolation inside another one: its savepoints bypass the outer one, which must count them as a write
-                connection.info[CHECKOUT].effect = Effect.WRITES
+                outer: Checkout = connection.info[CHECKOUT]
+                outer.effect, outer.is_isolation = Effect.WRITES, True
             self._execute(f"SAVEPOINT {self._outermost}")
         except BaseException:
             self._connection = None

@@ -709,7 +709,8 @@ def test_an_isolation_inside_another_undoes_its_own_part(app: Application) -> No
 
 
 def test_what_an_outer_isolations_session_writes_inside_an_inner_one_is_undone_with_that_and_said_so(app: Application) -> None:
-    with pytest.raises(IsolationBroken, match="was undone with that"), isolated(app.container) as outer:
+    said = "writer: what a session of the outer `isolated` block committed inside an inner one was rolled back"
+    with pytest.raises(IsolationBroken, match=said), isolated(app.container) as outer:
         with isolated(app.container), outer.session() as session:
             with app.unit():
                 app.add("unit")
@@ -717,6 +718,16 @@ def test_what_an_outer_isolations_session_writes_inside_an_inner_one_is_undone_w
             session.commit()
             assert seen(app) == ["a", "unit"]
         assert seen(app) == []
+
+
+def test_the_session_of_an_outer_isolation_may_have_begun_before_an_inner_one(app: Application) -> None:
+    said = "writer: what a session of the outer `isolated` block committed inside an inner one was rolled back"
+    with pytest.raises(IsolationBroken, match=said), isolated(app.container) as outer, outer.session() as session:
+        assert session.scalars(select(Item.name)).all() == []
+        with isolated(app.container):
+            assert seen(app) == []
+            session.add(Item(name="a"))
+            session.commit()
 
 
 @pytest.mark.representative("sqlite")
