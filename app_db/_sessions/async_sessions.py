@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 from app_db._sessions.makers import UnitSessionmaker, configure, copied, derived, not_a_maker
 from app_db._sessions.registry import UnitRegistry
 from app_db._sessions.sessions import SessionConfig, UnitSession
+from app_db._units.owned_transactions import async_session_refused
 from app_db._units.work import Work
-from app_db.errors import AwaitRequired
 from app_db.settings._urls import require_asyncio
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ class AsyncSessionConfig(SessionConfig):
 
     def engine_for(self, work: BranchedWork) -> Engine:
         if not work.asynchronous:
-            advice = "Begin its unit of work with `async with container.transaction():`"
-            raise AwaitRequired(f"The {self.name!r} async session", advice)
+            raise async_session_refused(f"The {self.name!r} async session", work.transaction)
         return super().engine_for(work)
 
 

@@ -18,8 +18,9 @@ from app_db._databases.statements import Effect
 from app_db._sessions.routes import Routes
 from app_db._sessions.sessions import UnitSession
 from app_db._units.held_units import HeldUnits
+from app_db._units.owned_transactions import async_session_refused
 from app_db._units.savepoints import require_savepoints
-from app_db.errors import AppDbError, AwaitRequired, InvalidUse, ReplicaUnavailable
+from app_db.errors import AppDbError, InvalidUse, ReplicaUnavailable
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, RootTransaction
@@ -76,7 +77,7 @@ class OverlayConfig:
     def engine_for(self, work: Work) -> None:
         """Return no engine. Raises AwaitRequired for an async session in a unit that was not begun by `async with`."""
         if self.asynchronous and not work.asynchronous:
-            raise AwaitRequired("The async session", "Begin its unit of work with `async with container.transaction():`")
+            raise async_session_refused("The async session", work.transaction)
 
 
 class RoutingConfig(OverlayConfig):

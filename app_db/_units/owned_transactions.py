@@ -78,8 +78,12 @@ class Owner:
     def __str__(self) -> str:
         if self.task is not None:
             return f"task {self.task.get_name()!r}"
+        return f"thread {self.thread_name}"
+
+    @property
+    def thread_name(self) -> str:
         names = (repr(thread.name) for thread in threading.enumerate() if thread.ident == self.thread)
-        return f"thread {next(names, self.thread)}"
+        return next(names, str(self.thread))
 
 
 class OwnedTransaction(HookedTransaction):
@@ -169,6 +173,19 @@ class AwaitedTransaction(OwnedTransaction):
         if (self.awaits or keeps_waiting) and not in_greenlet():
             advice = "Leave its end to `async with container.transaction()`; for a savepoint, give that propagation='nested'"
             raise AwaitRequired(subject, advice)
+
+
+def async_session_refused(session: str, transaction: Transaction) -> AwaitRequired:
+    """Return the error for an async session in a unit that was not begun by `async with`."""
+    owner = getattr(transaction, "owner", None)
+    if not isinstance(owner, Owner) or owner.is_this_thread():
+        return AwaitRequired(session, "Begin its unit of work with `async with container.transaction():`")
+    # TestClient runs the application in a thread of its own, with a copy of the context of the test.
+    return AwaitRequired(
+        session,
+        f"Its unit of work was begun by a plain `with` in another thread, {owner.thread_name}. If a test calls TestClient inside "
+        "a unit, end that unit before the call. Otherwise use `async with container.transaction(propagation='requires_new'):`",
+    )
 
 
 def is_of_this_process(transaction: Transaction) -> bool:
