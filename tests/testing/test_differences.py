@@ -227,6 +227,15 @@ def row_locks(app: Application) -> str:
     return "free after the unit" if row == (1,) else "held until the test ends"
 
 
+def read_only_in_sql_on_mariadb(app: Application) -> str:
+    try:
+        said(app, "SET TRANSACTION READ ONLY", "INSERT INTO watched VALUES (1)")
+    except DBAPIError as error:
+        said(app, "UPDATE watched SET id = id")
+        return "a write raises" if error.orig is None or error.orig.args[0] != IN_PROGRESS else "MariaDB refuses it"
+    return "a write is done"
+
+
 def isolation_levels(app: Application) -> str:
     with app.unit(isolation="SERIALIZABLE"):
         return str(app.session().scalar(text("SHOW transaction_isolation")))
@@ -254,6 +263,14 @@ WATCHED = (
 )
 
 
+MADE = {
+    "PostgreSQL": (PARTS, *WATCHED),
+    "MariaDB": ("CREATE TABLE IF NOT EXISTS watched (id integer)",),
+    "SQLite": (PARTS.replace("DEFERRABLE", ""),),
+}
+"""By database: the statements that make what the units use."""
+
+
 def sequences(app: Application) -> str:
     def added() -> int:
         with app.unit():
@@ -270,6 +287,8 @@ def sequences(app: Application) -> str:
     return "the same id in each test" if first == second else "go on"
 
 
+IN_PROGRESS = 1568
+"""MariaDB's error: "Transaction characteristics can't be changed while a transaction is in progress"."""
 ONE = "All units of the test are parts of one transaction"
 LASTING = "held until the test ends"
 WHEN_CHECKED = "They are checked in a savepoint that is rolled back, and what their triggers write with it"
@@ -294,6 +313,14 @@ DIFFERENT = (
         "serializable",
         "PostgreSQL refuses it",
         "PostgreSQL allows it only before the first statement of the transaction",
+    ),
+    Behaviour(
+        "`SET TRANSACTION READ ONLY` as SQL, on MariaDB",
+        read_only_in_sql_on_mariadb,
+        "a write raises",
+        "MariaDB refuses it",
+        "MariaDB allows it only before the transaction begins (error 1568). Use `container.transaction(read_only=True)`",
+        database="MariaDB",
     ),
     Behaviour("what a deferred trigger writes", deferred_triggers, "kept", "undone", WHEN_CHECKED),
     Behaviour(
@@ -346,7 +373,8 @@ def test_the_page_is_the_one_that_is_tested() -> None:
 @pytest.fixture
 def app(request: pytest.FixtureRequest) -> Iterator[Application]:
     behaviour: Behaviour = request.node.callspec.params["behaviour"]
-    new = request.getfixturevalue("new_postgres_url" if behaviour.database == "PostgreSQL" else "new_sqlite_url")
+    fixtures = {"PostgreSQL": "new_postgres_url", "MariaDB": "new_mariadb_url", "SQLite": "new_sqlite_url"}
+    new = request.getfixturevalue(fixtures[behaviour.database])
     with running(writer=new()) as application:
         prepare(application, behaviour.database)
         ENGINES[id(application)] = application.engine()
@@ -358,8 +386,7 @@ def prepare(app: Application, database: str) -> None:
     """Make what the units use, before any test is isolated."""
     engine = create_engine(app.plain_engine().url, poolclass=NullPool)
     with engine.begin() as connection:
-        connection.execute(text(PARTS if database == "PostgreSQL" else PARTS.replace("DEFERRABLE", "")))
-        for statement in WATCHED if database == "PostgreSQL" else ():
+        for statement in MADE[database]:
             connection.execute(text(statement))
 
 
