@@ -156,8 +156,25 @@ def read_only_in_sql(app: Application) -> str:
     return "a write is done"
 
 
+def sequences(app: Application) -> str:
+    def added() -> int:
+        with app.unit():
+            app.session().add(item := Item(name="a"))
+            app.session().flush()
+            return item.id
+
+    engine = app.plain_engine()
+    with isolated(app.container):
+        first = added()
+    with isolated(app.container):
+        second = added()
+    engine.dispose()
+    return "the same id in each test" if first == second else "go on"
+
+
 SAME = "the same"
 ENDS = "ends with the unit"
+NUMBERS = "a rollback gives no numbers back, so ids differ from test to test"
 
 GIVEN_BACK = (
     Behaviour(
@@ -171,7 +188,11 @@ GIVEN_BACK = (
     Behaviour("`set_config(name, value, true)`", set_config, "0, on, ''", SAME, ENDS),
     Behaviour("`SET CONSTRAINTS`", set_constraints, "immediate", SAME, ENDS),
     Behaviour(
-        "`pg_advisory_xact_lock` and its kin", advisory_locks, "free after the unit", SAME, "the lock is free after the unit"
+        "`pg_advisory_xact_lock` and similar functions",
+        advisory_locks,
+        "free after the unit",
+        SAME,
+        "the lock is free after the unit",
     ),
     Behaviour("`SET TRANSACTION READ ONLY`", read_only_in_sql, "a write raises, and not in the next unit", SAME, ENDS),
     Behaviour("the `timeout` of a unit", time_limits, "0", SAME, ENDS),
@@ -184,6 +205,8 @@ GIVEN_BACK = (
         "are checked when the unit commits",
         database="SQLite",
     ),
+    Behaviour("sequences", sequences, "go on", SAME, NUMBERS),
+    Behaviour("`AUTO_INCREMENT`", sequences, "go on", SAME, NUMBERS, database="MariaDB"),
 )
 
 # ---- what differs ------------------------------------------------------------------------------------------------------------
@@ -271,27 +294,11 @@ MADE = {
 """By database: the statements that make what the units use."""
 
 
-def sequences(app: Application) -> str:
-    def added() -> int:
-        with app.unit():
-            app.session().add(item := Item(name="a"))
-            app.session().flush()
-            return item.id
-
-    engine = app.plain_engine()
-    with isolated(app.container):
-        first = added()
-    with isolated(app.container):
-        second = added()
-    engine.dispose()
-    return "the same id in each test" if first == second else "go on"
-
-
 IN_PROGRESS = 1568
 """MariaDB's error: "Transaction characteristics can't be changed while a transaction is in progress"."""
 ONE = "All units of the test are parts of one transaction"
 LASTING = "held until the test ends"
-WHEN_CHECKED = "They are checked in a savepoint that is rolled back, and what their triggers write with it"
+WHEN_CHECKED = "app_db checks deferred constraints in a savepoint and rolls that back, with what their triggers wrote"
 
 DIFFERENT = (
     Behaviour("`now()`", now, "goes on", "stands still", f"{ONE}, and `now()` is when that began. `clock_timestamp()` goes on"),
@@ -323,13 +330,6 @@ DIFFERENT = (
         database="MariaDB",
     ),
     Behaviour("what a deferred trigger writes", deferred_triggers, "kept", "undone", WHEN_CHECKED),
-    Behaviour(
-        "sequences, `AUTO_INCREMENT`",
-        sequences,
-        "go on",
-        "go on",
-        "A rollback gives no numbers back, so ids differ from test to test",
-    ),
 )
 
 
@@ -339,9 +339,9 @@ def document() -> str:
         "# What differs in an isolated test",
         "",
         "An [isolated test](testing.md) runs all of its units of work in one transaction on one connection",
-        "for each database, and rolls that back. Each unit has a savepoint. So what a database does at the",
-        "end of a *transaction* would come at the end of the test. app_db undoes what it can when a unit",
-        "ends. Each line of these tables is a test.",
+        "for each database, and rolls that back. Each unit has a savepoint. A database does some things only",
+        "when a transaction ends. In an isolated test, that is the end of the test. app_db undoes what it can",
+        "when a unit ends. Each line of these tables is a test.",
         "",
         "## The same as outside of tests",
         "",
@@ -349,8 +349,8 @@ def document() -> str:
         "|---|---|---|",
         *(f"| {each.title} | {each.database} | {each.reason} |" for each in GIVEN_BACK),
         "",
-        "app_db reads these from the text of a statement. It does not see a `SET LOCAL` that a function of",
-        "the database executes.",
+        "app_db recognizes the statements in the first column by their text. It does not see a `SET LOCAL`",
+        "that a function of the database executes.",
         "",
         "## Different",
         "",
