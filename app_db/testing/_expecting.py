@@ -94,7 +94,7 @@ def _outside_parentheses(text: str) -> str:
 
 @dataclass(frozen=True)
 class StatementCounts:
-    """How many statements a test expects. The arguments are those of `expecting`. Raises InvalidUse if they make no sense."""
+    """How many statements a test expects. It takes the arguments of `expecting`. Raises InvalidUse if they make no sense."""
 
     statements: Count | None = None
     _: KW_ONLY
@@ -256,7 +256,7 @@ class expecting:  # noqa: N801  # used like a function
         return any(each.dialect is engine.dialect for each in [*made, *self._of_application(name, isolation)])
 
     def _of_application(self, name: str, isolation: object) -> Iterator[Engine]:
-        """Yield the engines by which the application or the test overrides those of a connection."""
+        """Yield the engines that the application or the test uses instead of the engines of a connection."""
         if isinstance(isolation, Isolation) and name in isolation.names:
             return  # the isolation overrides them
         connection = connections_of(self._container)[name].container
@@ -278,7 +278,7 @@ _line_above = LineAbove()
 def _begin(block: expecting) -> None:
     global _blocks  # noqa: PLW0603
     with _guard:
-        # The listener stays: another thread may be calling those of an engine, which must not change then.
+        # The listener stays: another thread may be calling listeners, and their list must not change meanwhile.
         if not event.contains(Engine, "before_cursor_execute", _note):
             event.listen(Engine, "before_cursor_execute", _note)
         _blocks = (*_blocks, block)

@@ -54,7 +54,7 @@ class Engines(Protocol):
 
 
 class Plan:
-    """The databases to isolate, by connection, and the providers that stand in for those of their engines."""
+    """The databases to isolate, by connection, and the providers that override the providers of their engines."""
 
     def __init__(self, container: DatabaseContainer, settings: DatabaseSettings, names: Collection[str] | None) -> None:
         self.settings = settings
@@ -135,7 +135,7 @@ class Plan:
 
 
 def plan_for(container: DatabaseContainer, connections: Collection[str] | None) -> Plan:
-    """Return a plan that is not in use, for all databases of a container, or those of the connections that are named."""
+    """Return a plan that is not in use, for the databases of the named connections, or else for all of the container."""
     settings = container.settings()
     kept = cast("dict[object, Plan]", container.core.holder().plans)
     key = None if connections is None else frozenset(connections)
