@@ -88,7 +88,7 @@ def _reader(asked: Asked, *, is_writable: bool) -> Iterator[Finding]:
     if asked.inspection.may_write(asked.connection):
         yield matters.READER_MAY_WRITE.found(
             asked.name,
-            "The user may write: what is not sent by app_db's read-only sessions would not be refused.",
+            "The user may write. Only app_db's own sessions are refused; other programs with this user can write.",
             asked.place_of_database(),
             "Give the connection a user that has only SELECT.",
         )
@@ -134,7 +134,7 @@ def _time_limits(asked: Asked) -> Iterator[Finding]:
     if limits.missing and not asked.own.read_only and (asked.own.statement_timeout or NEVER) == NEVER:
         yield matters.WAITS_FOR_EVER.found(
             asked.name,
-            f"{' and '.join(limits.missing)} are 0: a statement waits for a lock without end.",
+            f"{' and '.join(limits.missing)} are 0, so a statement can wait for a lock forever.",
             asked.place("statement_timeout"),
             f"Set STATEMENT_TIMEOUT for the connection, or ALTER ROLE … SET {limits.missing[0]}.",
         )
