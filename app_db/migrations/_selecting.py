@@ -39,16 +39,16 @@ def with_chains(container: DatabaseContainer, names: Names, folder: Path) -> lis
         _require_changeable(container, names)
         for name in names:
             if not versions_in(folder, name).is_dir():
-                raise UnusableMigrations(
-                    name, f"there is no folder {versions_in(folder, name)}", "Write a first revision, or give another `directory`"
-                )
+                first = f"Write a first revision (app-db revision --connection {name} -m 'first'), or give another `directory`"
+                raise UnusableMigrations(name, f"there is no folder {versions_in(folder, name)}", first)
         return [*dict.fromkeys(names)]
     found = [name for name in changeable(container) if versions_in(folder, name).is_dir()]
     if not found:
         known = ", ".join(map(repr, connections_in(container))) or "none"
         raise InvalidUse(
             f"There are no migrations in {folder}, where each connection has a folder NAME/versions (connections: {known})",
-            "Write a first revision, give another `directory`, or set migrations in [tool.app_db] of pyproject.toml",
+            "Write a first revision (app-db revision -m 'first tables'), give another `directory`, or set migrations in "
+            "[tool.app_db] of pyproject.toml",
         )
     return found
 

@@ -123,14 +123,16 @@ def test_a_stamp_and_sql_do_not_count_from_here(project: Project, function: obje
 
 
 def test_a_connection_without_a_folder(project: Project) -> None:
-    with pytest.raises(errors.UnusableMigrations, match=r"'log'.*there is no folder .*log/versions"):
+    with pytest.raises(
+        errors.UnusableMigrations, match=r"'log'.*no folder .*log/versions.*app-db revision --connection log -m '"
+    ):
         upgrade(project.container, connections=["log"])
 
 
 def test_no_folder_at_all(tmp_path: Path, sqlite_url: str) -> None:
     with (
         Project(tmp_path, writer=sqlite_url) as project,
-        pytest.raises(errors.InvalidUse, match=r"no migrations in .*elsewhere.*'writer'.*directory"),
+        pytest.raises(errors.InvalidUse, match=r"no migrations in .*elsewhere.*'writer'.*app-db revision -m '.*directory"),
     ):
         upgrade(project.container, directory="elsewhere")
 
