@@ -920,10 +920,13 @@ class MigrationFailed(MigrationError):
             lines.append(f"Not begun: {_listed(self.account.left)}.")
         if self.account.is_partial:
             lines.append(
-                f"Not all statements of {self.revision!r} can be rolled back, so a part of it may have stayed: compare, and "
-                "repair it by hand."
+                f"Not all statements of {self.revision!r} can be rolled back, so a part of it may have stayed. Compare the "
+                "tables with the file of the revision. Either undo that part, correct the cause, and migrate again. Or run the "
+                f"statements that are missing, then `app-db stamp --connection {self.connection} {self.revision}` (after "
+                f"a downgrade: the revision before {self.revision!r}), then `app-db migrate --check`, which lists what differs."
             )
-        elif not self.account.committed:
+            return " ".join(lines)
+        if not self.account.committed:
             lines.append("Nothing was changed.")
         return " ".join([*lines, "Correct the cause, and migrate again."])
 

@@ -160,6 +160,8 @@ def test_mariadb_comes_after_what_can_be_rolled_back_and_the_account_says_what_i
             upgrade(project.container, on_step=steps.append)
         assert caught.value.account == errors.MigrationAccount({"c": ["p"], "a": ["x"]}, [], ["b"], is_partial=True)
         assert "a part of it may have stayed" in str(caught.value)
+        assert "`app-db stamp --connection a y`" in str(caught.value)
+        assert "`app-db migrate --check`" in str(caught.value)
         assert [(step.connection, step.revision) for step in steps] == [("c", "p"), ("a", "x")]
         assert (project.tables("a"), project.revision_in("a")) == ({"made", "half"}, ["x"])
         assert project.tables("b") == set()
