@@ -132,13 +132,13 @@ class Chain:
 
     def up_to(self, target: str, current: tuple[str, ...]) -> list[Script]:
         """Return the revisions to run in order to get from the revision `current` up to `target`."""
-        with self._translated(target):
+        with self._translated(target, "upgrade", current):
             found = self.script.iterate_revisions(target, current, implicit_base=True)
             return [*reversed([*found])]
 
     def down_to(self, target: str, current: tuple[str, ...]) -> list[Script]:
         """Return the revisions to undo in order to get from the revision `current` down to `target`."""
-        with self._translated(target):
+        with self._translated(target, "downgrade", current):
             found = [*self.script.iterate_revisions(current, target, select_for_downgrade=True)]
         self._require("downgrade", found)
         return found
@@ -153,15 +153,26 @@ class Chain:
             return [*filter(None, self.script.get_revisions(target))]  # Alembic gives None for `base`
 
     @contextmanager
-    def _translated(self, target: str) -> Generator[None]:
+    def _translated(self, target: str, verb: str = "", current: tuple[str, ...] = ()) -> Generator[None]:
         if not target:  # of which Alembic makes an AssertionError, or `base`
             raise self.unusable(f"{target!r} names no revision", f"The revisions are: {self.listed()}")
         try:
             yield
         except (CommandError, RevisionError, AssertionError) as error:
             is_unknown = isinstance(error.__cause__ or error, ResolutionError)
-            problem = f"there is no revision {target!r}" if is_unknown else f"{target!r} is out of reach ({in_one_line(error)})"
+            if is_unknown or not verb:
+                problem = f"there is no revision {target!r}"
+            else:
+                problem = f"no {verb} leads to {target!r}: the database is at {self._standing(current)}"
             raise self.unusable(problem, f"The revisions are: {self.listed()}") from error
+
+    def _standing(self, current: tuple[str, ...]) -> str:
+        """Return where a database is, and how many revisions can be undone and run from there."""
+        below = {each.revision for each in self.script.iterate_revisions(current, "base")} if current else set[str]()
+        above = len(self.revisions) - len(below)
+        place = f"{shown(current)!r}" if current else "its base"
+        undone = {0: "no revision", 1: "1 revision"}.get(len(below), f"{len(below)} revisions")
+        return f"{place}, with {undone} to undo and {above or 'none'} to run"
 
     def listed(self) -> str:
         """Return the ids of all revisions, from the first to the newest."""

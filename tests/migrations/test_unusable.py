@@ -106,6 +106,26 @@ def test_an_unknown_revision(project: Project, function: object) -> None:
         downgrade(project.container, "-9")
 
 
+def test_more_revisions_than_there_are(project: Project) -> None:
+    """The error says where the database is, and quotes nothing of Alembic's."""
+    at_base = r"no (down|up)grade leads to '[-+]\w': the database is at its base, with no revision to undo and 3 to run\. The rev"
+    with pytest.raises(errors.UnusableMigrations, match=at_base):
+        downgrade(project.container, "-1")
+    with pytest.raises(errors.UnusableMigrations, match=at_base):
+        upgrade(project.container, "+4")
+    upgrade(project.container, "a")
+    with pytest.raises(errors.UnusableMigrations, match=r"'-2': .* at 'a', with 1 revision to undo and 2 to run\. The revisions"):
+        downgrade(project.container, "-2")
+    with pytest.raises(errors.UnusableMigrations, match=r"no downgrade leads to 'c': .* at 'a', with 1 revision to undo"):
+        downgrade(project.container, "c")
+    upgrade(project.container)
+    with pytest.raises(errors.UnusableMigrations, match=r"'\+1': .* at 'c', with 3 revisions to undo and none to run\. The rev"):
+        upgrade(project.container, "+1")
+    for target in ("a-4", "a+7"):
+        with pytest.raises(errors.UnusableMigrations, match=r"there is no revision 'a.\d'\. The revisions are"):
+            stamp(project.container, target)
+
+
 @pytest.mark.parametrize("target", ["", None, "@"])
 @pytest.mark.parametrize("function", [upgrade, downgrade, stamp])
 def test_what_names_no_revision(project: Project, function: object, target: str | None) -> None:
