@@ -43,6 +43,8 @@ class Asked:
     connection: Connection = field(init=False)
     server: Server | None = None
     """What the server says about itself; None if it was not reached."""
+    differing: set[str] = field(default_factory=set[str])
+    """The elements of tables that something was found about, as the lines of `app-db migrate --check` begin."""
 
     @property
     def own(self) -> ConnectionSettings:

@@ -23,7 +23,7 @@ class Finding:
     severity: Severity
     connection: str | None
     what: str
-    """What is wrong: a sentence."""
+    """What is wrong: a sentence. A list below it has a line for each item."""
     where: str
     """The variable, file or module that sets it."""
     remedy: str

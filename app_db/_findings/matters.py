@@ -62,6 +62,9 @@ NO_TABLE = Matter("no-table", "error", "The table of a model does not exist.")
 NO_COLUMN = Matter("no-column", "error", "A model has a column that its table does not have.")
 UNKNOWN_COLUMN = Matter("unknown-column", "warning", "A table requires a value for a column that its model does not have.")
 PENDING = Matter("pending-migrations", "warning", "Migrations have not been run, or the folder of the migrations can't be used.")
+DRIFT = Matter(
+    "drift", "warning", "All migrations have been run, and models and database differ, as `app-db migrate --check` lists it."
+)
 STRAY = Matter("stray-migrations", "warning", "A folder of migrations has the name of no connection, so nothing runs them.")
 
 # ---- two-phase commit

@@ -16,6 +16,7 @@ from app_db.container import DatabaseContainer
 from app_db.errors import AppDbError
 from app_db.models._bases import metadata_of
 from app_db.models._reflection import connections_in
+from app_db.models._schema import own_tables
 
 if TYPE_CHECKING:
     from sqlalchemy.schema import Table
@@ -35,6 +36,7 @@ def _the_models_tables(asked: Asked) -> Iterator[Finding]:
 
 
 def _missing_table(asked: Asked, table: Table) -> Iterator[Finding]:
+    asked.differing.update([f"table {table.fullname}", *(f"index {each.name} of {table.fullname}" for each in table.indexes)])
     yield matters.NO_TABLE.found(
         asked.name,
         f"The table {table.fullname} of the models does not exist.",
@@ -47,6 +49,7 @@ def _differences(asked: Asked, table: Table, columns: list[Any]) -> Iterator[Fin
     existing = {column["name"].lower(): column for column in columns}
     declared = {column.name.lower(): column.name for column in table.columns}
     missing = [name for key, name in declared.items() if key not in existing]
+    asked.differing.update(f"column {table.name}.{name}" for name in missing)
     if missing:
         yield matters.NO_COLUMN.found(
             asked.name,
@@ -56,6 +59,7 @@ def _differences(asked: Asked, table: Table, columns: list[Any]) -> Iterator[Fin
         )
     required = [column["name"] for key, column in existing.items() if key not in declared and _is_required(column)]
     if required and declared:  # a reflected model has no columns until it is read
+        asked.differing.update(f"column {table.name}.{name}" for name in required)
         yield matters.UNKNOWN_COLUMN.found(
             asked.name,
             f"The table {table.fullname} requires values for {', '.join(required)}, which the model does not have.",
@@ -88,10 +92,11 @@ def _tables_without_transactions(asked: Asked) -> Iterator[Finding]:
         )
 
 
-def _pending_migrations(asked: Asked) -> Iterator[Finding]:
+def _the_migrations(asked: Asked) -> Iterator[Finding]:
+    """Yield the migrations that have not been run; if there are none, the differences that nothing else is found about."""
     if find_spec("alembic") is None:
         return
-    from app_db.migrations import current
+    from app_db.migrations import check
     from app_db.migrations._folders import folder_of
     from app_db.migrations._selecting import changeable, versions_in
 
@@ -100,7 +105,7 @@ def _pending_migrations(asked: Asked) -> Iterator[Finding]:
         return
     place = f"the folder {versions_in(folder, asked.name)}"
     try:
-        [found] = current(asked.container, connections=[asked.name])
+        [found] = check(asked.container, connections=[asked.name])
     except AppDbError as error:
         yield matters.PENDING.found(asked.name, f"{' '.join(error.message.split()).rstrip('.')}.", place, "Correct them.")
         return
@@ -108,6 +113,15 @@ def _pending_migrations(asked: Asked) -> Iterator[Finding]:
         names = ", ".join(found.pending)
         what = f"Migrations have not been run: {names}."
         yield matters.PENDING.found(asked.name, what, place, "Run them: app-db migrate.")
+    said = tuple(f"{element} is " for element in asked.differing)
+    lines = [f"{line}." for line in found.drift if not line.startswith(said)]
+    if lines and own_tables(asked.name):  # of models that are not imported, each table would be listed
+        yield matters.DRIFT.found(
+            asked.name,
+            "\n".join(["The models and the database differ:", *lines]),
+            f"metadata_of({asked.name!r}), and {place}",
+            "Correct the models, or write a migration and read it before you run it: app-db revision -m '…'.",
+        )
 
 
 def stray_migrations(container: DatabaseContainer) -> Iterator[Finding]:
@@ -135,4 +149,4 @@ def stray_migrations(container: DatabaseContainer) -> Iterator[Finding]:
 SCHEMA: tuple[Question, ...] = (_the_models_tables,)
 """What is asked of mirrors, too."""
 
-QUESTIONS: tuple[Question, ...] = (*SCHEMA, _pending_migrations, _tables_without_transactions)
+QUESTIONS: tuple[Question, ...] = (*SCHEMA, _the_migrations, _tables_without_transactions)

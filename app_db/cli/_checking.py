@@ -64,6 +64,7 @@ def _report(found: Sequence[Finding], call: Call) -> None:
 
 
 def _print(finding: Finding, out: Printer) -> None:
-    out.line(f"  {finding.severity}: {finding.what}", _STYLES[finding.severity])
+    what = finding.what.replace("\n", "\n      ")
+    out.line(f"  {finding.severity}: {what}", _STYLES[finding.severity])
     out.line(f"    where: {finding.where}")
     out.line(f"    to do: {finding.remedy}")

@@ -118,6 +118,18 @@ def test_what_may_take_long_shows_progress(sqlite_url: str, monkeypatch: pytest.
     ]
 
 
+def test_check_lists_the_differences_too(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", sqlite_url)
+    Path("shop.py").write_text(MODULE)
+    run("revision", "-m", "orders")
+    run("migrate")
+    execute(sqlite_url, "CREATE TABLE stray (id INTEGER)", "ALTER TABLE orders ADD COLUMN hand INTEGER")
+    lines = run("check", code=1).splitlines()
+    assert lines[:2] == ["writer", "  warning: The models and the database differ:"]
+    assert [f"writer: {line.strip()[:-1]}" for line in lines[2:4]] == run("migrate", "--check", code=1).splitlines()
+    assert lines[4].startswith("    where: metadata_of('writer'), and the folder ")
+
+
 @pytest.mark.parametrize("verb", ["migrate", "current", "migrate --check"])
 def test_a_database_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str) -> None:
     monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", "postgresql+psycopg://a:secret@127.0.0.1:1/x")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app_db.migrations import check, upgrade
 from harness.findings import GOODS, found, matters, run
+from harness.migrated import Project
 
 
 @pytest.fixture
@@ -83,6 +86,43 @@ def test_migrations_that_have_not_been_run(database_url: str, tmp_path: Path, mo
     [finding] = found(goods=database_url)
     assert finding.matter == "pending-migrations"
     assert finding.what.startswith("The migrations of 'goods' can't be used: "), "it has two heads"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database_url: str) -> Iterator[Project]:
+    """A connection with the table of the models, and a migration that has been run."""
+    monkeypatch.chdir(tmp_path)
+    with Project(tmp_path, goods=database_url) as project:
+        project.write("goods", "one", f"op.execute({GOODS!r})")
+        upgrade(project.container)
+        yield project
+
+
+def test_differences_that_only_alembic_finds(project: Project, database_url: str) -> None:
+    """The lines are those of `app-db migrate --check`."""
+    assert found(goods=database_url) == []
+    project.execute("goods", "ALTER TABLE goods ADD COLUMN hand INTEGER", "CREATE TABLE stray (id INTEGER)")
+    [finding] = found(goods=database_url)
+    assert (finding.matter, finding.connection, finding.severity) == ("drift", "goods", "warning")
+    head, *lines = finding.what.splitlines()
+    assert head == "The models and the database differ:"
+    assert sorted(lines) == [
+        "column goods.hand is in the database, and in no model.",
+        "table stray is in the database, and in no model.",
+    ]
+    assert sorted(lines) == sorted(f"{line}." for line in check(project.container)[0].drift)
+    project.folder.rename("elsewhere")
+    assert found(goods=database_url) == [], "without migrations, other tables and columns are no fault"
+
+
+def test_differences_are_found_once(project: Project, database_url: str) -> None:
+    project.execute("goods", "ALTER TABLE goods RENAME COLUMN name TO title")
+    project.execute("goods", "ALTER TABLE goods ADD COLUMN colour VARCHAR(9)")
+    what = found(goods=database_url)
+    assert matters(what) == [("no-column", "goods"), ("unknown-column", "goods"), ("drift", "goods")]
+    assert what[2].what.splitlines()[1:] == ["column goods.colour is in the database, and in no model."]
+    project.execute("goods", "DROP TABLE goods")
+    assert matters(found(goods=database_url)) == [("no-table", "goods")]
 
 
 def test_migrations_of_a_connection_that_does_not_exist(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Column, Integer, NullPool, Table, create_engine, make_url
+from sqlalchemy import Column, Integer, NullPool, String, Table, create_engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from app_db import DatabaseSettings, container_of, metadata_of
@@ -21,7 +21,7 @@ from app_db._findings.find import find
 from app_db._findings.finding import Finding
 from harness.servers import MariaDBServer, PostgresServer, Server
 
-GOODS = "CREATE TABLE goods (id INTEGER PRIMARY KEY, name VARCHAR(40) NOT NULL)"
+GOODS = "CREATE TABLE goods (id INTEGER NOT NULL PRIMARY KEY, name VARCHAR(40) NOT NULL)"
 
 
 class _Base(DeclarativeBase):
@@ -32,7 +32,7 @@ class Good(_Base):
     __tablename__ = "goods"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
+    name: Mapped[str] = mapped_column(String(40))
 
 
 STOCK = Table("stock", metadata_of("stocks"), Column("id", Integer, primary_key=True), schema="ware")
