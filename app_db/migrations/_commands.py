@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -198,7 +199,7 @@ def revision(
     one with migrations or models.
 
     A connection whose models are not imported is left out: its revision would drop all tables. If it is named, InvalidUse is
-    raised.
+    raised. Raises UnusableMigrations if a file can't be written, with the files that were written before.
     """
     folder = folder_of(directory)
     names = with_chains_or_models(container, connections, folder)
@@ -209,17 +210,19 @@ def revision(
     else:
         _the_only(names, connections, "write an empty revision for")
 
-    def write(chain: Chain) -> tuple[Revision, ...]:
+    def write(chain: Chain, before: Sequence[Revision]) -> tuple[Revision, ...]:
         given = {"message": message, "rev_id": revision_id}
         if not autogenerate:
-            return _written(chain, run_command(chain, command.revision, environment=_nothing, **given))
+            with _explained(chain, before):
+                return _written(chain, run_command(chain, command.revision, environment=_nothing, **given))
         with engine_that_reads(chain.engine, container.settings().connection(chain.name)).connect() as connection:
 
             def environment(context: Any) -> None:
                 configure(context, chain, connection, dont_mutate=True, process_revision_directives=_drop_empty)
                 context.run_migrations()
 
-            made = run_command(chain, command.revision, environment=environment, autogenerate=True, **given)
+            with _explained(chain, before):
+                made = run_command(chain, command.revision, environment=environment, autogenerate=True, **given)
         return _written(chain, made)
 
     def write_all(found: list[Chain]) -> tuple[Revision, ...]:
@@ -228,7 +231,10 @@ def revision(
                 if pending := _pending(chain, read_current(container, chain)):
                     one = "the revision {} has" if len(pending) == 1 else "the revisions {} have"
                     raise chain.unusable(f"{one.format(', '.join(pending))} not been run", "Run upgrade() first")
-        return sum(map(write, found), ())
+        written: tuple[Revision, ...] = ()
+        for chain in found:
+            written += write(chain, written)
+        return written
 
     return _on_chains(container, names, folder, write_all)
 
@@ -251,6 +257,22 @@ def tables_before_revisions(
             return chain.name, [each.fullname for each in own_tables(chain.name) if known.has_table(each.name, each.schema)]
 
     return {name: tables for name, tables in _for_each(container, names, folder, look) if tables}
+
+
+@contextmanager
+def _explained(chain: Chain, before: Sequence[Revision]) -> Generator[None]:
+    """Raise UnusableMigrations if the file of a revision can't be written. `before` are those that were written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # it is about the connection to the database
+            raise
+        problem = f"no revision can be written into {chain.versions} ({error.strerror}: {error.filename})"
+        advice = "Make that folder one that can be written, or give another `directory` (--directory)"
+        if before:
+            problem += f", and for other connections these were written: {', '.join(each.path for each in before)}"
+            advice += ". Delete the files that were written before you try again, or run their revisions"
+        raise chain.unusable(problem, advice) from error
 
 
 def _nothing(context: Any) -> None:

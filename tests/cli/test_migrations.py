@@ -155,6 +155,9 @@ def test_what_can_not_run_says_why_and_exits_with_2(sqlite_url: str, monkeypatch
     assert "no migrations in" in run("migrate", code=2)
     Project(tmp_path, writer=sqlite_url).write_three("writer")
     assert "there is no revision 'nonsense'" in run("migrate", "nonsense", code=2)
+    assert "no revision can be written into /proc/nope/writer/versions (" in run(
+        "revision", "-m", "orders", "--directory", "/proc/nope", code=2
+    )
     assert "Leave out 'b', or --check" in run("migrate", "b", "--check", code=2)
     assert "'writter'" in run("migrate", "--connection", "writter", code=2)
     (tmp_path / "migrations" / "writer" / "versions" / "bad.py").write_text("revision = ")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Column, Integer, Table
 
 from app_db import container_of, errors
 from app_db.migrations import check, current, downgrade, history, revision, sql, stamp, upgrade
-from harness.migrated import Project
+from app_db.models import metadata_of
+from harness.migrated import Project, new_name
 from harness.paths import run_python
 
 
@@ -85,6 +87,34 @@ def test_a_revision_without_a_message(project: Project, message: str) -> None:
     with pytest.raises(errors.InvalidUse, match="Say in a few words what changes"):
         revision(project.container, message, autogenerate=False, connections=["writer"])
     assert sorted(file.name for file in (project.folder / "writer" / "versions").glob("*.py")) == ["a.py", "b.py", "c.py"]
+
+
+def test_a_folder_that_can_not_be_written(project: Project) -> None:
+    folder = project.folder / "log"
+    folder.write_text("a file")
+    match = rf"'log' can't be used: no revision can be written into {folder}/versions \(Not a directory: .*--directory\)\.\n"
+    for directory in (None, "migrations"):
+        with pytest.raises(errors.UnusableMigrations, match=match):
+            revision(project.container, "empty", autogenerate=False, connections=["log"], directory=directory)
+    with pytest.raises(errors.UnusableMigrations, match=r"into /proc/nope/log/versions \(No such file or directory: /proc/nope"):
+        revision(project.container, "empty", autogenerate=False, connections=["log"], directory="/proc/nope")
+
+
+def test_a_second_folder_that_can_not_be_written(tmp_path: Path, sqlite_url: str) -> None:
+    """The error says which files were written before."""
+    first, second = new_name(), new_name()
+    for name in (first, second):
+        Table("orders", metadata_of(name), Column("id", Integer, primary_key=True))
+    with Project(tmp_path, **{first: sqlite_url, second: f"{sqlite_url}.2"}) as project:
+        project.folder.mkdir()
+        (project.folder / second).write_text("a file")
+        with pytest.raises(errors.UnusableMigrations, match=rf"{second}/versions.* these were written: .*\. Delete") as caught:
+            revision(project.container, "orders", connections=[first, second])
+        [written] = (project.folder / first / "versions").glob("*.py")
+        assert str(written) in str(caught.value)
+        written.unlink()
+        (project.folder / second).unlink()
+        assert len(revision(project.container, "orders", connections=[first, second])) == 2
 
 
 def test_an_unknown_connection(project: Project) -> None:
