@@ -40,6 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Watching(refuses=_refuses(config)), "app_db_watching")
+    if _refuses(config):
+        config.pluginmanager.register(_Refusing(), "app_db_refusing")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -240,17 +242,20 @@ class _Watching:
         return not is_isolation and ISOLATION in getattr(item, "fixturenames", ()) and item.config.getini("app_db_row_counts")
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Don't take a refusal for the failure that a test expects, unless its marker names the error."""
-    report = yield
-    refused = item.stash.get(_refused, [])
-    if refused and report.skipped and hasattr(report, "wasxfail") and not _names_error(item):
-        report.outcome = "failed"
-        del report.wasxfail
-        if refused[0] not in str(report.longrepr):  # `unittest.expectedFailure` has replaced the error
-            report.longrepr = "\n".join(refused)
-    return report
+class _Refusing:
+    """The hook that reports refusals."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Don't take a refusal for the failure that a test expects, unless its marker names the error."""
+        report = yield
+        refused = item.stash.get(_refused, [])
+        if refused and report.skipped and hasattr(report, "wasxfail") and not _names_error(item):
+            report.outcome = "failed"
+            del report.wasxfail
+            if refused[0] not in str(report.longrepr):  # `unittest.expectedFailure` has replaced the error
+                report.longrepr = "\n".join(refused)
+        return report
 
 
 def _names_error(item: pytest.Item) -> bool:
@@ -268,13 +273,13 @@ def _settled(watch: _Watch) -> Generator[None, object, object]:
     return value
 
 
-def refuse_earlier_rows(request: pytest.FixtureRequest, tables: object) -> None:
+def refuse_earlier_rows(item: pytest.Item, tables: object) -> None:
     """Fail the test if its fixtures have committed rows before its isolation begins."""
-    watching: Any = request.config.pluginmanager.get_plugin("app_db_watching")
+    watching: Any = item.config.pluginmanager.get_plugin("app_db_watching")
     watch: _Watch | None = watching.watch
     if watch is None or watch.refuses:
         return
     found = watch.earlier_rows(tables if isinstance(tables, frozenset) else ())
     if found:
         lines = "\n".join(f"  {each}" for each in found)
-        pytest.fail(f"{request.node.nodeid}: rows were committed before its isolation began:\n{lines}", pytrace=False)
+        pytest.fail(f"{item.nodeid}: rows were committed before its isolation began:\n{lines}", pytrace=False)

@@ -30,6 +30,7 @@ _MARKER_TAKES = "@pytest.mark.app_db takes connections=[...], isolation=False or
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", MARKER)
+    config.pluginmanager.register(_Isolating(config), "app_db_isolating")
 
 
 # ---- the marker ---------------------------------------------------------------------------------------------------------
@@ -77,11 +78,11 @@ def _problems_of(mark: pytest.Mark) -> Iterable[str]:
         yield "with fresh=True all databases are copied and nothing is isolated, so there is nothing else to say"
 
 
-def _marked(request: pytest.FixtureRequest) -> Marked:
-    mark = request.node.get_closest_marker("app_db")
+def _marked(item: pytest.Item) -> Marked:
+    mark = item.get_closest_marker("app_db")
     if mark is None:
         return Marked()
-    problems = [f"{request.node.nodeid}: {problem}" for problem in _problems_of(mark)]
+    problems = [f"{item.nodeid}: {problem}" for problem in _problems_of(mark)]
     if problems:
         pytest.fail("\n".join([_MARKER_TAKES, *problems]), pytrace=False)
     return Marked(**mark.kwargs)
@@ -146,46 +147,58 @@ def _fail(subject: str, problems: Iterable[str]) -> NoReturn:
     pytest.fail(f"{subject} has left something behind:{lines}", pytrace=False)
 
 
-@pytest.fixture
-def app_db_isolation(
-    request: pytest.FixtureRequest,
-    app_db_container: DatabaseContainer,
-    app_db_tables: object,
-) -> Generator[Isolation | None]:
-    """Roll back what the test writes, in every database, although it commits. The test fails if it leaves something open."""
-    marked = _marked(request)
-    if not marked.isolation or marked.fresh or request.node.stash.get(HAS_COPIES, False):
-        yield None
-        return
-    refuse_earlier_rows(request, app_db_tables)
-    from app_db.errors import IsolationBroken
-    from app_db.testing import RowWatch, isolated
+class _Isolating:
+    """The fixture that isolates a test.
 
-    stack = ExitStack()
-    copies = stack.enter_context(copies_to_keep(app_db_container)) if keeps_failed(request.config) else None
-    rows = None
-    if request.config.getini("app_db_row_counts") and copies is None:
-        watches = request.config.stash[_watches]
-        rows = watches.get(app_db_container) or watches.setdefault(app_db_container, RowWatch(app_db_container))
-        rows.before_test(request.node.nodeid)
-    isolation = isolated(app_db_container, marked.connections)
-    given = isolation.__enter__()
-    yield given
-    kept = copies is not None and has_failed(request.node)
-    if copies is not None and kept:
-        keep(copies, request.node, whole=given.keep_for_good())
-    problems: list[str] = []
-    try:
-        isolation.__exit__(None, None, None)
-    except IsolationBroken as broken:
-        problems += broken.problems
-    if rows is not None:
-        problems += rows.after_test(_made(app_db_tables), marked.connections and given.names, suspect=bool(problems))
-    stack.close()
-    if kept:
-        return  # the test has failed, and what it left is there to be looked at
-    if problems:
-        _fail(request.node.nodeid, problems)
+    It knows the test from a hook. pytest makes the fixture `request` anew for each fixture that asks for it, which takes longer
+    than the isolation of a test.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._counts_rows: bool = config.getini("app_db_row_counts")
+        self._item: pytest.Item
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self._item = item
+
+    @pytest.fixture
+    def app_db_isolation(self, app_db_container: DatabaseContainer, app_db_tables: object) -> Generator[Isolation | None]:
+        """Roll back what the test writes, in every database, although it commits. The test fails if it leaves something open."""
+        item = self._item
+        marked = _marked(item)
+        if not marked.isolation or marked.fresh or item.stash.get(HAS_COPIES, False):
+            yield None
+            return
+        refuse_earlier_rows(item, app_db_tables)
+        from app_db.errors import IsolationBroken
+        from app_db.testing import RowWatch, isolated
+
+        stack = ExitStack()
+        copies = stack.enter_context(copies_to_keep(app_db_container)) if keeps_failed(item.config) else None
+        rows = None
+        if self._counts_rows and copies is None:
+            watches = item.config.stash[_watches]
+            rows = watches.get(app_db_container) or watches.setdefault(app_db_container, RowWatch(app_db_container))
+            rows.before_test(item.nodeid)
+        isolation = isolated(app_db_container, marked.connections)
+        given = isolation.__enter__()
+        yield given
+        kept = copies is not None and has_failed(item)
+        if copies is not None and kept:
+            keep(copies, item, whole=given.keep_for_good())
+        problems: list[str] = []
+        try:
+            isolation.__exit__(None, None, None)
+        except IsolationBroken as broken:
+            problems += broken.problems
+        if rows is not None:
+            problems += rows.after_test(_made(app_db_tables), marked.connections and given.names, suspect=bool(problems))
+        stack.close()
+        if kept:
+            return  # the test has failed, and what it left is there to be looked at
+        if problems:
+            _fail(item.nodeid, problems)
 
 
 @pytest.fixture
@@ -208,7 +221,7 @@ def app_db_async_session(
 
 def _require(isolation: Isolation | None, request: pytest.FixtureRequest) -> Isolation:
     if isolation is None:
-        marked = _marked(request)
+        marked = _marked(request.node)
         said = "the marker says fresh=True" if marked.fresh else "the marker says isolation=False"
         why = said if marked.fresh or not marked.isolation else "app_db_fresh gives this one copies of the databases instead"
         pytest.fail(f"{request.fixturename} needs an isolated test, and {why}", pytrace=False)

@@ -49,6 +49,8 @@ def is_on(config: pytest.Config, name: str) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_notes] = []
+    if is_on(config, "keep-failed"):
+        config.pluginmanager.register(_Failing(), "app_db_failing")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -88,17 +90,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 # ---- the databases of a failed test ---------------------------------------------------------------------------------------
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    if report.failed:
-        item.stash[_failed_in] = report.when
-    return report
+class _Failing:
+    """The hook that notes which tests have failed."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.failed:
+            item.stash[_failed_in] = report.when
+        return report
 
 
 def keeps_failed(config: pytest.Config) -> bool:
     """Return whether the databases of the next test are kept if it fails."""
-    return is_on(config, "keep-failed") and not config.stash.get(_has_kept, False)
+    return config.pluginmanager.has_plugin("app_db_failing") and not config.stash.get(_has_kept, False)
 
 
 def has_failed(item: pytest.Item) -> bool:
