@@ -85,8 +85,21 @@ def _explained(error: Exception) -> str:
     from app_db.errors import AppDbError
 
     if isinstance(error, AppDbError):
-        return str(error)
+        return "\n".join([str(error), *_env_file_above(error)])
     return " ".join([f"app_db could not go on: {described(error)}.", *_notes(error)])
+
+
+def _env_file_above(error: Exception) -> list[str]:
+    """Return where the env file is if nothing is configured because the working directory is below that of the project."""
+    from app_db.errors import NothingConfigured
+    from app_db.settings import DatabaseSettings
+    from app_db.settings._project import project_file
+
+    file, name = project_file(), DatabaseSettings.model_config.get("env_file")
+    if file is None or not isinstance(name, str) or not isinstance(error, NothingConfigured):
+        return []
+    is_above = file.with_name(name).is_file() and not Path(name).exists()
+    return [f"There is a {name} in {file.parent}: run the command there."] if is_above else []
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -70,6 +70,23 @@ def test_the_nearest_project_above_counts_and_its_modules_are_imported_from_ther
     assert found(environment={"APP_DB_CONNECTIONS__WRITER__URL": "sqlite://"}) == "app_db"
 
 
+@pytest.mark.parametrize("verb", ["show", "current"])
+def test_an_env_file_beside_the_project_above_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    shop = "from app_db import Connection, DatabaseContainer\nclass Shop(DatabaseContainer):\n    writer = Connection()\n"
+    write(tmp_path / "plain.py", shop)
+    write(tmp_path / "pyproject.toml", '[tool.app_db]\ncontainer = "plain:Shop"\n')
+    (tmp_path / "src").mkdir()
+    monkeypatch.chdir(tmp_path / "src")
+    hint = f"There is a .env in {tmp_path}: run the command there.\n"
+    assert "There is a .env" not in app_db(verb).stderr
+    write(tmp_path / ".env", "APP_DB_CONNECTIONS__WRITER__URL=sqlite://\n")
+    done = app_db(verb)
+    assert "APP_DB_CONNECTIONS__WRITER__URL: is not set" in done.stderr
+    assert (done.returncode, done.stderr.endswith(hint)) == (2, True)
+    write(tmp_path / "src" / ".env", "\n")
+    assert "There is a .env" not in app_db(verb).stderr, "the one here is read"
+
+
 def test_options_may_stand_before_and_after_the_verb(project: Path) -> None:
     assert found("--container", "first:container") == "first"
     shown = [
