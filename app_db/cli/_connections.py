@@ -148,7 +148,9 @@ def url_of(container: DatabaseContainer, name: str) -> URL:
 def mirror_of(settings: DatabaseSettings, name: str) -> str | None:
     """Return the connection that another one mirrors. A `reader` that is not configured is the writer, read-only."""
     own = settings.connections.get(name)
-    return "writer" if own is None else own.mirror
+    if own is None:
+        return "writer" if name == "reader" else None
+    return own.mirror
 
 
 def mirrored_by(settings: DatabaseSettings, name: str) -> str:

@@ -122,6 +122,15 @@ def test_show_prints_a_table_and_marks_what_is_not_configured(shop: Path) -> Non
     assert "APP_DB_TWO_PHASE" not in one
 
 
+def test_a_writer_that_is_not_configured_is_shown_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "app.py").write_text("from app_db import container_of\nContainer = container_of('writer', 'other')\n")
+    given = ("--container", "app:Container")
+    lines = run("show", *given, environment={"APP_DB_CONNECTIONS__OTHER__URL": "sqlite:///other.db"}, code=1).splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["other", "writer"]
+    assert "not configured" in lines[2]
+
+
 def test_a_mirror_is_shown_with_the_settings_of_its_database(shop: Path) -> None:
     """They are those of what it mirrors, which says for itself how it is used."""
     url = ["APP_DB_CONNECTIONS__WRITER__URL"]
