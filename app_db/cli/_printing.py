@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import sys
@@ -128,13 +129,24 @@ def _json(data: object) -> str:
 
 
 def make_printable() -> None:
-    """Replace characters that the encoding of stdout and stderr lacks, and streams that are closed."""
+    """Replace characters that the encoding of stdout and stderr lacks by similar ones, and streams that are closed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  # until the process ends
         elif mode == "w" and isinstance(stream, TextIOWrapper) and not _is_unicode(stream):
-            stream.reconfigure(errors="replace")
+            codecs.register_error("app_db_similar", _similar)
+            stream.reconfigure(errors="app_db_similar")
+
+
+_SIMILAR = {"─": "-", "│": "|", "├": "|", "└": "`", "→": "->", "…": "..."}
+"""What stands for a character that an encoding lacks. The others become question marks."""
+
+
+def _similar(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_SIMILAR.get(each, "?") for each in error.object[error.start : error.end]), error.end
 
 
 def _is_unicode(stream: TextIO) -> bool:

@@ -124,7 +124,7 @@ def test_each_verb_that_asks_databases_shows_progress(
 
 def test_letters_that_an_encoding_lacks_are_replaced_and_escaped_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APP_DB_CONNECTIONS__WRITER__URL", "sqlite:///\u0416.db")
-    for command, shown in ((["graph"], "?? sqlite ?.db"), (["graph", "--json"], r"\u0416.db")):
+    for command, shown in ((["graph"], "`- sqlite ?.db"), (["graph", "--json"], r"\u0416.db")):
         output = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "latin-1"))
         assert main(command) == 0
