@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
@@ -328,8 +328,9 @@ class Database:
         thread.start()
         thread.join(_LONGEST_CLOSE)
 
-    def before_terminating(self, dbapi_connection: DBAPIConnection) -> None:
-        """Send what has to be sent before a connection of an async driver is closed in its event loop, without waiting."""
+    def before_closing(self, dbapi_connection: DBAPIConnection) -> Coroutine[object, object, None] | None:
+        """Return what has to be awaited before a connection of an async driver is closed in its event loop."""
+        return None
 
     def may_write(self, driver_connection: object) -> bool:
         """Return whether a connection with PROTECTED in its info is known to be writable by now. This costs no round trip."""

@@ -74,6 +74,9 @@ class _LoopOfEngine:
         """Close a connection. asyncpg would wait without end for a server that has gone silent."""
         try:
             async with timeout(_LONGEST_CLOSE):
+                ahead = self._database.before_closing(dbapi_connection)
+                if ahead is not None:
+                    await ahead
                 await greenlet_spawn(self._close, dbapi_connection)
         except TimeoutError:
             self._database.hang_up(dbapi_connection)
@@ -81,7 +84,9 @@ class _LoopOfEngine:
     def terminate(self, dbapi_connection: DBAPIConnection) -> None:
         # SQLAlchemy's adapters await nothing here if they can't.
         if running_loop() is self.loop:
-            self._database.before_terminating(dbapi_connection)
+            ahead = self._database.before_closing(dbapi_connection)
+            if ahead is not None:
+                begin_unseen(ahead)  # it is sent before SQLAlchemy's task closes the connection
             return self._terminate(dbapi_connection)
         return self._cut_off(dbapi_connection)
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.util.concurrency import await_only
 
 from app_db._compat.aiosqlite import async_view as aiosqlite_async_view
-from app_db._compat.asyncio import begin_unseen, pause
+from app_db._compat.asyncio import pause
 from app_db._compat.clocks import monotonic
 from app_db._databases.database import NEVER, Database, SharingRules, driver_of, execute, milliseconds, on_execute
 from app_db._databases.migrating import MigrationRules
@@ -259,9 +259,9 @@ class SQLite(Database):
         # SQLite rolls back by itself, for example if the disk is full. Each later statement would then commit by itself.
         return not getattr(connection.connection.driver_connection, "in_transaction", True)
 
-    def before_terminating(self, dbapi_connection: DBAPIConnection) -> None:
+    def before_closing(self, dbapi_connection: DBAPIConnection) -> Coroutine[object, object, None]:
         # SQLite keeps the transaction, and its lock, of a connection that is closed before its last statement is freed.
-        begin_unseen(_roll_back(driver_of(dbapi_connection)))
+        return _roll_back(driver_of(dbapi_connection))
 
     def begin_now(self, connection: Connection) -> None:
         # sqlite3 itself begins before a statement that changes rows, and not before DDL, which would be committed at once.
