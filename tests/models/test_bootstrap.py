@@ -340,7 +340,7 @@ def test_processes_make_and_drop_tables_at_once(database_url: str) -> None:
         assert tell("create_all", "drop_all") == ["None"] * 3
 
 
-@pytest.mark.representative("sqlite")
+@pytest.mark.exhaustive
 def test_processes_that_bootstrap_at_once_do_it_once(database_url: str) -> None:
     with processes(database_url, 2) as tell:
         for _ in range(4):

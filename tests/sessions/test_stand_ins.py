@@ -546,6 +546,7 @@ def test_a_session_without_objects_is_told_of_its_transaction_and_of_nothing_els
     assert heard == set(OF_TRANSACTIONS)
 
 
+@pytest.mark.exhaustive
 def test_a_listener_that_is_older_than_app_db_is_told() -> None:
     program = """
         from sqlalchemy import event, text

@@ -468,6 +468,7 @@ def test_a_marked_test_has_databases_of_its_own(
     assert {path.name for path in project.path.glob("*.db")} <= {"shop.db", "facts.db"}
 
 
+@pytest.mark.exhaustive
 def test_copies_have_the_rows_that_shared_fixtures_have_changed_without_making_more_or_fewer(project: Project) -> None:
     project.file(
         "test_shop.py",

@@ -377,6 +377,7 @@ EXPECTED = """
 """
 
 
+@pytest.mark.exhaustive
 def test_a_refusal_is_not_the_failure_that_a_test_expects(project: Project) -> None:
     project.file("test_shop.py", EXPECTED)
     result = project.run(ONLY, "--tb=short")

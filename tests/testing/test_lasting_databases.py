@@ -277,6 +277,7 @@ DEFINES_A_MODEL = """
 """
 
 
+@pytest.mark.exhaustive
 def test_reuse_forgets_a_model_that_a_test_has_defined(project: Project) -> None:
     place = Place(project, f"sqlite:///{project.path / 'shop.db'}")
     for _ in range(2):
@@ -417,6 +418,7 @@ def test_where_pytest_shows_no_sections_the_report_ends_with_the_databases(proje
     assert "shop_failed.db" in kept_command(result)
 
 
+@pytest.mark.exhaustive
 def test_the_databases_of_a_test_whose_fixture_fails_are_shown_at_the_end_of_the_report(project: Project) -> None:
     result = Place(project, "sqlite:///shop.db").run(FAILS_IN_SETUP, "--app-db-keep-failed")
     result.assert_outcomes(errors=1)

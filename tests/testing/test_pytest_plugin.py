@@ -107,6 +107,7 @@ def test_what_tests_share_is_made_before_they_are_isolated(project: Project) -> 
     assert project.rows() == 2
 
 
+@pytest.mark.exhaustive
 def test_fixtures_of_a_module_or_class_use_the_databases_and_the_tables_of_the_run(project: Project) -> None:
     project.file(
         "test_shop.py",
@@ -380,7 +381,7 @@ def test_the_marker_limits_isolation_or_takes_a_test_out_of_it(project: Project)
     assert (project.rows(), project.rows("facts", "sales")) == (1, 2)
 
 
-@pytest.mark.representative("False")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("workers", [False, True])
 def test_a_wrong_marker_is_a_usage_error(project: Project, workers: bool) -> None:
     project.file(
@@ -525,6 +526,7 @@ def test_the_fixtures_on_the_page_have_the_scopes_that_it_says(project: Project)
     assert said == {name: scopes.get(name) for name in said}
 
 
+@pytest.mark.exhaustive
 def test_hooks_are_noted(project: Project) -> None:
     project.file(
         "test_shop.py",

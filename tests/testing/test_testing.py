@@ -732,6 +732,7 @@ def test_tables_that_were_there_are_not_dropped(facts: DatabaseContainer) -> Non
     add_fact(facts)
 
 
+@pytest.mark.exhaustive
 def test_a_lock_that_a_test_has_left_is_told_and_not_waited_for(new_postgres_url: Callable[[], str]) -> None:
     container = container_of("facts")(settings=settings_for(facts=new_postgres_url()))
     container.create_all()

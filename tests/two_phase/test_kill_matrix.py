@@ -154,7 +154,7 @@ def rescuer() -> Iterator[Zygote]:
 # ---- the matrix can fail ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.representative("COMMIT")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("ending", ["ROLLBACK", "COMMIT"])
 def test_without_decisions_no_rule_for_what_is_prepared_is_right(
     ending: str, zygote: Zygote, servers: Servers, tmp_path: Path

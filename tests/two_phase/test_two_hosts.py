@@ -144,6 +144,7 @@ def prepared_at(host: Host) -> list[Any]:
     return sorted({gid for site in host.sites.values() for gid in site.prepared()})
 
 
+@pytest.mark.exhaustive
 def test_the_hosts_differ_in_nothing_but_the_directory(zygotes: list[Zygote], servers: Servers, tmp_path: Path) -> None:
     with hosts(zygotes, servers, "postgresql", "a", tmp_path) as both:
         paths = [Path(str(make_url(host.sites["lite"].url).database)) for host in both]
