@@ -205,6 +205,9 @@ class SQLite(Database):
 
         @event.listens_for(engine, "connect")
         def set_up(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+            if settings.isolation_level != "AUTOCOMMIT" and dbapi_connection.isolation_level is None:
+                # `connect_args` say that the driver begins nothing, which it doesn't anyway. None is how AUTOCOMMIT is known.
+                dbapi_connection.isolation_level = ""
             if not settings.read_only:
                 _use_wal(dbapi_connection)
             elif settings.mirror is not None:

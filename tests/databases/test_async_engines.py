@@ -614,6 +614,16 @@ def test_an_engine_in_autocommit_keeps_each_statement(url: str) -> None:
     assert with_engine(url, work) == 1
 
 
+def test_a_driver_that_begins_nothing_is_not_in_autocommit(new_url: Callable[[str], str]) -> None:
+    async def work(engine: AsyncEngine) -> Any:
+        await execute(engine, "CREATE TABLE kept (id INTEGER)")
+        async with engine.connect() as connection:
+            await connection.execute(text("INSERT INTO kept VALUES (1)"))
+        return await scalar(engine, "SELECT count(*) FROM kept")
+
+    assert with_engine(new_url("sqlite+aiosqlite"), work, connect_args={"isolation_level": None}) == 0
+
+
 # ---- loops -----------------------------------------------------------------------------------------------------------------
 
 

@@ -143,6 +143,15 @@ def test_an_engine_in_autocommit_keeps_each_statement(
     assert scalar(engine, "SELECT sum(id) FROM kept") == 1
 
 
+def test_a_driver_that_begins_nothing_is_not_in_autocommit(new_engine: Callable[..., Engine], sqlite_url: str) -> None:
+    engine = new_engine(sqlite_url, connect_args={"isolation_level": None})
+    execute(engine, "CREATE TABLE kept (id INTEGER)")
+    with engine.connect() as connection:
+        connection.execute(text("INSERT INTO kept VALUES (1)"))
+        connection.rollback()
+        assert connection.scalar(text("SELECT count(*) FROM kept")) == 0
+
+
 def test_ddl_on_sqlite_is_part_of_the_transaction(new_engine: Callable[..., Engine], sqlite_url: str) -> None:
     """The fact guarded: the driver by itself begins no transaction before DDL, so that a rollback leaves the table."""
     engine = new_engine(sqlite_url)
