@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Column, String, Table
 
+from app_db import metadata_of
 from app_db.migrations import check, upgrade
 from harness.findings import GOODS, found, matters, run
 from harness.migrated import Project
@@ -123,6 +125,15 @@ def test_differences_are_found_once(project: Project, database_url: str) -> None
     assert what[2].what.splitlines()[1:] == ["column goods.colour is in the database, and in no model."]
     project.execute("goods", "DROP TABLE goods")
     assert matters(found(goods=database_url)) == [("no-table", "goods")]
+
+
+def test_the_model_of_a_view_does_not_differ(project: Project, database_url: str) -> None:
+    project.execute("goods", "CREATE VIEW names AS SELECT name FROM goods")
+    table = Table("names", metadata_of("goods"), Column("name", String(40), primary_key=True))
+    try:
+        assert found(goods=database_url) == []
+    finally:
+        table.metadata.remove(table)
 
 
 def test_migrations_of_a_connection_that_does_not_exist(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
