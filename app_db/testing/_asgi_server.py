@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import threading
 import warnings
@@ -24,6 +25,8 @@ with warnings.catch_warnings():
     # Here, and not in the server's thread: releases of uvicorn before 0.50 import what websockets has deprecated.
     warnings.simplefilter("ignore", DeprecationWarning)
     import_module("uvicorn.protocols.websockets.auto")
+
+_log_of_uvicorn = logging.getLogger("uvicorn.error")
 
 _TO_ACCEPT = 0.01
 """Seconds in which an event loop hands an accepted connection to its protocol."""
@@ -158,8 +161,10 @@ class _Watched:
             self._unanswered.pop(id(scope), None)
             if error in logged:
                 return
-            log_error(request, error)  # the application may have told uvicorn to log nothing
-            if is_answered or scope["type"] != "http":
+            is_uvicorns = is_answered or scope["type"] != "http"
+            if not is_uvicorns or not _log_of_uvicorn.isEnabledFor(logging.ERROR):
+                log_error(request, error)  # nobody else does: the application may have set the level of uvicorn's log
+            if is_uvicorns:  # which ends the connection
                 raise
             for message in _FAILED:
                 await send(message)

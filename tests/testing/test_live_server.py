@@ -305,16 +305,25 @@ def test_a_unit_inside_another_that_is_rolled_back_is_told(sqlite_url: str) -> N
             in_isolation()
 
 
-def test_an_error_without_an_answer_is_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("is_begun", [False, True])
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.CRITICAL])  # as an application sets it for its own server
+def test_an_error_without_an_answer_is_in_the_log_once(is_begun: bool, level: int, caplog: pytest.LogCaptureFixture) -> None:
     async def web(scope: Any, receive: Any, send: Any) -> None:
+        if is_begun:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+            await send({"type": "http.response.body", "body": b"he", "more_body": True})
         raise Boom("of the application")
 
     log = logging.getLogger("uvicorn.error")
     before = log.level
-    log.setLevel(logging.CRITICAL)  # as an application does for its own server
+    log.setLevel(level)
     try:
         with live_server(web) as server:
-            assert post(server.url).status_code == 500
+            if is_begun:
+                with pytest.raises(http.client.IncompleteRead), urllib.request.urlopen(server.url) as response:
+                    response.read()
+            else:
+                assert post(server.url).status_code == 500
     finally:
         log.setLevel(before)
     assert caplog.text.count("Boom: of the application") == 1
