@@ -46,7 +46,6 @@ def _missing_table(asked: Asked, table: Table) -> Iterator[Finding]:
 
 
 def _differences(asked: Asked, table: Table, columns: list[Any]) -> Iterator[Finding]:
-    asked.differing.add(f"table {table.fullname}")  # it exists: Alembic does not see views, and calls them missing
     existing = {column["name"].lower(): column for column in columns}
     declared = {column.name.lower(): column.name for column in table.columns}
     missing = [name for key, name in declared.items() if key not in existing]

@@ -158,7 +158,7 @@ def check(container: DatabaseContainer, *, connections: Names = None, directory:
             pending = _pending(chain, chain.current(connection))
             if pending:
                 return Check(chain.name, pending, ())
-            options = compared(chain)
+            options = compared(chain, connection)
             found = compare_metadata(chain.context(connection, **options), options["target_metadata"])
             return Check(chain.name, (), described(found))
 

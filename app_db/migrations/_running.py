@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Table, event
+from sqlalchemy import Table, event, inspect
 
 from app_db._compat.clocks import monotonic
 from app_db._compat.os import after_fork_in_child
@@ -63,15 +63,15 @@ def configure(context: Environment, chain: Chain, connection: Connection, *, one
         version_table=version_table,
         transaction_per_migration=one_by_one,
         render_as_batch=chain.database.migrating.alters_by_copying,
-        **compared(chain),
+        **compared(chain, connection),
         **options,
     )
 
 
-def compared(chain: Chain) -> dict[str, Any]:
+def compared(chain: Chain, connection: Connection) -> dict[str, Any]:
     """Return the options by which Alembic compares the models of a connection with its database.
 
-    Left out are app_db's own tables, version tables, reflected tables, and those of other connections in the same database.
+    Left out are app_db's own tables, version tables, reflected tables, views, and those of other connections to the database.
     """
     metadata = metadata_of(chain.name)
     reflected = {(table.schema, table.name) for table in metadata.tables.values() if table.info.get(REFLECTED)}
@@ -90,8 +90,13 @@ def compared(chain: Chain) -> dict[str, Any]:
             return False
         return include_name(name, kind, parents)
 
-    def is_created(element: object, name: str | None, kind: str, *_: object) -> bool:
-        return not (isinstance(element, Table) and element.info.get(REFLECTED))
+    def is_created(element: object, name: str | None, kind: str, is_in_database: bool, found: object) -> bool:
+        if not isinstance(element, Table):
+            return True
+        if element.info.get(REFLECTED):
+            return False
+        # Alembic looks for tables only. What it did not find may be a view.
+        return is_in_database or found is not None or not inspect(connection).has_table(element.name, schema=element.schema)
 
     return {
         "target_metadata": metadata,

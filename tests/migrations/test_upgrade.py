@@ -243,6 +243,20 @@ def test_app_dbs_own_tables_and_those_that_are_reflected_are_left_alone(tmp_path
         assert check(project.container)[0].drift == ()
 
 
+@pytest.mark.representative("sqlite")
+def test_the_model_of_a_view_is_no_missing_table(tmp_path: Path, database_url: str) -> None:
+    name = new_name()
+    orders_on(name)
+    Table("names", metadata_of(name), Column("id", Integer, primary_key=True))
+    with Project(tmp_path, **{name: database_url}) as project:
+        project.execute(name, "CREATE TABLE bases (id INTEGER PRIMARY KEY)", "CREATE VIEW names AS SELECT id FROM bases")
+        assert [each for each in check(project.container)[0].drift if "names" in each] == []
+        (written,) = revision(project.container, "orders")
+        source = Path(written.path).read_text()
+        assert "create_table('orders'" in source
+        assert "names" not in source
+
+
 def test_sqlite_alters_a_table_and_keeps_the_rows_that_refer_to_it(tmp_path: Path, sqlite_url: str) -> None:
     """The fact guarded: DROP TABLE deletes what refers to it ON DELETE CASCADE, while foreign keys are on."""
     with Project(tmp_path, writer=sqlite_url) as project:
