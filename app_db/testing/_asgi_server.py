@@ -16,6 +16,7 @@ from socket import create_server, socket
 from typing import Any
 
 import uvicorn
+from uvicorn.server import logger as log_of_uvicorn
 
 from app_db._compat.clocks import monotonic
 from app_db.errors import LiveServerError
@@ -25,8 +26,6 @@ with warnings.catch_warnings():
     # Here, and not in the server's thread: releases of uvicorn before 0.50 import what websockets has deprecated.
     warnings.simplefilter("ignore", DeprecationWarning)
     import_module("uvicorn.protocols.websockets.auto")
-
-_log_of_uvicorn = logging.getLogger("uvicorn.error")
 
 _TO_ACCEPT = 0.01
 """Seconds in which an event loop hands an accepted connection to its protocol."""
@@ -162,7 +161,7 @@ class _Watched:
             if error in logged:
                 return
             is_uvicorns = is_answered or scope["type"] != "http"
-            if not is_uvicorns or not _log_of_uvicorn.isEnabledFor(logging.ERROR):
+            if not is_uvicorns or not log_of_uvicorn.isEnabledFor(logging.ERROR):
                 log_error(request, error)  # nobody else does: the application may have set the level of uvicorn's log
             if is_uvicorns:  # which ends the connection
                 raise
