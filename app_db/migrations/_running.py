@@ -71,7 +71,7 @@ def configure(context: Environment, chain: Chain, connection: Connection, *, one
 def compared(chain: Chain, connection: Connection) -> dict[str, Any]:
     """Return the options by which Alembic compares the models of a connection with its database.
 
-    Left out are app_db's own tables, version tables, reflected tables, views, and those of other connections to the database.
+    It leaves out app_db's own tables, version tables, reflected tables, views, and the tables of other connections.
     """
     metadata = metadata_of(chain.name)
     reflected = {(table.schema, table.name) for table in metadata.tables.values() if table.info.get(REFLECTED)}

@@ -162,7 +162,7 @@ class _Watched:
                 return
             is_uvicorns = is_answered or scope["type"] != "http"
             if not is_uvicorns or not log_of_uvicorn.isEnabledFor(logging.ERROR):
-                log_error(request, error)  # nobody else does: the application may have set the level of uvicorn's log
+                log_error(request, error)  # uvicorn does not: the application may have switched its log off
             if is_uvicorns:  # which ends the connection
                 raise
             for message in _FAILED:

@@ -91,7 +91,7 @@ class Mark:
         return sorted(name for name, fingerprint in now.items() if self.tables.get(name, fingerprint) != fingerprint)
 
     def changed_or_removed(self, now: Mapping[str, str]) -> list[str]:
-        """Return the tables that have changed, and those of which this run has imported no model."""
+        """Return the tables that have changed, and the tables for which this run has imported no model."""
         removed = {f"{name} (this run imports no model of it)" for name in self.tables.keys() - now.keys()}
         return sorted({*self.changed(now), *removed})
 
